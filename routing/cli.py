@@ -1,0 +1,80 @@
+"""Command lines from settings dataclasses: one syntax, one way to fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def run(
+    main: Callable[[Settings], None],
+    settings: type[Settings],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+) -> None:
+    """Parse `argv` (default: sys.argv) into `settings` and call `main` with it.
+
+    Fields become `--options`, attribute docstrings their help; lists take several values
+    (`--dataset a b c`). A ValueError or an OSError is the user's: it becomes one line on stderr
+    and exit code 2. Ctrl-C exits with 130.
+    """
+    with friendly_errors(prog):
+        main(parse(settings, sys.argv[1:] if argv is None else argv, prog=prog))
+
+
+@contextmanager
+def friendly_errors(prog: str) -> Iterator[None]:
+    """Turn ValueError and OSError into one line on stderr and exit code 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def parse(settings: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
+    """Parse `argv` into an instance of the dataclass `settings`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=(settings.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_class_arguments(settings, as_positional=False)
+    parsed = parser.parse_args(_join_lists(settings, list(argv)))
+    values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(settings) if f.init}  # type: ignore[arg-type]
+    return settings(**values)
+
+
+def _join_lists(settings: type[Any], argv: list[str]) -> list[str]:
+    """Rewrite `--files a b c` to `--files=["a", "b", "c"]` for fields that are lists."""
+    hints = typing.get_type_hints(settings)
+    options = {f"--{name}" for name, hint in hints.items() if _is_list(hint)}
+    joined: list[str] = []
+    while argv:
+        word = argv.pop(0)
+        if word in options:
+            values = []
+            while argv and not argv[0].startswith("--"):
+                values.append(argv.pop(0))
+            word = f"{word}={json.dumps(values)}"
+        joined.append(word)
+    return joined
+
+
+def _is_list(hint: Any) -> bool:
+    members = (hint, *typing.get_args(hint))
+    return any(typing.get_origin(member) in (list, tuple) for member in members)

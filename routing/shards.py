@@ -1,0 +1,350 @@
+"""The trace format: a directory of safetensors shards and a manifest.json.
+
+    manifest.json                 schema, topology, provenance, labels, and per stack its shards
+    decoder-00000.safetensors     token_ids    int32   [T]
+                                  experts      uint8   [T, L, K]   (uint16 above 256 experts)
+                                  phase        uint8   [T]         PROMPT or GENERATED
+                                  doc_offsets  int64   [D + 1]     document d is [d] : [d + 1]
+                                  doc_labels   int32   [D]         index into the manifest's labels
+                                  weights      float16 [T, L, K]   optional
+    encoder-00000.safetensors     the same, for encoder-decoder models; document d is document d
+
+A shard is written whole, synced and renamed, and only then named by the manifest, which is replaced
+the same way: whatever happens, the directory holds complete documents and no others. The highest
+value of the experts' dtype stands for "no expert" (255 is an ordinary id when E is 256; models
+that large drop no tokens).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialize
+
+from routing.topology import NO_EXPERT, Stack, Topology
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PROMPT, GENERATED = 0, 1
+SHARD_TOKENS = 1 << 20
+
+
+class Document(NamedTuple):
+    """One traced document of one stack."""
+
+    token_ids_T: np.ndarray
+    """int32"""
+    experts_TLK: np.ndarray
+    """uint8 or uint16 as stored, see `signed_experts`."""
+    phase_T: np.ndarray
+    """uint8, PROMPT or GENERATED."""
+    label: str
+    """The domain or data set the document comes from."""
+    weights_TLK: np.ndarray | None = None
+    """float16"""
+
+
+def experts_dtype(num_experts: int) -> type[np.uint8 | np.uint16]:
+    """The dtype that stores ids of `num_experts` experts."""
+    return np.uint8 if num_experts <= 256 else np.uint16
+
+
+def signed_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """Stored ids as int16 (int32 above 256 experts), NO_EXPERT where there is none."""
+    wide: np.ndarray = experts.astype(np.int16 if num_experts <= 256 else np.int32)
+    wide[wide >= num_experts] = NO_EXPERT
+    return wide
+
+
+def stored_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """Inverse of `signed_experts`. Raises ValueError for an id that cannot be stored."""
+    dtype = experts_dtype(num_experts)
+    nothing = np.iinfo(dtype).max
+    missing = experts == NO_EXPERT
+    if np.any(missing) and nothing < num_experts:
+        raise ValueError(f"a token without an expert cannot be stored for {num_experts} experts")
+    if np.any((experts < NO_EXPERT) | (experts >= num_experts)):
+        raise ValueError(f"expert ids outside 0 .. {num_experts - 1}: {np.unique(experts)[:8]}")
+    return np.where(missing, nothing, experts).astype(dtype)
+
+
+class TraceWriter:
+    """Appends documents to a trace directory; opening an existing one resumes it.
+
+    Documents are durable once their shard is written: `num_documents` says how many are. Raises
+    ValueError when the directory holds a trace of another model or of other provenance.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        topology: Topology,
+        *,
+        provenance: Mapping[str, Any],
+        with_weights: bool = False,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        self.directory = Path(directory)
+        self.topology = topology
+        self.shard_tokens = shard_tokens
+        self._pending: list[Mapping[str, Document]] = []
+        self._pending_tokens = 0
+        self._manifest = self._open(dict(provenance), with_weights)
+
+    def _open(self, provenance: dict[str, Any], with_weights: bool) -> dict[str, Any]:
+        fresh = {
+            "schema": SCHEMA,
+            "topology": self.topology.to_json(),
+            "provenance": json.loads(json.dumps(provenance)),
+            "with_weights": with_weights,
+            "num_documents": 0,
+            "complete": False,
+            "labels": [],
+            "shards": {stack.name: [] for stack in self.topology.stacks},
+        }
+        if not (self.directory / MANIFEST).exists():
+            if self.directory.is_dir() and any(self.directory.iterdir()):
+                raise ValueError(
+                    f"{self.directory} is not empty and holds no trace; name a new one"
+                )
+            return fresh
+        manifest = read_manifest(self.directory)
+        Topology.from_json(manifest["topology"]).require_match(
+            self.topology, ours=f"the trace in {self.directory}", theirs="this model"
+        )
+        for key in ("provenance", "with_weights"):
+            if manifest[key] != fresh[key]:
+                difference = _difference(manifest, fresh, key)
+                raise ValueError(
+                    f"{self.directory} was traced with other options ({difference}); "
+                    "trace into another directory, or with the same options to resume"
+                )
+        return manifest
+
+    @property
+    def num_documents(self) -> int:
+        """Documents that are durable on disk: where to resume."""
+        return int(self._manifest["num_documents"])
+
+    @property
+    def complete(self) -> bool:
+        """True when a former run closed the trace: nothing is left to do."""
+        return bool(self._manifest["complete"])
+
+    def add(self, documents: Mapping[str, Document]) -> None:
+        """Append one document, given once per stack."""
+        assert set(documents) == set(self._manifest["shards"]), "one document per stack"
+        self._pending.append(documents)
+        self._pending_tokens += sum(len(d.token_ids_T) for d in documents.values())
+        if self._pending_tokens >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make everything added so far durable."""
+        if not self._pending:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for name, shards in self._manifest["shards"].items():
+            shards.append(self._write_shard(name, len(shards)))
+        self._manifest["num_documents"] += len(self._pending)
+        self._pending, self._pending_tokens = [], 0
+        self._save_manifest()
+
+    def close(self) -> None:
+        """Flush, and mark the trace complete."""
+        self.flush()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manifest["complete"] = True
+        self._save_manifest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def _write_shard(self, name: str, index: int) -> dict[str, Any]:
+        documents = [documents[name] for documents in self._pending]
+        data = serialize(
+            self._tensors(documents),
+            metadata={
+                "format": "expertflow-trace",
+                "schema": str(SCHEMA),
+                "stack": name,
+                "topology": json.dumps(self.topology.to_json()),
+            },
+        )
+        file = f"{name}-{index:05d}.safetensors"
+        write_atomically(self.directory / file, data)
+        return {
+            "file": file,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "documents": len(documents),
+            "tokens": sum(len(d.token_ids_T) for d in documents),
+        }
+
+    def _tensors(self, documents: list[Document]) -> dict[str, np.ndarray]:
+        lengths = [len(document.token_ids_T) for document in documents]
+        tensors = {
+            "token_ids": np.concatenate([d.token_ids_T for d in documents]).astype(np.int32),
+            "experts": np.concatenate([d.experts_TLK for d in documents]),
+            "phase": np.concatenate([d.phase_T for d in documents]).astype(np.uint8),
+            "doc_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            "doc_labels": np.array([self._label(d.label) for d in documents], np.int32),
+        }
+        if self._manifest["with_weights"]:
+            tensors["weights"] = np.concatenate([_weights(d) for d in documents])
+        return tensors
+
+    def _label(self, label: str) -> int:
+        labels: list[str] = self._manifest["labels"]
+        if label not in labels:
+            labels.append(label)
+        return labels.index(label)
+
+    def _save_manifest(self) -> None:
+        data = json.dumps(self._manifest, indent=1).encode()
+        write_atomically(self.directory / MANIFEST, data)
+
+
+def _weights(document: Document) -> np.ndarray:
+    assert document.weights_TLK is not None, "this trace keeps router weights"
+    return document.weights_TLK.astype(np.float16)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
+    if not isinstance(old[key], dict):
+        return f"{key}: {old[key]} there, {new[key]} here"
+    keys = sorted(k for k in old[key] | new[key] if old[key].get(k) != new[key].get(k))
+    return "; ".join(f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in keys)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: whole or, after a crash, not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a trace directory. Raises ValueError when there is none of ours."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a trace: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text())
+        schema = manifest["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the manifest of a trace: {error!r}") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
+    return dict(manifest)
+
+
+class TraceReader:
+    """Reads one stack of a trace; documents are slices of memory-mapped tensors.
+
+    Raises ValueError, naming the file, when a shard is missing, truncated, of another model, or
+    (with `verify`) does not match its checksum.
+    """
+
+    def __init__(
+        self, directory: str | Path, stack: str = "decoder", *, verify: bool = False
+    ) -> None:
+        self.directory = Path(directory)
+        manifest = read_manifest(self.directory)
+        self.topology = Topology.from_json(manifest["topology"])
+        self.stack: Stack = self.topology.stack(stack)
+        self.labels: list[str] = manifest["labels"]
+        self.provenance: dict[str, Any] = manifest["provenance"]
+        self.complete: bool = manifest["complete"]
+        self._shards = [
+            _Shard(self.directory, entry, verify=verify) for entry in manifest["shards"][stack]
+        ]
+        self._first_doc = np.cumsum([0] + [len(shard) for shard in self._shards])
+        self.doc_lengths = _concatenate([shard.lengths for shard in self._shards], np.int64)
+        self.doc_labels = _concatenate([shard["doc_labels"] for shard in self._shards], np.int32)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.doc_lengths.sum())
+
+    def __len__(self) -> int:
+        return int(self._first_doc[-1])
+
+    def document(self, index: int) -> Document:
+        """Document `index`; its arrays are views of the mapped file. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        shard = int(np.searchsorted(self._first_doc, index, side="right")) - 1
+        label = self.labels[self.doc_labels[index]]
+        return self._shards[shard].document(index - int(self._first_doc[shard]), label)
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in order."""
+        return (self.document(index) for index in range(len(self)))
+
+
+class _Shard:
+    def __init__(self, directory: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
+        self.path = directory / entry["file"]
+        self._check(entry, verify)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); trace it again") from error
+        self.offsets: np.ndarray = self["doc_offsets"]
+        self.lengths = np.diff(self.offsets)
+
+    def _check(self, entry: Mapping[str, Any], verify: bool) -> None:
+        if not self.path.is_file():
+            raise ValueError(
+                f"{self.path} is missing, though the manifest names it; trace it again"
+            )
+        size = self.path.stat().st_size
+        if size != entry["bytes"]:
+            raise ValueError(
+                f"{self.path} is truncated or changed: {size} bytes, but the manifest says "
+                f"{entry['bytes']}; trace it again"
+            )
+        if verify and _sha256(self.path) != entry["sha256"]:
+            raise ValueError(f"{self.path} does not match its checksum; trace it again")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array: np.ndarray = self._tensors[name].numpy()
+        return array
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def document(self, index: int, label: str) -> Document:
+        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        return Document(
+            self["token_ids"][span],
+            self["experts"][span],
+            self["phase"][span],
+            label,
+            self["weights"][span] if "weights" in self._tensors else None,
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
