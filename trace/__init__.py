@@ -1,7 +1,7 @@
-"""Recording the routing of a mixture-of-experts model, and what is left of the standard library's `trace`.
+"""Recording the routing of a mixture-of-experts model (`python -m trace.collect`).
 
 This package has the name of a module of the standard library and stands before it on the path.
-So that no program notices, every public name of that module is served from here:
+So that no program notices, the names of that module are served from here too:
 `trace.Trace`, `from trace import *`, pickles of its classes and `python -m trace` work as ever.
 """
 
@@ -24,6 +24,6 @@ def standard_library_trace() -> ModuleType:
 
 def __getattr__(name: str) -> object:
     value = getattr(standard_library_trace(), name)
-    if isinstance(value, ModuleType):  # its own imports: its `inspect` must not hide trace/inspect.py
+    if isinstance(value, ModuleType):  # an import of its own, as `inspect` is: not part of its API
         raise AttributeError(f"module 'trace' has no attribute {name!r}")
     return value

@@ -1,0 +1,43 @@
+# make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
+# make test   format, lint, types, tests, notebook
+#
+# Both need python3 (3.11 to 3.13, with venv) only, and install the rest into .venv on first use.
+# Another interpreter: make PYTHON=python3.12 demo. Arguments of the demo: make demo DEMO_ARGS=--quick
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: demo test lint types tests notebooks clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m exports.demo $(DEMO_ARGS)
+
+test: lint types tests notebooks
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# One process a core and one thread a process: threads of two processes on one core starve each other.
+tests: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+notebooks: $(INSTALLED)
+ifneq ($(NOTEBOOKS),)
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/
+endif
+
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py expertflow.py expertflow.pth expertflow.start
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,notebooks,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
