@@ -1,0 +1,105 @@
+"""Records which experts every token uses, at the call of the experts.
+
+B sequences, T tokens, L MoE layers, K experts a token, N = B x T rows of one call.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+
+from routing.layers import MoELayer, Routes, by_stack, find_moe_layers, read_routes
+from routing.shards import stored_experts
+from routing.topology import NO_EXPERT
+
+
+class Record(NamedTuple):
+    """The routes of one batch through one stack; padding tokens included."""
+
+    experts_BTLK: np.ndarray
+    """As stored in traces, see `routing.shards.stored_experts`."""
+    weights_BTLK: np.ndarray
+    """float16"""
+    layers: tuple[str, ...]
+    """Names of the L layers."""
+
+    def nan_layer(self, row: int, span: slice) -> str | None:
+        """The first layer whose router weights are NaN in `span` of sequence `row`, if any."""
+        broken_L = np.isnan(self.weights_BTLK[row, span]).any((0, 2))
+        return self.layers[int(broken_L.argmax())] if broken_L.any() else None
+
+
+class Recorder:
+    """Hooks on every experts call of a model; `take` returns what the calls since then saw.
+
+    Read at the experts call and never from router logits: with a selection bias or group limits
+    the top-k of the logits are not the experts that run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._stacks = dict(by_stack(find_moe_layers(model)))
+        self._calls: dict[str, list[Routes]] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for layer in (layer for layers in self._stacks.values() for layer in layers):
+            self._calls[layer.name] = []
+            hook = self._hook(layer, self._calls[layer.name])
+            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @staticmethod
+    def _hook(layer: MoELayer, calls: list[Routes]) -> Any:
+        dtype = torch.int16 if layer.num_experts <= 256 else torch.int32
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            routes = read_routes(layer, args, kwargs)
+            calls.append(Routes(routes.experts_TK.to(dtype), routes.weights_TK.half()))
+
+        return record
+
+    def take(self, batch_size: int) -> dict[str, Record]:
+        """The calls since the last `take`, per stack, with consecutive calls joined along T.
+
+        Raises ValueError when a model does not send every token of the batch through each layer.
+        """
+        return {name: self._record(layers, batch_size) for name, layers in self._stacks.items()}
+
+    def _record(self, layers: list[MoELayer], batch_size: int) -> Record:
+        top_k = max(layer.top_k for layer in layers)
+        joined = [_join(self._calls[layer.name], batch_size, top_k) for layer in layers]
+        for layer, routes in zip(layers, joined, strict=True):
+            self._calls[layer.name].clear()
+            if routes.experts_TK.shape != joined[0].experts_TK.shape:
+                raise ValueError(f"{layer.name} and {layers[0].name} did not see the same tokens")
+        experts_BTLK = torch.stack([routes.experts_TK for routes in joined], dim=2)
+        weights_BTLK = torch.stack([routes.weights_TK for routes in joined], dim=2)
+        num_experts = max(layer.num_experts for layer in layers)
+        return Record(
+            stored_experts(experts_BTLK.cpu().numpy(), num_experts),
+            weights_BTLK.cpu().numpy(),
+            tuple(layer.name for layer in layers),
+        )
+
+
+def _join(calls: list[Routes], batch_size: int, top_k: int) -> Routes:
+    """One layer's calls [B x T', K'], one after the other, as [B, T, K]."""
+    return Routes(
+        _fill([call.experts_TK for call in calls], batch_size, top_k, NO_EXPERT),
+        _fill([call.weights_TK for call in calls], batch_size, top_k, 0),
+    )
+
+
+def _fill(rows_NK: list[Tensor], batch_size: int, top_k: int, nothing: int) -> Tensor:
+    joined_BTK = torch.cat([rows.view(batch_size, -1, rows.shape[-1]) for rows in rows_NK], dim=1)
+    return pad(joined_BTK, (0, top_k - joined_BTK.shape[-1]), value=nothing)
