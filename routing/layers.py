@@ -117,7 +117,18 @@ def read_routes(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Read here and never from router logits: selection bias and group limits make the top-k of the
     logits differ from the experts that run.
     """
-    _, index, weights = _bound(layer, args, kwargs)
+    return read_call(layer, args, kwargs)[1]
+
+
+def read_call(
+    layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Routes]:
+    """The hidden states [T, H] of `layer`'s experts call, and its routes."""
+    hidden, index, weights = _bound(layer, args, kwargs)
+    return hidden, _routes(layer, index, weights)
+
+
+def _routes(layer: MoELayer, index: Tensor, weights: Tensor) -> Routes:
     if layer.kind == "switch":
         chosen_TE = index[:, 0]
         experts_T = torch.where(chosen_TE.sum(-1) > 0, chosen_TE.argmax(-1), NO_EXPERT)

@@ -1,0 +1,199 @@
+"""The engine: hangs on an unmodified Hugging Face model and runs its experts out of slots.
+
+Each forward pass of the model is one step: predict, (the cache's policy then holds the) schedule,
+run, account. Nothing of the model's own code changes: the experts containers get an instance-level
+`forward`, the model a hook before and after its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from routing.layers import MoELayer, read_call
+from routing.topology import NO_EXPERT
+from runtime.experts import run_experts
+from runtime.forecaster import Forecaster
+from runtime.inputs import StepInputs, read_inputs
+from runtime.loader import Source
+from runtime.policies import Forecast, Policy
+from runtime.pool import Pool
+from runtime.stats import Stats
+
+
+class Engine:
+    """What `runtime.load` puts at `model.expertflow`. Also a context manager that detaches.
+
+    One generation at a time: the slots and the predictor's state belong to one caller.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        policy: Policy,
+        pools: list[Pool],
+        stats: Stats,
+        forecaster: Forecaster | None,
+        device: torch.device,
+    ) -> None:
+        self.model = source.model
+        self.topology = source.topology
+        self._layers = source.layers
+        self._store = source.store
+        self._policy = policy
+        self._pools = pools
+        self._stats = stats
+        self._forecaster = forecaster
+        self._rows = _predicted_rows(source.layers, forecaster)
+        self._routes: dict[int, np.ndarray] = {}
+        self._inputs: StepInputs | None = None
+        self._step_start = 0.0
+        self._undo: list[Callable[[], Any]] = []
+        self._attach(device)
+
+    # ------------------------------------------------------------------ what users call
+
+    def stats(self) -> Stats:
+        """Counts since loading or the last `stats().reset()`."""
+        return self._stats
+
+    def report(self) -> str:
+        """One line about the run so far."""
+        return self._stats.report()
+
+    def check_integrity(self) -> None:
+        """Assert that every slot has one owner and that resident + free = capacity."""
+        for pool in dict.fromkeys(self._pools):
+            pool.cache.check_integrity()
+
+    def detach(self) -> nn.Module:
+        """Restore and return the original model, all experts in memory. Idempotent."""
+        while self._undo:
+            self._undo.pop()()
+        return self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    # ------------------------------------------------------------------ attach
+
+    def _attach(self, device: torch.device) -> None:
+        before = next(self.model.parameters()).device, self.model.training
+        self._undo.append(lambda: self.model.to(before[0]).train(before[1]))
+        for index, layer in enumerate(self._layers):
+            self._store.take(index)
+            self._undo.append(partial(self._store.restore, index))
+            layer.module.forward = partial(self._run_layer, index)
+            self._undo.append(partial(layer.module.__dict__.pop, "forward"))
+        self.model.__dict__["expertflow"] = self
+        self._undo.append(partial(self.model.__dict__.pop, "expertflow"))
+        hooks = [
+            self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
+            self.model.register_forward_hook(self._end_step),
+        ]
+        if self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            encoder = self.model.get_encoder()  # type: ignore[operator]
+            hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
+        self._undo.extend(hook.remove for hook in hooks)
+        self._disable_compile()
+        self.model.to(device).eval()
+
+    def _disable_compile(self) -> None:
+        """Keep generate from compiling the step: it would only break at every experts call."""
+        config = getattr(self.model, "generation_config", None)
+        if config is not None:
+            before = config.disable_compile
+            config.disable_compile = True
+            self._undo.append(partial(setattr, config, "disable_compile", before))
+
+    # ------------------------------------------------------------------ one step
+
+    def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._step_start = time.perf_counter()
+        self._routes.clear()
+        self._inputs = read_inputs(self.model, args, kwargs)
+        self._policy.begin_step(self._predict(self._inputs))
+
+    def _begin_encoding(self, *_: Any) -> None:
+        self._policy.begin_step(None)
+
+    def _predict(self, inputs: StepInputs) -> Forecast | None:
+        if self._forecaster is None or inputs.token_ids_BT is None:
+            return None
+        with self._stats.timer("predict"):
+            batch = len(inputs.token_ids_BT)
+            if inputs.past_length == 0 or batch != self._forecaster.batch_size:
+                self._forecaster.reset(batch)
+            forecast = self._forecaster.forecast(inputs.token_ids_BT, inputs.positions_BT)
+        return forecast if self._rows is None else self._spread(forecast)
+
+    def _spread(self, forecast: Forecast) -> Forecast:
+        """Put the predicted stack's rows among those of all MoE layers (zero elsewhere)."""
+        shape = (self._stats.num_layers, self._stats.num_experts)
+        spread = [np.zeros(shape, np.float32) for _ in forecast]
+        for whole, part in zip(spread, forecast, strict=True):
+            whole[self._rows] = part
+        return Forecast(*spread)
+
+    def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layers[index]
+        hidden_TH, routes = read_call(layer, args, kwargs)
+        if self._forecaster is not None:
+            self._routes[index] = routes.experts_TK.cpu().numpy()
+        return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
+
+    def _end_step(self, *_: Any) -> None:
+        inputs, self._inputs = self._inputs, None
+        assert inputs is not None
+        self._stats.steps += 1
+        self._stats.tokens += inputs.num_tokens
+        self._stats.seconds["step"] += time.perf_counter() - self._step_start
+        if self._forecaster is not None and inputs.token_ids_BT is not None:
+            self._learn(self._forecaster, inputs)
+
+    def _learn(self, forecaster: Forecaster, inputs: StepInputs) -> None:
+        """Give the predictor the true routes of each sequence's last token, and score it."""
+        assert inputs.token_ids_BT is not None
+        batch, length = inputs.token_ids_BT.shape
+        rows = range(len(self._layers)) if self._rows is None else self._rows
+        stack = forecaster.file.stack
+        routes_BLK = np.full((batch, stack.num_layers, stack.top_k), NO_EXPERT, np.int64)
+        for row, index in enumerate(rows):
+            experts = self._routes.get(index)
+            if experts is not None and len(experts) == batch * length:
+                routes_BLK[:, row, : experts.shape[1]] = experts[length - 1 :: length]
+        forecaster.observe(routes_BLK)
+        if length == 1 and forecaster.this_BLE is not None:
+            self._stats.count_recall(*_recall(forecaster.this_BLE, routes_BLK))
+
+
+def _predicted_rows(layers: list[MoELayer], forecaster: Forecaster | None) -> list[int] | None:
+    """Indices of the predicted stack's layers; None where it is all of them."""
+    if forecaster is None or len(layers) == forecaster.file.stack.num_layers:
+        return None
+    stack = forecaster.file.stack
+    return [index for index, layer in enumerate(layers) if layer.stack == stack.name]
+
+
+def _recall(logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> tuple[int, int]:
+    """How many of the used experts are among the K of highest logit, out of how many."""
+    top_k = routes_BLK.shape[-1]
+    best_BLK = np.argpartition(logits_BLE, -top_k, axis=-1)[..., -top_k:]
+    used = routes_BLK != NO_EXPERT
+    found = (best_BLK[..., None] == routes_BLK[..., None, :]).any(-2) & used
+    return int(found.sum()), int(used.sum())

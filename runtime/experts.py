@@ -1,0 +1,89 @@
+"""Running a layer's experts out of slots instead of out of the model.
+
+Every (token, expert) pair is one row. Rows are sorted by expert, each expert's rows run in one go,
+and a token's K results are summed in the order of its top-k. So the sum never depends on which
+experts were resident, on their slots, or on how many waves it took: outputs are bit-identical
+between cache sizes and policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routing.layers import MoELayer, Routes
+from routing.topology import NO_EXPERT
+
+Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
+"""Given distinct expert ids, yields each with its parameters, resident for the moment."""
+
+
+def run_experts(layer: MoELayer, hidden_TH: Tensor, routes: Routes, slots: Slots) -> Tensor:
+    """The experts call of `layer`, with parameters from `slots`. Returns [T, H]."""
+    num_tokens, top_k = routes.experts_TK.shape
+    order_P, spans = _sort_rows(routes.experts_TK)
+    rows_PH = hidden_TH[order_P // top_k]
+    outputs_PH = torch.zeros_like(rows_PH)
+    run = run_switch if layer.kind == "switch" else run_fused
+    for expert, parameters in slots(list(spans)):
+        span = spans[expert]
+        outputs_PH[span] = run(layer.module, rows_PH[span], parameters)
+    outputs_TKH = torch.empty_like(outputs_PH).index_copy_(0, order_P, outputs_PH)
+    outputs_TKH = outputs_TKH.view(num_tokens, top_k, -1)
+    return (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden_TH.dtype)
+
+
+def _sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
+    """Order of the pairs (token * K + k) by expert, and each expert's span. Synchronises once."""
+    experts_P, order_P = experts_TK.reshape(-1).sort(stable=True)
+    distinct, counts = experts_P.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    spans = {e: slice(a, b) for e, a, b in zip(distinct.tolist(), starts, ends, strict=True)}
+    spans.pop(NO_EXPERT, None)
+    return order_P, spans
+
+
+def run_fused(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """One expert of a fused container, unweighted: the steps of transformers' experts protocol.
+
+    A class outside that protocol runs its own forward over this one expert.
+    """
+    if not hasattr(module, "is_transposed"):
+        return _own_forward(module, rows_NH, parameters)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    rows = _linear(module, rows_NH, parameters, up)
+    rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)  # type: ignore[operator]
+    rows = _linear(module, rows, parameters, "down_proj")
+    if getattr(module, "has_post_expert_norm", False):
+        rows = module.post_expert_norm(rows)  # type: ignore[operator]
+    return rows
+
+
+def _linear(module: nn.Module, rows: Tensor, parameters: dict[str, Tensor], name: str) -> Tensor:
+    weight = parameters[name]
+    rows = rows @ weight if module.is_transposed else F.linear(rows, weight)
+    return rows + parameters[f"{name}_bias"] if module.has_bias else rows
+
+
+def _own_forward(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    index_N1 = torch.zeros(len(rows_NH), 1, dtype=torch.int64, device=rows_NH.device)
+    num_experts, held = module.num_experts, dict(module._parameters)
+    try:
+        module.num_experts = 1  # type: ignore[assignment]
+        for name, tensor in parameters.items():
+            module._parameters[name] = nn.Parameter(tensor[None], requires_grad=False)
+        ones_N1 = torch.ones_like(index_N1, dtype=rows_NH.dtype)
+        return type(module).forward(module, rows_NH, index_N1, ones_N1)
+    finally:
+        module._parameters.update(held)
+        module.num_experts = num_experts
+
+
+def run_switch(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """One Switch expert, unweighted: the first expert's module with other parameters."""
+    template = module["expert_0"]  # type: ignore[index]
+    return torch.func.functional_call(template, parameters, (rows_NH,))

@@ -1,0 +1,134 @@
+"""Live prediction: runs the predictor beside the model, one call for each forward pass.
+
+Between passes it keeps, for each sequence, the predictor's keys and values in a ring of `window`
+entries (their order does not matter: visibility goes by position) and the true routes of the last
+token, which only the model's own pass reveals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from routing.topology import NO_EXPERT
+from runtime.onnx_file import OUTPUTS, PredictorFile
+from runtime.policies import Forecast
+
+PADDING = -1
+
+
+class Forecaster:
+    """Turns token ids into `Forecast`s. Prediction state belongs to one batch at a time."""
+
+    def __init__(self, file: PredictorFile) -> None:
+        self.file = file
+        self.this_BLE: np.ndarray | None = None
+        """Logits of the last token of the last pass, for scoring the prediction."""
+        self.reset(0)
+
+    def reset(self, batch_size: int) -> None:
+        """Forget everything: `batch_size` new sequences start."""
+        file, layers = self.file, self.file.stack
+        blocks, heads, width = file.cache_shape
+        self._past = np.zeros((blocks, 2, batch_size, heads, file.window, width), np.float32)
+        self._past_positions = np.full((batch_size, file.window), PADDING, np.int64)
+        self._prompt = np.zeros((2, batch_size, 0), np.int64)
+        self._newest = np.zeros((2, batch_size, 0), np.int64)
+        self._next_entry = 0
+        shape = (batch_size, layers.num_layers, layers.top_k)
+        self._last_routes_BLK = np.full(shape, NO_EXPERT, np.int64)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._last_routes_BLK)
+
+    def observe(self, routes_BLK: np.ndarray) -> None:
+        """The true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
+        self._last_routes_BLK = routes_BLK
+
+    def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
+        """Predict for the tokens about to run (int64; position PADDING marks padding).
+
+        A token's probabilities are joined over the batch and, for this step, over its tokens:
+        used by any = 1 - product of (1 - p).
+        """
+        unused_LE = np.ones((), np.float32)
+        for chunk in self._chunks(token_ids_BT, positions_BT):
+            this, following, horizon, valid_BT = chunk
+            unused_LE = unused_LE * _unused(this, valid_BT)
+        self.this_BLE = this[:, -1]
+        last_B1 = valid_BT[:, -1:]
+        return Forecast(
+            this_LE=1.0 - unused_LE,
+            next_LE=1.0 - _unused(following[:, -1:], last_B1),
+            horizon_LE=1.0 - _unused(horizon[:, -1:], last_B1),
+        )
+
+    def _chunks(
+        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        run = self._run_cached if self.file.cached else self._run_window
+        for start in range(0, token_ids_BT.shape[1], self.file.window):
+            span = slice(start, start + self.file.window)
+            positions = positions_BT[:, span]
+            yield *run(token_ids_BT[:, span], positions), positions != PADDING
+
+    def _run_cached(
+        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        batch, length = token_ids_BT.shape
+        routes = np.full((batch, length, *self._last_routes_BLK.shape[1:]), NO_EXPERT, np.int64)
+        routes[:, 0] = self._last_routes_BLK
+        self._last_routes_BLK = np.full_like(self._last_routes_BLK, NO_EXPERT)
+        feeds = {
+            "token_ids": token_ids_BT,
+            "routes": routes,
+            "positions": positions_BT,
+            "past": self._past,
+            "past_positions": self._past_positions,
+        }
+        this, following, horizon, present = self.file.session.run(
+            ["this", "next", "horizon", "present"], feeds
+        )
+        self._remember(present, positions_BT)
+        return this, following, horizon
+
+    def _remember(self, present: np.ndarray, positions_BT: np.ndarray) -> None:
+        length, window = positions_BT.shape[1], self.file.window
+        entries = (self._next_entry + np.arange(length)) % window
+        self._past[:, :, :, :, entries] = present
+        self._past_positions[:, entries] = positions_BT
+        self._next_entry = (self._next_entry + length) % window
+
+    def _run_window(
+        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A stateless predictor runs again over the prompt's end and the newest tokens.
+
+        Each gets half the window; the first pass after `reset` brings the prompt.
+        """
+        length, half = token_ids_BT.shape[1], max(self.file.window // 2, 1)
+        tokens = np.stack([token_ids_BT, positions_BT])
+        feed = np.concatenate([self._prompt, self._newest, tokens], -1)
+        num_prompt = self._prompt.shape[-1] or length
+        token_ids, positions = np.ascontiguousarray(feed)
+        feeds = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "prompt_lengths": np.full(len(token_ids), num_prompt, np.int64),
+        }
+        if self._prompt.shape[-1] == 0:
+            self._prompt = tokens[..., -half:]
+        else:
+            self._newest = np.concatenate([self._newest, tokens], -1)[..., -half:]
+        this, following, horizon = self.file.session.run(list(OUTPUTS), feeds)
+        return this[:, -length:], following[:, -length:], horizon[:, -length:]
+
+
+def _unused(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+    """Probability [L, E] that no valid token uses the expert: the product of sigmoid(-logit)."""
+    log_unused = -np.logaddexp(0.0, logits_BTLE)
+    log_unused[~valid_BT] = 0.0
+    unused: np.ndarray = np.exp(log_unused.sum((0, 1)))
+    return unused

@@ -1,0 +1,104 @@
+"""`runtime.load`: offload a model's experts under a cache policy, with or without prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from runtime.budget import parse_memory, slots_per_group
+from runtime.engine import Engine
+from runtime.forecaster import Forecaster
+from runtime.loader import Source, from_module, from_path
+from runtime.onnx_file import PredictorFile, open_predictor
+from runtime.policies import POLICIES, Belady, Policy, PredictedReuse
+from runtime.pool import build_pools
+from runtime.replay import trace_calls
+from runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load(
+    model: str | Path | nn.Module,
+    predictor: str | Path | None = None,
+    *,
+    memory: float | int | str = 0.25,
+    policy: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    replay: str | Path | Iterable[tuple[int, np.ndarray]] | None = None,
+) -> Any:
+    """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
+
+    model: a checkpoint directory, a hub id, or a model in memory (changed in place, until
+        `model.expertflow.detach()`).
+    predictor: an ONNX file of `predictor.export`.
+    memory: the fraction of all experts that stays resident, or the bytes ("2GiB") for the model's
+        other weights and the expert slots together. The key/value cache comes on top.
+    policy: "lru", "lfu", "predicted" or "belady"; by default "predicted" with a predictor, else
+        "lru".
+    device: where the model computes; by default a GPU for a path, if there is one, and a module's
+        own device.
+    dtype: of a model loaded from a path; "auto" is the checkpoint's.
+    tokenizer: checked against the predictor's; a directory's own is found by itself.
+    replay: for "belady", a trace directory of exactly the calls to come, or the calls themselves.
+
+    Raises ValueError, naming the thing and the mend, when something does not fit together; the
+    model is then as it was.
+    """
+    source = _open(model, tokenizer, dtype)
+    file = None if predictor is None else _matching(open_predictor(predictor), source, predictor)
+    chosen = _policy(policy, source, file, replay)
+    slots = slots_per_group(parse_memory(memory), source)
+    stats = Stats(layers=source.layers, num_slots=sum(slots), policy=chosen.name)
+    target = torch.device(device or _default_device(model))
+    pools = build_pools(source, slots, target, chosen, stats)
+    forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
+    Engine(source, chosen, pools, stats, forecaster, target)
+    return source.model
+
+
+def _open(model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype) -> Source:
+    if isinstance(model, nn.Module):
+        return from_module(model, tokenizer)
+    return from_path(model, tokenizer, dtype)
+
+
+def _matching(file: PredictorFile, source: Source, path: str | Path) -> PredictorFile:
+    source.topology.require_match(file.topology, ours="the model", theirs=f"the predictor {path}")
+    return file
+
+
+def _policy(name: str | None, source: Source, file: PredictorFile | None, replay: Any) -> Policy:
+    name = name or ("lru" if file is None else PredictedReuse.name)
+    if name not in POLICIES:
+        raise ValueError(f"policy={name!r} is not one of {', '.join(POLICIES)}")
+    sizes = len(source.layers), max(layer.num_experts for layer in source.layers)
+    if name == PredictedReuse.name:
+        if file is None:
+            raise ValueError("policy='predicted' needs a predictor: load(model, 'predictor.onnx')")
+        return PredictedReuse(*sizes, horizon=file.horizon)
+    if name == Belady.name:
+        if replay is None:
+            raise ValueError("policy='belady' needs replay=, a trace of the calls to come")
+        return Belady(*sizes, calls=_replayed(replay, source))
+    return POLICIES[name](*sizes)
+
+
+def _replayed(replay: Any, source: Source) -> Iterable[tuple[int, np.ndarray]]:
+    if not isinstance(replay, (str, Path)):
+        return replay
+    return trace_calls(replay, source.topology)
+
+
+def _default_device(model: str | Path | nn.Module) -> str:
+    if isinstance(model, nn.Module):
+        return str(next(model.parameters()).device)
+    return "cuda" if torch.cuda.is_available() else "cpu"

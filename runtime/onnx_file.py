@@ -1,0 +1,91 @@
+"""The predictor's ONNX file, as the runtime reads it: checked before anything of it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from routing.topology import Stack, Topology
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+METADATA_KEY = "expertflow"
+SCHEMA = 1
+INPUTS = {
+    True: ("token_ids", "routes", "positions", "past", "past_positions"),
+    False: ("token_ids", "positions", "prompt_lengths"),
+}
+OUTPUTS = ("this", "next", "horizon")
+
+
+class PredictorFile(NamedTuple):
+    """An opened predictor."""
+
+    session: onnxruntime.InferenceSession
+    topology: Topology
+    stack: Stack
+    window: int
+    """Tokens of history that a prediction depends on."""
+    horizon: int
+    """H, the tokens that the horizon head looks ahead."""
+    cached: bool
+    """True when single steps run on a key/value cache; else the last `window` tokens run again."""
+    cache_shape: tuple[int, int, int]
+    """(blocks, heads, head_dim) of the key/value cache."""
+
+
+def open_predictor(path: str | Path) -> PredictorFile:
+    """Open and check `path`. Raises ValueError for a file that is not a predictor of ours."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no predictor at {path}")
+    session = _session(path)
+    raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if raw is None:
+        raise ValueError(f"{path} is an ONNX file, but not one that predictor.export wrote")
+    try:
+        file = _describe(session, json.loads(raw))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} has damaged predictor metadata ({error!r})") from error
+    _check_names(path, file)
+    return file
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions share no public base class
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a readable ONNX file ({reason:.200})") from error
+
+
+def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> PredictorFile:
+    if meta["schema"] != SCHEMA:
+        raise ValueError(f"schema {meta['schema']}; this version reads schema {SCHEMA}")
+    topology = Topology.from_json(meta["topology"])
+    return PredictorFile(
+        session=session,
+        topology=topology,
+        stack=topology.stack(meta["stack"]),
+        window=int(meta["window"]),
+        horizon=int(meta["horizon"]),
+        cached=bool(meta["cache"]),
+        cache_shape=(int(meta["blocks"]), int(meta["heads"]), int(meta["head_dim"]))
+        if meta["cache"]
+        else (0, 0, 0),
+    )
+
+
+def _check_names(path: Path, file: PredictorFile) -> None:
+    have = {node.name for node in (*file.session.get_inputs(), *file.session.get_outputs())}
+    want = {*INPUTS[file.cached], *OUTPUTS, *(("present",) if file.cached else ())}
+    if not want <= have:
+        raise ValueError(f"{path} lacks the predictor inputs or outputs {sorted(want - have)}")
