@@ -1,0 +1,1 @@
+"""The embedded model, its predictor and sample text, and the demo on them."""
