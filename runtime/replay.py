@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,12 +68,10 @@ def sample_documents(
     reader: TraceReader, *, max_tokens: int, document_tokens: int
 ) -> Iterator[Document]:
     """Documents of every label in turn, cut to `document_tokens`, `max_tokens` in all."""
-    of_label = [list(np.flatnonzero(reader.doc_labels == i)) for i in range(len(reader.labels))]
-    order = [
-        int(docs[turn]) for turn in range(len(reader)) for docs in of_label if turn < len(docs)
-    ]
-    for index in order:
-        document = reader.document(index)
+    of_label = [np.flatnonzero(reader.doc_labels == label) for label in range(len(reader.labels))]
+    turns = zip_longest(*of_label)
+    for index in (index for turn in turns for index in turn if index is not None):
+        document = reader.document(int(index))
         length = min(len(document.token_ids_T), document_tokens, max_tokens)
         if length == 0:
             return

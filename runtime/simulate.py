@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class SimulateSettings:
     """Trace directory, of a decoder-only model."""
     predictor: Path | None = None
     """ONNX predictor; adds the predicted-reuse policy."""
-    residency: list[float] = (0.0625, 0.125, 0.25, 0.5, 0.75)  # type: ignore[assignment]
+    residency: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5, 0.75])
     """Cache sizes, as fractions of all experts."""
     max_tokens: int = 10_000
     """Tokens to replay in all, taken from every label in turn."""
