@@ -167,11 +167,15 @@ def test_the_checkout_needs_no_installation(bare):
     assert "--dataset" in run(bare, "-m", "trace.collect", "--help", cwd=ROOT).stdout
 
 
-def test_stages_run_and_import_by_their_names(environment, tmp_path):
+def test_stages_run_by_their_names(environment, tmp_path):
     python = environment.python
-    run(python, "-c", "import runtime, predictor, routing, trace, exports", cwd=tmp_path)
     assert "--dataset" in run(python, "-m", "trace.collect", "--help", cwd=tmp_path).stdout
     assert "fit" in run(python, "-m", "predictor.train", "--help", cwd=tmp_path).stdout
+
+
+def test_packages_import_without_an_onnxruntime(environment, tmp_path):
+    script = "import sys; sys.modules['onnxruntime'] = None; import " + ", ".join(PACKAGES)
+    run(environment.python, "-c", script, cwd=tmp_path)
 
 
 def test_the_standard_trace_module_keeps_its_api(environment, tmp_path):
