@@ -137,9 +137,9 @@ def tokenize(
     for text in texts:
         if chat_template:
             rendered = _render(text.content, tokenizer, answer)
-            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
         elif isinstance(text.content, str):
-            ids = tokenizer(text.content)["input_ids"]
+            ids = tokenizer(text.content, verbose=False)["input_ids"]
         else:
             raise ValueError(
                 f"the column of {text.label} holds {type(text.content).__name__}, not text; "
