@@ -54,8 +54,12 @@ def open_predictor(path: str | Path) -> PredictorFile:
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise ValueError(
+            "predictors need onnxruntime: install moe-expertflow[cpu] or moe-expertflow[gpu]"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
