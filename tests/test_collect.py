@@ -225,6 +225,7 @@ def test_an_interrupted_trace_resumes_without_losing_a_document(
     done = len(TraceReader(out, verify=True))
     assert 0 < done < len(texts)
     resumed = trace(model, data, out, **options)
+    assert [decode(d.token_ids_T[d.phase_T == PROMPT]) for d in resumed] == texts
     assert f"after {done} documents" in capsys.readouterr().out
     assert_same_documents(resumed, trace(model, data, tmp_path / "whole", **options))
 
