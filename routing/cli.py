@@ -47,14 +47,18 @@ def friendly_errors(prog: str) -> Iterator[None]:
 
 
 def parse(settings: type[Settings], argv: Sequence[str], *, prog: str) -> Settings:
-    """Parse `argv` into an instance of the dataclass `settings`."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    """Parse `argv` into an instance of the dataclass `settings`. Raises ValueError."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=(settings.__doc__ or "").strip())
+    description = (settings.__doc__ or "").strip()
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     parser.add_class_arguments(settings, as_positional=False)
-    parsed = parser.parse_args(_join_lists(settings, list(argv)))
+    try:
+        parsed = parser.parse_args(_join_lists(settings, list(argv)))
+    except ArgumentError as error:
+        raise ValueError(f"{error} (--help shows the options)") from error
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(settings) if f.init}  # type: ignore[arg-type]
     return settings(**values)
 
@@ -66,11 +70,12 @@ def _join_lists(settings: type[Any], argv: list[str]) -> list[str]:
     joined: list[str] = []
     while argv:
         word = argv.pop(0)
-        if word in options:
-            values = []
+        option, _, value = word.partition("=")
+        if option in options and not value.startswith("["):
+            values = [value] if value else []
             while argv and not argv[0].startswith("--"):
                 values.append(argv.pop(0))
-            word = f"{word}={json.dumps(values)}"
+            word = f"{option}={json.dumps(values)}"
         joined.append(word)
     return joined
 

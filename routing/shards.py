@@ -32,6 +32,9 @@ from routing.topology import NO_EXPERT, Stack, Topology
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = {
+    "topology", "provenance", "with_weights", "num_documents", "complete", "labels", "shards"
+}  # fmt: skip
 PROMPT, GENERATED = 0, 1
 SHARD_TOKENS = 1 << 20
 
@@ -244,13 +247,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{directory} is not a trace: it has no {MANIFEST}")
     try:
-        manifest = json.loads(path.read_text())
+        manifest = dict(json.loads(path.read_text()))
         schema = manifest["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the manifest of a trace: {error!r}") from error
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
-    return dict(manifest)
+    if lacking := MANIFEST_KEYS - manifest.keys():
+        raise ValueError(f"{path} is not the manifest of a trace: it lacks {sorted(lacking)}")
+    return manifest
 
 
 class TraceReader:
@@ -271,7 +276,8 @@ class TraceReader:
         self.provenance: dict[str, Any] = manifest["provenance"]
         self.complete: bool = manifest["complete"]
         self._shards = [
-            _Shard(self.directory, entry, verify=verify) for entry in manifest["shards"][stack]
+            _Shard(self.directory, entry, self.topology, verify=verify)
+            for entry in manifest["shards"][stack]
         ]
         self._first_doc = np.cumsum([0] + [len(shard) for shard in self._shards])
         self.doc_lengths = _concatenate([shard.lengths for shard in self._shards], np.int64)
@@ -298,14 +304,18 @@ class TraceReader:
 
 
 class _Shard:
-    def __init__(self, directory: Path, entry: Mapping[str, Any], *, verify: bool) -> None:
+    def __init__(
+        self, directory: Path, entry: Mapping[str, Any], topology: Topology, *, verify: bool
+    ) -> None:
         self.path = directory / entry["file"]
         self._check(entry, verify)
         try:
             with safe_open(self.path, framework="pt") as file:
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+                recorded = Topology.from_json(json.loads(file.metadata()["topology"]))
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); trace it again") from error
+        topology.require_match(recorded, ours=f"the trace {directory}", theirs=str(self.path))
         self.offsets: np.ndarray = self["doc_offsets"]
         self.lengths = np.diff(self.offsets)
 

@@ -13,6 +13,8 @@ import torch
 
 from tests.tiny import save_tiny
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
