@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny
+from tests.tracing import TEXTS, write_texts
 
 torch.set_num_threads(1)
 
@@ -32,3 +33,9 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return made[kind]
 
     return directory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A text file of twelve short documents."""
+    return write_texts(tmp_path / "letters.txt", TEXTS)

@@ -64,7 +64,9 @@ def test_a_folder_is_its_files_in_alphabetical_order(tmp_path: Path) -> None:
 
 def test_a_missing_column_is_named_with_the_columns_there_are(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"body": "a", "lang": "en"}])
-    with pytest.raises(ValueError, match="no column 'text'; its columns are body, lang"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl: no column 'text'; its columns are body, lang"
+    ):
         texts(path)
     with pytest.raises(ValueError, match="no column 'domain'; its columns are body, lang"):
         texts(path, column="body", label_column="domain")
@@ -72,12 +74,25 @@ def test_a_missing_column_is_named_with_the_columns_there_are(tmp_path: Path) ->
 
 def test_a_wrong_path_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"there is no file .*absent.jsonl"):
+    with pytest.raises(ValueError, match=r"absent.jsonl: there is no such file"):
         texts(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match=r"a.csv is not one of the known kinds"):
+    with pytest.raises(ValueError, match=r"a.csv: it is not one of the known kinds"):
         texts(tmp_path / "a.csv")
     with pytest.raises(ValueError, match=r"has no .txt, .jsonl, .parquet files"):
         texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl", "bad.parquet"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=name):
+        texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
+def test_an_empty_file_has_no_documents(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert texts(tmp_path / name) == []
 
 
 def test_a_hub_name_may_carry_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
@@ -63,7 +64,7 @@ def collect(settings: CollectSettings) -> None:
 
 
 def load_model(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in eval mode on its device, and its tokenizer."""
+    """The model, in eval mode on its device, and its tokenizer. Raises ValueError or OSError."""
     import torch
     from transformers import (
         AutoConfig,
@@ -74,6 +75,8 @@ def load_model(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTo
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
+    if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
+        raise ValueError(f"--model {settings.model}: there is no such directory")
     config = AutoConfig.from_pretrained(settings.model)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_pretrained(settings.model, dtype=settings.dtype)

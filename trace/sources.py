@@ -38,11 +38,14 @@ class Prompt(NamedTuple):
 def read_texts(settings: CollectSettings) -> Iterator[Text]:
     """All documents of all data sets, in order; blank ones are left out.
 
-    Raises ValueError or OSError for a data set that is not there or lacks the column.
+    Raises ValueError or OSError for a data set that is not there, is damaged or lacks the column.
     """
     for name in settings.dataset:
         for source in _expand(name):
-            yield from (text for text in _read(source, settings) if _not_blank(text.content))
+            try:
+                yield from (text for text in _read(source, settings) if _not_blank(text.content))
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from error
 
 
 def _expand(name: str) -> list[str]:
@@ -52,7 +55,7 @@ def _expand(name: str) -> list[str]:
         return [name]
     files = sorted(str(file) for file in path.iterdir() if file.suffix in SUFFIXES)
     if not files:
-        raise ValueError(f"folder {name} has no {', '.join(SUFFIXES)} files")
+        raise ValueError(f"the folder {name} has no {', '.join(SUFFIXES)} files")
     return files
 
 
@@ -60,16 +63,16 @@ def _read(source: str, settings: CollectSettings) -> Iterator[Text]:
     path = Path(source)
     if not path.exists() and path.suffix not in SUFFIXES:
         name, _, config = source.partition(":")
-        return _rows(_load(settings, name, config or None), source, source, settings)
+        return _rows(_load(settings, name, config or None), source, settings)
     if not path.exists():
-        raise ValueError(f"there is no file {source}")
+        raise ValueError("there is no such file")
     if path.suffix == ".txt":
         if settings.chat_template:
-            raise ValueError(f"{source} is plain text: --chat_template needs a column of messages")
+            raise ValueError("it is plain text, but --chat_template needs a column of messages")
         return (Text(text, path.stem) for text in split_text(path))
     if path.suffix not in BUILDERS:
-        raise ValueError(f"{source} is not one of the known kinds: {', '.join(SUFFIXES)}")
-    return _rows(_load_file(path), source, path.stem, settings)
+        raise ValueError(f"it is not one of the known kinds: {', '.join(SUFFIXES)}")
+    return _rows(_load_file(path), path.stem, settings)
 
 
 def split_text(path: Path) -> Iterator[str]:
@@ -97,21 +100,19 @@ def _load(settings: CollectSettings, name: str, config: str | None) -> Iterable[
 def _load_file(path: Path) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
+    if not path.stat().st_size:  # datasets fails on it
+        return []
     rows: Iterable[dict[str, Any]] = load_dataset(
         BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True
     )
     return rows
 
 
-def _rows(
-    rows: Iterable[dict[str, Any]], source: str, label: str, settings: CollectSettings
-) -> Iterator[Text]:
+def _rows(rows: Iterable[dict[str, Any]], label: str, settings: CollectSettings) -> Iterator[Text]:
     for row in rows:
         for column in (settings.text_column, settings.label_column):
             if column is not None and column not in row:
-                raise ValueError(
-                    f"{source} has no column {column!r}; its columns are {', '.join(row)}"
-                )
+                raise ValueError(f"no column {column!r}; its columns are {', '.join(row)}")
         label_column = settings.label_column
         yield Text(row[settings.text_column], str(row[label_column]) if label_column else label)
 
