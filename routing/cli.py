@@ -22,15 +22,21 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     prog: str,
+    positional: Sequence[str] = (),
 ) -> None:
     """Parse `argv` (default: sys.argv) into `settings` and call `main` with it.
 
     Fields become `--options`, attribute docstrings their help; lists take several values
     (`--dataset a b c`). A ValueError or an OSError is the user's: it becomes one line on stderr
-    and exit code 2. Ctrl-C exits with 130.
+    and exit code 2. Ctrl-C exits with 130. Leading words without an option go to the fields named
+    by `positional`.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    for index, name in enumerate(positional):
+        if index < len(words) and not words[index].startswith("-"):
+            words[index] = f"--{name}={words[index]}"
     with friendly_errors(prog):
-        main(parse(settings, sys.argv[1:] if argv is None else argv, prog=prog))
+        main(parse(settings, words, prog=prog))
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class TraceWriter:
             "shards": {stack.name: [] for stack in self.topology.stacks},
         }
         if not (self.directory / MANIFEST).exists():
-            if self.directory.is_dir() and any(self.directory.iterdir()):
+            if self.directory.is_dir() and any(self.directory.glob("[!.]*")):
                 raise ValueError(
                     f"{self.directory} is not empty and holds no trace; name a new one"
                 )
@@ -153,17 +153,23 @@ class TraceWriter:
         """Make everything added so far durable."""
         if not self._pending:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._begin()
         for name, shards in self._manifest["shards"].items():
             shards.append(self._write_shard(name, len(shards)))
         self._manifest["num_documents"] += len(self._pending)
         self._pending, self._pending_tokens = [], 0
         self._save_manifest()
 
+    def _begin(self) -> None:
+        """The manifest comes before the first shard, so that any remains can be resumed."""
+        if not (self.directory / MANIFEST).exists():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._save_manifest()
+
     def close(self) -> None:
         """Flush, and mark the trace complete."""
         self.flush()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._begin()
         self._manifest["complete"] = True
         self._save_manifest()
 

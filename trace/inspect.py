@@ -5,7 +5,6 @@ python -m trace.inspect DIR
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,12 +115,10 @@ def _table(first: str, *numbers: str) -> Table:
     return table
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line: the directory comes first and needs no `--directory`."""
-    bare = bool(argv) and not argv[0].startswith("-")
-    words = ["--directory", *argv] if bare else argv
-    run(inspect, InspectSettings, words, prog="python -m trace.inspect")
+    run(inspect, InspectSettings, argv, prog="python -m trace.inspect", positional=["directory"])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
