@@ -1,0 +1,168 @@
+"""The same work under every cache policy, live, against the model as it is without offloading.
+
+A *workload* runs a model over some text and returns what it chose, token by token: generating after
+prompts, or decoding a text one token at a time as if it were being generated (teacher forcing).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import runtime
+from routing.layers import MoELayer, find_moe_layers, read_routes
+from routing.topology import NO_EXPERT
+
+Workload = Callable[[Any], list[list[int]]]
+Calls = list[tuple[int, np.ndarray]]
+
+POLICIES = ("lru", "lfu", "predicted", "belady")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One policy at one residency, everything counted (the predictor's time too)."""
+
+    policy: str
+    residency: float
+    slots: int
+    identical: bool
+    """The tokens are those of the model without offloading."""
+    hit_rate: float
+    loads: int
+    bytes_loaded: int
+    tokens: int
+    seconds: float
+    recall: float
+    """Recall@K of the predictor for decoded tokens; NaN without a predictor."""
+    prediction_ms: float
+    """Median time of one prediction; NaN without a predictor."""
+
+
+def generate(prompts: Sequence[Tensor], new_tokens: int) -> Workload:
+    """Greedy generation after each prompt (int64 [1, T]), one after the other."""
+
+    def run(model: Any) -> list[list[int]]:
+        return [
+            model.generate(prompt, max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+            for prompt in prompts
+        ]
+
+    return run
+
+
+def teacher_forced(texts: Sequence[Tensor]) -> Workload:
+    """Decode each text (int64 [1, T]) token by token; what would be chosen next is the result."""
+
+    @torch.no_grad()
+    def run(model: Any) -> list[list[int]]:
+        chosen: list[list[int]] = []
+        for text in texts:
+            cache, row = None, []
+            for position in range(text.shape[1]):
+                output = model(
+                    text[:, position : position + 1], past_key_values=cache, use_cache=True
+                )
+                cache = output.past_key_values
+                row.append(int(output.logits[0, -1].argmax()))
+            chosen.append(row)
+        return chosen
+
+    return run
+
+
+def compare(
+    model: nn.Module,
+    workload: Workload,
+    *,
+    predictor: str | Path,
+    residency: Sequence[float],
+    policies: Sequence[str] = POLICIES,
+    on_run: Callable[[Run], None] = lambda run: None,
+) -> tuple[list[Run], float]:
+    """Run `workload` without offloading, then under every policy at every residency.
+
+    Returns the runs, and the seconds that the model takes without offloading.
+    """
+    calls: Calls = []
+    workload_start = time.perf_counter()
+    with record_calls(model, calls):
+        expected = workload(model)
+    stock_seconds = time.perf_counter() - workload_start
+    runs = []
+    for share in residency:
+        for policy in policies:
+            run = _run(model, workload, expected, predictor, policy, share, calls)
+            runs.append(run)
+            on_run(run)
+    return runs, stock_seconds
+
+
+@contextmanager
+def record_calls(model: nn.Module, calls: Calls) -> Iterator[None]:
+    """Append every experts call made meanwhile to `calls`, as Belady's policy wants them."""
+    layers = find_moe_layers(model)
+    hooks = [
+        layer.module.register_forward_pre_hook(
+            partial(_record, calls, index, layer), with_kwargs=True
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _record(
+    calls: Calls, index: int, layer: MoELayer, _: nn.Module, args: Any, kwargs: Any
+) -> None:
+    experts = np.unique(read_routes(layer, args, kwargs).experts_TK.numpy())
+    calls.append((index, experts[experts != NO_EXPERT]))
+
+
+def _run(
+    model: nn.Module,
+    workload: Workload,
+    expected: list[list[int]],
+    predictor: str | Path,
+    policy: str,
+    share: float,
+    calls: Calls,
+) -> Run:
+    offloaded = runtime.load(
+        model,
+        predictor if policy == "predicted" else None,
+        memory=share,
+        policy=policy,
+        replay=calls if policy == "belady" else None,
+    )
+    with offloaded.expertflow as engine:
+        start = time.perf_counter()
+        tokens = workload(offloaded)
+        seconds = time.perf_counter() - start
+        engine.check_integrity()
+        stats = engine.stats()
+    return Run(
+        policy=policy,
+        residency=share,
+        slots=stats.num_slots,
+        identical=tokens == expected,
+        hit_rate=stats.hit_rate,
+        loads=stats.misses,
+        bytes_loaded=stats.bytes_loaded,
+        tokens=stats.tokens,
+        seconds=seconds,
+        recall=stats.recall,
+        prediction_ms=stats.prediction_ms_median,
+    )
