@@ -45,9 +45,9 @@ class ExpertCache:
         self.num_experts = num_experts
         self.num_slots = num_slots
         self.policy = policy
-        self.slot_of_key = np.full(num_layers * num_experts, FREE, np.int64)
-        self.key_of_slot = np.full(num_slots, FREE, np.int64)
-        self._free = list(range(num_slots - 1, -1, -1))
+        self.slot_of_key = np.empty(num_layers * num_experts, np.int64)
+        self.key_of_slot = np.empty(num_slots, np.int64)
+        self.clear()
 
     @property
     def num_resident(self) -> int:
@@ -93,14 +93,11 @@ class ExpertCache:
         self.slot_of_key[self.key_of_slot[victims]] = FREE
         return victims
 
-    def drop(self, layer: int, experts: np.ndarray) -> None:
-        """Take residents out again: their bytes did not arrive."""
-        keys = layer * self.num_experts + experts
-        slots = self.slot_of_key[keys]
-        assert (slots != FREE).all()
-        self.slot_of_key[keys] = FREE
-        self.key_of_slot[slots] = FREE
-        self._free.extend(slots.tolist())
+    def clear(self) -> None:
+        """Start empty again, whatever state the books are in: some bytes did not arrive."""
+        self.slot_of_key.fill(FREE)
+        self.key_of_slot.fill(FREE)
+        self._free = list(range(self.num_slots - 1, -1, -1))
 
     def check_integrity(self) -> None:
         """Assert conservation: each slot one owner, resident + free = capacity, no key twice."""

@@ -69,10 +69,12 @@ class Forecaster:
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         run = self._run_cached if self.file.cached else self._run_window
-        for start in range(0, token_ids_BT.shape[1], self.file.window):
-            span = slice(start, start + self.file.window)
+        start = 0
+        while start < token_ids_BT.shape[1]:
+            span = slice(start, start + self.file.window - self._prompt.shape[-1])
             positions = positions_BT[:, span]
             yield *run(token_ids_BT[:, span], positions), positions != PADDING
+            start = span.stop
 
     def _run_cached(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
@@ -106,24 +108,29 @@ class Forecaster:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A stateless predictor runs again over the prompt's end and the newest tokens.
 
-        Each gets half the window; the first pass after `reset` brings the prompt.
+        The first pass after `reset` brings the prompt, whose end keeps half the window.
         """
-        length, half = token_ids_BT.shape[1], max(self.file.window // 2, 1)
+        length = token_ids_BT.shape[1]
         tokens = np.stack([token_ids_BT, positions_BT])
-        feed = np.concatenate([self._prompt, self._newest, tokens], -1)
         num_prompt = self._prompt.shape[-1] or length
-        token_ids, positions = np.ascontiguousarray(feed)
+        newest = _last(self._newest, self.file.window - num_prompt - length)
+        token_ids, positions = np.concatenate([self._prompt, newest, tokens], -1)
         feeds = {
-            "token_ids": token_ids,
-            "positions": positions,
+            "token_ids": np.ascontiguousarray(token_ids),
+            "positions": np.ascontiguousarray(positions),
             "prompt_lengths": np.full(len(token_ids), num_prompt, np.int64),
         }
         if self._prompt.shape[-1] == 0:
-            self._prompt = tokens[..., -half:]
+            self._prompt = _last(tokens, self.file.window // 2)
         else:
-            self._newest = np.concatenate([self._newest, tokens], -1)[..., -half:]
+            self._newest = np.concatenate([newest, tokens], -1)
         this, following, horizon = self.file.session.run(list(OUTPUTS), feeds)
         return this[:, -length:], following[:, -length:], horizon[:, -length:]
+
+
+def _last(array: np.ndarray, count: int) -> np.ndarray:
+    """The last `count` entries along the last dimension, or as many as there are."""
+    return array[..., max(array.shape[-1] - max(count, 0), 0) :]
 
 
 def _unused(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:

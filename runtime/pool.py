@@ -36,27 +36,28 @@ class Pool:
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield each of the distinct `experts` (ascending) of `layer` with its parameters.
 
-        An expert's parameters are good until the next one is asked for.
+        An expert's parameters are good until the next one is asked for. After an error or an
+        interrupt the cache starts empty: an expert that did not arrive is never taken for resident.
         """
-        for lookup in self.cache.waves(layer, np.array(experts, np.int64)):
-            self._load(layer, lookup)
-            self._stats.count(layer, lookup, self.arena.slot_bytes)
-            for expert, slot in zip(lookup.experts.tolist(), lookup.slots.tolist(), strict=True):
-                yield expert, self.arena.slot(slot)
+        try:
+            for lookup in self.cache.waves(layer, np.array(experts, np.int64)):
+                self._load(layer, lookup)
+                self._stats.count(layer, lookup, self.arena.slot_bytes)
+                for expert, slot in zip(
+                    lookup.experts.tolist(), lookup.slots.tolist(), strict=True
+                ):
+                    yield expert, self.arena.slot(slot)
+        except GeneratorExit:  # the caller stopped: whatever is resident has arrived
+            raise
+        except BaseException:
+            self.cache.clear()
+            raise
 
     def _load(self, layer: int, lookup: Lookup) -> None:
-        """Copy the missed experts in. Those that do not arrive are not left marked as resident."""
-        missed = np.flatnonzero(lookup.missed)
-        done = 0
-        try:
-            with self._stats.timer("load"):
-                for i in missed:
-                    into = self.arena.slot(int(lookup.slots[i]))
-                    self._store.read(layer, int(lookup.experts[i]), into)
-                    done += 1
-        except BaseException:
-            self.cache.drop(layer, lookup.experts[missed[done:]])
-            raise
+        with self._stats.timer("load"):
+            for i in np.flatnonzero(lookup.missed):
+                into = self.arena.slot(int(lookup.slots[i]))
+                self._store.read(layer, int(lookup.experts[i]), into)
 
 
 def build_pools(
