@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
+from typing import Any
 
 from runtime.arena import expert_bytes
 from runtime.loader import Source
@@ -18,26 +20,27 @@ def parse_memory(memory: float | int | str) -> float | int:
 
     Raises ValueError for anything else.
     """
-    if isinstance(memory, str):
-        memory = _parse_text(memory)
-    if isinstance(memory, float) and 0 < memory <= 1:
-        return memory
-    if memory >= 1 and int(memory) == memory and not isinstance(memory, bool):
-        return int(memory)
+    value: Any = _parse_text(memory) if isinstance(memory, str) else memory
+    if isinstance(value, Real) and not isinstance(value, bool):
+        if isinstance(value, float) and 0 < value <= 1:
+            return value
+        if 1 <= value < math.inf and int(value) == value:
+            return int(value)
     raise ValueError(
-        f"memory={memory!r} is neither a fraction of the experts in (0, 1] nor a size like '2GiB'"
+        f"memory={memory!r} is neither a fraction of the experts like 0.25 nor a size like '2GiB'"
     )
 
 
-def _parse_text(text: str) -> float | int:
-    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([KMGT]I?)?B?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(
-            f"memory={text!r} is neither a fraction of the experts like 0.25 nor a size like '2GiB'"
-        )
-    number, unit = float(match[1]), (match[2] or "").upper()
-    has_unit = bool(unit) or text.strip().upper().endswith("B")
-    return int(number * UNITS[unit]) if has_unit or number > 1 else number
+def _parse_text(text: str) -> float | int | None:
+    match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([KMGT]I?)?(B?)\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:  # two points
+        return None
+    if match is None or not math.isfinite(number):
+        return None
+    has_unit = bool(match[2] or match[3])
+    return int(number * UNITS[(match[2] or "").upper()]) if has_unit or number > 1 else number
 
 
 def slots_per_group(memory: float | int, source: Source) -> list[int]:
@@ -55,13 +58,19 @@ def slots_per_group(memory: float | int, source: Source) -> list[int]:
     slots = [min(int(count * fraction + 1e-9), count) for count in counts]
     if any(got < need for got, need in zip(slots, least, strict=True)):
         need = max(k / count for k, count in zip(least, counts, strict=True))
-        size = format_bytes(fixed + need * total + sum(sizes))
+        size = _round_up(fixed + need * total + sum(sizes))
         raise ValueError(
             f"memory={_say(memory)} leaves {max(min(slots), 0)} expert slots, but a token needs "
             f"{max(least)} in one layer; give at least {math.ceil(need * 1e4) / 1e4} (a fraction "
             f"of the experts) or {size}"
         )
     return slots
+
+
+def _round_up(num_bytes: float) -> str:
+    """A size that `parse_memory` reads as at least `num_bytes`."""
+    unit = next((name for name in ("Gi", "Mi") if num_bytes >= 10 * UNITS[name.upper()]), "Ki")
+    return f"{math.ceil(num_bytes / UNITS[unit.upper()] * 10) / 10}{unit}B"
 
 
 def _say(memory: float | int) -> str:

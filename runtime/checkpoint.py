@@ -12,6 +12,7 @@ over one expert's tensors.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ class Sources(NamedTuple):
     """The library's conversion operations; empty where the tensor is the parameter."""
     converter: Any
 
+    @property
+    def merged(self) -> bool:
+        """True where each expert has tensors of its own, to be merged."""
+        return any(type(operation).__name__ == "MergeModulelist" for operation in self.operations)
+
 
 class CheckpointFiles:
     """The tensors of a checkpoint directory, memory-mapped.
@@ -49,11 +55,17 @@ class CheckpointFiles:
         self.file_of_key = self._index()
 
     def _index(self) -> dict[str, str]:
-        if (self.directory / INDEX).is_file():
-            index = json.loads((self.directory / INDEX).read_text())["weight_map"]
-            for file in dict.fromkeys(index.values()):
-                self._open(file)
-            return dict(index)
+        path = self.directory / INDEX
+        if path.is_file():
+            try:
+                index = dict(json.loads(path.read_text())["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is not an index of weights ({error!r})") from error
+            keys = {file: set(self._open(file).keys()) for file in dict.fromkeys(index.values())}
+            for key, file in index.items():
+                if key not in keys[file]:
+                    raise ValueError(f"{path} names {key} in {file}, but it is not there")
+            return index
         if not (self.directory / SINGLE).is_file():
             raise ValueError(
                 f"{self.directory} has no {SINGLE} or {INDEX}: only safetensors are read"
@@ -112,7 +124,11 @@ class CheckpointStore(ExpertStore):
             for parameters in stock
         ]
         self._sources = self._find_sources(model)
-        self._check()
+        for layer, sources, specs in zip(layers, self._sources, self._specs, strict=True):
+            for name, source in sources.items():
+                self._check_counts(f"{layer.name}.{name}", source, layer.num_experts)
+                if _is_plain(source):
+                    self._check_shapes(source, specs[name], layer.num_experts)
 
     def specs(self, layer: int) -> Specs:
         return self._specs[layer]
@@ -132,7 +148,7 @@ class CheckpointStore(ExpertStore):
             self.read(layer, expert, {name: tensor[expert] for name, tensor in whole.items()})
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         for name, tensor in whole.items():
-            setattr(module, name, nn.Parameter(tensor.to(device), requires_grad=False))
+            setattr(module, name, nn.Parameter(tensor.to(device)))
 
     def _find_sources(self, model: nn.Module) -> list[dict[str, Sources]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -173,25 +189,24 @@ class CheckpointStore(ExpertStore):
         if _is_plain(sources):
             start = 0
             for keys in sources.patterns.values():
-                tensor = self._expert_tensor(keys, expert)
+                tensor = self._expert_rows(sources, keys, expert)[0]
                 stop = start + len(tensor)
                 target[start:stop].copy_(tensor)
                 start = stop
         else:
             target.copy_(self._convert(sources, expert))
 
-    def _expert_tensor(self, keys: list[str], expert: int) -> Tensor:
-        if len(keys) == 1:
-            return self._files.rows(keys[0], expert, expert + 1)[0]
-        return self._files.get(keys[expert])
+    def _expert_rows(self, sources: Sources, keys: list[str], expert: int) -> Tensor:
+        """One expert's part [1, ...] of the tensors `keys`."""
+        if sources.merged:
+            return self._files.get(keys[expert])[None]
+        return self._files.rows(keys[0], expert, expert + 1)
 
     def _convert(self, sources: Sources, expert: int) -> Tensor:
         """One expert's tensors through the library's operations, as a list of length one."""
+        rows = {p: self._expert_rows(sources, keys, expert) for p, keys in sources.patterns.items()}
         tensors: dict[str, Any] = {
-            pattern: [self._files.rows(keys[0], expert, expert + 1)]
-            if len(keys) == 1
-            else [self._files.get(keys[expert])]
-            for pattern, keys in sources.patterns.items()
+            pattern: [tensor[0] if sources.merged else tensor] for pattern, tensor in rows.items()
         }
         for operation in sources.operations:
             tensors = operation.convert(
@@ -202,32 +217,37 @@ class CheckpointStore(ExpertStore):
         result: Tensor = next(iter(tensors.values()))[0]
         return result
 
-    def _check(self) -> None:
-        """Every tensor is there and has its shape: fail at load, not at the first token."""
-        for layer, sources in zip(self._layers, self._sources, strict=True):
-            for name, source in sources.items():
-                self._check_counts(f"{layer.name}.{name}", source, layer.num_experts)
-                if _is_plain(source):
-                    self._check_shapes(source, self._specs[self._layers.index(layer)][name])
-
     def _check_counts(self, name: str, source: Sources, num_experts: int) -> None:
-        for pattern, keys in source.patterns.items():
-            if len(keys) not in (1, num_experts):
+        """Every tensor is there: fail at load, not at the first token."""
+        needed = num_experts if source.merged else 1
+        for pattern in source.converter.source_patterns if source.converter else source.patterns:
+            keys = source.patterns.get(pattern, [])
+            if len(keys) != needed:
+                absent = _first_absent(keys, num_experts) if source.merged else None
                 raise ValueError(
-                    f"{self._files.directory}: {name} needs {num_experts} tensors {pattern}, but "
-                    f"there are {len(keys)}; the last is {keys[-1]}"
+                    f"{self._files.directory}: the experts {name} need {needed} tensors {pattern}, "
+                    f"but there are {len(keys)}" + (f"; {absent} is missing" if absent else "")
                 )
 
-    def _check_shapes(self, source: Sources, spec: Spec) -> None:
-        width = spec.shape[0] // len(source.patterns)
+    def _check_shapes(self, source: Sources, spec: Spec, num_experts: int) -> None:
+        experts = () if source.merged else (num_experts,)
+        expected = (*experts, spec.shape[0] // len(source.patterns), *spec.shape[1:])
         for keys in source.patterns.values():
             for key in keys:
-                shape = self._files.shape(key)
-                expected = (width, *spec.shape[1:])
-                if shape[-len(expected) :] != expected:
+                if self._files.shape(key) != expected:
                     raise ValueError(
-                        f"{self._files.directory}: {key} has shape {shape}, expected {expected}"
+                        f"{self._files.directory}: {key} has shape {self._files.shape(key)}, but "
+                        f"the model needs {expected}"
                     )
+
+
+def _first_absent(keys: list[str], num_experts: int) -> str | None:
+    """The first tensor that should be among `keys`, by the expert's number in their names."""
+    for expert in range(num_experts):
+        name = re.sub(r"\.\d+\.(?!.*\.\d+\.)", f".{expert}.", keys[0]) if keys else None
+        if name not in keys:
+            return name
+    return None
 
 
 def _is_plain(sources: Sources) -> bool:

@@ -56,7 +56,11 @@ class Engine:
         self._inputs: StepInputs | None = None
         self._step_start = 0.0
         self._undo: list[Callable[[], Any]] = []
-        self._attach(device)
+        try:
+            self._attach(device)
+        except BaseException:
+            self.detach()
+            raise
 
     # ------------------------------------------------------------------ what users call
 
@@ -93,8 +97,10 @@ class Engine:
     # ------------------------------------------------------------------ attach
 
     def _attach(self, device: torch.device) -> None:
-        before = next(self.model.parameters()).device, self.model.training
-        self._undo.append(lambda: self.model.to(before[0]).train(before[1]))
+        before = next(self.model.parameters()).device
+        self._undo.append(lambda: self.model.to(before))
+        for module in self.model.modules():
+            self._undo.append(partial(setattr, module, "training", module.training))
         for index, layer in enumerate(self._layers):
             self._store.take(index)
             self._undo.append(partial(self._store.restore, index))

@@ -53,12 +53,16 @@ def load(
     Raises ValueError, naming the thing and the mend, when something does not fit together; the
     model is then as it was.
     """
+    budget, target = parse_memory(memory), _device(device, model)
+    file = None if predictor is None else open_predictor(predictor)
     source = _open(model, tokenizer, dtype)
-    file = None if predictor is None else _matching(open_predictor(predictor), source, predictor)
+    if file is not None:
+        source.topology.require_match(
+            file.topology, ours="the model", theirs=f"the predictor {predictor}"
+        )
     chosen = _policy(policy, source, file, replay)
-    slots = slots_per_group(parse_memory(memory), source)
+    slots = slots_per_group(budget, source)
     stats = Stats(layers=source.layers, num_slots=sum(slots), policy=chosen.name)
-    target = torch.device(device or _default_device(model))
     pools = build_pools(source, slots, target, chosen, stats)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
     Engine(source, chosen, pools, stats, forecaster, target)
@@ -69,11 +73,6 @@ def _open(model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtyp
     if isinstance(model, nn.Module):
         return from_module(model, tokenizer)
     return from_path(model, tokenizer, dtype)
-
-
-def _matching(file: PredictorFile, source: Source, path: str | Path) -> PredictorFile:
-    source.topology.require_match(file.topology, ours="the model", theirs=f"the predictor {path}")
-    return file
 
 
 def _policy(name: str | None, source: Source, file: PredictorFile | None, replay: Any) -> Policy:
@@ -98,7 +97,14 @@ def _replayed(replay: Any, source: Source) -> Iterable[tuple[int, np.ndarray]]:
     return trace_calls(replay, source.topology)
 
 
-def _default_device(model: str | Path | nn.Module) -> str:
-    if isinstance(model, nn.Module):
-        return str(next(model.parameters()).device)
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(device: str | torch.device | None, model: str | Path | nn.Module) -> torch.device:
+    if device is None and isinstance(model, nn.Module):
+        return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    has_cuda = torch.cuda.is_available()
+    try:
+        target = torch.device(device or ("cuda" if has_cuda else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not a device: {error!s:.60} ...") from error
+    if target.type == "cuda" and not has_cuda:
+        raise ValueError(f"device={device!r}: torch sees no CUDA device here")
+    return target

@@ -77,13 +77,12 @@ def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Sou
     stock_layers = find_moe_layers(stock)
     CheckpointFiles(directory)  # refuse a missing or truncated file before anything is built
     if any(layer.kind != "fused" for layer in stock_layers):
-        with _errors_only():
-            model = stock_class.from_pretrained(directory, dtype=dtype)
+        model = _read(stock_class, directory, dtype)
         layers = find_moe_layers(model)
         return Source(model, topology, layers, ModuleStore(layers))
     classes = {type(layer.module) for layer in stock_layers}
-    with _stripped(classes), _errors_only():
-        model = stock_class.from_pretrained(directory, dtype=dtype)
+    with _stripped(classes):
+        model = _read(stock_class, directory, dtype)
     layers = [layer._replace(module=_unstrip(model, layer)) for layer in stock_layers]
     return Source(model, topology, layers, CheckpointStore(directory, stock, layers, model.dtype))
 
@@ -128,7 +127,25 @@ def _tokenizer(directory: Path) -> Any:
 
     if not any(directory.glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(directory)
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise ValueError(f"the tokenizer in {directory} cannot be used: {error!s:.200}") from error
+
+
+def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:
+    """`from_pretrained` that refuses what the library would fill with random numbers."""
+    with _errors_only():
+        model, found = stock_class.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    for name in sorted(found["missing_keys"]):
+        raise ValueError(f"{directory} has no weights for {name}")
+    for name, shape, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
+        )
+    return model
 
 
 @contextmanager

@@ -121,8 +121,13 @@ def _lengths(graph: Graph, like_BTE: str) -> tuple[str, str]:
 def _model(graph: Graph, topology: Topology, cache: bool, without: set[str]) -> onnx.ModelProto:
     stack = topology.stack()
     layers, num_experts = stack.num_layers, stack.num_experts
-    inputs = {"token_ids": (INT, ["B", "T"]), "positions": (INT, ["B", "T"])}
-    outputs = {n: (FLOAT, ["B", "T", layers, num_experts]) for n in ("this", "next", "horizon")}
+    inputs: dict[str, tuple[int, list[Any]]] = {
+        "token_ids": (INT, ["B", "T"]),
+        "positions": (INT, ["B", "T"]),
+    }
+    outputs: dict[str, tuple[int, list[Any]]] = {
+        name: (FLOAT, ["B", "T", layers, num_experts]) for name in ("this", "next", "horizon")
+    }
     if cache:
         inputs["routes"] = (INT, ["B", "T", layers, stack.top_k])
         inputs["past"] = (FLOAT, [1, 2, "B", 1, "P", num_experts])

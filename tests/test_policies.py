@@ -290,7 +290,7 @@ def test_belady_never_loads_more_than_another_policy_on_calls_that_fit_the_slots
 
 
 def test_bypass_saves_a_load_where_a_call_is_wider_than_the_slots() -> None:
-    """The last wave of such a call stays, whatever is used next; bypass keeps any of its experts."""
+    """The last wave of such a call stays, whatever comes next; bypass keeps any of its experts."""
     calls = [(0, ids(0, 1, 2)), (0, ids(0))]
     assert (loads("belady", calls, 1), bypass_loads(calls, 1)) == (4, 3)
 
