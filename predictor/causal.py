@@ -1,0 +1,285 @@
+"""The causal route predictor: a small transformer over token ids and the routes taken so far.
+
+Symbols: B rows, T new tokens, P cached tokens, L MoE layers, E experts a layer, K experts a token,
+D width, N attention heads, C channels of an attention head, R rank of the token embedding,
+X = L * E expert keys.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from predictor.interface import (
+    Cache,
+    Predictions,
+    PredictorSettings,
+    RoutePredictor,
+    Shape,
+    Windows,
+)
+from routing.topology import NO_EXPERT
+
+HIDDEN_SCORE = -1e9
+ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalSettings(PredictorSettings):
+    """A causal transformer with a key/value cache."""
+
+    width: int = 256
+    """Width of the hidden states (D)."""
+    blocks: int = 4
+    """Transformer blocks."""
+    attention_heads: int = 4
+    """Attention heads of a block; they divide the width."""
+    mlp_ratio: float = 4.0
+    """Width of a block's MLP over the width of the hidden states."""
+    embedding_rank: int = 256
+    """The token embedding is stored as [vocabulary, rank] and projected to the width."""
+    dropout: float = 0.0
+    """Dropout of the input and of each block's output, in training."""
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.attention_heads):
+            raise ValueError(
+                f"width {self.width} does not split into {self.attention_heads} attention heads "
+                "of even size; change predictor.width or predictor.attention_heads"
+            )
+
+    def build(self, shape: Shape) -> "CausalPredictor":
+        return CausalPredictor(shape, self)
+
+
+class Past(NamedTuple):
+    """One block's cached keys and values, and the mask that hides them from new tokens."""
+
+    keys_BNPC: Tensor
+    values_BNPC: Tensor
+    mask_B1TP: Tensor
+
+
+class Attention(nn.Module):
+    """Sliding-window causal attention. Masks are added to the scores; they come from positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: "Rotation", mask_B1TT: Tensor, past: Past | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the block's update [B, T, D] and the new tokens' keys and values [2, B, N, T, C]."""
+        qkv_JBNTC = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = qkv_JBNTC.unbind(0)
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if past is None:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, mask_B1TT)
+        else:
+            mixed = _attend_with_past(queries, keys, values, mask_B1TT, past)
+        return self.out(mixed.transpose(1, 2).flatten(2)), torch.stack((keys, values))
+
+
+def _attend_with_past(
+    queries: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tensor, past: Past
+) -> Tensor:
+    """Join the scores, not the keys: the past is never copied."""
+    queries = queries * queries.shape[-1] ** -0.5
+    num_past = past.keys_BNPC.shape[2]
+    old_scores = queries @ past.keys_BNPC.transpose(-1, -2) + past.mask_B1TP
+    new_scores = queries @ keys.transpose(-1, -2) + mask_B1TT
+    weights = torch.cat((old_scores, new_scores), dim=-1).softmax(-1)
+    return weights[..., :num_past] @ past.values_BNPC + weights[..., num_past:] @ values
+
+
+class Block(nn.Module):
+    def __init__(self, settings: CausalSettings) -> None:
+        super().__init__()
+        width = settings.width
+        hidden = int(settings.mlp_ratio * width)
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention = Attention(width, settings.attention_heads)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False)
+        )
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: "Rotation", mask_B1TT: Tensor, past: Past | None
+    ) -> tuple[Tensor, Tensor]:
+        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TT, past)
+        x_BTD = x_BTD + self.dropout(update)
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), present
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding, [B, 1, T, C / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rotation:
+    """Rotary position embedding (arXiv 2104.09864) at explicit positions."""
+    steps = torch.arange(0, channels, 2, device=positions_BT.device, dtype=torch.float32)
+    angles = positions_BT[:, None, :, None].float() * torch.exp(
+        steps * (-math.log(ROTARY_BASE) / channels)
+    )
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+def rotate(x_BNTC: Tensor, rotation: Rotation) -> Tensor:
+    first, second = x_BNTC.chunk(2, dim=-1)
+    cos, sin = rotation
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def sliding_mask(query_positions_BT: Tensor, key_positions_BS: Tensor, window: int) -> Tensor:
+    """Scores to add, [B, 1, T, S]: 0 where the key is visible, HIDDEN_SCORE elsewhere.
+
+    A query sees the keys of the last `window` positions up to its own. Keys at negative positions
+    (padding, empty cache slots) are seen by nobody; queries there get an average that nobody reads.
+    """
+    distance = query_positions_BT[:, None, :, None] - key_positions_BS[:, None, None, :]
+    hidden = (distance < 0) | (distance >= window) | (key_positions_BS < 0)[:, None, None, :]
+    return hidden.float() * HIDDEN_SCORE
+
+
+class CausalPredictor(RoutePredictor):
+    """Token embedding + route-history embedding, transformer blocks, three heads."""
+
+    kind = "causal"
+    graph_inputs = {
+        "token_ids": {0: "batch", 1: "tokens"},
+        "routes": {0: "batch", 1: "tokens"},
+        "positions": {0: "batch", 1: "tokens"},
+        "past": {2: "batch", 4: "past"},
+        "past_positions": {0: "batch", 1: "past"},
+    }
+    graph_outputs = ("this", "next", "horizon", "present")
+
+    def __init__(self, shape: Shape, settings: CausalSettings) -> None:
+        super().__init__(shape, width=settings.width)
+        self.settings = settings
+        width, rank = settings.width, settings.embedding_rank
+        self.embedding_VR = nn.Embedding(shape.vocab_size, rank)
+        self.project_embedding = nn.Linear(rank, width, bias=False)
+        self.history_XD = nn.Parameter(torch.empty(shape.num_layers * shape.num_experts, width))
+        self.unknown_history_D = nn.Parameter(torch.zeros(width))
+        self.dropout = nn.Dropout(settings.dropout)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.blocks))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Residual branches start small (GPT-2's rule); the history starts at the embedding's scale."""
+        routes_a_token = self.shape.num_layers * self.shape.top_k
+        nn.init.normal_(self.history_XD, std=0.5 * routes_a_token**-0.5)
+        nn.init.normal_(self.embedding_VR.weight)
+        nn.init.normal_(self.project_embedding.weight, std=self.settings.embedding_rank**-0.5)
+        for block in self.blocks:
+            for branch in (block.attention.out, block.mlp[2]):
+                nn.init.normal_(
+                    branch.weight, std=(2 * len(self.blocks) * branch.in_features) ** -0.5
+                )
+
+    def set_embedding(self, embedding_VH: Tensor) -> None:
+        """Start from the target model's token embedding, cut to the embedding's rank by an SVD.
+
+        Scaled to unit variance a channel. Raises ValueError when the vocabularies differ.
+        """
+        vocab_size, rank = self.embedding_VR.weight.shape
+        if embedding_VH.shape[0] < vocab_size:
+            raise ValueError(
+                f"the embedding has {embedding_VH.shape[0]} rows, but the traced model's vocabulary "
+                f"has {vocab_size}; name the directory of the model that was traced"
+            )
+        reduced_VR = truncated_svd(embedding_VH[:vocab_size].float(), rank)
+        with torch.no_grad():
+            self.embedding_VR.weight.zero_()
+            self.embedding_VR.weight[:, : reduced_VR.shape[1]] = reduced_VR
+
+    @property
+    def cache(self) -> Cache:
+        settings = self.settings
+        channels = settings.width // settings.attention_heads
+        return Cache(settings.blocks, settings.attention_heads, channels)
+
+    def forward(self, batch: Windows) -> Predictions:
+        mask_B1TT = sliding_mask(batch.positions_BT, batch.positions_BT, self.shape.window)
+        x_BTD, _ = self.run_blocks(
+            batch.token_ids_BT, batch.routes_BTLK, batch.positions_BT, mask_B1TT, None
+        )
+        return self.read_out(x_BTD)
+
+    def run_graph(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """One graph for a prefill and for a step: `past` may be empty and lie in any order."""
+        token_ids_BT, routes_BTLK, positions_BT, past, past_positions_BP = inputs
+        window = self.shape.window
+        old_mask_B1TP = sliding_mask(positions_BT, past_positions_BP, window)
+        pasts = [Past(past[i, 0], past[i, 1], old_mask_B1TP) for i in range(len(self.blocks))]
+        mask_B1TT = sliding_mask(positions_BT, positions_BT, window)
+        x_BTD, presents = self.run_blocks(token_ids_BT, routes_BTLK, positions_BT, mask_B1TT, pasts)
+        return (*self.read_out(x_BTD), torch.stack(presents))
+
+    def run_blocks(
+        self,
+        token_ids_BT: Tensor,
+        routes_BTLK: Tensor,
+        positions_BT: Tensor,
+        mask_B1TT: Tensor,
+        pasts: list[Past] | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [B, T, D] after the last norm, and each block's new keys and values."""
+        x_BTD = self.project_embedding(self.embedding_VR(token_ids_BT))
+        x_BTD = self.dropout(x_BTD + self.embed_history(routes_BTLK))
+        rotation = rotation_of(positions_BT, self.cache.head_dim, x_BTD.dtype)
+        mask_B1TT = mask_B1TT.to(x_BTD.dtype)
+        presents = []
+        for i, block in enumerate(self.blocks):
+            x_BTD, present = block(x_BTD, rotation, mask_B1TT, pasts[i] if pasts else None)
+            presents.append(present)
+        return self.norm(x_BTD), presents
+
+    def embed_history(self, routes_BTLK: Tensor) -> Tensor:
+        """Sum of the vectors of the experts that the predecessor used; one vector if unknown."""
+        shape = self.shape
+        num_keys = shape.num_layers * shape.num_experts
+        routes_BTLK = routes_BTLK.long()
+        first_L1 = torch.arange(0, num_keys, shape.num_experts, device=routes_BTLK.device)[:, None]
+        keys_BTLK = torch.where(routes_BTLK != NO_EXPERT, routes_BTLK + first_L1, num_keys)
+        used = self.history_XD.new_zeros(*routes_BTLK.shape[:2], num_keys + 1)
+        used_BTX = used.scatter(-1, keys_BTLK.flatten(2), 1.0)[..., :num_keys]
+        known_BT1 = used_BTX.amax(-1, keepdim=True)
+        return used_BTX @ self.history_XD + (1 - known_BT1) * self.unknown_history_D
+
+    def random_inputs(self, batch: int, tokens: int, past: int) -> dict[str, Tensor]:
+        """A prefill (past 0) or steps after a ring buffer in random order with an empty slot."""
+        shape, (blocks, heads, channels) = self.shape, self.cache
+        routes = torch.randint(
+            NO_EXPERT, shape.num_experts, (batch, tokens, shape.num_layers, shape.top_k)
+        )
+        routes[:, ::2] = NO_EXPERT
+        past_positions = torch.stack([torch.randperm(past) for _ in range(batch)])
+        return {
+            "token_ids": torch.randint(shape.vocab_size, (batch, tokens)),
+            "routes": routes,
+            "positions": torch.arange(past, past + tokens).repeat(batch, 1),
+            "past": torch.randn(blocks, 2, batch, heads, past, channels),
+            "past_positions": past_positions.where(past_positions != 1, -1),
+        }
+
+
+def truncated_svd(matrix_VH: Tensor, rank: int) -> Tensor:
+    """The best [V, rank] linear summary of the rows, scaled to unit variance over all entries."""
+    rank = min(rank, *matrix_VH.shape)
+    _, vectors_HH = torch.linalg.eigh(matrix_VH.T @ matrix_VH)
+    reduced_VR = matrix_VH @ vectors_HH[:, -rank:].flip(1)
+    return reduced_VR / reduced_VR.std()

@@ -1,0 +1,59 @@
+"""Checkpoints of `predictor.train`, read without unpickling anything but tensors."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from predictor.interface import RoutePredictor, Shape
+from predictor.module import CHECKPOINT_KEY, settings_of
+from routing.topology import Topology
+
+PREFIX = "predictor."
+
+
+class Trained(NamedTuple):
+    """A trained predictor, on the CPU and in evaluation mode."""
+
+    predictor: RoutePredictor
+    topology: Topology
+    stack: str
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def load_checkpoint(path: str | Path) -> Trained:
+    """Rebuild the predictor of a checkpoint. Raises ValueError for anything else than one of ours."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of weights ({reason:.160})"
+        ) from None
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of predictor.train")
+    meta = json.loads(checkpoint[CHECKPOINT_KEY])
+    topology = Topology.from_json(meta["topology"])
+    shape = Shape.of(topology, meta["stack"], window=meta["window"], horizon=meta["horizon"])
+    predictor = settings_of(meta["kind"])(**meta["settings"]).build(shape)
+    weights = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(PREFIX)
+    }
+    predictor.load_state_dict(weights)
+    return Trained(
+        predictor.eval(),
+        topology,
+        meta["stack"],
+        meta["settings"],
+        meta["metrics"],
+        meta["provenance"],
+    )

@@ -1,0 +1,156 @@
+"""Export a trained predictor to ONNX: `python -m predictor.export CKPT OUT.onnx [--int8 true]`.
+
+The file appears only after onnxruntime agreed with torch on it: on random inputs of several sizes
+and, for a graph with a key/value cache, step by step through a ring buffer against one pass.
+"""
+
+import io
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from predictor.checkpoint import Trained, load_checkpoint
+from predictor.interface import HEADS
+from predictor.parity import check_parity
+from routing.cli import run
+
+OPSET = 20
+METADATA_KEY = "expertflow"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Export a checkpoint of predictor.train to ONNX, checked against torch before it is kept."""
+
+    checkpoint: Path
+    """Checkpoint of predictor.train (predictor.ckpt)."""
+    out: Path
+    """ONNX file to write; an existing one is replaced."""
+    int8: bool = False
+    """Quantise the weights to int8 (dynamic quantisation): a smaller and faster file."""
+
+
+class Graph(nn.Module):
+    """The predictor as the exporter sees it."""
+
+    def __init__(self, trained: Trained) -> None:
+        super().__init__()
+        self.predictor = trained.predictor
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.predictor.run_graph(*inputs)
+
+
+def export(settings: ExportSettings) -> None:
+    """Write `settings.out`, or raise ValueError and leave it as it was."""
+    trained = load_checkpoint(settings.checkpoint)
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=".export-") as scratch:
+        exact = Path(scratch) / "exact.onnx"
+        write_graph(trained, exact)
+        result = exact
+        if settings.int8:
+            result = Path(scratch) / "int8.onnx"
+            quantize(exact, result)
+        parity = check_parity(trained.predictor, result, exact=not settings.int8)
+        os.replace(result, settings.out)
+    size = settings.out.stat().st_size / 2**20
+    print(json.dumps({"file": str(settings.out), "MiB": round(size, 2), **parity}))
+
+
+def write_graph(trained: Trained, path: Path) -> None:
+    """Export to one file, weights inside, with the metadata that the runtime reads."""
+    predictor = trained.predictor
+    example = predictor.random_inputs(2, 3, 5)
+    dynamic = tuple(predictor.graph_inputs[name] for name in predictor.graph_inputs)
+    with _quiet():
+        program = torch.onnx.export(
+            Graph(trained).eval(),
+            tuple(example[name] for name in predictor.graph_inputs),
+            input_names=list(predictor.graph_inputs),
+            output_names=list(predictor.graph_outputs),
+            dynamic_shapes=(dynamic,),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata(trained))
+    program.save(str(path))
+
+
+def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:
+    """What the file says about itself, see the contract in docs/formats.md."""
+    predictor = trained.predictor
+    cache = predictor.cache
+    sizes = {} if cache is None else cache._asdict()
+    return {
+        "schema": SCHEMA,
+        "kind": predictor.kind,
+        "topology": trained.topology.to_json(),
+        "stack": trained.stack,
+        "window": predictor.shape.window,
+        "horizon": predictor.shape.horizon,
+        "cache": cache is not None,
+        **sizes,
+        "quantization": quantization,
+        "calibration": dict(
+            zip(
+                HEADS,
+                torch.stack([predictor.scale_J, predictor.shift_J], 1).tolist(),
+                strict=True,
+            )
+        ),
+        "metrics": trained.metrics,
+        "provenance": trained.provenance | {"settings": trained.settings},
+    }
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Dynamic int8 quantisation of all weight matrices, the embedding included."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = source.with_name("prepared.onnx")
+    with _quiet():
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        quantize_dynamic(
+            str(prepared),
+            str(target),
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            weight_type=QuantType.QInt8,
+        )
+    original, model = onnx.load(str(source)), onnx.load(str(target))
+    meta = json.loads({p.key: p.value for p in original.metadata_props}[METADATA_KEY])
+    entry = {METADATA_KEY: json.dumps(meta | {"quantization": "int8"})}
+    onnx.helper.set_model_props(model, entry)
+    onnx.save(model, str(target))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's and the quantiser's advice out of the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+if __name__ == "__main__":
+    run(export, ExportSettings, prog="python -m predictor.export", positional=["checkpoint", "out"])

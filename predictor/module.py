@@ -1,0 +1,221 @@
+"""Training of a route predictor: the loss, what is measured, and what a checkpoint keeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from predictor.causal import CausalPredictor, CausalSettings
+from predictor.embedding import read_embedding
+from predictor.interface import (
+    HEADS,
+    Predictions,
+    PredictorSettings,
+    RoutePredictor,
+    Shape,
+    Windows,
+    targets,
+)
+from predictor.metrics import means, route_metrics
+from routing.topology import NO_EXPERT, Topology
+
+CHECKPOINT_KEY = "expertflow"
+HISTORIES = ("known", "unknown")
+"""Validation runs twice: with the true routes of earlier tokens, and without."""
+
+
+class RouteModule(L.LightningModule):
+    """Trains a predictor with binary cross-entropy on its three heads (the paper's eq. 1).
+
+    Args:
+        topology: Routing topology of the traced model (comes from the data).
+        stack: The stack of MoE layers that is predicted (comes from the data).
+        window: Tokens a prediction depends on (comes from the data).
+        horizon: Tokens that the horizon head looks ahead (comes from the data).
+        predictor: The predictor and its size.
+        embedding_from: Directory of the traced model, whose token embedding the predictor's starts
+            from.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: AdamW's, on matrices only.
+        warmup: Share of the steps in which the learning rate rises.
+        hide_history: Chance that a training row hides the routes of all, of the first, or of single
+            tokens (a third each), so that prompts are predicted as well as decoded text.
+    """
+
+    def __init__(
+        self,
+        topology: dict[str, Any],
+        stack: str,
+        window: int,
+        horizon: int,
+        predictor: PredictorSettings,
+        embedding_from: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.05,
+        hide_history: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.topology = Topology.from_json(topology)
+        self.stack = self.topology.stack(stack)
+        self.settings = predictor
+        shape = Shape.of(self.topology, stack, window=window, horizon=horizon)
+        self.predictor: RoutePredictor = predictor.build(shape)
+        if embedding_from is not None:
+            self._start_from(embedding_from)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.hide_history = hide_history
+        self.metrics = torch.nn.ModuleDict(
+            {f"{head}_{known}": route_metrics(self.stack) for head in HEADS for known in HISTORIES}
+        )
+        self.report: dict[str, Any] = {}
+        """Held-out metrics, filled in by `predictor.train` after fitting."""
+        self.provenance: dict[str, Any] = {}
+
+    def _start_from(self, directory: str) -> None:
+        if not isinstance(self.predictor, CausalPredictor):
+            raise ValueError("embedding_from: only the causal predictor takes an embedding")
+        self.predictor.set_embedding(read_embedding(Path(directory)))
+
+    # ---------------------------------------------------------------- steps
+
+    def training_step(self, batch: Windows, _: int) -> Tensor:
+        routes_BTLK = hide_routes(batch.routes_BTLK, self.hide_history)
+        losses_J = self.losses(self.predictor(batch._replace(routes_BTLK=routes_BTLK)), batch)
+        self._log_losses("train", losses_J, len(batch.token_ids_BT))
+        return losses_J.sum()
+
+    def validation_step(self, batch: Windows, _: int) -> None:
+        for known in HISTORIES:
+            seen = batch if known == "known" else batch.without_history()
+            predictions = self.predictor(seen)
+            self._update_metrics(predictions, batch, known)
+            if known == "known":
+                self._log_losses("val", self.losses(predictions, batch), len(batch.token_ids_BT))
+
+    test_step = validation_step
+
+    def losses(self, predictions: Predictions, batch: Windows) -> Tensor:
+        """Mean binary cross-entropy of each head over its answerable tokens, summed over experts.
+
+        [3], in the order of HEADS; divided by L * K, so that sizes compare.
+        """
+        shape, losses = self.predictor.shape, []
+        counted_BT = self._counted(batch)
+        for logits_BTLE, target in zip(predictions, targets(batch, shape), strict=True):
+            rows = target.valid_BT & counted_BT
+            cross_entropy = F.binary_cross_entropy_with_logits(
+                logits_BTLE[rows], target.used_BTLE[rows].to(logits_BTLE.dtype), reduction="sum"
+            )
+            losses.append(
+                cross_entropy / (rows.sum().clamp(min=1) * shape.num_layers * shape.top_k)
+            )
+        return torch.stack(losses)
+
+    def _counted(self, batch: Windows) -> Tensor:
+        """A predictor may say which tokens its loss and its metrics are on; else all."""
+        trained_BT = getattr(self.predictor, "trained_BT", None)
+        return batch.valid_BT if trained_BT is None else trained_BT(batch)
+
+    def _update_metrics(self, predictions: Predictions, batch: Windows, known: str) -> None:
+        counted_BT = self._counted(batch)
+        answers = targets(batch, self.predictor.shape)
+        for head, logits_BTLE, target in zip(HEADS, predictions, answers, strict=True):
+            rows = target.valid_BT & counted_BT
+            self.metric(head, known).update(logits_BTLE[rows], target.used_BTLE[rows])
+
+    def metric(self, head: str, known: str) -> MetricCollection:
+        """The metrics of one head with known or unknown history."""
+        collection = self.metrics[f"{head}_{known}"]
+        assert isinstance(collection, MetricCollection)
+        return collection
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over layers, and keep the figures of each layer in `report`."""
+        self.report = {}
+        for head in HEADS:
+            for known in HISTORIES:
+                metric = self.metric(head, known)
+                values = metric.compute()
+                metric.reset()
+                self.report[f"{head}_{known}"] = {n: v.tolist() for n, v in values.items()}
+                self.log_dict(
+                    means(values, prefix=f"val/{head}_{known}_"),  # type: ignore[arg-type]
+                    prog_bar=False,
+                )
+        recall = torch.tensor(self.report["this_known"]["recall"]).nanmean()
+        self.log("val/recall", recall, prog_bar=True)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _log_losses(self, stage: str, losses_J: Tensor, batch_size: int) -> None:
+        named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
+        self.log_dict(named | {f"{stage}/loss": losses_J.sum()}, batch_size=batch_size)
+
+    # ---------------------------------------------------------------- optimiser, checkpoint
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on a one-cycle schedule over all steps of the run."""
+        parameters = [p for p in self.predictor.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            self.learning_rate,
+            total_steps=max(steps, 2),
+            pct_start=self.warmup,
+            cycle_momentum=False,
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything needed to build the predictor again, as JSON: no pickled classes."""
+        checkpoint[CHECKPOINT_KEY] = json.dumps(self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says about its predictor."""
+        shape = self.predictor.shape
+        return {
+            "kind": self.predictor.kind,
+            "settings": vars(self.settings),
+            "topology": self.topology.to_json(),
+            "stack": self.stack.name,
+            "window": shape.window,
+            "horizon": shape.horizon,
+            "metrics": self.report,
+            "provenance": self.provenance,
+        }
+
+
+def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
+    """Hide routes in a share `chance` of the rows: everywhere, up to a random token, or at random."""
+    batch, tokens = routes_BTLK.shape[:2]
+    device = routes_BTLK.device
+    mode_B1 = torch.rand(batch, 1, device=device) / max(chance, 1e-9)
+    columns_T = torch.arange(tokens, device=device)
+    everywhere_B1 = mode_B1 < 1 / 3
+    first_BT = (mode_B1 < 2 / 3) & (columns_T < torch.randint(tokens, (batch, 1), device=device))
+    some_BT = (mode_B1 >= 2 / 3) & (mode_B1 < 1) & (torch.rand(batch, tokens, device=device) < 0.5)
+    hidden_BT = everywhere_B1 | first_BT | some_BT
+    return routes_BTLK.masked_fill(hidden_BT[:, :, None, None], NO_EXPERT)
+
+
+def settings_of(kind: str) -> type[PredictorSettings]:
+    """The settings class of a kind of predictor ("causal" or "t5")."""
+    from predictor.t5 import T5Settings
+
+    kinds: dict[str, type[PredictorSettings]] = {"causal": CausalSettings, "t5": T5Settings}
+    if kind not in kinds:
+        raise ValueError(f"there is no predictor of kind {kind!r}; there are {', '.join(kinds)}")
+    return kinds[kind]

@@ -1,0 +1,107 @@
+"""Train a route predictor on traces.
+
+    python -m predictor.train fit --config predictor/configs/small.yaml --data.trace '[DIR]' \\
+        --trainer.default_root_dir OUT
+
+Leaves in OUT: predictor.ckpt (best weights, calibrated, with held-out metrics), metrics.csv,
+TensorBoard logs, curves.png and the checkpoints of the run.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from predictor.calibration import calibrate
+from predictor.curves import plot_curves
+from predictor.data import TraceData
+from predictor.module import RouteModule
+from routing.cli import friendly_errors
+
+PROG = "python -m predictor.train"
+DEFAULT_ROOT = "runs/predictor"
+CHECKPOINT = "predictor.ckpt"
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI that fits, calibrates, tests and draws."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("topology", "stack", "window", "horizon"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.save_last": True,
+                "early_stopping.monitor": "val/loss",
+                "early_stopping.patience": 3,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        root = self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT
+        kwargs["default_root_dir"] = root
+        kwargs["logger"] = [
+            CSVLogger(root, name="", version=""),
+            TensorBoardLogger(root, name="", version="tensorboard"),
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Remember what the predictor is trained on."""
+        self.model.provenance = {
+            "traces": self.datamodule.provenance,
+            "torch": str(torch.__version__),
+        }
+
+    def after_fit(self) -> None:
+        """Back to the best weights; calibrate them, measure them on the test split, keep them."""
+        root = Path(self.trainer.default_root_dir)
+        model, data = self.model, self.datamodule
+        best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+        if best:
+            model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
+        model.eval()
+        model.provenance["calibration"] = calibrate(model.predictor, data.val_dataloader())
+        evaluate = self.trainer.test if len(data.documents("test")) else self.trainer.validate
+        evaluate(model, datamodule=data, verbose=False)
+        self.trainer.save_checkpoint(root / CHECKPOINT, weights_only=True)
+        plot_curves(root / "metrics.csv", root / "curves.png")
+        print(json.dumps({"checkpoint": str(root / CHECKPOINT), **_summary(model.report)}))
+
+
+def _summary(report: dict[str, Any]) -> dict[str, float]:
+    """Mean recall of each head with known and unknown history."""
+    return {
+        f"{name}_recall": float(torch.tensor(values["recall"]).nanmean())
+        for name, values in report.items()
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no checkpoint is ever unpickled
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with friendly_errors(PROG):
+        TrainCLI(
+            RouteModule,
+            TraceData,
+            args=args,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"prog": PROG},
+        )
+
+
+if __name__ == "__main__":
+    main()
