@@ -21,11 +21,11 @@ def parse_memory(memory: float | int | str) -> float | int:
     Raises ValueError for anything else.
     """
     value: Any = _parse_text(memory) if isinstance(memory, str) else memory
-    if isinstance(value, Real) and not isinstance(value, bool):
-        if isinstance(value, float) and 0 < value <= 1:
-            return value
-        if 1 <= value < math.inf and int(value) == value:
-            return int(value)
+    is_number = isinstance(value, Real) and value is not True
+    if is_number and isinstance(value, float) and 0 < value <= 1:
+        return value
+    if is_number and 1 <= value < math.inf and int(value) == value:
+        return int(value)
     raise ValueError(
         f"memory={memory!r} is neither a fraction of the experts like 0.25 nor a size like '2GiB'"
     )

@@ -101,7 +101,7 @@ def _directory(path: str | Path) -> Path:
         )
     except Exception as error:  # the hub client raises many kinds, none of them ours to tell apart
         raise ValueError(
-            f"{path} is neither a directory nor a model the hub hands out ({error!s:.200})"
+            f"{path} is neither a directory nor a model the hub hands out ({_brief(error)})"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{directory / 'config.json'} cannot be used: {error!s:.300}") from error
+        raise ValueError(f"{directory / 'config.json'} cannot be used: {_brief(error)}") from error
     name = (config.architectures or ["?"])[0]
     stock_class = getattr(transformers, name, None)
     if stock_class is None:
@@ -130,7 +130,12 @@ def _tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ValueError(f"the tokenizer in {directory} cannot be used: {error!s:.200}") from error
+        raise ValueError(f"the tokenizer in {directory} cannot be used: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """The message of another library, in one line of bearable length."""
+    return f"{' '.join(str(error).split()):.300}"
 
 
 def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:

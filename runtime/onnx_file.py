@@ -74,6 +74,8 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> PredictorFile:
     if meta["schema"] != SCHEMA:
         raise ValueError(f"schema {meta['schema']}; this version reads schema {SCHEMA}")
+    if min(int(meta["window"]), int(meta["horizon"])) < 1:
+        raise ValueError(f"window {meta['window']} and horizon {meta['horizon']} are not positive")
     topology = Topology.from_json(meta["topology"])
     return PredictorFile(
         session=session,
