@@ -44,6 +44,7 @@ class TrainCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "early_stopping.monitor": "val/loss",
                 "early_stopping.patience": 3,
+                "early_stopping.strict": False,
             }
         )
 

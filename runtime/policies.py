@@ -96,9 +96,9 @@ class PredictedReuse(Policy):
 
     name = "predicted"
     needs_forecast = True
-    DISCOUNT = 0.9
+    DISCOUNT = 0.8
     MEMORY = 0.98
-    MEMORY_WEIGHT = 0.5
+    MEMORY_WEIGHT = 0.1
 
     def __init__(self, num_layers: int, num_experts: int, *, horizon: int) -> None:
         super().__init__(num_layers, num_experts)
