@@ -27,9 +27,9 @@ def run(
     """Parse `argv` (default: sys.argv) into `settings` and call `main` with it.
 
     Fields become `--options`, attribute docstrings their help; lists take several values
-    (`--dataset a b c`). A ValueError or an OSError is the user's: it becomes one line on stderr
-    and exit code 2. Ctrl-C exits with 130. Leading words without an option go to the fields named
-    by `positional`.
+    (`--dataset a b c`), a flag needs none, and leading words without an option go to the fields
+    named by `positional`. A ValueError or an OSError is the user's: it becomes one line on stderr
+    and exit code 2. Ctrl-C exits with 130.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     for index, name in enumerate(positional):
@@ -62,26 +62,27 @@ def parse(settings: type[Settings], argv: Sequence[str], *, prog: str) -> Settin
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     parser.add_class_arguments(settings, as_positional=False)
     try:
-        parsed = parser.parse_args(_join_lists(settings, list(argv)))
+        parsed = parser.parse_args(_join_words(settings, list(argv)))
     except ArgumentError as error:
         raise ValueError(f"{error} (--help shows the options)") from error
     values = {f.name: getattr(parsed, f.name) for f in dataclasses.fields(settings) if f.init}  # type: ignore[arg-type]
     return settings(**values)
 
 
-def _join_lists(settings: type[Any], argv: list[str]) -> list[str]:
-    """Rewrite `--files a b c` to `--files=["a", "b", "c"]` for fields that are lists."""
-    hints = typing.get_type_hints(settings)
-    options = {f"--{name}" for name, hint in hints.items() if _is_list(hint)}
+def _join_words(settings: type[Any], argv: list[str]) -> list[str]:
+    """Rewrite `--files a b c` to `--files=["a", "b", "c"]` and a bare `--flag` to `--flag=true`."""
+    hints = {f"--{name}": hint for name, hint in typing.get_type_hints(settings).items()}
     joined: list[str] = []
     while argv:
         word = argv.pop(0)
         option, _, value = word.partition("=")
-        if option in options and not value.startswith("["):
+        if _is_list(hints.get(option)) and not value.startswith("["):
             values = [value] if value else []
             while argv and not argv[0].startswith("--"):
                 values.append(argv.pop(0))
             word = f"{option}={json.dumps(values)}"
+        elif hints.get(word) is bool and (not argv or argv[0].startswith("--")):
+            word = f"{word}=true"
         joined.append(word)
     return joined
 

@@ -110,9 +110,13 @@ def _by_policy(results: Sequence[Result]) -> dict[str, list[Result]]:
 def _table(results: Sequence[Result], title: str) -> object:
     from rich.table import Table
 
-    table = Table("policy", title=f"hit rate (expert loads a token)\n{title}", title_justify="left")
+    table = Table(
+        "policy",
+        title=f"hit rate (expert loads a token) by share of experts resident\n{title}",
+        title_justify="left",
+    )
     for share in dict.fromkeys(result.residency for result in results):
-        table.add_column(f"{share:.4g} resident", justify="right")
+        table.add_column(f"{share * 100:.4g} %", justify="right")
     for policy, row in _by_policy(results).items():
         table.add_row(policy, *(f"{r.hit_rate:.3f} ({r.loads_per_token:.1f})" for r in row))
     return table
