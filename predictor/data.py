@@ -211,7 +211,8 @@ class TraceData(L.LightningDataModule):
             if not documents and split != "test":
                 raise ValueError(
                     f"{len(self.readers)} trace(s) with {sum(map(len, splits.values()))} documents "
-                    f"leave none for the {split} split; trace more documents"
+                    f"leave none for the {split} split; trace more documents, or choose other "
+                    "shares with data.val_fraction and data.test_fraction"
                 )
         return splits
 
