@@ -59,5 +59,5 @@ def fit_affine(logits: Tensor, used: Tensor) -> Tensor:
         return loss
 
     if logits.numel():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return affine.detach()

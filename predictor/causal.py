@@ -7,7 +7,7 @@ X = L * E expert keys.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotation: "Rotation", mask_B1TT: Tensor, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the block's update [B, T, D] and the new tokens' keys and values [2, B, N, T, C]."""
+        """The block's update [B, T, D], and the new tokens' keys and values [2, B, N, T, C]."""
         qkv_JBNTC = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         queries, keys, values = qkv_JBNTC.unbind(0)
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
@@ -99,6 +99,11 @@ def _attend_with_past(
 
 
 class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to what came in.
+
+    Both start small, by GPT-2's rule for residual branches.
+    """
+
     def __init__(self, settings: CausalSettings) -> None:
         super().__init__()
         width = settings.width
@@ -106,10 +111,12 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.attention = Attention(width, settings.attention_heads)
         self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False)
-        )
+        mlp_out = nn.Linear(hidden, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), mlp_out)
         self.dropout = nn.Dropout(settings.dropout)
+        for branch in (self.attention.out, mlp_out):
+            std = (2 * settings.blocks * branch.in_features) ** -0.5
+            nn.init.normal_(branch.weight, std=std)
 
     def forward(
         self, x_BTD: Tensor, rotation: "Rotation", mask_B1TT: Tensor, past: Past | None
@@ -136,6 +143,7 @@ def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rota
 
 
 def rotate(x_BNTC: Tensor, rotation: Rotation) -> Tensor:
+    """Turn the two halves of each head's channels as pairs."""
     first, second = x_BNTC.chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -156,7 +164,7 @@ class CausalPredictor(RoutePredictor):
     """Token embedding + route-history embedding, transformer blocks, three heads."""
 
     kind = "causal"
-    graph_inputs = {
+    graph_inputs: ClassVar[dict[str, dict[int, str]]] = {
         "token_ids": {0: "batch", 1: "tokens"},
         "routes": {0: "batch", 1: "tokens"},
         "positions": {0: "batch", 1: "tokens"},
@@ -179,16 +187,11 @@ class CausalPredictor(RoutePredictor):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Residual branches start small (GPT-2's rule); the history starts at the embedding's scale."""
+        """The history of a token starts at half the scale of its embedding."""
         routes_a_token = self.shape.num_layers * self.shape.top_k
         nn.init.normal_(self.history_XD, std=0.5 * routes_a_token**-0.5)
         nn.init.normal_(self.embedding_VR.weight)
         nn.init.normal_(self.project_embedding.weight, std=self.settings.embedding_rank**-0.5)
-        for block in self.blocks:
-            for branch in (block.attention.out, block.mlp[2]):
-                nn.init.normal_(
-                    branch.weight, std=(2 * len(self.blocks) * branch.in_features) ** -0.5
-                )
 
     def set_embedding(self, embedding_VH: Tensor) -> None:
         """Start from the target model's token embedding, cut to the embedding's rank by an SVD.
@@ -198,8 +201,8 @@ class CausalPredictor(RoutePredictor):
         vocab_size, rank = self.embedding_VR.weight.shape
         if embedding_VH.shape[0] < vocab_size:
             raise ValueError(
-                f"the embedding has {embedding_VH.shape[0]} rows, but the traced model's vocabulary "
-                f"has {vocab_size}; name the directory of the model that was traced"
+                f"the embedding has {embedding_VH.shape[0]} rows, but the traced model's "
+                f"vocabulary has {vocab_size}; name the directory of the model that was traced"
             )
         reduced_VR = truncated_svd(embedding_VH[:vocab_size].float(), rank)
         with torch.no_grad():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from predictor.interface import RoutePredictor, Shape
 from predictor.module import CHECKPOINT_KEY, settings_of
@@ -26,34 +27,50 @@ class Trained(NamedTuple):
 
 
 def load_checkpoint(path: str | Path) -> Trained:
-    """Rebuild the predictor of a checkpoint. Raises ValueError for anything else than one of ours."""
+    """Rebuild the predictor of a checkpoint. Raises ValueError for any other file."""
     path = Path(path)
+    checkpoint = read_checkpoint(path)
+    try:
+        meta = json.loads(checkpoint[CHECKPOINT_KEY])
+        topology = Topology.from_json(meta["topology"])
+        shape = Shape.of(topology, meta["stack"], window=meta["window"], horizon=meta["horizon"])
+        predictor = settings_of(meta["kind"])(**meta["settings"]).build(shape)
+        predictor.load_state_dict(_weights(checkpoint["state_dict"]))
+        return Trained(
+            predictor.eval(),
+            topology,
+            meta["stack"],
+            meta["settings"],
+            meta["metrics"],
+            meta["provenance"],
+        )
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} was written by another version of predictor.train ({reason:.160}); train again"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of predictor.train. Raises ValueError for any other file."""
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of weights ({reason:.160})"
         ) from None
     if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of predictor.train")
-    meta = json.loads(checkpoint[CHECKPOINT_KEY])
-    topology = Topology.from_json(meta["topology"])
-    shape = Shape.of(topology, meta["stack"], window=meta["window"], horizon=meta["horizon"])
-    predictor = settings_of(meta["kind"])(**meta["settings"]).build(shape)
-    weights = {
+    return checkpoint
+
+
+def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The predictor's own entries among those of the training module."""
+    return {
         name.removeprefix(PREFIX): tensor
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in state.items()
         if name.startswith(PREFIX)
     }
-    predictor.load_state_dict(weights)
-    return Trained(
-        predictor.eval(),
-        topology,
-        meta["stack"],
-        meta["settings"],
-        meta["metrics"],
-        meta["provenance"],
-    )

@@ -61,7 +61,7 @@ class Documents(Sequence[Document]):
 
 
 class Rows(IterableDataset[Windows]):
-    """Batches of packed rows; in a new order, cut elsewhere, at every pass where `shuffle` is on."""
+    """Batches of packed rows; with `shuffle` in a new order, and cut elsewhere, at every pass."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Rows(IterableDataset[Windows]):
         self._passes = 0
 
     def __len__(self) -> int:
-        """Batches in a pass. A shuffled pass drops the last, incomplete one unless it is the only."""
+        """Batches in a pass. A shuffled one drops an incomplete batch unless it is the only one."""
         tokens = int(self.documents.lengths.sum())
         rows = -(-tokens // self.row_tokens)
         return max(rows // self.batch_size, 1) if self.shuffle else -(-rows // self.batch_size)

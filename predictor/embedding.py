@@ -11,7 +11,7 @@ NAMES = ("embed_tokens.weight", "shared.weight", "wte.weight", "embed_in.weight"
 
 
 def read_embedding(directory: Path) -> Tensor:
-    """The input embedding, [vocabulary, hidden]. Raises ValueError when there is none to be found."""
+    """The input embedding, [vocabulary, hidden]. Raises ValueError when there is none."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         file_of_key = json.loads(index.read_text())["weight_map"]

@@ -64,7 +64,7 @@ class Windows(NamedTuple):
 
     @property
     def continues_BT(self) -> Tensor:
-        """Whether the next token of the row belongs to the same document; False in the last column."""
+        """Whether the row's next token is of the same document; False in the last column."""
         same = self.positions_BT[:, 1:] == self.positions_BT[:, :-1] + 1
         return nn.functional.pad(same & self.valid_BT[:, :-1], (0, 1))
 
@@ -186,6 +186,10 @@ class RoutePredictor(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Windows) -> Predictions: ...
+
+    def trained_BT(self, batch: Windows) -> Tensor:
+        """The tokens that the loss and the metrics are on."""
+        return batch.valid_BT
 
     @property
     @abstractmethod

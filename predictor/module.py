@@ -1,6 +1,7 @@
 """Training of a route predictor: the loss, what is measured, and what a checkpoint keeps."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class RouteModule(L.LightningModule):
         predictor: The predictor and its size.
         embedding_from: Directory of the traced model, whose token embedding the predictor's starts
             from.
-        learning_rate: Peak of the one-cycle schedule.
+        learning_rate: Peak of the schedule: linear warm-up, then a cosine down to zero.
         weight_decay: AdamW's, on matrices only.
         warmup: Share of the steps in which the learning rate rises.
         hide_history: Chance that a training row hides the routes of all, of the first, or of single
@@ -86,21 +87,25 @@ class RouteModule(L.LightningModule):
 
     # ---------------------------------------------------------------- steps
 
-    def training_step(self, batch: Windows, _: int) -> Tensor:
+    def training_step(self, batch: Windows, batch_idx: int) -> Tensor:
         routes_BTLK = hide_routes(batch.routes_BTLK, self.hide_history)
         losses_J = self.losses(self.predictor(batch._replace(routes_BTLK=routes_BTLK)), batch)
         self._log_losses("train", losses_J, len(batch.token_ids_BT))
         return losses_J.sum()
 
-    def validation_step(self, batch: Windows, _: int) -> None:
+    def validation_step(self, batch: Windows, batch_idx: int) -> None:
+        self._measure("val", batch)
+
+    def test_step(self, batch: Windows, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, stage: str, batch: Windows) -> None:
         for known in HISTORIES:
             seen = batch if known == "known" else batch.without_history()
             predictions = self.predictor(seen)
             self._update_metrics(predictions, batch, known)
             if known == "known":
-                self._log_losses("val", self.losses(predictions, batch), len(batch.token_ids_BT))
-
-    test_step = validation_step
+                self._log_losses(stage, self.losses(predictions, batch), len(batch.token_ids_BT))
 
     def losses(self, predictions: Predictions, batch: Windows) -> Tensor:
         """Mean binary cross-entropy of each head over its answerable tokens, summed over experts.
@@ -108,7 +113,7 @@ class RouteModule(L.LightningModule):
         [3], in the order of HEADS; divided by L * K, so that sizes compare.
         """
         shape, losses = self.predictor.shape, []
-        counted_BT = self._counted(batch)
+        counted_BT = self.predictor.trained_BT(batch)
         for logits_BTLE, target in zip(predictions, targets(batch, shape), strict=True):
             rows = target.valid_BT & counted_BT
             cross_entropy = F.binary_cross_entropy_with_logits(
@@ -119,13 +124,8 @@ class RouteModule(L.LightningModule):
             )
         return torch.stack(losses)
 
-    def _counted(self, batch: Windows) -> Tensor:
-        """A predictor may say which tokens its loss and its metrics are on; else all."""
-        trained_BT = getattr(self.predictor, "trained_BT", None)
-        return batch.valid_BT if trained_BT is None else trained_BT(batch)
-
     def _update_metrics(self, predictions: Predictions, batch: Windows, known: str) -> None:
-        counted_BT = self._counted(batch)
+        counted_BT = self.predictor.trained_BT(batch)
         answers = targets(batch, self.predictor.shape)
         for head, logits_BTLE, target in zip(HEADS, predictions, answers, strict=True):
             rows = target.valid_BT & counted_BT
@@ -138,6 +138,12 @@ class RouteModule(L.LightningModule):
         return collection
 
     def on_validation_epoch_end(self) -> None:
+        self._close_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._close_metrics("test")
+
+    def _close_metrics(self, stage: str) -> None:
         """Log the means over layers, and keep the figures of each layer in `report`."""
         self.report = {}
         for head in HEADS:
@@ -146,14 +152,9 @@ class RouteModule(L.LightningModule):
                 values = metric.compute()
                 metric.reset()
                 self.report[f"{head}_{known}"] = {n: v.tolist() for n, v in values.items()}
-                self.log_dict(
-                    means(values, prefix=f"val/{head}_{known}_"),  # type: ignore[arg-type]
-                    prog_bar=False,
-                )
+                self.log_dict(means(values, prefix=f"{stage}/{head}_{known}_"))
         recall = torch.tensor(self.report["this_known"]["recall"]).nanmean()
-        self.log("val/recall", recall, prog_bar=True)
-
-    on_test_epoch_end = on_validation_epoch_end
+        self.log(f"{stage}/recall", recall, prog_bar=True)
 
     def _log_losses(self, stage: str, losses_J: Tensor, batch_size: int) -> None:
         named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
@@ -162,7 +163,7 @@ class RouteModule(L.LightningModule):
     # ---------------------------------------------------------------- optimiser, checkpoint
 
     def configure_optimizers(self) -> Any:
-        """AdamW on a one-cycle schedule over all steps of the run."""
+        """AdamW, with warm-up and cosine decay over all steps of the run."""
         parameters = [p for p in self.predictor.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
@@ -170,12 +171,8 @@ class RouteModule(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            self.learning_rate,
-            total_steps=max(steps, 2),
-            pct_start=self.warmup,
-            cycle_momentum=False,
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step / steps, self.warmup)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -198,8 +195,15 @@ class RouteModule(L.LightningModule):
         }
 
 
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """The learning rate over its peak, after a share `progress` of the steps."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
+
+
 def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
-    """Hide routes in a share `chance` of the rows: everywhere, up to a random token, or at random."""
+    """Hide the routes of a share `chance` of the rows: all, up to some token, or here and there."""
     batch, tokens = routes_BTLK.shape[:2]
     device = routes_BTLK.device
     mode_B1 = torch.rand(batch, 1, device=device) / max(chance, 1e-9)

@@ -1,5 +1,6 @@
 """Does an exported graph say what the torch model says? Asked before the file is kept."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _compare_steps(predictor: RoutePredictor, session: Any, cache: Cache) -> tup
     past_positions = np.full((batch, window), -1, np.int64)
     outputs: list[list[np.ndarray]] = []
     edges = [0, *range(window // 2, tokens + 1)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         feeds = {
             name: inputs[name][:, start:stop].numpy()
             for name in ("token_ids", "routes", "positions")

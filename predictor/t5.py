@@ -3,13 +3,14 @@
 The encoder reads the prompt; the decoder reads the generated tokens and says, for each of them and
 all MoE layers in one pass, which experts it uses. Ours differs in what the interface asks for: the
 heads for the next token and the horizon; and the decoder also reads the prompt, as a segment of its
-own, so that prompt tokens get predictions too. Generated tokens do not attend to that segment, which
-leaves them the paper's decoder exactly; the loss is on them alone (`trained_BT`).
+own, so that prompt tokens get predictions too. Generated tokens do not attend to that segment,
+which leaves them the paper's decoder exactly; the loss is on them alone (`trained_BT`).
 
 Symbols: B rows, T tokens, S keys, L MoE layers, E experts a layer, D width.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class T5Settings(PredictorSettings):
             is_decoder=decoder,
             is_encoder_decoder=False,
             use_cache=False,
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]
         )
         stack = T5Stack(config)
         stack.set_input_embeddings(nn.Identity())
@@ -69,10 +70,10 @@ class T5Settings(PredictorSettings):
 
 
 class T5Predictor(RoutePredictor):
-    """T5 encoder over the prompt, T5 decoder over every token, one bias-free linear map of heads."""
+    """T5 encoder over the prompt, T5 decoder over every token, one bias-free map to the heads."""
 
     kind = "t5"
-    graph_inputs = {
+    graph_inputs: ClassVar[dict[str, dict[int, str]]] = {
         "token_ids": {0: "batch", 1: "tokens"},
         "positions": {0: "batch", 1: "tokens"},
         "prompt_lengths": {0: "batch"},
@@ -141,7 +142,7 @@ class Masks:
 
 
 def prompt_mask(positions_BT: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-    """Which tokens belong to the prompt: the first `prompt_lengths` of a row, not counting padding."""
+    """Which tokens are prompt: the first `prompt_lengths` of a row, padding not counted."""
     valid_BT = positions_BT >= 0
     return valid_BT & (valid_BT.long().cumsum(1) <= prompt_lengths_B[:, None])
 

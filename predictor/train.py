@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from predictor.calibration import calibrate
+from predictor.checkpoint import read_checkpoint
 from predictor.curves import plot_curves
 from predictor.data import TraceData
-from predictor.module import RouteModule
+from predictor.module import CHECKPOINT_KEY, RouteModule
 from routing.cli import friendly_errors
 
 PROG = "python -m predictor.train"
@@ -48,6 +49,13 @@ class TrainCLI(LightningCLI):
             }
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a checkpoint that is not one of ours before Lightning opens it."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path:
+            read_checkpoint(Path(path))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         root = self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT
         kwargs["default_root_dir"] = root
@@ -58,7 +66,10 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Remember what the predictor is trained on."""
+        """Remember what the predictor is trained on; see that a run can go on where it stopped."""
+        path = self._get(self.config, "ckpt_path")
+        if path:
+            require_resumable(Path(path), self.model.describe())
         self.model.provenance = {
             "traces": self.datamodule.provenance,
             "torch": str(torch.__version__),
@@ -78,6 +89,21 @@ class TrainCLI(LightningCLI):
         self.trainer.save_checkpoint(root / CHECKPOINT, weights_only=True)
         plot_curves(root / "metrics.csv", root / "curves.png")
         print(json.dumps({"checkpoint": str(root / CHECKPOINT), **_summary(model.report)}))
+
+
+def require_resumable(path: Path, ours: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint is of this predictor and holds the optimizer."""
+    checkpoint = read_checkpoint(path)
+    theirs = json.loads(checkpoint[CHECKPOINT_KEY])
+    for key in ("kind", "topology", "stack", "window", "horizon", "settings"):
+        if json.loads(json.dumps(ours[key])) != theirs[key]:
+            raise ValueError(
+                f"{path} cannot be resumed: its {key} is {theirs[key]}, here it is {ours[key]}"
+            )
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{path} holds weights only and cannot be resumed; name the run's checkpoints/last.ckpt"
+        )
 
 
 def _summary(report: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Traces whose routes follow known rules, and predictors trained on them, for the tests.
 
 Of the three layers of `TOPOLOGY` the first routes by the token itself, the second by the token
-before it, and the third by a secret of the document that shows in no token: only the routes taken so
-far tell it.
+before it, and the third by a secret of the document that shows in no token: only the routes taken
+so far tell it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def tiny_predictor(*, window: int = 6, blocks: int = 2) -> CausalPredictor:
     predictor = settings.build(shape(window=window))
     with torch.no_grad():
         for parameter in predictor.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     return predictor.eval()
 
 
@@ -87,13 +87,24 @@ def random_windows(batch: int, tokens: int, *, first: int = 0) -> Windows:
 
 def columns(windows: Windows, span: slice) -> Windows:
     """Some columns of every row."""
-    return Windows(*(tensor[:, span] for tensor in windows[:4]), windows.prompt_lengths_B)
+    return Windows(
+        windows.token_ids_BT[:, span],
+        windows.routes_BTLK[:, span],
+        windows.positions_BT[:, span],
+        windows.experts_BTLK[:, span],
+        windows.prompt_lengths_B,
+    )
 
 
 def joined(*rows: Windows) -> Windows:
     """The rows side by side, at the positions they have."""
-    parts = [torch.cat(tensors, 1) for tensors in zip(*(row[:4] for row in rows), strict=True)]
-    return Windows(*parts, rows[0].prompt_lengths_B)
+    return Windows(
+        torch.cat([row.token_ids_BT for row in rows], 1),
+        torch.cat([row.routes_BTLK for row in rows], 1),
+        torch.cat([row.positions_BT for row in rows], 1),
+        torch.cat([row.experts_BTLK for row in rows], 1),
+        rows[0].prompt_lengths_B,
+    )
 
 
 def padding(batch: int, tokens: int) -> Windows:

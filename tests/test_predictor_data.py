@@ -15,7 +15,7 @@ from predictor.embedding import read_embedding
 from predictor.interface import PADDING, Windows
 from routing.shards import TraceReader, TraceWriter, signed_experts
 from routing.topology import NO_EXPERT
-from tests.predicting import TOPOLOGY, VOCAB_SIZE, random_document, write_trace
+from tests.predicting import TOPOLOGY, VOCAB_SIZE, columns, random_document, write_trace
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,8 @@ def segments(batch: Windows) -> list[Windows]:
         starts = [0, *(end + 1 for end in ends[:-1])]
         for start, end in zip(starts, ends, strict=True):
             if batch.positions_BT[row, start] != PADDING:
-                span = slice(start, end + 1)
-                parts = [tensor[row : row + 1, span] for tensor in batch[:4]]
-                found.append(Windows(*parts, batch.prompt_lengths_B[row : row + 1]))
+                one = Windows(*(tensor[row : row + 1] for tensor in batch))
+                found.append(columns(one, slice(start, end + 1)))
     return found
 
 
