@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +27,10 @@ class StepInputs(NamedTuple):
 
 def read_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepInputs:
     """Read token ids, positions and history length of the (decoder's) step."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
     prefix = "decoder_" if model.config.is_encoder_decoder else ""  # type: ignore[union-attr]
     token_ids = kwargs.get(f"{prefix}input_ids")
-    if token_ids is None and args and not prefix:
-        token_ids = args[0]
     mask = kwargs.get(f"{prefix}attention_mask")
     past_length = _past_length(kwargs.get("past_key_values"))
     shape = _shape(token_ids, kwargs.get(f"{prefix}inputs_embeds"))

@@ -249,7 +249,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(
         cwd=ROOT,
         check=True,
     )
-    for text in (*POLICIES, "belady+bypass", "share of", "0.25", "0.5", "62 tokens of 4"):
+    for text in (*POLICIES, "belady+bypass", "share of", "25 %", "50 %", "62 tokens of 4"):
         assert text in result.stdout
     written = json.loads((tmp_path / "results.json").read_text())
     assert [r["residency"] for r in written["results"]] == [0.25] * 5 + [0.5] * 5
