@@ -112,7 +112,7 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be used: {_brief(error)}") from error
     name = (config.architectures or ["?"])[0]
     stock_class = getattr(transformers, name, None)
