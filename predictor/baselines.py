@@ -8,7 +8,7 @@ Symbols: T tokens of a document, J = 3 heads, L MoE layers, E experts a layer, R
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -171,10 +171,10 @@ class TokenTable(Baseline):
         )
 
 
-def fit_baselines(documents: Sequence[Windows], shape: Shape) -> list[Baseline]:
+def fit_baselines(documents: Iterable[Windows], shape: Shape) -> list[Baseline]:
     """All trivial predictors, fitted on documents (each a batch of one row, its history known).
 
-    `documents` is read twice: a sequence that makes its items when asked will do.
+    `documents` is read twice.
     """
     seen_V = np.zeros(shape.vocab_size, np.int64)
     for batch in documents:

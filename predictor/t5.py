@@ -97,7 +97,7 @@ class T5Predictor(RoutePredictor):
         return self.predict(batch.token_ids_BT, batch.positions_BT, batch.prompt_lengths_B)
 
     def run_graph(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`prompt_lengths` [B] counts a row's leading tokens of the prompt, padding left out."""
+        """`prompt_lengths` [B] counts a row's leading columns of prompt, padding included."""
         return tuple(self.predict(*inputs))
 
     def trained_BT(self, batch: Windows) -> Tensor:
@@ -142,9 +142,9 @@ class Masks:
 
 
 def prompt_mask(positions_BT: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-    """Which tokens are prompt: the first `prompt_lengths` of a row, padding not counted."""
-    valid_BT = positions_BT >= 0
-    return valid_BT & (valid_BT.long().cumsum(1) <= prompt_lengths_B[:, None])
+    """Which tokens are prompt: those in the first `prompt_lengths` columns, padding aside."""
+    columns_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+    return (positions_BT >= 0) & (columns_T < prompt_lengths_B[:, None])
 
 
 def attention_masks(positions_BT: Tensor, prompt_BT: Tensor, window: int) -> Masks:
