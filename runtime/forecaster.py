@@ -134,8 +134,11 @@ def _last(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def _unused(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
-    """Probability [L, E] that no valid token uses the expert: the product of sigmoid(-logit)."""
+    """Probability [L, E] that no valid token uses the expert: the product of sigmoid(-logit).
+
+    NaN counts as unused: whatever a predictor says, its values must compare.
+    """
     log_unused = -np.logaddexp(0.0, logits_BTLE)
     log_unused[~valid_BT] = 0.0
-    unused: np.ndarray = np.exp(log_unused.sum((0, 1)))
+    unused: np.ndarray = np.exp(np.nan_to_num(log_unused.sum((0, 1))))
     return unused

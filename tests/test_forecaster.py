@@ -240,6 +240,23 @@ def test_a_sequence_of_padding_only_adds_nothing(opened: Open) -> None:
         np.testing.assert_allclose(one, other, atol=1e-7)
 
 
+class Nonsense:
+    """A session that answers with NaN and infinities."""
+
+    def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        batch, length = feeds["token_ids"].shape
+        logits = np.full((batch, length, L, E), np.nan, np.float32)
+        logits[..., 0], logits[..., 1] = np.inf, -np.inf
+        return [logits] * 3 + [np.zeros((1, 2, batch, 1, length, E), np.float32)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_predictor_that_answers_nonsense_still_gives_probabilities(opened: Open) -> None:
+    forecaster = start(opened()._replace(session=Nonsense()))
+    for plane in forecaster.forecast(tokens(0, 1, 3), np.arange(3)[None]):
+        assert plane.tolist() == [[1, 0, 0, 0, 0]] * L
+
+
 # ---------------------------------------------------------------------- stateless files
 
 
