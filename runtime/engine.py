@@ -106,8 +106,9 @@ class Engine:
             self._undo.append(partial(self._store.restore, index))
             layer.module.forward = partial(self._run_layer, index)
             self._undo.append(partial(layer.module.__dict__.pop, "forward"))
-        self.model.__dict__["expertflow"] = self
-        self._undo.append(partial(self.model.__dict__.pop, "expertflow"))
+        self.model.__dict__ |= {"expertflow": self, "save_pretrained": _refuse_to_save}
+        for name in ("expertflow", "save_pretrained"):
+            self._undo.append(partial(self.model.__dict__.pop, name))
         hooks = [
             self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             self.model.register_forward_hook(self._end_step),
@@ -186,6 +187,12 @@ class Engine:
         forecaster.observe(routes_BLK)
         if length == 1 and forecaster.this_BLE is not None:
             self._stats.count_recall(*_recall(forecaster.this_BLE, routes_BLK))
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "an offloaded model would be saved without its experts; save model.expertflow.detach()"
+    )
 
 
 def _predicted_rows(layers: list[MoELayer], forecaster: Forecaster | None) -> list[int] | None:

@@ -70,6 +70,10 @@ def main(settings: SimulateSettings) -> None:
             ours=f"the trace {settings.trace}",
             theirs=f"the predictor {settings.predictor}",
         )
+    if len(reader.topology.stacks) > 1:
+        raise ValueError(
+            f"{settings.trace} is of an encoder-decoder model: only decoders are simulated"
+        )
     documents = _documents(reader, settings)
     decode_all = settings.decode_all or not any((d.phase_T == GENERATED).any() for d in documents)
     num_experts = reader.stack.num_experts
@@ -112,13 +116,13 @@ def _table(results: Sequence[Result], title: str) -> object:
 
     table = Table(
         "policy",
-        title=f"hit rate (expert loads a token) by share of experts resident\n{title}",
+        title=f"hit rate by share of experts resident\n{title}",
         title_justify="left",
     )
     for share in dict.fromkeys(result.residency for result in results):
         table.add_column(f"{share * 100:.4g} %", justify="right")
     for policy, row in _by_policy(results).items():
-        table.add_row(policy, *(f"{r.hit_rate:.3f} ({r.loads_per_token:.1f})" for r in row))
+        table.add_row(policy, *(f"{r.hit_rate:.3f}" for r in row))
     return table
 
 

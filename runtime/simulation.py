@@ -6,6 +6,7 @@ rates are those of a live run over the same tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -144,5 +145,5 @@ def _result(simulation: Simulation | BypassSimulation, share: float, num_tokens:
         requests=simulation.requests,
         loads=simulation.loads,
         loads_per_token=simulation.loads / num_tokens,
-        hit_rate=1 - simulation.loads / simulation.requests,
+        hit_rate=1 - simulation.loads / simulation.requests if simulation.requests else math.nan,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,9 +145,9 @@ class Stats:
         layers = np.arange(self.num_layers)
         axes.bar(layers, self.hits_L, label="hits", color="#3b6ea5")
         axes.bar(layers, self.misses_L, bottom=self.hits_L, label="misses", color="#d9822b")
-        axes.set(xlabel="MoE layer", ylabel="expert requests", title=self.report())
-        axes.title.set_fontsize(8)
-        axes.legend()
+        axes.set(xlabel="MoE layer", ylabel="expert requests")
+        axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
+        axes.legend(loc="lower right")
         figure.savefig(path, dpi=150)
 
 

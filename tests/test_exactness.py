@@ -519,3 +519,11 @@ def test_moe_16x64_never_holds_more_than_its_slots(trained: Any) -> None:
     assert model.expertflow.stats().num_slots == 128
     held = sum(p.numel() for p in model.parameters())
     assert held < 0.4 * sum(p.numel() for p in trained[torch.float32].parameters())
+
+
+def test_an_offloaded_model_is_not_saved_without_its_experts(tmp_path: Path) -> None:
+    model = runtime.load(tiny_model("olmoe"), memory=0.5)
+    with pytest.raises(ValueError, match="saved without its experts"):
+        model.save_pretrained(tmp_path)
+    model.expertflow.detach().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()

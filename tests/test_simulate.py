@@ -322,3 +322,11 @@ def test_a_cache_size_that_is_no_fraction_is_refused(
 ) -> None:
     message = refused(capsys, "--trace", traced("olmoe"), "--residency", *residency)
     assert "residency" in message and residency[-1] in message
+
+
+def test_an_encoder_decoder_trace_is_refused(tmp_path: Path) -> None:
+    model = topology_of(tiny_model("switch_transformers"))
+    with TraceWriter(tmp_path, model, provenance={}):
+        pass
+    with pytest.raises(ValueError, match="only decoders are simulated"):
+        main(SimulateSettings(trace=tmp_path))
