@@ -131,6 +131,7 @@ def quantize(source: Path, target: Path) -> None:
             str(target),
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             weight_type=QuantType.QInt8,
+            per_channel=True,
         )
     original, model = onnx.load(str(source)), onnx.load(str(target))
     meta = json.loads({p.key: p.value for p in original.metadata_props}[METADATA_KEY])
