@@ -122,7 +122,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     if settings.json is not None:
         write_atomically(settings.json, json.dumps(report, indent=1).encode())
     if settings.plot is not None:
-        plot_layers(results, reader.stack, settings.plot)
+        plot_layers(results, reader.stack, shape.horizon, settings.plot)
 
 
 def check(graphs: Sequence[Graph], reader: TraceReader, settings: EvaluateSettings) -> None:

@@ -20,7 +20,7 @@ METRICS = ("recall", "recall_1_5k", "precision", "calibration_error")
 TITLES = {
     "this": "this token's experts",
     "next": "the next token's experts, its id unknown",
-    "horizon": "experts used by the next H tokens",
+    "horizon": "experts used by the next {horizon} tokens",
 }
 PANELS = (("this", "recall"), ("next", "recall"), ("horizon", "precision"))
 """Head and metric of each panel. The horizon has more than K answers: its recall@K stays low."""
@@ -84,21 +84,19 @@ def print_report(report: dict[str, Any], results: Sequence[Result], stack: Stack
     from rich.console import Console
 
     console = Console()
-    console.print(
-        f"{report['tokens']:,} held-out tokens of {report['trace']}, {stack}; "
-        f"H = {report['horizon']}"
-    )
+    console.print(f"{report['tokens']:,} held-out tokens of {report['trace']}, {stack}")
     for head in HEADS:
-        console.print(_head_table(head, results, stack))
+        title = TITLES[head].format(horizon=report["horizon"])
+        console.print(_head_table(title, head, results, stack))
     console.print(_layer_table(results, stack))
     if report["files"]:
         console.print(_file_table(report["files"]))
 
 
-def _head_table(head: str, results: Sequence[Result], stack: Stack) -> Any:
+def _head_table(title: str, head: str, results: Sequence[Result], stack: Stack) -> Any:
     from rich.table import Table
 
-    table = Table(title=TITLES[head], title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("predictor")
     table.add_column("history")
     top_k = stack.top_k
@@ -145,15 +143,15 @@ def _file_table(files: Sequence[dict[str, Any]]) -> Any:
     return table
 
 
-def plot_layers(results: Sequence[Result], stack: Stack, png: Path) -> None:
+def plot_layers(results: Sequence[Result], stack: Stack, horizon: int, png: Path) -> None:
     """Draw each predictor's figure over the layers: one panel a head, one legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(PANELS), sharey=True)
+    panels = figure.subplots(1, len(PANELS))
     for axes, (head, metric) in zip(panels, PANELS, strict=True):
         _plot_panel(axes, results, head, metric)
-        axes.set_title(TITLES[head], fontsize=10)
+        axes.set_title(TITLES[head].format(horizon=horizon), fontsize=10)
         axes.set(xlabel="MoE layer", ylabel=f"{metric}@{stack.top_k}", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -167,7 +167,7 @@ def test_beside_an_encoder_decoder_everyone_is_scored_on_its_generated_tokens(
 def test_a_table_is_printed_for_each_head(trace, causal, capsys) -> None:
     evaluate(EvaluateSettings(trace=trace, predictors=[causal]))
     text = capsys.readouterr().out
-    for words in ("this token", "next token", "next H tokens", "recall@2", "recall@3", "causal"):
+    for words in ("this token", "next token", "next 3 tokens", "recall@2", "recall@3", "causal"):
         assert words in text
 
 
