@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from predictor.interface import HEADS, RoutePredictor, Windows, targets
+from routing.topology import NO_EXPERT
 
-MAX_TOKENS = 4096
-"""Tokens that are enough to fit six numbers: each brings L * E events a head."""
+TOKENS_A_BATCH = 256
+"""Tokens of a batch that the fit takes: each brings L * E events a head."""
 
 
 def calibrate(predictor: RoutePredictor, batches: Iterable[Windows]) -> dict[str, list[float]]:
@@ -30,20 +31,35 @@ def calibrate(predictor: RoutePredictor, batches: Iterable[Windows]) -> dict[str
 
 @torch.no_grad()
 def _collect(predictor: RoutePredictor, batches: Iterable[Windows]) -> list[tuple[Tensor, Tensor]]:
-    """Logits and answers of each head, histories known in every other batch."""
+    """Logits and answers of each head, at tokens drawn from every batch."""
     gathered: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in HEADS]
-    num_tokens = 0
-    for number, batch in enumerate(batches):
-        batch = batch.to(predictor.scale_J.device)
-        predictions = predictor(batch.without_history() if number % 2 else batch)
-        answers = targets(batch, predictor.shape)
-        for (logits, used), head_BTLE, answer in zip(gathered, predictions, answers, strict=True):
-            logits.append(head_BTLE[answer.valid_BT].float().cpu())
-            used.append(answer.used_BTLE[answer.valid_BT].cpu())
-        num_tokens += int(batch.valid_BT.sum())
-        if num_tokens >= MAX_TOKENS:
-            break
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for batch in batches:
+            batch = batch.to(predictor.scale_J.device)
+            predictions = predictor(_every_other_history(batch))
+            answers, counted_BT = targets(batch, predictor.shape), predictor.trained_BT(batch)
+            for (logits, used), head_BTLE, answer in zip(
+                gathered, predictions, answers, strict=True
+            ):
+                rows, columns = _draw((answer.valid_BT & counted_BT).cpu())
+                logits.append(head_BTLE[rows, columns].float().cpu())
+                used.append(answer.used_BTLE[rows, columns].cpu())
     return [(torch.cat(logits), torch.cat(used)) for logits, used in gathered]
+
+
+def _every_other_history(batch: Windows) -> Windows:
+    """The batch with unknown history in every other row: the fit is to serve both."""
+    routes_BTLK = batch.routes_BTLK.clone()
+    routes_BTLK[1::2] = NO_EXPERT
+    return batch._replace(routes_BTLK=routes_BTLK)
+
+
+def _draw(answerable_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of at most TOKENS_A_BATCH tokens, drawn without replacement."""
+    rows, columns = answerable_BT.nonzero(as_tuple=True)
+    chosen = torch.randperm(len(rows))[:TOKENS_A_BATCH]
+    return rows[chosen], columns[chosen]
 
 
 def fit_affine(logits: Tensor, used: Tensor) -> Tensor:

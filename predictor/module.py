@@ -172,7 +172,7 @@ class RouteModule(L.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step / steps, self.warmup)
+            optimizer, lambda step: warmup_cosine((step + 0.5) / steps, self.warmup)
         )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 

@@ -82,7 +82,7 @@ class TrainCLI(LightningCLI):
         best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
         if best:
             model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
-        model.eval()
+        model.eval().to(self.trainer.strategy.root_device)
         model.provenance["calibration"] = calibrate(model.predictor, data.val_dataloader())
         evaluate = self.trainer.test if len(data.documents("test")) else self.trainer.validate
         evaluate(model, datamodule=data, verbose=False)

@@ -221,6 +221,22 @@ def test_the_embedding_is_read_from_a_model_directory(tmp_path):
     torch.testing.assert_close(read_embedding(tmp_path), embedding)
 
 
+def test_the_embedding_is_found_in_a_model_of_several_files(tmp_path):
+    embedding = torch.randn(VOCAB_SIZE, 5)
+    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "b.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(
+        '{"weight_map": {"x": "a.safetensors", "model.embed_tokens.weight": "b.safetensors"}}'
+    )
+    torch.testing.assert_close(read_embedding(tmp_path), embedding)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no b\.safetensors"):
+        read_embedding(tmp_path)
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        read_embedding(tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, b"not safetensors"])
 def test_a_directory_without_a_readable_model_is_refused(tmp_path, content):
     if content is not None:
