@@ -23,6 +23,7 @@ TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_e
 
 UNSUPPORTED = {
     "DbrxExperts": "all experts share two-dimensional weights",
+    "LongcatFlashExperts": "some of its experts have no parameters",
     "Llama4TextExperts": "its experts are called densely, without expert ids",
     "JetMoeParallelExperts": "its experts are called with counts, without expert ids",
     "AriaGroupedExpertsGemm": "its experts are called with counts, without expert ids",
