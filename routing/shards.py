@@ -22,11 +22,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
 
 from routing.topology import NO_EXPERT, Stack, Topology
 
@@ -36,7 +35,6 @@ MANIFEST_KEYS = {
     "topology", "provenance", "with_weights", "num_documents", "complete", "labels", "shards"
 }  # fmt: skip
 PROMPT, GENERATED = 0, 1
-SHARD_TOKENS = 1 << 20
 
 
 class Document(NamedTuple):
@@ -76,165 +74,6 @@ def stored_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
     if np.any((experts < NO_EXPERT) | (experts >= num_experts)):
         raise ValueError(f"expert ids outside 0 .. {num_experts - 1}: {np.unique(experts)[:8]}")
     return np.where(missing, nothing, experts).astype(dtype)
-
-
-class TraceWriter:
-    """Appends documents to a trace directory; opening an existing one resumes it.
-
-    Documents are durable once their shard is written: `num_documents` says how many are. Raises
-    ValueError when the directory holds a trace of another model or of other provenance.
-    """
-
-    def __init__(
-        self,
-        directory: str | Path,
-        topology: Topology,
-        *,
-        provenance: Mapping[str, Any],
-        with_weights: bool = False,
-        shard_tokens: int = SHARD_TOKENS,
-    ) -> None:
-        self.directory = Path(directory)
-        self.topology = topology
-        self.shard_tokens = shard_tokens
-        self._pending: list[Mapping[str, Document]] = []
-        self._pending_tokens = 0
-        self._manifest = self._open(dict(provenance), with_weights)
-
-    def _open(self, provenance: dict[str, Any], with_weights: bool) -> dict[str, Any]:
-        fresh = {
-            "schema": SCHEMA,
-            "topology": self.topology.to_json(),
-            "provenance": json.loads(json.dumps(provenance)),
-            "with_weights": with_weights,
-            "num_documents": 0,
-            "complete": False,
-            "labels": [],
-            "shards": {stack.name: [] for stack in self.topology.stacks},
-        }
-        if not (self.directory / MANIFEST).exists():
-            if self.directory.is_dir() and any(self.directory.glob("[!.]*")):
-                raise ValueError(
-                    f"{self.directory} is not empty and holds no trace; name a new one"
-                )
-            return fresh
-        manifest = read_manifest(self.directory)
-        Topology.from_json(manifest["topology"]).require_match(
-            self.topology, ours=f"the trace in {self.directory}", theirs="this model"
-        )
-        for key in ("provenance", "with_weights"):
-            if manifest[key] != fresh[key]:
-                difference = _difference(manifest, fresh, key)
-                raise ValueError(
-                    f"{self.directory} was traced with other options ({difference}); "
-                    "trace into another directory, or with the same options to resume"
-                )
-        return manifest
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that are durable on disk: where to resume."""
-        return int(self._manifest["num_documents"])
-
-    @property
-    def complete(self) -> bool:
-        """True when a former run closed the trace: nothing is left to do."""
-        return bool(self._manifest["complete"])
-
-    def add(self, documents: Mapping[str, Document]) -> None:
-        """Append one document, given once per stack."""
-        assert set(documents) == set(self._manifest["shards"]), "one document per stack"
-        self._pending.append(documents)
-        self._pending_tokens += sum(len(d.token_ids_T) for d in documents.values())
-        if self._pending_tokens >= self.shard_tokens:
-            self.flush()
-
-    def flush(self) -> None:
-        """Make everything added so far durable."""
-        if not self._pending:
-            return
-        self._begin()
-        for name, shards in self._manifest["shards"].items():
-            shards.append(self._write_shard(name, len(shards)))
-        self._manifest["num_documents"] += len(self._pending)
-        self._pending, self._pending_tokens = [], 0
-        self._save_manifest()
-
-    def _begin(self) -> None:
-        """The manifest comes before the first shard, so that any remains can be resumed."""
-        if not (self.directory / MANIFEST).exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._save_manifest()
-
-    def close(self) -> None:
-        """Flush, and mark the trace complete."""
-        self.flush()
-        self._begin()
-        self._manifest["complete"] = True
-        self._save_manifest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-
-    def _write_shard(self, name: str, index: int) -> dict[str, Any]:
-        documents = [documents[name] for documents in self._pending]
-        data = serialize(
-            self._tensors(documents),
-            metadata={
-                "format": "expertflow-trace",
-                "schema": str(SCHEMA),
-                "stack": name,
-                "topology": json.dumps(self.topology.to_json()),
-            },
-        )
-        file = f"{name}-{index:05d}.safetensors"
-        write_atomically(self.directory / file, data)
-        return {
-            "file": file,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "documents": len(documents),
-            "tokens": sum(len(d.token_ids_T) for d in documents),
-        }
-
-    def _tensors(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        lengths = [len(document.token_ids_T) for document in documents]
-        tensors = {
-            "token_ids": np.concatenate([d.token_ids_T for d in documents]).astype(np.int32),
-            "experts": np.concatenate([d.experts_TLK for d in documents]),
-            "phase": np.concatenate([d.phase_T for d in documents]).astype(np.uint8),
-            "doc_offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "doc_labels": np.array([self._label(d.label) for d in documents], np.int32),
-        }
-        if self._manifest["with_weights"]:
-            tensors["weights"] = np.concatenate([_weights(d) for d in documents])
-        return tensors
-
-    def _label(self, label: str) -> int:
-        labels: list[str] = self._manifest["labels"]
-        if label not in labels:
-            labels.append(label)
-        return labels.index(label)
-
-    def _save_manifest(self) -> None:
-        data = json.dumps(self._manifest, indent=1).encode()
-        write_atomically(self.directory / MANIFEST, data)
-
-
-def _weights(document: Document) -> np.ndarray:
-    assert document.weights_TLK is not None, "this trace keeps router weights"
-    return document.weights_TLK.astype(np.float16)
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
-    if not isinstance(old[key], dict):
-        return f"{key}: {old[key]} there, {new[key]} here"
-    keys = sorted(k for k in old[key] | new[key] if old[key].get(k) != new[key].get(k))
-    return "; ".join(f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in keys)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from predictor.causal import CausalPredictor, CausalSettings
 from predictor.interface import PADDING, Shape, Windows
-from routing.shards import GENERATED, PROMPT, Document, TraceWriter
+from routing.shards import GENERATED, PROMPT, Document
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
+from routing.writer import TraceWriter
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, VOCAB_SIZE = 3, 8, 2, 12
 

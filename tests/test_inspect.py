@@ -13,8 +13,9 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.image import imread
 
 import trace.usage
-from routing.shards import GENERATED, PROMPT, Document, TraceReader, TraceWriter
+from routing.shards import GENERATED, PROMPT, Document, TraceReader
 from routing.topology import Layer, Stack, Topology
+from routing.writer import TraceWriter
 from trace.inspect import inspect, main
 from trace.settings import InspectSettings
 from trace.usage import compare_with_previous, count_experts, measure_usage

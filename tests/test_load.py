@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime
 from routing.layers import MoELayer
-from routing.shards import TraceWriter
 from routing.topology import topology_of
+from routing.writer import TraceWriter
 from runtime.arena import Spec, expert_bytes
 from runtime.budget import parse_memory, slots_per_group
 from runtime.loader import Group, from_module

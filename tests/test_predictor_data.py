@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from predictor.data import TraceData
 from predictor.embedding import read_embedding
 from predictor.interface import PADDING, Windows
-from routing.shards import TraceReader, TraceWriter, signed_experts
+from routing.shards import TraceReader, signed_experts
 from routing.topology import NO_EXPERT
+from routing.writer import TraceWriter
 from tests.predicting import TOPOLOGY, VOCAB_SIZE, columns, random_document, write_trace
 
 

@@ -22,12 +22,12 @@ from routing.shards import (
     PROMPT,
     Document,
     TraceReader,
-    TraceWriter,
     experts_dtype,
     signed_experts,
     stored_experts,
 )
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
+from routing.writer import TraceWriter
 
 ROOT = Path(__file__).parent.parent
 PROVENANCE = {"dataset": ["a.txt"], "seed": 0}
@@ -243,7 +243,7 @@ def test_whatever_step_of_writing_fails_the_directory_holds_whole_documents(
 KILLED = """
 import sys
 from tests.test_shards import a_document, a_topology, PROVENANCE
-from routing.shards import TraceWriter
+from routing.writer import TraceWriter
 writer = TraceWriter(sys.argv[1], a_topology(), provenance=PROVENANCE, shard_tokens=6)
 for n in range(writer.num_documents, 1_000_000):
     writer.add({"decoder": a_document(n)})

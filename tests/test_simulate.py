@@ -17,8 +17,9 @@ from torch import Tensor
 import runtime
 from routing.cli import run
 from routing.layers import MoELayer, find_moe_layers, read_routes
-from routing.shards import GENERATED, PROMPT, Document, TraceReader, TraceWriter, stored_experts
+from routing.shards import GENERATED, PROMPT, Document, TraceReader, stored_experts
 from routing.topology import topology_of
+from routing.writer import TraceWriter
 from runtime.simulate import SimulateSettings, main
 from tests.onnx_predictor import write_predictor
 from tests.test_shards import PROVENANCE, a_document, a_topology

@@ -16,7 +16,8 @@ from trace.settings import CollectSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from routing.shards import Document, TraceWriter
+    from routing.shards import Document
+    from routing.writer import TraceWriter
     from trace.runner import Runner
     from trace.sources import Prompt
 
@@ -26,7 +27,7 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
     """
-    from routing.shards import TraceWriter
+    from routing.writer import TraceWriter
     from routing.topology import topology_of
     from trace.runner import Runner
     from trace.sources import read_texts, tokenize
