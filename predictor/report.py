@@ -12,8 +12,9 @@ from predictor.interface import HEADS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from predictor.evaluate import EvaluateSettings, Result
+    from predictor.evaluate import EvaluateSettings
     from predictor.graph import Graph
+    from predictor.scoring import Result
     from routing.topology import Stack
 
 METRICS = ("recall", "recall_1_5k", "precision", "calibration_error")
@@ -163,11 +164,11 @@ def plot_layers(results: Sequence[Result], stack: Stack, horizon: int, png: Path
 
 def _plot_panel(axes: Axes, results: Sequence[Result], head: str, metric: str) -> None:
     """Files in colour (dashed: history unknown), trivial predictors in grey."""
-    files = list(dict.fromkeys(r.name for r in results if r.name.endswith(".onnx")))
-    trivial = [r.name for r in results if r.name not in files]
+    files = list(dict.fromkeys(result.name for result in results if not result.trivial))
+    trivial = [result.name for result in results if result.trivial]
     for result in results:
         values = result.heads[head][metric]
-        if result.name in files:
+        if not result.trivial:
             color = COLORS[files.index(result.name) % len(COLORS)]
             style = "--" if result.history == "unknown" else "-"
             axes.plot(values, style, color=color, label=result.label, marker="o", markersize=3)
