@@ -61,6 +61,7 @@ class T5Settings(PredictorSettings):
             dropout_rate=self.dropout,
             is_decoder=decoder,
             is_encoder_decoder=False,
+            eos_token_id=None,
             use_cache=False,
             attn_implementation="eager",  # type: ignore[call-arg]
         )
