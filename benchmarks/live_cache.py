@@ -41,6 +41,8 @@ class LiveCacheSettings:
     """Text files, or folders of .txt files; documents are divided by lines `<|endoftext|>`."""
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25])
     """Cache sizes, as fractions of all experts."""
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "predicted", "belady"])
+    """Cache policies to run; LRU is the one that the others are compared with."""
     document_tokens: int = 128
     """Tokens to decode of one document; one document of every file."""
     dtype: str = "auto"
@@ -65,6 +67,7 @@ def main(settings: LiveCacheSettings) -> None:
         teacher_forced(texts),
         predictor=settings.predictor,
         residency=settings.residency,
+        policies=settings.policies,
         on_run=lambda run: print(f"{run.policy} {run.residency}: done", file=sys.stderr),
     )
     facts = {
@@ -109,13 +112,14 @@ def _print(runs: Sequence[Run], facts: dict[str, Any]) -> None:
     for column in ("tok/s", "recall", "prediction", "tokens"):
         table.add_column(column, justify="right")
     lru = {run.residency: run.loads for run in runs if run.policy == "lru"}
-    for row in runs:
+    versus = [f"{r.loads / lru[r.residency] - 1:+.1%}" if lru else "-" for r in runs]
+    for row, difference in zip(runs, versus, strict=True):
         table.add_row(
             f"{row.residency:.1%}",
             row.policy,
             f"{row.hit_rate:.3f}",
             str(row.loads),
-            f"{row.loads / lru[row.residency] - 1:+.1%}",
+            difference,
             f"{row.bytes_loaded / 2**20:.1f}",
             f"{row.tokens / row.seconds:.1f}",
             "-" if row.recall != row.recall else f"{row.recall:.3f}",
