@@ -87,8 +87,8 @@ def make_arms(settings: OverheadSettings) -> dict[str, Callable[[], None]]:
     """The two ways to run the same batches."""
     import torch
 
-    from routing.writer import TraceWriter
     from routing.topology import topology_of
+    from routing.writer import TraceWriter
     from trace.batches import batches, padded
     from trace.recorder import Recorder
     from trace.runner import Runner

@@ -115,9 +115,10 @@ class Forecaster:
         num_prompt = self._prompt.shape[-1] or length
         newest = _last(self._newest, self.file.window - num_prompt - length)
         token_ids, positions = np.concatenate([self._prompt, newest, tokens], -1)
+        closed_up = np.arange(positions.shape[1])  # else the prompt would be out of the window
         feeds = {
             "token_ids": np.ascontiguousarray(token_ids),
-            "positions": np.ascontiguousarray(positions),
+            "positions": np.where(positions != PADDING, closed_up, PADDING),
             "prompt_lengths": np.full(len(token_ids), num_prompt, np.int64),
         }
         if self._prompt.shape[-1] == 0:

@@ -270,24 +270,24 @@ def test_a_stateless_predictor_is_fed_the_prompts_end_and_the_newest_tokens_with
 ) -> None:
     file, feeds = spied(opened(window, cache=False))
     forecaster = start(file)
-    token_ids, positions = tokens(0, 1, sum(chunks)), np.arange(sum(chunks))[None]
+    numbers = np.arange(sum(chunks))[None]  # token ids that say where they stand
     stop = 0
     for size in chunks:
         begin, stop = stop, stop + size
-        forecaster.forecast(token_ids[:, begin:stop], positions[:, begin:stop])
-        fed = feeds[-1]["positions"][0]
-        assert np.array_equal(feeds[-1]["token_ids"][0], token_ids[0, fed])
+        forecaster.forecast(numbers[:, begin:stop], numbers[:, begin:stop])
+        fed = feeds[-1]["token_ids"][0]
         assert fed[-1] == stop - 1 and (np.diff(fed) > 0).all()
+        assert np.array_equal(feeds[-1]["positions"][0], np.arange(len(fed)))
     assert max(feed["token_ids"].shape[1] for feed in feeds) <= window
 
 
 def test_a_stateless_predictor_knows_where_the_prompt_ends(opened: Open) -> None:
     file, feeds = spied(opened(cache=False))
     forecaster = start(file)
-    forecaster.forecast(tokens(0, 1, 4), np.arange(4)[None])
+    forecaster.forecast(np.arange(4)[None], np.arange(4)[None])
     for t in range(4, 9):
-        forecaster.forecast(tokens(t, 1, 1), np.array([[t]]))
-    fed = [feed["positions"][0].tolist() for feed in feeds]
+        forecaster.forecast(np.array([[t]]), np.array([[t]]))
+    fed = [feed["token_ids"][0].tolist() for feed in feeds]
     lengths = [int(feed["prompt_lengths"][0]) for feed in feeds]
     assert lengths == [4, 3, 3, 3, 3, 3]
     assert fed == [
