@@ -27,8 +27,8 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
     """
-    from routing.writer import TraceWriter
     from routing.topology import topology_of
+    from routing.writer import TraceWriter
     from trace.runner import Runner
     from trace.sources import read_texts, tokenize
 
