@@ -13,6 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# OpenMP reads it when torch is imported: threads that spin while they wait make a run on a shared
+# machine many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
