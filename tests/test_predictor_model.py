@@ -76,6 +76,19 @@ def test_unknown_history_is_another_input_than_any_known_history():
     assert changed_tokens(tiny_predictor(), batch, batch.without_history()) == [0, 1, 2, 3]
 
 
+def test_the_vector_of_unknown_history_is_added_exactly_where_history_is_unknown():
+    predictor = tiny_predictor()
+    routes = random_windows(1, 4).routes_BTLK
+    routes[:, 2] = NO_EXPERT
+    routes[:, 3, 1:] = NO_EXPERT
+    with torch.no_grad():
+        before_TD = predictor.embed_history(routes)[0]
+        predictor.unknown_history_D += 1.0
+        after_TD = predictor.embed_history(routes)[0]
+    added_T = (after_TD - before_TD).mean(-1)
+    torch.testing.assert_close(added_T, torch.tensor([0.0, 0.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+
+
 def test_the_order_and_repetition_of_a_tokens_experts_do_not_matter():
     batch = random_windows(2, 7)
     twice = torch.cat((batch.routes_BTLK, batch.routes_BTLK.flip(-1)), -1)

@@ -82,6 +82,22 @@ def test_the_checkpoint_holds_weights_and_json_only(run, trained):
     assert trained.provenance["traces"] == [{"seed": 0}]
 
 
+def test_the_checkpoint_is_calibrated(trained):
+    predictor = trained.predictor
+    pairs = torch.stack([predictor.scale_J, predictor.shift_J], 1)
+    assert ((pairs[:, 0] - 1).abs() > 1e-4).all()
+    assert dict(zip(HEADS, pairs.tolist(), strict=True)) == trained.provenance["calibration"]
+
+
+def test_the_best_weights_are_kept_not_the_last(trace, tmp_path):
+    train(trace, tmp_path, "--trainer.max_epochs=3", "--checkpoint.mode=max")
+    (best,) = tmp_path.rglob("epoch=0*.ckpt")
+    kept = torch.load(tmp_path / "predictor.ckpt", weights_only=True)["state_dict"]
+    for name, tensor in torch.load(best, weights_only=True)["state_dict"].items():
+        if name not in ("predictor.scale_J", "predictor.shift_J"):
+            assert torch.equal(kept[name], tensor), name
+
+
 def test_a_loaded_checkpoint_predicts_with_the_reported_recall(trace, trained):
     data = TraceData(
         [str(trace)], window=8, horizon=2, row_tokens=64, val_fraction=0.15, test_fraction=0.15
@@ -170,7 +186,8 @@ FOREIGN = ["text", "pickle", "torch pickle", "foreign", "empty", "missing"]
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_foreign_checkpoint_is_refused_and_never_unpickled(tmp_path, kind):
+def test_a_foreign_checkpoint_is_refused_and_never_unpickled(tmp_path, monkeypatch, kind):
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     write_foreign(tmp_path / "x.ckpt", kind)
     with pytest.raises(ValueError, match=r"x\.ckpt"):
         load_checkpoint(tmp_path / "x.ckpt")
