@@ -7,6 +7,7 @@ documents that were held back. Every stage is the public command, printed before
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -111,7 +112,9 @@ def stage(module: str, *arguments: object) -> None:
     """Run one stage's command, showing it."""
     words = ["-m", module, *map(str, arguments)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
-    result = subprocess.run([sys.executable, *words], check=False)
+    # OpenMP threads that spin while they wait make a busy machine many times slower.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    result = subprocess.run([sys.executable, *words], env=environment, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
 
