@@ -86,8 +86,20 @@ def write_graph(trained: Trained, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    forget_origin(program.model)
     program.model.metadata_props[METADATA_KEY] = json.dumps(metadata(trained))
     program.save(str(path))
+
+
+def forget_origin(model: Any) -> None:
+    """Drop what the exporter notes about where each node came from: the paths of this machine."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:

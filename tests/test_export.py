@@ -268,3 +268,10 @@ def test_a_failed_check_leaves_the_old_file(checkpoint, tmp_path, capsys, monkey
         main(str(checkpoint), str(out))
     assert "nothing written" in capsys.readouterr().err
     assert out.read_bytes() == b"the old file" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_says_nothing_about_the_machine_that_wrote_it(exported: Path) -> None:
+    """The exporter notes the path of the source behind every node; those are taken out."""
+    content = exported.read_bytes()
+    assert str(Path(__file__).parents[1]).encode() not in content
+    assert b"causal.py" not in content and b"attention.py" not in content
