@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from routing.cli import run
-from routing.shards import MANIFEST, PROMPT, TraceReader
+from routing.shards import MANIFEST, PROMPT, TraceReader, read_manifest
 from tests.tiny import tiny_tokenizer
 from tests.tracing import Directory, assert_same_documents, decode, trace, write_texts
 from trace.collect import collect
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 
 def wait_for_a_shard(out: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
-    while not (out / MANIFEST).exists():
+    while not ((out / MANIFEST).exists() and read_manifest(out)["num_documents"]):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
