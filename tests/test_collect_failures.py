@@ -32,7 +32,7 @@ def test_an_interrupted_trace_resumes_without_losing_a_document(
     capsys: pytest.CaptureFixture[str],
     one_thread: None,
 ) -> None:
-    texts = [f"{'word ' * (n % 13)}{n}" for n in range(250)]
+    texts = [f"{'word ' * (n % 13)}{n}" for n in range(500)]
     data = write_texts(tmp_path / "words.txt", texts)
     options = {"generate": 4, "batch_tokens": 128, "shard_tokens": 1000, "weights": True}
     model, out = tiny_directory("olmoe"), tmp_path / "killed"
