@@ -91,7 +91,8 @@ def compare(
 ) -> tuple[list[Run], float]:
     """Run `workload` without offloading, then under every policy at every residency.
 
-    Returns the runs, and the seconds that the model takes without offloading.
+    Returns the runs, and the seconds that the model takes without offloading, while its expert
+    calls are recorded for Belady's policy.
     """
     calls: Calls = []
     workload_start = time.perf_counter()

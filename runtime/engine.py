@@ -167,11 +167,11 @@ class Engine:
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None
+        if self._forecaster is not None and inputs.token_ids_BT is not None:
+            self._learn(self._forecaster, inputs)
         self._stats.steps += 1
         self._stats.tokens += inputs.num_tokens
         self._stats.seconds["step"] += time.perf_counter() - self._step_start
-        if self._forecaster is not None and inputs.token_ids_BT is not None:
-            self._learn(self._forecaster, inputs)
 
     def _learn(self, forecaster: Forecaster, inputs: StepInputs) -> None:
         """Give the predictor the true routes of each sequence's last token, and score it."""
