@@ -16,6 +16,7 @@ import torch
 from predictor.causal import CausalPredictor
 from predictor.export import METADATA_KEY, SCHEMA
 from predictor.interface import HEADS, Cache, Predictions, Shape, Windows
+from predictor.session import open_session
 from predictor.t5 import T5Predictor
 from routing.topology import NO_EXPERT, Topology
 
@@ -161,7 +162,7 @@ def open_graph(path: Path) -> Graph:
     """Open an exported predictor. Raises ValueError for any other file, saying what is wrong."""
     if not path.is_file():
         raise ValueError(f"there is no predictor {path}")
-    session = _session(path)
+    session = open_session(path)
     raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if raw is None:
         raise ValueError(f"{path} was not written by predictor.export: it has no metadata of ours")
@@ -172,18 +173,6 @@ def open_graph(path: Path) -> Graph:
         return (CachedGraph if meta["cache"] else StatelessGraph)(path, session, meta)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a predictor that can be run: {error}") from error
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no public base class
-        raise ValueError(f"{path} cannot be read as an ONNX file: {error}") from error
 
 
 def whole_document(token_ids_T: np.ndarray, experts_TLK: np.ndarray, num_prompt: int) -> Windows:

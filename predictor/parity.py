@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from predictor.interface import HEADS, Cache, RoutePredictor, Windows
+from predictor.session import open_session
 from routing.topology import NO_EXPERT
 
 MAX_ERROR = 1e-4
@@ -22,7 +23,7 @@ def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[
 
     An exact file must agree whatever a cache holds; a quantised one, with what it put there itself.
     """
-    session = _session(path)
+    session = open_session(path)
     found = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -40,15 +41,6 @@ def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[
             "export without --int8"
         )
     return {"max_error": error, "top_k_overlap": overlap}
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _sizes(predictor: RoutePredictor) -> list[tuple[int, int, int]]:
