@@ -1,0 +1,147 @@
+"""One arm of benchmarks.decode: warm up, compare logits, generate, and fill in the row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from benchmarks.arms import Arm, Row, Running, compare_logits, run_arm
+from benchmarks.link import link_efficiency
+from benchmarks.replayed_routes import ReplayedRoutes
+from benchmarks.report import print_row
+from benchmarks.subject import Pass, Subject
+from benchmarks.timeline import GpuEvent, busy_us, profile_step
+from benchmarks.workload import Timings, Workload
+
+if TYPE_CHECKING:
+    from benchmarks.decode import DecodeSettings
+
+WARM_UP_STEPS = 6
+PROFILED_STEPS = 4
+SLOW = ("accelerate", "policylang")
+SLOW_CHECK_STEPS = 3
+
+
+class Decoding:
+    """Runs arms one after the other on one subject, until the time is up."""
+
+    def __init__(self, settings: DecodeSettings, subject: Subject) -> None:
+        self.settings, self.subject = settings, subject
+        self.timelines: dict[str, list[GpuEvent]] = {}
+        self._start = time.perf_counter()
+        self._references: dict[tuple[str, int], Tensor] = {}
+
+    def run(self, arm: Arm) -> Row:
+        """The arm's row, printed as soon as it is known."""
+        if time.perf_counter() - self._start > self.settings.budget_seconds:
+            row = Row(arm=arm, error="skipped: the time budget was spent")
+        else:
+            row = self._run(arm)
+        print_row(row)
+        return row
+
+    def _run(self, arm: Arm) -> Row:
+        context = self.settings.prompt + self.settings.tokens
+        routes, passes = self.subject.routes(arm, context), self._passes(arm)
+        return run_arm(
+            arm,
+            self.subject.model,
+            lambda: self.subject.set_up(arm, routes, passes, context),
+            lambda running, row: self._measure(arm, running, routes, passes, row),
+        )
+
+    def _passes(self, arm: Arm) -> list[Pass]:
+        """Warm-up, the comparison of logits, and what is timed."""
+        settings, slow = self.settings, arm.system in SLOW
+        prompt, tokens = settings.prompt, settings.tokens
+        timed = 1 if slow or arm.batch > 1 else settings.documents
+        check = SLOW_CHECK_STEPS if slow else min(settings.check_steps, tokens)
+        texts = [
+            self.subject.text.passages(arm.batch, prompt + tokens, first=arm.batch * index)
+            for index in range(timed + 1)
+        ]
+        warm_up = Pass(texts[0], prompt, min(2 if slow else WARM_UP_STEPS, tokens))
+        return [
+            warm_up,
+            warm_up._replace(new_tokens=check),
+            *(Pass(text, prompt, tokens) for text in texts[1:]),
+        ]
+
+    def _measure(
+        self, arm: Arm, running: Running, routes: ReplayedRoutes | None, passes: list[Pass],
+        row: Row,
+    ) -> None:  # fmt: skip
+        settings, model = self.settings, self.subject.model
+        workload = Workload(
+            device=self.subject.device,
+            prompt=settings.prompt,
+            routes=routes,
+            options=running.options,
+            counts=running.counts,
+            max_seconds=settings.slow_seconds * (1 if arm.system in SLOW else 6),
+        )
+        warm_up, check, *timed = passes
+        row.warm_up_s = workload.warm_up(model, warm_up.passages, warm_up.new_tokens)
+        self._compare(arm, workload.logits(model, check.passages, check.new_tokens), row)
+        running.reset()
+        timings = Timings()
+        for one in timed:
+            workload.run(model, one.passages, timings)
+        self._fill(arm, row, timings)
+        if self._is_drawn(arm):
+            self._profile(arm, workload, timed[0], row)
+
+    def _compare(self, arm: Arm, logits: Tensor, row: Row) -> None:
+        """With the first arm of the same system and batch, and with transformers'."""
+        own = "expertflow" if arm.system == "expertflow" else "transformers"
+        if arm.replays or not self.subject.replays:
+            for system in dict.fromkeys((own, "transformers")):
+                reference = self._references.get((system, arm.batch))
+                steps = len(logits) if reference is None else min(len(logits), len(reference))
+                cut = None if reference is None else reference[:steps]
+                row.logits[system] = compare_logits(logits[:steps], cut)
+            self._references.setdefault((own, arm.batch), logits)
+
+    def _fill(self, arm: Arm, row: Row, timings: Timings) -> None:
+        row.first_token_ms = statistics.median(timings.first_token_s) * 1e3
+        row.steps = timings.steps
+        if not timings.steps:
+            return
+        step_s, tokens = timings.decode_s / timings.steps, timings.steps * arm.batch
+        row.step_ms, row.tokens_per_s = step_s * 1e3, tokens / timings.decode_s
+        row.step_ms_median = statistics.median(timings.step_s) * 1e3
+        counts = timings.decode
+        if not counts.hits + counts.misses:
+            return
+        needed = (counts.bytes_loaded - counts.bytes_wasted) / timings.steps
+        row.hit_rate = counts.hits / (counts.hits + counts.misses)
+        row.bytes_per_token = counts.bytes_loaded / tokens
+        row.wasted_per_token = counts.bytes_wasted / tokens
+        bandwidth = self.subject.bandwidth
+        row.link_efficiency = link_efficiency(needed, step_s, bandwidth)
+        row.floor_ms = None if bandwidth is None else needed / bandwidth * 1e3
+
+    def _is_drawn(self, arm: Arm) -> bool:
+        settings = self.settings
+        return (
+            settings.plots is not None
+            and self.subject.device.type == "cuda"
+            and arm.system == "expertflow"
+            and arm.policy == settings.policies[0]
+            and arm.residency == settings.compare_at
+            and arm.batch == 1
+        )
+
+    def _profile(self, arm: Arm, workload: Workload, one: Pass, row: Row) -> None:
+        try:
+            events = profile_step(
+                lambda: workload.warm_up(self.subject.model, one.passages, PROFILED_STEPS)
+            )
+        except ValueError as error:
+            row.extra["timeline"] = str(error)
+            return
+        self.timelines[arm.name] = events
+        row.extra["busy_us"] = busy_us(events) | {"kernels": len(events)}

@@ -1,0 +1,86 @@
+"""Rows of a benchmark, for people: one line as each comes, and a table at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.arms import Row
+
+COLUMNS = (
+    "arm", "TTFT ms", "tok/s", "ms/step", "median", "peak GiB", "hit rate", "MB/token", "wasted",
+    "link", "recall", "predict ms", "logits",
+)  # fmt: skip
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """What the rows depend on."""
+    for name, value in facts.items():
+        print(f"{name}: {value}", flush=True)
+
+
+def record(facts: Mapping[str, Any], settings: Any, rows: Sequence[Any], out: Path | None) -> None:
+    """Everything as one line of JSON, into the file `out` too."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    line = json.dumps({**facts, "settings": values, "rows": [row.to_json() for row in rows]})
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(line + "\n")
+    print(line, flush=True)
+
+
+def print_row(row: Row) -> None:
+    """One line, at once."""
+    if row.error is not None:
+        print(f"{row.arm.name}: {row.error} ({row.total_s or 0:.1f} s)", flush=True)
+        return
+    cells = dict(zip(COLUMNS, _cells(row), strict=True))
+    words = [f"{name} {text}" for name, text in cells.items() if text != "-" and name != "arm"]
+    path = f", {row.decode_path}" if row.decode_path else ""
+    times = f"load {row.load_s:.1f} s, warm-up {row.warm_up_s:.1f} s, in all {row.total_s:.1f} s"
+    print(f"{row.arm.name}: {', '.join(words)}{path} ({times})", flush=True)
+
+
+def print_rows(rows: Sequence[Row], title: str) -> None:
+    """All rows as a table, then what failed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        if row.error is None:
+            table.add_row(*_cells(row))
+    console = Console(width=170)
+    console.print(table)
+    for row in rows:
+        if row.error is not None:
+            console.print(f"{row.arm.name}: {row.error}", markup=False)
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.arm.name,
+        number(row.first_token_ms, ".1f"),
+        number(row.tokens_per_s, ".1f"),
+        number(row.step_ms, ".2f"),
+        number(row.step_ms_median, ".2f"),
+        number(row.peak_bytes, ".2f", 2**30),
+        number(row.hit_rate, ".3f"),
+        number(row.bytes_per_token, ".1f", 1e6),
+        number(row.wasted_per_token, ".1f", 1e6),
+        number(row.link_efficiency, ".2f"),
+        number(row.recall, ".3f"),
+        number(row.prediction_ms, ".2f"),
+        row.logits.get(row.arm.system, "-"),
+    ]
+
+
+def number(value: float | None, spec: str, unit: float = 1) -> str:
+    """The value in `unit`s, or a dash where there is none."""
+    return "-" if value is None else format(value / unit, spec)
