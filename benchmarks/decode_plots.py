@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.arms import Row
 from benchmarks.timeline import KINDS, OTHER, GpuEvent
@@ -18,6 +19,7 @@ COLORS = {
     "belady": "#2e8b57",
     "none": "#a23b3b",
 }
+BAR = 0.17
 KIND_COLORS = dict(
     zip([*KINDS, OTHER], ["#d9822b", "#8b5fbf", "#1f5fa8", "#2e8b57", "#c0587e", "#b0b0b0"],
         strict=True)
@@ -36,7 +38,7 @@ def plot_speed(rows: Sequence[Row], title: str, path: Path) -> None:
                   label=policy)  # fmt: skip
         floor = [(share, 1e3 / row.floor_ms) for share, row in line if row.floor_ms]
         if floor:
-            axes.plot(*zip(*floor, strict=True), "--", color=color, linewidth=1,
+            axes.plot(*zip(*floor, strict=True), "_--", color=color, linewidth=1,
                       label=f"{policy}: the link alone")  # fmt: skip
     _rival_lines(axes, rows)
     axes.set(xlabel="share of the experts in GPU memory", ylabel="decoded tokens / s")
@@ -44,27 +46,36 @@ def plot_speed(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sorted({_share(row) for row in ours}))
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.3g}")
-    _legend(figure, path)
+    axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _save(figure, path)
 
 
 def plot_bytes(rows: Sequence[Row], title: str, path: Path) -> None:
     """Bytes moved for a decoded token, by policy and residency; wasted prefetches hatched."""
-    ours = [row for row in _plain(rows) if row.bytes_per_token]
+    ours = [row for row in _plain(rows) if row.bytes_per_token and _share(row) < 1]
     figure, axes = _figure(title, (7, 4))
-    residencies = list(dict.fromkeys(row.arm.residency for row in ours))
-    policies = _policies(ours)
-    width = 0.8 / max(len(policies), 1)
-    for row in ours:
-        offset = (policies.index(_policy(row)) - (len(policies) - 1) / 2) * width
-        x = residencies.index(row.arm.residency) + offset
-        megabytes = (row.bytes_per_token or 0) / 1e6
-        axes.bar(x, megabytes, width, color=COLORS[_policy(row)])
-        axes.bar(x, (row.wasted_per_token or 0) / 1e6, width, fill=False, hatch="///")
-    for policy in policies:
+    shares = sorted({_share(row) for row in ours}, reverse=True)
+    for place, share in enumerate(shares):
+        group = sorted(
+            (row for row in ours if _share(row) == share),
+            key=lambda row: _policies(ours).index(_policy(row)),
+        )
+        for index, row in enumerate(group):
+            x = place + (index - (len(group) - 1) / 2) * BAR
+            _bar(axes, x, row)
+    for policy in _policies(ours):
         axes.bar([0], [0], color=COLORS[policy], label=policy)
-    axes.set_xticks(range(len(residencies)), residencies)
+    axes.set_xticks(range(len(shares)), [f"{share:.3g}" for share in shares])
     axes.set(xlabel="share of the experts in GPU memory", ylabel="MB moved / decoded token")
-    _legend(figure, path)
+    _save(figure, path)
+
+
+def _bar(axes: Axes, x: float, row: Row) -> None:
+    axes.bar(x, (row.bytes_per_token or 0) / 1e6, BAR, color=COLORS[_policy(row)])
+    if row.wasted_per_token:
+        axes.bar(x, row.wasted_per_token / 1e6, BAR, fill=False, hatch="///")
 
 
 def plot_timeline(events: Sequence[GpuEvent], title: str, path: Path) -> None:
@@ -82,7 +93,7 @@ def plot_timeline(events: Sequence[GpuEvent], title: str, path: Path) -> None:
     axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
     axes.set(xlabel="us since the step began")
     axes.set_ylim(-0.6, len(streams) - 0.4)
-    _legend(figure, path)
+    _save(figure, path)
 
 
 def _plain(rows: Sequence[Row]) -> list[Row]:
@@ -129,6 +140,7 @@ def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, path: Path) -> None:
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+def _save(figure: Figure, path: Path) -> None:
+    if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)

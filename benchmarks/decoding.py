@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.arms import Arm, Row, Running, compare_logits, run_arm
 from benchmarks.link import link_efficiency
-from benchmarks.replayed_routes import ReplayedRoutes
+from benchmarks.replay import Replay
 from benchmarks.report import print_row
 from benchmarks.subject import Pass, Subject
 from benchmarks.timeline import GpuEvent, busy_us, profile_step
@@ -45,12 +45,12 @@ class Decoding:
 
     def _run(self, arm: Arm) -> Row:
         context = self.settings.prompt + self.settings.tokens
-        routes, passes = self.subject.routes(arm, context), self._passes(arm)
+        replay, passes = self.subject.replay(arm, context), self._passes(arm)
         return run_arm(
             arm,
             self.subject.model,
-            lambda: self.subject.set_up(arm, routes, passes, context),
-            lambda running, row: self._measure(arm, running, routes, passes, row),
+            lambda: self.subject.set_up(arm, replay, passes, context),
+            lambda running, row: self._measure(arm, running, replay, passes, row),
         )
 
     def _passes(self, arm: Arm) -> list[Pass]:
@@ -71,14 +71,14 @@ class Decoding:
         ]
 
     def _measure(
-        self, arm: Arm, running: Running, routes: ReplayedRoutes | None, passes: list[Pass],
+        self, arm: Arm, running: Running, replay: Replay | None, passes: list[Pass],
         row: Row,
     ) -> None:  # fmt: skip
         settings, model = self.settings, self.subject.model
         workload = Workload(
             device=self.subject.device,
             prompt=settings.prompt,
-            routes=routes,
+            replay=replay,
             options=running.options,
             counts=running.counts,
             max_seconds=settings.slow_seconds * (1 if arm.system in SLOW else 6),
@@ -107,20 +107,19 @@ class Decoding:
 
     def _fill(self, arm: Arm, row: Row, timings: Timings) -> None:
         row.first_token_ms = statistics.median(timings.first_token_s) * 1e3
-        row.steps = timings.steps
-        if not timings.steps:
+        row.steps = len(timings.step_s)
+        if not row.steps:
             return
-        step_s, tokens = timings.decode_s / timings.steps, timings.steps * arm.batch
-        row.step_ms, row.tokens_per_s = step_s * 1e3, tokens / timings.decode_s
+        step_s, tokens = statistics.fmean(timings.step_s), row.steps * arm.batch
+        row.step_ms, row.tokens_per_s = step_s * 1e3, arm.batch / step_s
         row.step_ms_median = statistics.median(timings.step_s) * 1e3
-        counts = timings.decode
+        counts, bandwidth = timings.decode, self.subject.bandwidth
         if not counts.hits + counts.misses:
             return
-        needed = (counts.bytes_loaded - counts.bytes_wasted) / timings.steps
         row.hit_rate = counts.hits / (counts.hits + counts.misses)
-        row.bytes_per_token = counts.bytes_loaded / tokens
+        row.bytes_per_token = counts.bytes_moved / tokens
         row.wasted_per_token = counts.bytes_wasted / tokens
-        bandwidth = self.subject.bandwidth
+        needed = counts.bytes_needed / row.steps
         row.link_efficiency = link_efficiency(needed, step_s, bandwidth)
         row.floor_ms = None if bandwidth is None else needed / bandwidth * 1e3
 

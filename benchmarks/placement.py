@@ -16,25 +16,20 @@ from torch import nn
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever happens meanwhile, every parameter and buffer is itself again afterwards."""
-    parameters = [
-        (module, name, parameter, parameter.data)
+    """Whatever happens meanwhile, every module has its own weights and attributes afterwards."""
+    attributes = [
+        (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers))
         for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
     ]
-    buffers = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
+    weights = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for module, name, parameter, data in parameters:
+        for parameter, data in weights:
             parameter.data = data
-            module._parameters[name] = parameter
-        for module, name, buffer in buffers:
-            module._buffers[name] = buffer
+        for module, own, parameters, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own, _parameters=parameters, _buffers=buffers)
         free_memory()
 
 
@@ -43,8 +38,9 @@ def place(model: nn.Module, device: torch.device, *, experts: bool) -> None:
     for path, module in model.named_modules():
         if path.endswith(".experts") and not experts:
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
+        for name, parameter in module.named_parameters(recurse=False):
+            copy = parameter.detach().to(device)
+            module._parameters[name] = nn.Parameter(copy, requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
 

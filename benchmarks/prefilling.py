@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.arms import Arm, Row, Running, run_arm
 from benchmarks.plan import FULL
-from benchmarks.replayed_routes import ReplayedRoutes
+from benchmarks.replay import Replay
 from benchmarks.report import number
 from benchmarks.subject import Pass, Subject
 from benchmarks.workload import Timings, Workload
@@ -73,12 +73,12 @@ class Prefilling:
         if time.perf_counter() - self._start > self.settings.budget_seconds:
             return PrefillRow(arm=arm, prompt=prompt, error="skipped: the time budget was spent")
         timings, passes = Timings(), self._passes(arm, prompt)
-        routes = self.subject.routes(arm, prompt + 1)
+        replay = self.subject.replay(arm, prompt + 1)
         outcome = run_arm(
             arm,
             self.subject.model,
-            lambda: self.subject.set_up(arm, routes, passes, prompt + 1),
-            lambda running, _: self._measure(running, routes, passes, timings),
+            lambda: self.subject.set_up(arm, replay, passes, prompt + 1),
+            lambda running, _: self._measure(running, replay, passes, timings),
         )
         if outcome.error is not None:
             return PrefillRow(arm=arm, prompt=prompt, error=outcome.error)
@@ -93,13 +93,13 @@ class Prefilling:
         return [Pass(text, prompt, 1) for text in texts]
 
     def _measure(
-        self, running: Running, routes: ReplayedRoutes | None, passes: list[Pass],
+        self, running: Running, replay: Replay | None, passes: list[Pass],
         timings: Timings,
     ) -> None:  # fmt: skip
         workload = Workload(
             device=self.subject.device,
             prompt=passes[0].prompt,
-            routes=routes,
+            replay=replay,
             options=running.options,
             counts=running.counts,
         )
@@ -116,7 +116,7 @@ class Prefilling:
         if arm.system == "expertflow":
             if arm.residency == FULL:
                 self._compute_ms[prompt] = milliseconds
-            self._bound(row, timings.prefill.bytes_loaded / len(timings.first_token_s))
+            self._bound(row, timings.prefill.bytes_needed / len(timings.first_token_s))
         return row
 
     def _bound(self, row: PrefillRow, missing: float) -> None:

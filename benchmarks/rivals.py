@@ -1,6 +1,7 @@
 """What a user would run instead, each as a block in which the model is set up that way.
 
 Inside the block `model.generate` runs on `device`; the block's value is what it needs in addition.
+What these libraries leave behind on the modules is for `placement.restored` to remove.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ def compiled(model: Any, device: torch.device) -> Iterator[dict[str, Any]]:
         try:
             yield {"cache_implementation": "static"}
         finally:
-            for name in ("_compiled_call", "_last_compile_config", "_cache"):
-                model.__dict__.pop(name, None)
             torch.compiler.reset()
+            import_module("torch._inductor.cudagraph_trees").reset_cudagraph_trees()
 
 
 @contextmanager
@@ -51,14 +51,11 @@ def accelerated(model: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     The model has to be on the CPU before `dispatch_model`: from the GPU, its experts stay there.
     """
     accelerate = import_module("accelerate")
-    own = dict(model.__dict__)
     accelerate.dispatch_model(model, _device_map(model, device), main_device=device)
     try:
         yield {}
     finally:
         import_module("accelerate.hooks").remove_hook_from_submodules(model)
-        for name in model.__dict__.keys() - own.keys():
-            del model.__dict__[name]
 
 
 def _device_map(model: Any, device: torch.device) -> dict[str, str | torch.device]:
@@ -87,8 +84,4 @@ def policylang(model: Any, device: torch.device, *, slots: int) -> Iterator[dict
         yield {}
     finally:
         manager.detach()
-        for path, module in model.named_modules():
-            module.__dict__.pop("_moe_policylang_ctx", None)
-            if path.endswith(".mlp") or path.endswith(".experts"):
-                module.__dict__.pop("forward", None)
         model.set_experts_implementation(before)

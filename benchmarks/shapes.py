@@ -16,6 +16,7 @@ from routing.layers import MoELayer, find_moe_layers
 
 SCALE = 0.02
 CHUNK_ELEMENTS = 1 << 26
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
     """A bfloat16 model in host memory, every page touched, weights drawn on `device`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(shape.model_type, **shape.options)
+    config = AutoConfig.for_model(shape.model_type, **(shape.options | NO_TOKENS))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     draw = _Draw(device, seed)
@@ -108,8 +109,6 @@ def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
             filled = nn.Parameter(draw(parameter), requires_grad=False)
             module.register_parameter(name, filled)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
     return model.eval()
 
 

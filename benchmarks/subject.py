@@ -16,7 +16,7 @@ from benchmarks.arms import MIN, NO_CACHE, Arm, Running, offloaded
 from benchmarks.link import best, measure_link
 from benchmarks.passages import Passages, RandomText, Text, TracedText, passage_calls
 from benchmarks.predictor_badge import rebadge
-from benchmarks.replayed_routes import ReplayedRoutes
+from benchmarks.replay import Replay
 from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
 from routing.topology import Topology, topology_of
 
@@ -87,21 +87,21 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory()
         return rebadge(predictor, self.topology, Path(self._folder.name, predictor.name))
 
-    def routes(self, arm: Arm, length: int) -> ReplayedRoutes | None:
-        """A table for the routes that `arm` replays; None where its own router decides."""
-        if not (self.replays and arm.replays):
+    def replay(self, arm: Arm, length: int) -> Replay | None:
+        """Tables for what `arm` replays; None where the model goes its own way."""
+        if not arm.replays:
             return None
-        return ReplayedRoutes(self.model, arm.batch, length, self.device)
+        return Replay(self.model, arm.batch, length, self.device, routes=self.replays)
 
     @contextmanager
     def set_up(
-        self, arm: Arm, routes: ReplayedRoutes | None, passes: list[Pass], context: int
+        self, arm: Arm, replay: Replay | None, passes: list[Pass], context: int
     ) -> Iterator[Running]:
         """The model as `arm` wants it, `passes` being all that it will run.
 
         Raises ValueError for an arm that lacks a device, a predictor or a trace.
         """
-        replaying = nullcontext() if routes is None else routes.installed()
+        replaying = nullcontext() if replay is None else replay.installed()
         with replaying, self._system(arm, passes, context) as running:
             yield running
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 KINDS = {
-    "transfer": r"memcpy|fetch|prefetch|stream|copy_expert|transfer",
-    "plan": r"plan|slot|forecast",
-    "experts": r"expert|gate_up|down|grouped|moe",
+    "transfer": r"memcpy|^fetch",
+    "plan": r"^(plan|pick|router_probabilities)",
+    "experts": r"^(gate_up|down)|grouped_mm|groupproblem",
     "attention": r"fmha|flash|attention|sdpa|softmax",
     "matrix product": r"gemm|gemv|cutlass|nvjet|splitk|cublas",
 }

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.forced_text import Enough, ForcedText, synchronize
+from benchmarks.clock import Clock, Enough, LogitsRecorder
 from benchmarks.passages import Passages
-from benchmarks.replayed_routes import ReplayedRoutes
+from benchmarks.replay import Replay
 
 
 class Counts(NamedTuple):
@@ -23,7 +22,20 @@ class Counts(NamedTuple):
     hits: int
     misses: int
     bytes_loaded: int
+    """Of missing experts."""
+    bytes_prefetched: int
     bytes_wasted: int
+    """Prefetched and then not needed."""
+
+    @property
+    def bytes_moved(self) -> int:
+        """To the device, for whatever reason."""
+        return self.bytes_loaded + self.bytes_prefetched
+
+    @property
+    def bytes_needed(self) -> int:
+        """Moved, without what was wasted."""
+        return self.bytes_moved - self.bytes_wasted
 
     def minus(self, before: Counts) -> Counts:
         """What was counted since."""
@@ -34,7 +46,7 @@ class Counts(NamedTuple):
         return Counts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-NOTHING = Counts(0, 0, 0, 0)
+NOTHING = Counts(0, 0, 0, 0, 0)
 
 
 @dataclass(kw_only=True)
@@ -42,32 +54,25 @@ class Timings:
     """Of one or several passages."""
 
     first_token_s: list[float] = field(default_factory=list)
-    """From the call to the logits of the prompt."""
+    """From the call to the first token on the host."""
     step_s: list[float] = field(default_factory=list)
-    """Decode steps, from logits to logits."""
-    decode_s: float = 0.0
-    """From the prompt's logits to the last token, everything included."""
+    """Decode steps, from token to token; everything is in one of them."""
     prefill: Counts = NOTHING
     decode: Counts = NOTHING
-
-    @property
-    def steps(self) -> int:
-        """Decode steps."""
-        return len(self.step_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """How to generate on a model that is set up: the same for every arm.
 
-    Raises RuntimeError when the replayed routes fell out of step with the tokens.
+    Raises RuntimeError when the replayed text fell out of step with the model.
     """
 
     device: torch.device
     prompt: int
     """Tokens of a prompt; the others of a passage are generated."""
-    routes: ReplayedRoutes | None
-    """Routes to replay; None leaves them to the model."""
+    replay: Replay | None
+    """None: the model goes its own way after the prompt."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of generate."""
     counts: Callable[[], Counts] = lambda: NOTHING
@@ -77,40 +82,31 @@ class Workload:
     def run(self, model: Any, passages: Passages, timings: Timings) -> None:
         """Generate the passages' tokens after their prompt and add to `timings`."""
         before, at_first = self.counts(), list[Counts]()
-        forced = self._forced(
-            passages,
-            on_first=lambda: at_first.append(self.counts()),
-            max_seconds=self.max_seconds,
-        )
+        clock = Clock(on_first=lambda: at_first.append(self.counts()), max_seconds=self.max_seconds)
         start = time.perf_counter()
-        self._generate(model, passages, forced)
-        synchronize(self.device)
-        end, seconds, after = time.perf_counter(), forced.seconds, self.counts()
-        timings.first_token_s.append(seconds[0] - start)
-        timings.step_s += [b - a for a, b in pairwise(seconds)]
-        timings.decode_s += end - seconds[0]
+        self._generate(model, passages, clock)
+        timings.first_token_s.append(clock.seconds[0] - start)
+        timings.step_s += clock.step_s
         timings.prefill = timings.prefill.plus(at_first[0].minus(before))
-        timings.decode = timings.decode.plus(after.minus(at_first[0]))
+        timings.decode = timings.decode.plus(self.counts().minus(at_first[0]))
+        self._check_position(clock)
 
-    def logits(self, model: Any, passages: Passages, steps: int) -> Tensor:
-        """Logits of the first `steps` steps (float32 [steps, B, V], on the CPU)."""
-        forced = self._forced(passages, keep_logits=True, max_steps=steps)
-        self._generate(model, passages, forced)
-        return torch.stack(forced.logits)
+    def logits(self, model: Any, passages: Passages, tokens: int) -> Tensor:
+        """Logits that the first `tokens` tokens were chosen by (float32 [tokens, B, V], CPU)."""
+        recorder, clock = LogitsRecorder(), Clock(max_tokens=tokens)
+        self._generate(model, passages, clock, logits_processor=[recorder])
+        self._check_position(clock)
+        return torch.stack(recorder.logits)
 
-    def warm_up(self, model: Any, passages: Passages, steps: int) -> float:
+    def warm_up(self, model: Any, passages: Passages, tokens: int) -> float:
         """Run a few steps for what happens but once; returns the seconds that took."""
         start = time.perf_counter()
-        self._generate(model, passages, self._forced(passages, max_steps=steps))
-        synchronize(self.device)
+        self._generate(model, passages, Clock(max_tokens=tokens))
         return time.perf_counter() - start
 
-    def _forced(self, passages: Passages, **options: Any) -> ForcedText:
-        return ForcedText(passages.token_ids_BT.to(self.device), self.prompt, **options)
-
-    def _generate(self, model: Any, passages: Passages, forced: ForcedText) -> None:
-        if self.routes is not None:
-            self.routes.start(passages)
+    def _generate(self, model: Any, passages: Passages, clock: Clock, **options: Any) -> None:
+        if self.replay is not None:
+            self.replay.start(passages)
         prompt_BT = passages.token_ids_BT[:, : self.prompt].to(self.device)
         with suppress(Enough):
             model.generate(
@@ -118,9 +114,12 @@ class Workload:
                 attention_mask=torch.ones_like(prompt_BT),
                 max_new_tokens=passages.token_ids_BT.shape[1] - self.prompt,
                 do_sample=False,
-                logits_processor=[forced],
+                streamer=clock,
+                **options,
                 **self.options,
             )
-        ran = self.prompt + len(forced.seconds) - 1
-        if self.routes is not None and self.routes.position != ran:
-            raise RuntimeError(f"{ran} tokens ran, but {self.routes.position} routes were replayed")
+
+    def _check_position(self, clock: Clock) -> None:
+        ran = self.prompt + len(clock.seconds) - 1
+        if self.replay is not None and self.replay.position != ran:
+            raise RuntimeError(f"{ran} tokens ran, but {self.replay.position} were replayed")
