@@ -10,15 +10,11 @@ come; the last line is JSON. See docs/results/ for what came out.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from routing.cli import run
-
-if TYPE_CHECKING:
-    from benchmarks.arms import Row
-    from benchmarks.timeline import GpuEvent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +39,8 @@ class DecodeSettings:
     """Shares of the experts in GPU memory. `min` is one layer's top-k; `6.28%` is a share of the
     whole model's bytes, for all GPU memory together; `2GiB` is such bytes."""
     policies: list[str] = field(default_factory=lambda: ["predicted", "lru", "lfu", "belady"])
-    """Cache policies; the first is the one that batches and prefetching are measured with."""
+    """Cache policies; the first that has what it needs (predicted a predictor, belady a trace) is
+    the one that batches and prefetching are measured with."""
     compare_at: str = "0.25"
     """The residency at which prefetching, batches and moe-policylang are measured."""
     batches: list[int] = field(default_factory=lambda: [8, 32])
@@ -56,8 +53,10 @@ class DecodeSettings:
     """Prompts, one after the other, of batch 1; larger batches have one."""
     check_steps: int = 32
     """Steps whose logits are compared between the arms."""
+    arm_seconds: float = 30.0
+    """No further prompt begins after so much time of an arm, and none decodes for longer."""
     slow_seconds: float = 10.0
-    """Decoding time of accelerate and moe-policylang (and of any arm, six times that)."""
+    """Decoding time of accelerate and moe-policylang, which take seconds a token."""
     budget_seconds: float = 300.0
     """No arm begins after so much time; arms come in order of importance."""
     device: str = "cuda"
@@ -76,12 +75,20 @@ def main(settings: DecodeSettings) -> None:
     import transformers
 
     from benchmarks.decoding import Decoding
+    from benchmarks.draw import draw_decode
     from benchmarks.machine import command, machine
-    from benchmarks.plan import decode_arms
-    from benchmarks.report import print_facts, print_rows, record
+    from benchmarks.plan import decode_arms, usable_policies
+    from benchmarks.report import (
+        print_facts,
+        print_rows,
+        ratios,
+        require_matplotlib,
+        settings_json,
+    )  # fmt: skip
     from benchmarks.subject import Subject
 
     transformers.utils.logging.set_verbosity_error()
+    require_matplotlib(settings.plots)
     arms, device = decode_arms(settings), torch.device(settings.device)
     subject = Subject(
         settings.shape,
@@ -90,41 +97,32 @@ def main(settings: DecodeSettings) -> None:
         predictor=settings.predictor,
         seed=settings.seed,
     )
+    title = (
+        f"{settings.shape}, prompt {settings.prompt}, {settings.tokens} new tokens, "
+        f"routes {subject.facts['routes']}"
+    )
     facts = {
+        "title": title,
         "machine": machine(device),
         "command": command("benchmarks.decode"),
         "model": subject.facts,
     }
     print_facts(facts)
     decoding = Decoding(settings, subject)
-    rows = [decoding.run(arm) for arm in arms]
-    title = (
-        f"{settings.shape}, prompt {settings.prompt}, {settings.tokens} new tokens, "
-        f"routes {subject.facts['routes']}"
-    )
+    rows = decoding.run_all(arms, lambda rows: save(facts | {"rows": rows}, settings.out))
     print_rows(rows, title)
+    leading = usable_policies(settings)[0]
+    facts["ratios"] = ratios(rows, leading, settings.compare_at)
+    print(f"{leading} at {settings.compare_at}: {facts['ratios']}")
+    result = facts | {
+        "settings": settings_json(settings),
+        "rows": [row.to_json() for row in rows],
+        "timelines": decoding.timelines,
+    }
     if settings.plots is not None:
-        draw(settings, title, rows, decoding.timelines)
-    record(facts, settings, rows, settings.out)
-
-
-def draw(
-    settings: DecodeSettings,
-    title: str,
-    rows: list[Row],
-    timelines: dict[str, list[GpuEvent]],
-) -> None:
-    """All pictures into the folder of the settings."""
-    from benchmarks.decode_plots import plot_bytes, plot_speed, plot_timeline
-
-    folder, name = settings.plots, settings.shape
-    assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    plot_speed(rows, title, folder / f"{name}-speed.png")
-    plot_bytes(rows, title, folder / f"{name}-bytes.png")
-    for arm_name, events in timelines.items():
-        file = folder / f"{name}-step-{arm_name.replace(' ', '-')}.png"
-        plot_timeline(events, f"{title}: one step of {arm_name}", file)
+        draw_decode(result, settings.plots)
+    save(result, settings.out)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from benchmarks.arms import Arm, Row, Running, compare_logits, run_arm
 from benchmarks.link import link_efficiency
+from benchmarks.plan import usable_policies
 from benchmarks.replay import Replay
 from benchmarks.report import print_row
 from benchmarks.subject import Pass, Subject
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 WARM_UP_STEPS = 6
 PROFILED_STEPS = 4
 SLOW = ("accelerate", "policylang")
-SLOW_CHECK_STEPS = 3
+SLOW_CHECK_STEPS = 2
 
 
 class Decoding:
@@ -33,6 +35,14 @@ class Decoding:
         self.timelines: dict[str, list[GpuEvent]] = {}
         self._start = time.perf_counter()
         self._references: dict[tuple[str, int], Tensor] = {}
+
+    def run_all(self, arms: list[Arm], on_row: Callable[[list[dict[str, Any]]], None]) -> list[Row]:
+        """A row for each arm; `on_row` gets all so far, as JSON, after each."""
+        rows: list[Row] = []
+        for arm in arms:
+            rows.append(self.run(arm))
+            on_row([row.to_json() for row in rows])
+        return rows
 
     def run(self, arm: Arm) -> Row:
         """The arm's row, printed as soon as it is known."""
@@ -74,22 +84,24 @@ class Decoding:
         self, arm: Arm, running: Running, replay: Replay | None, passes: list[Pass],
         row: Row,
     ) -> None:  # fmt: skip
-        settings, model = self.settings, self.subject.model
+        settings, model, start = self.settings, self.subject.model, time.perf_counter()
         workload = Workload(
             device=self.subject.device,
             prompt=settings.prompt,
             replay=replay,
             options=running.options,
             counts=running.counts,
-            max_seconds=settings.slow_seconds * (1 if arm.system in SLOW else 6),
+            max_seconds=settings.slow_seconds if arm.system in SLOW else settings.arm_seconds,
         )
         warm_up, check, *timed = passes
+        row.note = None if arm.replays else "goes its own way; its work does not depend on it"
         row.warm_up_s = workload.warm_up(model, warm_up.passages, warm_up.new_tokens)
         self._compare(arm, workload.logits(model, check.passages, check.new_tokens), row)
         running.reset()
         timings = Timings()
         for one in timed:
-            workload.run(model, one.passages, timings)
+            if not timings.step_s or time.perf_counter() - start < settings.arm_seconds:
+                workload.run(model, one.passages, timings)
         self._fill(arm, row, timings)
         if self._is_drawn(arm):
             self._profile(arm, workload, timed[0], row)
@@ -126,10 +138,9 @@ class Decoding:
     def _is_drawn(self, arm: Arm) -> bool:
         settings = self.settings
         return (
-            settings.plots is not None
-            and self.subject.device.type == "cuda"
+            self.subject.device.type == "cuda"
             and arm.system == "expertflow"
-            and arm.policy == settings.policies[0]
+            and arm.policy == usable_policies(settings)[0]
             and arm.residency == settings.compare_at
             and arm.batch == 1
         )

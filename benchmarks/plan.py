@@ -19,7 +19,8 @@ EXPERTS = ("grouped_mm", "batched_mm")
 def decode_arms(settings: DecodeSettings) -> list[Arm]:
     """The arms of benchmarks.decode. Raises ValueError for an unknown system."""
     check_systems(settings.systems)
-    at, main, full = settings.compare_at, settings.policies[0], _full(settings)
+    at, full, usable = settings.compare_at, _full(settings), usable_policies(settings)
+    main = usable[0]
     shares = [r for r in settings.residency if r not in (FULL, MIN, at)]
     least = [_arm(NO_CACHE, MIN)] if MIN in settings.residency else []
     arms = [
@@ -34,9 +35,24 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         *(replace(arm, batch=batch) for arm in full for batch in settings.batches),
         *(replace(arm, compile=True) for arm in full),
         Arm(system="compiled", replays=False),
-        *(_arm(policy, share) for share in shares for policy in settings.policies),
+        *(_arm(policy, share) for share in shares for policy in usable),
     ]
     return [arm for arm in dict.fromkeys(arms) if arm.system in settings.systems]
+
+
+def usable_policies(settings: DecodeSettings) -> list[str]:
+    """The policies that have what they need; the others get one row, which says what they lack.
+
+    Raises ValueError when there is none.
+    """
+    lacking = {
+        "predicted": settings.predictor is None,
+        "belady": settings.trace is None,
+    }
+    usable = [policy for policy in settings.policies if not lacking.get(policy, False)]
+    if not usable:
+        raise ValueError("policies: each of them needs a predictor or a trace that is not given")
+    return usable
 
 
 def _full(settings: DecodeSettings) -> list[Arm]:

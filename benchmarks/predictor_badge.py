@@ -2,18 +2,40 @@
 
 A random model of a large shape has no routes worth predicting; it replays those of a small trained
 model of the same topology. That model's predictor is then the right one, but names the small model.
+
+python -m benchmarks.predictor_badge --predictor FILE --shape olmoe-7b --out FILE
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-
-from routing.topology import Stack, Topology
+from routing.cli import run
+from routing.topology import Stack, Topology, topology_of
 
 METADATA_KEY = "expertflow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadgeSettings:
+    """Declare a predictor to be for a benchmark's model."""
+
+    predictor: Path
+    """ONNX file of a model of the same layers, experts and top-k."""
+    shape: str
+    """Model shape, as in benchmarks.decode."""
+    out: Path
+    """New ONNX file."""
+
+
+def main(settings: BadgeSettings) -> None:
+    """Write the copy. benchmarks.decode does the same by itself where onnx is installed."""
+    from benchmarks.shapes import empty_model, shape_named
+
+    topology = topology_of(empty_model(shape_named(settings.shape)))
+    print(rebadge(settings.predictor, topology, settings.out))
 
 
 def rebadge(predictor: Path, topology: Topology, into: Path) -> Path:
@@ -21,6 +43,8 @@ def rebadge(predictor: Path, topology: Topology, into: Path) -> Path:
 
     Raises ValueError where layers, experts or top-k differ, or the file is no predictor.
     """
+    import onnx
+
     if not predictor.is_file():
         raise ValueError(f"there is no predictor at {predictor}")
     model = onnx.load(predictor)
@@ -40,3 +64,7 @@ def rebadge(predictor: Path, topology: Topology, into: Path) -> Path:
 
 def _sizes(stack: Stack) -> list[tuple[int, int]]:
     return [(layer.num_experts, layer.top_k) for layer in stack.layers]
+
+
+if __name__ == "__main__":
+    run(main, BadgeSettings, prog="python -m benchmarks.predictor_badge")

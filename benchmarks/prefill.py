@@ -10,14 +10,11 @@ last line is JSON.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from routing.cli import run
-
-if TYPE_CHECKING:
-    from benchmarks.prefilling import PrefillRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +53,22 @@ def main(settings: PrefillSettings) -> None:
     import torch
     import transformers
 
+    from benchmarks.draw import draw_prefill
     from benchmarks.machine import command, machine
     from benchmarks.plan import prefill_arms
     from benchmarks.prefilling import Prefilling, print_rows
-    from benchmarks.report import print_facts, record
+    from benchmarks.report import print_facts, require_matplotlib, save, settings_json
     from benchmarks.subject import Subject
 
     transformers.utils.logging.set_verbosity_error()
+    require_matplotlib(settings.plots)
     arms, device = prefill_arms(settings), torch.device(settings.device)
     subject = Subject(
         settings.shape, device, trace=settings.trace, predictor=None, seed=settings.seed
     )
+    title = f"{settings.shape}, prefill, batch {settings.batch}, routes {subject.facts['routes']}"
     facts = {
+        "title": title,
         "machine": machine(device),
         "command": command("benchmarks.prefill"),
         "model": subject.facts,
@@ -75,19 +76,15 @@ def main(settings: PrefillSettings) -> None:
     print_facts(facts)
     prefilling = Prefilling(settings, subject)
     rows = [row for arm in arms for row in prefilling.run(arm)]
-    title = f"{settings.shape}, prefill, batch {settings.batch}, routes {subject.facts['routes']}"
     print_rows(rows, title)
+    result = facts | {
+        "settings": settings_json(settings),
+        "rows": [row.to_json() for row in rows],
+    }
     if settings.plots is not None:
-        draw(rows, title, settings.plots / f"{settings.shape}-prefill.png")
-    record(facts, settings, rows, settings.out)
-
-
-def draw(rows: list[PrefillRow], title: str, path: Path) -> None:
-    """The picture into `path`."""
-    from benchmarks.prefill_plot import plot_prefill
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot_prefill(rows, title, path)
+        draw_prefill(result, settings.plots)
+    save(result, settings.out)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

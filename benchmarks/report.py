@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,25 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         print(f"{name}: {value}", flush=True)
 
 
-def record(facts: Mapping[str, Any], settings: Any, rows: Sequence[Any], out: Path | None) -> None:
-    """Everything as one line of JSON, into the file `out` too."""
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-    line = json.dumps({**facts, "settings": values, "rows": [row.to_json() for row in rows]})
+def save(result: Mapping[str, Any], out: Path | None) -> None:
+    """As JSON into the file `out`, where one is named."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(line + "\n")
-    print(line, flush=True)
+        out.write_text(json.dumps(result) + "\n")
+
+
+def settings_json(settings: Any) -> dict[str, Any]:
+    """The settings, for JSON."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+
+
+def require_matplotlib(plots: Path | None) -> None:
+    """Raise ValueError, before hours are spent, when pictures are asked for and cannot be drawn."""
+    if plots is not None and find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plots needs matplotlib; leave it out, and draw from the file of --out later with "
+            "python -m benchmarks.draw"
+        )
 
 
 def print_row(row: Row) -> None:
@@ -40,7 +52,7 @@ def print_row(row: Row) -> None:
         return
     cells = dict(zip(COLUMNS, _cells(row), strict=True))
     words = [f"{name} {text}" for name, text in cells.items() if text != "-" and name != "arm"]
-    path = f", {row.decode_path}" if row.decode_path else ""
+    path = "".join(f", {text}" for text in (row.decode_path, row.note) if text)
     times = f"load {row.load_s:.1f} s, warm-up {row.warm_up_s:.1f} s, in all {row.total_s:.1f} s"
     print(f"{row.arm.name}: {', '.join(words)}{path} ({times})", flush=True)
 
@@ -61,6 +73,21 @@ def print_rows(rows: Sequence[Row], title: str) -> None:
     for row in rows:
         if row.error is not None:
             console.print(f"{row.arm.name}: {row.error}", markup=False)
+
+
+def ratios(rows: Sequence[Row], policy: str, residency: str) -> dict[str, float]:
+    """Decode speed of the arm named so, over every rival's, and of its batches over its own."""
+    speeds = {row.arm: row.tokens_per_s for row in rows if row.tokens_per_s}
+    ours = {
+        arm.batch: speed
+        for arm, speed in speeds.items()
+        if (arm.policy, arm.residency, arm.prefetch) == (policy, residency, False)
+    }
+    if 1 not in ours:
+        return {}
+    rivals = {arm.name: ours[1] / s for arm, s in speeds.items() if arm.system != "expertflow"}
+    batches = {f"batch {b} over batch 1": s / ours[1] for b, s in ours.items() if b > 1}
+    return {f"over {name}": ratio for name, ratio in rivals.items()} | batches
 
 
 def _cells(row: Row) -> list[str]:

@@ -51,17 +51,17 @@ def accelerated(model: Any, device: torch.device) -> Iterator[dict[str, Any]]:
     The model has to be on the CPU before `dispatch_model`: from the GPU, its experts stay there.
     """
     accelerate = import_module("accelerate")
-    accelerate.dispatch_model(model, _device_map(model, device), main_device=device)
+    accelerate.dispatch_model(model, _device_map(model, device.index or 0))
     try:
         yield {}
     finally:
         import_module("accelerate.hooks").remove_hook_from_submodules(model)
 
 
-def _device_map(model: Any, device: torch.device) -> dict[str, str | torch.device]:
-    """Every module with weights of its own: the experts on the CPU, the others on `device`."""
+def _device_map(model: Any, gpu: int) -> dict[str, str | int]:
+    """Every module with weights of its own: the experts on the CPU, the others on the GPU."""
     return {
-        path: "cpu" if path.endswith(".experts") else device
+        path: "cpu" if path.endswith(".experts") else gpu
         for path, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
         or next(module.buffers(recurse=False), None) is not None

@@ -96,19 +96,24 @@ def shape_named(name: str) -> Shape:
     return SHAPES[name]
 
 
-def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
-    """A bfloat16 model in host memory, every page touched, weights drawn on `device`."""
+def empty_model(shape: Shape) -> Any:
+    """The bfloat16 model without memory for its weights (device meta)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(shape.model_type, **(shape.options | NO_TOKENS))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    draw = _Draw(device, seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
+    """A bfloat16 model in host memory, every page touched, weights drawn on `device`."""
+    model, draw = empty_model(shape), _Draw(device, seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             filled = nn.Parameter(draw(parameter), requires_grad=False)
             module.register_parameter(name, filled)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config)  # its buffers are computed, not drawn
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from benchmarks.predictor_badge import rebadge
 from benchmarks.replay import Replay
 from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
 from routing.topology import Topology, topology_of
+from runtime.onnx_file import open_predictor
 
 
 class Pass(NamedTuple):
@@ -84,6 +85,8 @@ class Subject:
         return TracedText(trace, self.topology.stack(), self.topology.vocab_size)
 
     def _rebadged(self, predictor: Path) -> Path:
+        if open_predictor(predictor).topology.model == self.topology.model:
+            return predictor
         self._folder = tempfile.TemporaryDirectory()
         return rebadge(predictor, self.topology, Path(self._folder.name, predictor.name))
 

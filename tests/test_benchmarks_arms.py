@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, prefill
+from benchmarks import decode, draw, prefill
 from benchmarks.arms import Arm, Row, Running, compare_logits, read_counts, run_arm
 from benchmarks.decode_plots import plot_bytes, plot_speed, plot_timeline
 from benchmarks.link import best, link_efficiency, measure_link
 from benchmarks.placement import place, restored
 from benchmarks.plan import decode_arms
 from benchmarks.replay import CHOSEN_LOGIT
+from benchmarks.report import ratios
 from benchmarks.shapes import TINY, build_model, shape_named, weight_bytes
 from benchmarks.subject import Subject
 from benchmarks.timeline import busy_us, last_graph
@@ -116,7 +118,7 @@ def test_an_unknown_shape_or_system_is_named() -> None:
 
 
 def test_arms_are_distinct_and_cover_every_policy_at_every_residency() -> None:
-    arms = decode_arms(decode.DecodeSettings())
+    arms = decode_arms(decode.DecodeSettings(trace=Path("trace"), predictor=Path("p.onnx")))
     assert len({arm.name for arm in arms}) == len(arms)
     plain = {
         (arm.policy, arm.residency)
@@ -126,6 +128,28 @@ def test_arms_are_distinct_and_cover_every_policy_at_every_residency() -> None:
     shares = ("0.25", "0.5", "0.125")
     assert plain >= {(p, r) for p in ("predicted", "lru", "lfu", "belady") for r in shares}
     assert {("lru", "1.0"), ("none", "min")} <= plain
+
+
+def test_policies_that_lack_something_get_one_row_and_lead_nothing() -> None:
+    arms = decode_arms(decode.DecodeSettings())
+    assert len([arm for arm in arms if arm.policy in ("predicted", "belady")]) == 2
+    assert {arm.policy for arm in arms if arm.batch > 1} == {"lru"}
+    with pytest.raises(ValueError, match="each of them needs"):
+        decode_arms(decode.DecodeSettings(policies=["predicted"]))
+
+
+def test_ratios_are_over_every_rival_and_over_batch_1() -> None:
+    ours = Arm(system="expertflow", policy="lru", residency="0.25")
+    rows = [
+        Row(arm=ours, tokens_per_s=100.0),
+        Row(arm=replace(ours, batch=8), tokens_per_s=350.0),
+        Row(arm=replace(ours, prefetch=True), tokens_per_s=90.0),
+        Row(arm=Arm(system="accelerate", residency="0.0"), tokens_per_s=0.5),
+        Row(arm=Arm(system="compiled"), error="failed"),
+    ]
+    expected = {"over accelerate 0.0": 200.0, "batch 8 over batch 1": 3.5}
+    assert ratios(rows, "lru", "0.25") == expected
+    assert ratios(rows, "lru", "0.5") == {}
 
 
 def test_residencies_become_memory_for_the_runtime() -> None:
@@ -203,6 +227,16 @@ def test_decode_prints_a_row_for_every_arm_and_json_last(
     assert rows["expertflow predicted 0.25"]["error"] == "ValueError: predicted needs a predictor"
     assert rows["accelerate 0.0"]["error"] == "ValueError: accelerate needs a CUDA device"
     assert {path.name for path in plots.iterdir()} == {"tiny-speed.png", "tiny-bytes.png"}
+    again = tmp_path / "again"
+    run(draw.main, draw.DrawSettings, ["--results", str(out), "--plots", str(again)], prog="draw")
+    for path in plots.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_file_of_something_else_is_not_drawn(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"rows": [{"name": "x"}]}')
+    with pytest.raises(ValueError, match="is not of a benchmark"):
+        draw.main(draw.DrawSettings(results=tmp_path / "other.json", plots=tmp_path))
 
 
 def test_decode_skips_what_the_time_budget_does_not_pay(
