@@ -48,12 +48,23 @@ class Arm:
 
 
 @dataclass(kw_only=True)
-class Row:
+class ArmRow:
     """What came of an arm. None is what does not apply."""
 
     arm: Arm
     error: str | None = None
     """Why there is nothing else here."""
+
+    def to_json(self) -> dict[str, Any]:
+        """With the arm's own fields beside the others, and its name."""
+        values = asdict(self)
+        return {"name": self.arm.name} | values.pop("arm") | values
+
+
+@dataclass(kw_only=True)
+class Row(ArmRow):
+    """What came of decoding under an arm."""
+
     note: str | None = None
     load_s: float | None = None
     """Setting the model up that way."""
@@ -88,11 +99,6 @@ class Row:
     logits: dict[str, str] = field(default_factory=dict)
     """How the logits compare with the first arm's of a system, see `compare_logits`."""
     extra: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """With the arm's own fields beside it, and its name."""
-        values = asdict(self)
-        return {"name": self.arm.name} | values.pop("arm") | values
 
 
 class Running(NamedTuple):

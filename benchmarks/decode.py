@@ -13,8 +13,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
+
+if TYPE_CHECKING:
+    from benchmarks.arms import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +87,9 @@ def main(settings: DecodeSettings) -> None:
         print_rows,
         ratios,
         require_matplotlib,
+        save,
         settings_json,
-    )  # fmt: skip
+    )
     from benchmarks.subject import Subject
 
     transformers.utils.logging.set_verbosity_error()
@@ -106,19 +111,23 @@ def main(settings: DecodeSettings) -> None:
         "machine": machine(device),
         "command": command("benchmarks.decode"),
         "model": subject.facts,
+        "settings": settings_json(settings),
     }
     print_facts(facts)
     decoding = Decoding(settings, subject)
-    rows = decoding.run_all(arms, lambda rows: save(facts | {"rows": rows}, settings.out))
+
+    def results(rows: list[Row]) -> dict[str, Any]:
+        return facts | {
+            "rows": [row.to_json() for row in rows],
+            "timelines": decoding.timelines,
+        }
+
+    rows = decoding.run_all(arms, lambda rows: save(results(rows), settings.out))
     print_rows(rows, title)
     leading = usable_policies(settings)[0]
     facts["ratios"] = ratios(rows, leading, settings.compare_at)
     print(f"{leading} at {settings.compare_at}: {facts['ratios']}")
-    result = facts | {
-        "settings": settings_json(settings),
-        "rows": [row.to_json() for row in rows],
-        "timelines": decoding.timelines,
-    }
+    result = results(rows)
     if settings.plots is not None:
         draw_decode(result, settings.plots)
     save(result, settings.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -36,12 +36,12 @@ class Decoding:
         self._start = time.perf_counter()
         self._references: dict[tuple[str, int], Tensor] = {}
 
-    def run_all(self, arms: list[Arm], on_row: Callable[[list[dict[str, Any]]], None]) -> list[Row]:
-        """A row for each arm; `on_row` gets all so far, as JSON, after each."""
+    def run_all(self, arms: list[Arm], on_row: Callable[[list[Row]], None]) -> list[Row]:
+        """A row for each arm; `on_row` gets all so far, after each."""
         rows: list[Row] = []
         for arm in arms:
             rows.append(self.run(arm))
-            on_row([row.to_json() for row in rows])
+            on_row(rows)
         return rows
 
     def run(self, arm: Arm) -> Row:

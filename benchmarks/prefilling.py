@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from benchmarks.arms import Arm, Row, Running, run_arm
+from benchmarks.arms import Arm, ArmRow, Row, Running, run_arm
 from benchmarks.plan import FULL
 from benchmarks.replay import Replay
-from benchmarks.report import number
+from benchmarks.report import number, print_table
 from benchmarks.subject import Pass, Subject
 from benchmarks.workload import Timings, Workload
 
@@ -25,12 +25,10 @@ SLOW_REPEATS = 2
 
 
 @dataclass(kw_only=True)
-class PrefillRow:
+class PrefillRow(ArmRow):
     """One arm at one prompt length; None is what does not apply."""
 
-    arm: Arm
     prompt: int
-    error: str | None = None
     milliseconds: float | None = None
     """Median over the prompts, from the call of generate to the logits of the last token."""
     tokens_per_s: float | None = None
@@ -43,11 +41,6 @@ class PrefillRow:
     """The same prompts with every expert resident."""
     ratio: float | None = None
     """Time / the larger of the two."""
-
-    def to_json(self) -> dict[str, Any]:
-        """With the arm's own fields beside it, and its name."""
-        values = asdict(self)
-        return {"name": self.arm.name} | values.pop("arm") | values
 
 
 class Prefilling:
@@ -78,7 +71,9 @@ class Prefilling:
             arm,
             self.subject.model,
             lambda: self.subject.set_up(arm, replay, passes, prompt + 1),
-            lambda running, _: self._measure(running, replay, passes, timings),
+            lambda running, _: self._measure(
+                running, replay, passes, timings, all_resident=arm.residency == FULL
+            ),
         )
         if outcome.error is not None:
             return PrefillRow(arm=arm, prompt=prompt, error=outcome.error)
@@ -94,7 +89,7 @@ class Prefilling:
 
     def _measure(
         self, running: Running, replay: Replay | None, passes: list[Pass],
-        timings: Timings,
+        timings: Timings, *, all_resident: bool,
     ) -> None:  # fmt: skip
         workload = Workload(
             device=self.subject.device,
@@ -104,7 +99,8 @@ class Prefilling:
             counts=running.counts,
         )
         first, *timed = passes
-        workload.warm_up(self.subject.model, first.passages, 1)
+        for one in passes if all_resident else [first]:  # then nothing is missing any more
+            workload.warm_up(self.subject.model, one.passages, 1)
         for one in timed:
             workload.run(self.subject.model, one.passages, timings)
 
@@ -131,20 +127,9 @@ class Prefilling:
 
 def print_rows(rows: Sequence[PrefillRow], title: str) -> None:
     """All rows as a table, then what failed."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        if row.error is None:
-            table.add_row(*_cells(row))
-    console = Console(width=140)
-    console.print(table)
-    for row in rows:
-        if row.error is not None:
-            console.print(f"{row.arm.name}, prompt {row.prompt}: {row.error}", markup=False)
+    good = [_cells(row) for row in rows if row.error is None]
+    failed = {f"{r.arm.name}, prompt {r.prompt}": r.error for r in rows if r.error is not None}
+    print_table(title, COLUMNS, good, failed)
 
 
 def _cells(row: PrefillRow) -> list[str]:

@@ -59,20 +59,27 @@ def print_row(row: Row) -> None:
 
 def print_rows(rows: Sequence[Row], title: str) -> None:
     """All rows as a table, then what failed."""
+    good = [_cells(row) for row in rows if row.error is None]
+    failed = {row.arm.name: row.error for row in rows if row.error is not None}
+    print_table(title, COLUMNS, good, failed)
+
+
+def print_table(
+    title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], failed: Mapping[str, str]
+) -> None:
+    """A table, the first column left; below it what failed, and why."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for index, column in enumerate(COLUMNS):
+    for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        if row.error is None:
-            table.add_row(*_cells(row))
+    for row in cells:
+        table.add_row(*row)
     console = Console(width=170)
     console.print(table)
-    for row in rows:
-        if row.error is not None:
-            console.print(f"{row.arm.name}: {row.error}", markup=False)
+    for name, error in failed.items():
+        console.print(f"{name}: {error}", markup=False)
 
 
 def ratios(rows: Sequence[Row], policy: str, residency: str) -> dict[str, float]:
