@@ -168,13 +168,11 @@ def known(value: float) -> float | None:
     return None if value != value else value
 
 
-def compare_logits(logits: Tensor, reference: Tensor | None) -> str:
+def compare_logits(logits: Tensor, reference: Tensor) -> str:
     """`identical`, or the largest difference relative to the largest logit, and the same argmax.
 
     The logit of the text's next token, which the replay set, is left out.
     """
-    if reference is None:
-        return "reference"
     if torch.equal(logits, reference):
         return "identical"
     ours, theirs = (x.masked_fill(x == CHOSEN_LOGIT, 0.0) for x in (logits, reference))

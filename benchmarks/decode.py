@@ -34,10 +34,11 @@ class DecodeSettings:
     """ONNX predictor of the model that was traced."""
     systems: list[str] = field(
         default_factory=lambda: [
-            "transformers", "expertflow", "accelerate", "policylang", "compiled"
+            "float32", "transformers", "expertflow", "accelerate", "policylang", "compiled"
         ]
     )  # fmt: skip
-    """What to run: transformers (all resident), compiled (transformers' static cache and
+    """What to run: float32 (transformers in float32, for the error of the others' logits),
+    transformers (all resident), compiled (transformers' static cache and
     compilation), accelerate (experts on the CPU), policylang (moe-policylang), expertflow."""
     residency: list[str] = field(default_factory=lambda: ["1.0", "0.25", "0.5", "0.125", "min"])
     """Shares of the experts in GPU memory. `min` is one layer's top-k; `6.28%` is a share of the

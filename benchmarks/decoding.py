@@ -67,7 +67,7 @@ class Decoding:
         """Warm-up, the comparison of logits, and what is timed."""
         settings, slow = self.settings, arm.system in SLOW
         prompt, tokens = settings.prompt, settings.tokens
-        timed = 1 if slow or arm.batch > 1 else settings.documents
+        timed = 1 if slow or arm.batch > 1 or arm.system == "float32" else settings.documents
         check = SLOW_CHECK_STEPS if slow else min(settings.check_steps, tokens)
         texts = [
             self.subject.text.passages(arm.batch, prompt + tokens, first=arm.batch * index)
@@ -107,15 +107,17 @@ class Decoding:
             self._profile(arm, workload, timed[0], row)
 
     def _compare(self, arm: Arm, logits: Tensor, row: Row) -> None:
-        """With the first arm of the same system and batch, and with transformers'."""
-        own = "expertflow" if arm.system == "expertflow" else "transformers"
-        if arm.replays or not self.subject.replays:
-            for system in dict.fromkeys((own, "transformers")):
-                reference = self._references.get((system, arm.batch))
-                steps = len(logits) if reference is None else min(len(logits), len(reference))
-                cut = None if reference is None else reference[:steps]
-                row.logits[system] = compare_logits(logits[:steps], cut)
-            self._references.setdefault((own, arm.batch), logits)
+        """With the first arm of the same batch of: the same system, transformers, float32."""
+        if not arm.replays:
+            return
+        ours = arm.system in ("expertflow", "float32")
+        own = arm.system if ours else "transformers"
+        for system in dict.fromkeys((own, "transformers", "float32")):
+            reference = self._references.get((system, arm.batch))
+            if reference is not None:
+                steps = min(len(logits), len(reference))
+                row.logits[system] = compare_logits(logits[:steps], reference[:steps])
+        self._references.setdefault((own, arm.batch), logits)
 
     def _fill(self, arm: Arm, row: Row, timings: Timings) -> None:
         row.first_token_ms = statistics.median(timings.first_token_s) * 1e3

@@ -33,13 +33,18 @@ def restored(model: nn.Module) -> Iterator[None]:
         free_memory()
 
 
-def place(model: nn.Module, device: torch.device, *, experts: bool) -> None:
-    """Give the model copies of its weights on `device`; of the experts only with `experts`."""
+def place(
+    model: nn.Module, device: torch.device, *, experts: bool, dtype: torch.dtype | None = None
+) -> None:
+    """Give the model copies of its weights on `device`; of the experts only with `experts`.
+
+    dtype: of the copies; by default the weights' own.
+    """
     for path, module in model.named_modules():
         if path.endswith(".experts") and not experts:
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            copy = parameter.detach().to(device)
+            copy = parameter.detach().to(device).to(dtype or parameter.dtype)
             module._parameters[name] = nn.Parameter(copy, requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from benchmarks.prefill import PrefillSettings
 
 FULL = "1.0"
-SYSTEMS = ("transformers", "expertflow", "accelerate", "policylang", "compiled")
+SYSTEMS = ("float32", "transformers", "expertflow", "accelerate", "policylang", "compiled")
 EXPERTS = ("grouped_mm", "batched_mm")
 
 
@@ -24,6 +24,7 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
     shares = [r for r in settings.residency if r not in (FULL, MIN, at)]
     least = [_arm(NO_CACHE, MIN)] if MIN in settings.residency else []
     arms = [
+        Arm(system="float32"),
         *(Arm(system="transformers", experts=experts) for experts in EXPERTS),
         *full,
         *(_arm(policy, at) for policy in settings.policies),

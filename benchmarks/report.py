@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "arm", "TTFT ms", "tok/s", "ms/step", "median", "peak GiB", "hit rate", "MB/token", "wasted",
-    "link", "recall", "predict ms", "logits",
+    "link", "recall", "predict ms", "logits", "vs float32",
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def _cells(row: Row) -> list[str]:
         number(row.recall, ".3f"),
         number(row.prediction_ms, ".2f"),
         row.logits.get(row.arm.system, "-"),
+        row.logits.get("float32", "-").partition(",")[0],
     ]
 
 

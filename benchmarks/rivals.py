@@ -22,10 +22,12 @@ POLICYLANG = (
 
 
 @contextmanager
-def resident(model: Any, device: torch.device, *, experts: str) -> Iterator[dict[str, Any]]:
+def resident(
+    model: Any, device: torch.device, *, experts: str, dtype: torch.dtype | None = None
+) -> Iterator[dict[str, Any]]:
     """Everything on the device, transformers' own code; `experts` is its implementation of them."""
     before = model.get_experts_implementation()
-    place(model, device, experts=True)
+    place(model, device, experts=True, dtype=dtype)
     model.set_experts_implementation(experts)
     try:
         yield {}

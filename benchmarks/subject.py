@@ -116,6 +116,11 @@ class Subject:
         if arm.system == "transformers":
             assert arm.experts is not None
             return _rival(rivals.resident(self.model, self.device, experts=arm.experts))
+        if arm.system == "float32":
+            block = rivals.resident(
+                self.model, self.device, experts="batched_mm", dtype=torch.float32
+            )
+            return _rival(block)
         if self.device.type != "cuda":
             raise ValueError(f"{arm.system} needs a CUDA device")
         if arm.system == "compiled":
