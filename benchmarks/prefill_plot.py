@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.prefilling import PrefillRow
 
@@ -27,6 +28,9 @@ def plot_prefill(rows: Sequence[PrefillRow], title: str, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(sorted({row.prompt for row in good}))
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(f"{title}\ndashed: the larger of link and computation alone", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
