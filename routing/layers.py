@@ -125,7 +125,7 @@ def read_call(
     layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Routes]:
     """The hidden states [T, H] of `layer`'s experts call, and its routes."""
-    hidden, index, weights = _bound(layer, args, kwargs)
+    hidden, index, weights = bound_call(layer, args, kwargs)
     return hidden, _routes(layer, index, weights)
 
 
@@ -137,9 +137,10 @@ def _routes(layer: MoELayer, index: Tensor, weights: Tensor) -> Routes:
     return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
 
 
-def _bound(
+def bound_call(
     layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts call's hidden states, ids and weights, as the model gave them."""
     if len(args) >= 3:
         return args[0], args[1], args[2]
     signature = inspect.signature(type(layer.module).forward)
