@@ -90,7 +90,10 @@ class Row(ArmRow):
     """Moved to the device for a decoded token, wasted prefetches included."""
     wasted_per_token: float | None = None
     link_efficiency: float | None = None
-    """Needed bytes / (measured bandwidth x step time)."""
+    """Needed bytes, as they cross the link / (measured bandwidth x step time)."""
+    delivered: float | None = None
+    """The same with the bytes of the experts as the model has them: above 1 is faster than the link
+    could be without packing."""
     floor_ms: float | None = None
     """Time that the link alone takes for the needed bytes of a step."""
     recall: float | None = None
@@ -154,12 +157,19 @@ def _finish(engine: Any, row: Row) -> None:
     row.recall, row.prediction_ms = known(stats.recall), known(stats.prediction_ms_median)
     row.decode_path = engine.decode_path
     row.extra["resident_share"] = stats.num_slots / stats.total_experts
+    row.extra["packing"] = stats.packing
+    if row.link_efficiency is not None:
+        row.delivered = row.link_efficiency / stats.packing
 
 
 def read_counts(stats: Any) -> Counts:
     """The engine's counters as they are now."""
     return Counts(
-        stats.hits, stats.misses, stats.bytes_loaded, stats.bytes_prefetched, stats.bytes_wasted
+        stats.hits,
+        stats.misses + int(stats.late_L.sum()),
+        stats.bytes_loaded - stats.bytes_prefetched,
+        stats.bytes_prefetched,
+        stats.bytes_wasted,
     )
 
 

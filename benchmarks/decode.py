@@ -46,6 +46,8 @@ class DecodeSettings:
     policies: list[str] = field(default_factory=lambda: ["predicted", "lru", "lfu", "belady"])
     """Cache policies; the first that has what it needs (predicted a predictor, belady a trace) is
     the one that batches and prefetching are measured with."""
+    only: list[str] = field(default_factory=list)
+    """Run only the arms of these names, as the table prints them."""
     compare_at: str = "0.25"
     """The residency at which prefetching, batches and moe-policylang are measured."""
     batches: list[int] = field(default_factory=lambda: [8, 32])

@@ -28,6 +28,7 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         *(Arm(system="transformers", experts=experts) for experts in EXPERTS),
         *full,
         *(_arm(policy, at) for policy in settings.policies),
+        *(replace(_arm(main, at, prefetch=ahead), compile=True) for ahead in (False, True)),
         Arm(system="accelerate", residency="0.0"),
         Arm(system="policylang", residency=at),
         *least,
@@ -38,7 +39,8 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         Arm(system="compiled", replays=False),
         *(_arm(policy, share) for share in shares for policy in usable),
     ]
-    return [arm for arm in dict.fromkeys(arms) if arm.system in settings.systems]
+    chosen = [arm for arm in dict.fromkeys(arms) if arm.system in settings.systems]
+    return [arm for arm in chosen if not settings.only or arm.name in settings.only]
 
 
 def usable_policies(settings: DecodeSettings) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "arm", "TTFT ms", "tok/s", "ms/step", "median", "peak GiB", "hit rate", "MB/token", "wasted",
-    "link", "recall", "predict ms", "logits", "vs float32",
+    "link", "delivered", "recall", "predict ms", "logits", "vs float32",
 )  # fmt: skip
 
 
@@ -109,6 +109,7 @@ def _cells(row: Row) -> list[str]:
         number(row.bytes_per_token, ".1f", 1e6),
         number(row.wasted_per_token, ".1f", 1e6),
         number(row.link_efficiency, ".2f"),
+        number(row.delivered, ".2f"),
         number(row.recall, ".3f"),
         number(row.prediction_ms, ".2f"),
         row.logits.get(row.arm.system, "-"),

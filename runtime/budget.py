@@ -43,17 +43,21 @@ def _parse_text(text: str) -> float | int | None:
     return int(number * UNITS[(match[2] or "").upper()]) if has_unit or number > 1 else number
 
 
-def slots_per_group(memory: float | int, source: Source) -> list[int]:
+def slots_per_group(memory: float | int, source: Source, *, off_device: int = 0) -> list[int]:
     """Slots for each group of layers of one expert shape (`Source.groups`).
 
     A fraction counts experts; bytes pay for the model's other weights first. Several groups share
-    by the bytes of their experts. Raises ValueError when a group would get fewer slots than a
+    by the bytes of their experts. off_device: bytes of the other weights that stay in host memory.
+    Raises ValueError when a group would get fewer slots than a
     layer's top-k.
     """
     sizes = [expert_bytes(group.specs) for group in source.groups]
     counts = [sum(source.layers[i].num_experts for i in group.layers) for group in source.groups]
     least = [max(source.layers[i].top_k for i in group.layers) for group in source.groups]
-    total, fixed = sum(a * b for a, b in zip(sizes, counts, strict=True)), source.fixed_bytes
+    total, fixed = (
+        sum(a * b for a, b in zip(sizes, counts, strict=True)),
+        source.fixed_bytes - off_device,
+    )
     fraction = memory if isinstance(memory, float) else (memory - fixed) / total
     slots = [min(int(count * fraction + 1e-9), count) for count in counts]
     if any(got < need for got, need in zip(slots, least, strict=True)):

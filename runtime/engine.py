@@ -86,7 +86,7 @@ class Engine:
 
     @property
     def decode_path(self) -> str:
-        """ "graph" where decode steps run as captured CUDA graphs, else why they do not."""
+        """Either "graph": decode steps run as captured CUDA graphs, or why they do not."""
         if self._gpu is None:
             return "the model is not on a CUDA device"
         return self._gpu.why or "graph"
@@ -188,7 +188,7 @@ class Engine:
         if self._forecaster is not None:
             self._routes[index] = routes.experts_TK.cpu().numpy()
         if self._gpu is not None:
-            self._gpu.look_ahead(index, hidden_TH)
+            return self._gpu.run_layer(layer, index, hidden_TH, routes)
         return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
 
     def _end_step(self, *_: Any) -> None:

@@ -24,7 +24,7 @@ Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 def run_experts(layer: MoELayer, hidden_TH: Tensor, routes: Routes, slots: Slots) -> Tensor:
     """The experts call of `layer`, with parameters from `slots`. Returns [T, H]."""
     num_tokens, top_k = routes.experts_TK.shape
-    order_P, spans = _sort_rows(routes.experts_TK)
+    order_P, spans = sort_rows(routes.experts_TK)
     rows_PH = hidden_TH[order_P // top_k]
     outputs_PH = torch.zeros_like(rows_PH)
     run = run_switch if layer.kind == "switch" else run_fused
@@ -36,7 +36,7 @@ def run_experts(layer: MoELayer, hidden_TH: Tensor, routes: Routes, slots: Slots
     return (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden_TH.dtype)
 
 
-def _sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
+def sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
     """Order of the pairs (token * K + k) by expert, and each expert's span. Synchronises once."""
     experts_P, order_P = experts_TK.reshape(-1).sort(stable=True)
     distinct, counts = experts_P.unique_consecutive(return_counts=True)

@@ -91,11 +91,12 @@ def _load_on_gpu(
     forecaster: Forecaster | None,
     options: dict[str, Any],
 ) -> None:
-    from runtime.cuda.gpu import GpuEngine, reserved_bytes
+    from runtime.cuda.gpu import GpuEngine, fit
 
     if isinstance(budget, int):
-        budget -= reserved_bytes(source, context=options["context"], batch=options["batch"])
-    slots = slots_per_group(budget, source)
+        sizes = {name: options[name] for name in ("context", "batch")}
+        budget, options["missing"] = fit(source, budget, **sizes)
+    slots = slots_per_group(budget, source, off_device=options.get("missing", 0))
     stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
     gpu = GpuEngine(source, slots, target, policy, stats, **options)
     if forecaster is not None:

@@ -29,6 +29,8 @@ class Stats:
     layers: list[MoELayer]
     num_slots: int
     policy: str
+    packing: float = 1.0
+    """Bytes that cross the link for a byte of an expert: below 1 where they travel packed."""
 
     def __post_init__(self) -> None:
         self.reset()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import numpy as np
 import torch
 
 from benchmarks import decode, draw, prefill
@@ -51,8 +52,9 @@ def test_the_better_of_the_measured_bandwidths_counts_and_a_cpu_has_no_link() ->
 
 def test_counts_of_a_part_are_differences() -> None:
     stats = SimpleNamespace(
-        hits=10, misses=4, bytes_loaded=400, bytes_prefetched=90, bytes_wasted=60
-    )
+        hits=10, late_L=np.array([1, 0]), misses=3,
+        bytes_loaded=490, bytes_prefetched=90, bytes_wasted=60,
+    )  # fmt: skip
     part = read_counts(stats).minus(Counts(7, 1, 100, 0, 0))
     assert part == Counts(3, 3, 300, 90, 60)
     assert (part.bytes_moved, part.bytes_needed) == (390, 330)

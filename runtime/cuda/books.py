@@ -47,8 +47,6 @@ class Books:
 
     def upload(self) -> None:
         """Make the device's books the truth."""
-        if self.on_device:
-            return
         policy = self._cache.policy
         self.slot_of_key.copy_(torch.from_numpy(self._cache.slot_of_key))
         self.key_of_slot.copy_(torch.from_numpy(self._cache.key_of_slot))

@@ -184,18 +184,13 @@ class ExpertsCall:
             x, self._h, self._slots_SN, self._units_SN, *self._host.layers[layer],
             experts, slots, order, self._counts[layer],
             self._prefetched[layer:], self._progress[layer], len(x),
-            UNITS=self._record.units, UP=self._start("gate_up_proj"),
-            UP_BIAS=self._start("gate_up_proj_bias"), PACKED=self._host.packed, CHUNK=CHUNK,
+            UNITS=self._record.units, UP=self._record.start("gate_up_proj"),
+            UP_BIAS=self._record.start("gate_up_proj_bias"), PACKED=self._host.packed, CHUNK=CHUNK,
             FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self._prefetch else 0,
             H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
             ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
             BLOCK_I=blocks.rows, BLOCK_H=blocks.columns, num_warps=blocks.warps,
         )  # fmt: skip
-
-    def _start(self, name: str) -> int:
-        """Where a parameter starts in a record, in elements; 0 for a bias that there is not."""
-        field = self._record.fields.get(name)
-        return 0 if field is None else field.start * 2 // field.dtype.itemsize
 
     def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         shape, blocks = self._layout, self._blocks
@@ -203,8 +198,8 @@ class ExpertsCall:
         y = torch.empty_like(x)
         expert_kernels.down[(triton.cdiv(shape.hidden, blocks.down_rows),)](
             self._h, y, ids, weights, self._slots_SN, experts, slots, self._counts[layer], len(x),
-            UNITS=self._record.units, DOWN=self._start("down_proj"),
-            DOWN_BIAS=self._start("down_proj_bias"),
+            UNITS=self._record.units, DOWN=self._record.start("down_proj"),
+            DOWN_BIAS=self._record.start("down_proj_bias"),
             H=shape.hidden, W=shape.width, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
             BLOCK_K=triton.next_power_of_2(self._top_k),
             BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.warps,

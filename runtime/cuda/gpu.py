@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from routing.layers import MoELayer, Routes
+from runtime.arena import expert_bytes
 from runtime.cuda import kv
+from runtime.cuda.dense import HostDense, movable_bytes
+from runtime.cuda.grouped import run_grouped
 from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, layout_of, stored_specs
 from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
 from runtime.cuda.streamed import StreamedPool
+from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
 from runtime.loader import Source
@@ -28,7 +34,10 @@ AHEAD_FROM = 16
 
 
 class GpuEngine:
-    """The device's part of an `Engine`. context, batch, prefetch, compile: see `runtime.load`."""
+    """The device's part of an `Engine`. context, batch, prefetch, compile: see `runtime.load`.
+
+    missing: bytes of weights other than experts that have to stay in host memory.
+    """
 
     def __init__(
         self,
@@ -42,17 +51,20 @@ class GpuEngine:
         batch: int,
         prefetch: bool,
         compile: bool,
+        missing: int = 0,
     ) -> None:
+        self._dense = HostDense(source.model, missing)
         groups = source.groups
         layout = _layout(source)
         self._why = layout if isinstance(layout, str) else None
-        known = layout if isinstance(layout, Layout) else None
+        self._layout = known = layout if isinstance(layout, Layout) else None
         specs = [source.store.specs(index) for index in range(len(source.layers))]
         records = [Record(stored_specs(spec, known)) for spec in specs]
         self._host = HostTier(
             source.store, [layer.num_experts for layer in source.layers], records, device,
             transposed=known is not None and known.transposed,
         )  # fmt: skip
+        stats.packing = 0.75 if self._host.packed else 1.0
         self._pools: dict[int, StreamedPool] = {}
         for group, slots in zip(groups, num_slots, strict=True):
             record = records[group.layers[0]]
@@ -116,7 +128,15 @@ class GpuEngine:
         self.path.last_routes_LBK = routes_BLK.swapaxes(0, 1)
         return True
 
-    def look_ahead(self, index: int, hidden_TH: Tensor) -> None:
+    def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
+        """The experts call of layer `index` outside of captured steps."""
+        self._look_ahead(index, hidden_TH)
+        pool = self._pools[index]
+        if self._layout is not None:
+            return run_grouped(pool, self._layout, index, hidden_TH, routes)
+        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index))
+
+    def _look_ahead(self, index: int, hidden_TH: Tensor) -> None:
         """Stream the experts that the layer after `index` will want, once those of `index` are on
         their way. Only for many tokens, whose union of experts a router foretells nearly exactly.
         """
@@ -145,14 +165,26 @@ class GpuEngine:
             self.path.close()
         self._pools.clear()
         self._host.close()
+        self._dense.restore()
 
 
-def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
-    """Bytes of a budget that are neither weights nor slots."""
+def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, int]:
+    """Split a budget of bytes for everything on the device.
+
+    Returns the bytes for `slots_per_group` (the model's other weights and the slots), and how many
+    bytes of other weights have to stay in host memory so that the least slots fit.
+    """
     config: Any = source.model.config
     text = config.get_text_config(decoder=True)
     dtype = next(source.model.parameters()).dtype
-    return WORKSPACE + kv.num_bytes(text, batch, context, dtype)
+    left = budget - WORKSPACE - kv.num_bytes(text, batch, context, dtype)
+    least = sum(
+        expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
+        for group in source.groups
+    )
+    short = max(source.fixed_bytes + least - left, 0)
+    missing = short if short <= movable_bytes(source.model) else 0
+    return left, missing
 
 
 def _layout(source: Source) -> Layout | str:

@@ -130,7 +130,7 @@ class HostTier(ExpertStore):
     def _unpack_all(self) -> None:
         """Some weights do not pack: from here on, and from the start, all are kept as they are."""
         packed, self.layers = self.layers, []
-        for layer, records in enumerate(packed):
+        for records in packed:
             low = self._memory.empty(tuple(records.low.shape), torch.int16)
             for expert in range(len(low)):
                 low[expert].copy_(self._on_device(records, expert))
@@ -146,26 +146,33 @@ class HostTier(ExpertStore):
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         raise NotImplementedError("records go into slots: read_record")
 
-    def read_record(self, layer: int, expert: int, slots_SN: Tensor, slot: int) -> None:
-        """Bring one expert into `slot` of slots [S, N], with the copy engine, on the current stream."""
-        self._bring(self.layers[layer], expert, slots_SN, slot)
+    def copy_record(self, layer: int, expert: int, into: tuple[Tensor, ...]) -> None:
+        """Send one record over the link, on the current stream: to low and high (uint8 [N] and
+        [N / 2]) where packed, else straight to its slot (int16 [N]).
+        """
+        _copy(self.layers[layer], expert, into)
 
-    def _bring(self, records: LayerRecords, expert: int, slots_SN: Tensor, slot: int) -> None:
-        if not self.packed:
-            slots_SN[slot].copy_(records.low[expert], non_blocking=True)
-            return
-        low = records.low[expert].to(self._device, non_blocking=True)
-        high = records.high[expert].to(self._device, non_blocking=True)
-        units = slots_SN.shape[1]
-        land[(units // CHUNK,)](
-            slots_SN, low, high, *records[2:], expert, slot, UNITS=units, CHUNK=CHUNK
-        )
+    def land_record(
+        self, layer: int, expert: int, sent: tuple[Tensor, ...], slots_SN: Tensor, slot: int
+    ) -> None:
+        """Unpack a record that `copy_record` sent into `slot` of slots [S, N], on the current
+        stream.
+        """
+        _land(self.layers[layer], expert, sent, slots_SN, slot)
 
     def _on_device(self, records: LayerRecords, expert: int) -> Tensor:
         """One record, int16 [N], in device memory of its own."""
         units = records.low.shape[1]
         record_1N = torch.empty(1, units, dtype=torch.int16, device=self._device)
-        self._bring(records, expert, record_1N, 0)
+        if records.low.dtype == torch.int16:
+            _copy(records, expert, (record_1N[0],))
+            return record_1N[0]
+        sent = tuple(
+            torch.empty(part.shape[1], dtype=part.dtype, device=self._device)
+            for part in (records.low, records.high)
+        )
+        _copy(records, expert, sent)
+        _land(records, expert, sent, record_1N, 0)
         return record_1N[0]
 
     def link_bytes(self, layer: int) -> int:
@@ -195,3 +202,15 @@ class HostTier(ExpertStore):
         self._give_back(len(self.layers))
         self._memory.close()
         self.layers.clear()
+
+
+def _copy(records: LayerRecords, expert: int, into: tuple[Tensor, ...]) -> None:
+    for part, tensor in zip((records.low, records.high), into, strict=False):
+        tensor.copy_(part[expert], non_blocking=True)
+
+
+def _land(
+    records: LayerRecords, expert: int, sent: tuple[Tensor, ...], slots_SN: Tensor, slot: int
+) -> None:
+    units = slots_SN.shape[1]
+    land[(units // CHUNK,)](slots_SN, *sent, *records[2:], expert, slot, UNITS=units, CHUNK=CHUNK)

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from runtime.cuda.path import CapturedPath
 
 PATHS: WeakValueDictionary[int, CapturedPath] = WeakValueDictionary()
-"""Live paths by id: an operator takes numbers and tensors only."""
+"""Live paths by the id of their model: an operator takes numbers and tensors only."""
 
 
 @torch.library.custom_op("expertflow::experts", mutates_args=())
-def experts(x: Tensor, ids: Tensor, weights: Tensor, path: int, layer: int) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
     """`CapturedPath.run_layer`. What it writes (slots, books) nothing else in a graph touches."""
-    return PATHS[path].run_layer(layer, x, ids, weights)
+    return PATHS[model].run_layer(layer, x, ids, weights)
 
 
 @experts.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, path: int, layer: int) -> Tensor:
+def _(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
     return torch.empty_like(x)

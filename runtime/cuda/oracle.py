@@ -6,6 +6,8 @@ too late serves the next. When the predictor raises or stays silent, the steps g
 
 from __future__ import annotations
 
+import itertools
+import math
 import queue
 import threading
 import time
@@ -13,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from routing.topology import NO_EXPERT
 from runtime.cuda.books import Books
@@ -21,10 +22,10 @@ from runtime.forecaster import Forecaster
 from runtime.policies import Forecast, Policy
 from runtime.stats import Stats
 
-SILENT_AFTER = 1.0
-"""Seconds without an answer after which the predictor counts as hanging."""
-MOST_WAITING = 8
-"""Tokens: a predictor further behind than this is slower than the model and is given up."""
+SILENT_AFTER = 2.0
+"""Seconds without an answer after which the predictor counts as hanging..."""
+SILENT_PER_TOKEN = 0.01
+"""... and so many more for each token that it was asked about."""
 
 
 class Job(NamedTuple):
@@ -52,37 +53,22 @@ class Oracle:
         self.failure: str | None = None
         device = books.clock.device
         keys = len(books.before)
-        self.likely = torch.zeros(keys, dtype=torch.float32, device=device)
-        self._table_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
-        self._likely_host = torch.zeros(keys, dtype=torch.float32).pin_memory()
+        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        """Probabilities of use in the running step, and in the one after it."""
+        self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
+        self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
         self._stream = torch.cuda.Stream(device)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._busy_since: float | None = None
-        self._idle = threading.Event()
-        self._idle.set()
+        self._deadline = math.inf
         self._thread = threading.Thread(target=self._work, name="expertflow-oracle", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Hand over what is known; returns at once."""
-        if self.failure is None and self._overdue():
-            self.failure = f"the predictor did not answer for {SILENT_AFTER:g} s"
-        if self.failure is None and self._jobs.qsize() > MOST_WAITING:
-            self.failure = f"the predictor fell {MOST_WAITING} tokens behind the model"
+        if self.failure is None and time.perf_counter() > self._deadline:
+            self.failure = f"the predictor has not answered for over {SILENT_AFTER:g} s"
         if self.failure is None:
-            self._idle.clear()
             self._jobs.put(job)
-
-    def _overdue(self) -> bool:
-        since = self._busy_since
-        return since is not None and time.perf_counter() - since > SILENT_AFTER
-
-    def wait(self) -> None:
-        """Wait until everything submitted is done, or the predictor is given up."""
-        deadline = time.perf_counter() + SILENT_AFTER * (1 + self._jobs.qsize())
-        while self.failure is None and not self._idle.wait(0.05):
-            if time.perf_counter() > deadline:
-                self.failure = f"the predictor did not answer for {SILENT_AFTER:g} s"
 
     def close(self) -> None:
         """End the thread, unless it hangs."""
@@ -90,51 +76,69 @@ class Oracle:
         self._thread.join(SILENT_AFTER)
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            self._busy_since = time.perf_counter()
+        while self.failure is None and (jobs := self._take()):
+            num_tokens = sum(job.token_ids_BT.size for job in jobs)
+            self._deadline = time.perf_counter() + SILENT_AFTER + SILENT_PER_TOKEN * num_tokens
             try:
-                self._answer(job)
-            except Exception as error:
+                self._answer(jobs)
+            except Exception as error:  # a broken predictor must not stop the model
                 self.failure = f"the predictor failed: {type(error).__name__}: {error!s:.200}"
-            finally:
-                self._busy_since = None
-                if self._jobs.empty():
-                    self._idle.set()
+            self._deadline = math.inf
 
-    def _answer(self, job: Job) -> None:
+    def _take(self) -> list[Job]:
+        """All that waits, from the start of the newest sequences on; empty when it is over."""
+        waiting = [self._jobs.get()]
+        while not self._jobs.empty():
+            waiting.append(self._jobs.get())
+        jobs = list(itertools.takewhile(lambda job: job is not None, waiting))
+        starts = [index for index, job in enumerate(jobs) if job.is_new]
+        return jobs[starts[-1] :] if starts else jobs
+
+    def _answer(self, jobs: list[Job]) -> None:
+        """Predict for all tokens of `jobs` in one go: more than one where the model was faster."""
         start = time.perf_counter()
-        if job.is_new or len(job.token_ids_BT) != self._forecaster.batch_size:
-            self._forecaster.reset(len(job.token_ids_BT))
-        elif job.routes_LBK is not None:
-            self._learn(job.routes_LBK)
-        forecast = self._forecaster.forecast(job.token_ids_BT, job.positions_BT)
+        for job in jobs:
+            self._remember(job)
+        tokens_BT = np.concatenate([job.token_ids_BT for job in jobs], 1)
+        positions_BT = np.concatenate([job.positions_BT for job in jobs], 1)
+        self._inform(jobs[0], len(tokens_BT))
+        forecast = self._forecaster.forecast(tokens_BT, positions_BT)
         self._policy.begin_step(forecast)
         self._publish(forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
 
-    def _learn(self, routes_LBK: np.ndarray) -> None:
-        """The true routes of the last step: for the predictor's input, the policy's memory and the
-        count of the recall.
-        """
-        for layer, routes_BK in enumerate(routes_LBK):
+    def _remember(self, job: Job) -> None:
+        """What the last step used, for the policy's memory."""
+        if job.is_new or job.routes_LBK is None:
+            return
+        for layer, routes_BK in enumerate(job.routes_LBK):
             used = np.unique(routes_BK)
             self._policy.touch(layer, used[used != NO_EXPERT])
-        routes_BLK = np.ascontiguousarray(routes_LBK.swapaxes(0, 1))
-        self._forecaster.observe(routes_BLK)
-        if self._forecaster.this_BLE is not None:
-            self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)
+
+    def _inform(self, job: Job, batch_size: int) -> None:
+        """What the last step used, for the predictor's input, and for the count of its recall."""
+        if job.is_new or batch_size != self._forecaster.batch_size:
+            self._forecaster.reset(batch_size)
+        elif job.routes_LBK is not None:
+            routes_BLK = np.ascontiguousarray(job.routes_LBK.swapaxes(0, 1))
+            self._forecaster.observe(routes_BLK)
+            if self._forecaster.this_BLE is not None and job.token_ids_BT.shape[1] == 1:
+                self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)
+
+    def begin_step(self) -> None:
+        """Start a step from what is known: what was foreseen for the step after the last one."""
+        self._books.before.copy_(self._books.after)
+        self.likely.copy_(self._next_likely)
 
     def _publish(self, forecast: Forecast) -> None:
+        """Send the values and probabilities, without waiting for the step that reads them."""
         table = self._policy.table()
         assert table is not None
-        self._stream.synchronize()  # the last copy has left the pinned memory
-        self._table_host[0].copy_(torch.from_numpy(table[0]))
-        self._table_host[1].copy_(torch.from_numpy(table[1]))
-        self._likely_host.copy_(torch.from_numpy(forecast.this_LE.reshape(-1)))
+        self._stream.synchronize()  # the last copies have left the pinned memory
+        rows = *table, forecast.this_LE, forecast.next_LE
+        pinned = *self._values_host, *self._chances_host
+        device = self._books.before, self._books.after, self.likely, self._next_likely
         with torch.cuda.stream(self._stream):
-            self._send(self._books.before, self._table_host[0])
-            self._send(self._books.after, self._table_host[1])
-            self._send(self.likely, self._likely_host)
-
-    def _send(self, to: Tensor, pinned: Tensor) -> None:
-        to.copy_(pinned, non_blocking=True)
+            for row, host, tensor in zip(rows, pinned, device, strict=True):
+                host.copy_(torch.from_numpy(row.reshape(-1)))
+                tensor.copy_(host, non_blocking=True)

@@ -6,6 +6,7 @@ generate -> prefill (the model's forward, experts streamed) -> captured step, st
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from functools import partial
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ class CapturedPath:
         self.last_routes_LBK: np.ndarray | None = None
         self._outcome_host: Tensor | None = None
         self.why: str | None = "nothing has been generated yet"
-        PATHS[id(self)] = self
+        PATHS[id(self._model)] = self
 
     # ------------------------------------------------------------------ generate
 
@@ -193,7 +194,9 @@ class CapturedPath:
 
     def _run(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> Outcome:
         """Predict, schedule, run, account: one decode step."""
+        start = time.perf_counter()
         if tokens_B is not None:
+            self._tokens_B = tokens_B.cpu().numpy()
             padding = len(step.ids_B1) - num_rows
             step.ids_B1[:, 0] = torch.cat([tokens_B, tokens_B[-1:].expand(padding)])
         self._schedule()
@@ -202,25 +205,27 @@ class CapturedPath:
             step()
         finally:
             self._running = None
-        self._announce(tokens_B, num_rows)
-        return self._account(step, num_rows)
+        self._announce()
+        outcome = self._account(step, num_rows)
+        self._stats.add_time("step", time.perf_counter() - start)
+        return outcome
 
     def _schedule(self) -> None:
         """Bring the values on the device up to the step that is about to run."""
-        self.books.upload()
+        if not self.books.on_device:
+            self._pool.settle()
+            self.books.upload()
         if self.oracle is not None and self.oracle.failure is None:
-            self.books.before.copy_(self.books.after)
+            self.oracle.begin_step()
             return
         table = self._policy.table()
         if table is not None:
             self.books.write_table(*table)
 
-    def _announce(self, tokens_B: Tensor | None, num_rows: int) -> None:
+    def _announce(self) -> None:
         """Tell the predictor what runs now. The step is on its way already."""
         if self.oracle is None:
             return
-        if tokens_B is not None:
-            self._tokens_B = tokens_B.cpu().numpy()
         job = Job(self._tokens_B[:, None], self._positions_B[:, None], self.last_routes_LBK, False)
         self.oracle.submit(job)
         self._positions_B = self._positions_B + 1
@@ -276,7 +281,7 @@ class CapturedPath:
     def call(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts call of a layer inside a captured step, also while it is being compiled."""
         if torch.compiler.is_compiling():
-            return torch.ops.expertflow.experts(x, ids, weights, id(self), index)
+            return torch.ops.expertflow.experts(x, ids, weights, id(self._model), index)
         return self.run_layer(index, x, ids, weights)
 
     def run_layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class Record:
         """Whether all of it is bfloat16, which packs."""
         return all(field.dtype == torch.bfloat16 for field in self.fields.values())
 
+    def start(self, name: str) -> int:
+        """Where a parameter starts, in its own elements; 0 for a bias that there is not."""
+        field = self.fields.get(name)
+        return 0 if field is None else field.start * 2 // field.dtype.itemsize
+
     def views(self, units: Tensor) -> dict[str, Tensor]:
         """The parameters in records `units`, int16 [*, units]: views [*, *shape]."""
         return {
