@@ -8,7 +8,7 @@ run, account. Nothing of the model's own code changes: the experts containers ge
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +29,7 @@ from runtime.stats import Stats
 
 if TYPE_CHECKING:
     from runtime.cuda.gpu import GpuEngine
+    from runtime.cuda.streamed import StreamedPool
 
 
 class Engine:
@@ -41,7 +42,7 @@ class Engine:
         self,
         source: Source,
         policy: Policy,
-        pools: list[Pool],
+        pools: Sequence[Pool | StreamedPool],
         stats: Stats,
         forecaster: Forecaster | None,
         device: torch.device,

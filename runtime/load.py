@@ -101,7 +101,7 @@ def _load_on_gpu(
     gpu = GpuEngine(source, slots, target, policy, stats, **options)
     if forecaster is not None:
         gpu.predict_with(forecaster, policy, stats)
-    Engine(source, policy, list(gpu.pools), stats, forecaster, target, gpu)
+    Engine(source, policy, gpu.pools, stats, forecaster, target, gpu)
 
 
 def _open(model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype) -> Source:

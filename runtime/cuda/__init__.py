@@ -1,4 +1,4 @@
-"""The GPU engine: decode steps as CUDA graphs over slots on the device, prefill over streamed experts.
+"""The GPU engine: decode steps as CUDA graphs over slots on the device, prefill over streams.
 
 Only `runtime.load` imports it, and only for a CUDA device: Triton is not needed elsewhere.
 

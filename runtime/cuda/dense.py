@@ -73,7 +73,7 @@ class HostDense:
             module._parameters.pop("weight")
             module.__dict__["weight"] = parameter.data
             run = embed if isinstance(module, nn.Embedding) else head
-            module.forward = partial(run, module)  # type: ignore[assignment]
+            module.forward = partial(run, module)
 
     def restore(self) -> None:
         """Give the modules their parameters back, in ordinary host memory."""
@@ -98,7 +98,8 @@ def _candidates(model: Any) -> Iterator[list[nn.Module]]:
 
 def movable_bytes(model: Any) -> int:
     """Bytes that `HostDense` can keep off the device."""
-    return sum(modules[0].weight.nbytes for modules in _candidates(model))  # type: ignore[union-attr,operator]
+    weights: list[Any] = [modules[0].weight for modules in _candidates(model)]
+    return sum(weight.nbytes for weight in weights)
 
 
 def embed(module: Any, ids: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def down(
     H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Y [B, H], for each token the weighted sum over its experts, ascending. Grid (blocks of H,)."""
+    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H,)."""
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_N = row_N < H
     token_M = tl.arange(0, M)

@@ -1,4 +1,4 @@
-"""What `Engine` calls on a CUDA device: pinned experts, streamed pools and, where they fit, kernels."""
+"""What `Engine` calls on a CUDA device: pinned experts, streamed pools and, mostly, kernels."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TILE_ROWS = (16, 64, 128)
 def run_grouped(
     pool: StreamedPool, layout: Layout, layer: int, hidden_TH: Tensor, routes: Routes
 ) -> Tensor:
-    """The experts call of `layer`: [T, H]. A token's results are summed in the order of its top-k."""
+    """The experts call of `layer`: [T, H]. A token's results are summed in top-k order."""
     top_k = routes.experts_TK.shape[1]
     order_P, spans = sort_rows(routes.experts_TK)
     products = Products(pool.record, pool.slots_SN, layout, hidden_TH, order_P, top_k)

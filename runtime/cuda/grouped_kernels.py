@@ -1,4 +1,4 @@
-"""Matrix products of many tokens with many experts, out of slots: one launch for a group of experts.
+"""Matrix products of many tokens with many experts, out of slots: one launch a group of experts.
 
 Rows are (token, expert) pairs sorted by expert. A tile is a stretch of one expert's rows:
 
@@ -86,7 +86,7 @@ def grouped_down(
 
 @triton.jit
 def combine(y, weights, out, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Out [T, H], the weighted sum of each token's K results y [T * K, H]. Grid (T, blocks of H)."""
+    """The weighted sum of each token's K results y [T * K, H]: out [T, H]. Grid (T, blocks)."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)

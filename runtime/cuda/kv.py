@@ -59,6 +59,7 @@ class SharedLayer(StaticLayer):
         """Start a new sequence. What the storage holds is masked out, but must be finite."""
         self.cumulative_length.zero_()
         if self.is_initialized:
+            assert self.keys is not None and self.values is not None
             self.keys.zero_()
             self.values.zero_()
 
@@ -71,7 +72,8 @@ class SharedCache(Cache):
 
     def set_length(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             layer.cumulative_length.fill_(length)
 
 

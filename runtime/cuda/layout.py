@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,9 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
         return gate * torch.sigmoid(gate * 1.702) * up
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
-    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](gate) * up
+    plain: dict[str, Callable[[Tensor], Tensor]]
+    plain = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+    return plain[activation](gate) * up
 
 
 @torch.no_grad()

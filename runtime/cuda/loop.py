@@ -1,7 +1,7 @@
 """generate's decode loop over captured steps, in place of transformers' own.
 
-It is handed to `generate` as `custom_generate`, so prompts, configurations, processors, criteria and
-streamers are all prepared by the library. Greedy decoding without processors never touches the
+It is handed to `generate` as `custom_generate`, so prompts, configurations, processors, criteria
+and streamers are all prepared by the library. Greedy decoding without processors never touches the
 device between steps: the graph has chosen the token and fed it to itself.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
@@ -45,8 +45,8 @@ def decode(
 ) -> Any:
     """Generate after `prompt`.
 
-    prefill: runs the prompt, returns logits [B, V]. step: runs one step for the given tokens [B], or
-    for those that the last step chose by itself (None), and returns it as an `Outcome`.
+    prefill: runs the prompt, returns logits [B, V]. step: runs one step for the given tokens [B],
+    or for those that the last step chose by itself (None), and returns it as an `Outcome`.
     """
     is_plain = (
         not prompt.config.do_sample
@@ -57,7 +57,8 @@ def decode(
     if prompt.streamer is not None:
         prompt.streamer.end()
     if prompt.config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences_BT)
+        output: Any = GenerateDecoderOnlyOutput(sequences=sequences_BT)  # type: ignore[arg-type]
+        return output
     return sequences_BT
 
 
@@ -66,7 +67,8 @@ def _greedy(prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[..., A
     ends = _end_tokens(prompt)
     longest = min(c.max_length for c in prompt.criteria if isinstance(c, MaxLengthCriteria))
     first_B = prefill().argmax(-1)
-    tokens_B, given_B = first_B.tolist(), first_B
+    given_B: Tensor | None = first_B
+    tokens_B = first_B.tolist()
     finished = [False] * len(tokens_B)
     pad = _pad_token(prompt)
     columns: list[list[int]] = []

@@ -6,7 +6,6 @@ too late serves the next. When the predictor raises or stays silent, the steps g
 
 from __future__ import annotations
 
-import itertools
 import math
 import queue
 import threading
@@ -90,7 +89,8 @@ class Oracle:
         waiting = [self._jobs.get()]
         while not self._jobs.empty():
             waiting.append(self._jobs.get())
-        jobs = list(itertools.takewhile(lambda job: job is not None, waiting))
+        ended = None in waiting
+        jobs = [] if ended else [job for job in waiting if job is not None]
         starts = [index for index, job in enumerate(jobs) if job.is_new]
         return jobs[starts[-1] :] if starts else jobs
 

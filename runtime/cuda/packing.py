@@ -74,7 +74,7 @@ def _pack(chunks_DC: Tensor) -> Packed:
 
 
 def _base(exponents_DC: Tensor) -> Tensor:
-    """Of each chunk, one less than the first of the 15 exponents in a row that hold most weights."""
+    """One less than the first of the 15 exponents in a row that hold most of a chunk's weights."""
     counts_DX = exponents_DC.new_zeros(len(exponents_DC), 256)
     counts_DX.scatter_add_(1, exponents_DC.to(torch.int64), torch.ones_like(exponents_DC))
     counts_DX[:, 0] = 0  # zeros need no window

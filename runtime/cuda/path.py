@@ -66,8 +66,9 @@ class CapturedPath:
         prefetch: bool,
         compile: bool,
     ) -> None:
-        self._model: Any = source.model
-        self._config = self._model.config.get_text_config(decoder=True)
+        model: Any = source.model
+        self._model = model
+        self._config: Any = model.config.get_text_config(decoder=True)
         self._layout, self._pool, self._host = layout, pool, host
         self._policy, self._stats = policy, stats
         self._context, self._batch, self._prefetch = context, batch, prefetch
@@ -76,7 +77,7 @@ class CapturedPath:
         self._routers = routers
         self._storage = Storage(batch, context)
         self._steps: dict[int, DecodeStep] = {}
-        self._forward = torch.compile(self._model.forward) if compile else self._model.forward
+        self._forward: Any = torch.compile(model.forward) if compile else model.forward
         self._running: ExpertsCall | None = None
         self.oracle: Oracle | None = None
         self.last_routes_LBK: np.ndarray | None = None

@@ -33,8 +33,8 @@ class PinnedMemory:
         error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
         if int(error) != 0:
             raise MemoryError(
-                f"{tensor.nbytes} bytes of host memory could not be pinned ({error}); free memory or "
-                "raise the limit of locked memory (ulimit -l)"
+                f"{tensor.nbytes} bytes of host memory could not be pinned ({error}); free memory "
+                "or raise the limit of locked memory (ulimit -l)"
             )
         self._registered.append(tensor)
 

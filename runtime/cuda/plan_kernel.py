@@ -1,4 +1,4 @@
-"""The planning kernel: which experts a layer needs, where they are, and whose slots the missing take.
+"""The planning kernel: which experts a layer needs, where they are, whose slots the missing take.
 
 One program a layer. It holds the cache's books on the device and does to them what `ExpertCache`
 does on the host: touch, then give each missing expert the slot of lowest value that this call does

@@ -1,10 +1,10 @@
 """Prefetch inside the captured step: which expert the next layer will miss.
 
 `pick` runs beside the experts of layer l and chooses one expert of layer l + 1 that is not resident
-and probably needed. `fetch` (transfer_kernels) copies it while the link has nothing else to do: from
-the moment layer l's missing experts have arrived to the moment layer l + 1 is planned. Then it stops,
-wherever it is; the layer fetches the chunks that are still missing. So a prefetch is never waited
-for, and a wrong one costs link time that was idle.
+and probably needed. `fetch` (transfer_kernels) copies it while the link has nothing else to do:
+from the moment layer l's missing experts have arrived to the moment layer l + 1 is planned. Then it
+stops, wherever it is; the layer fetches the chunks that are still missing. So a prefetch is never
+waited for, and a wrong one costs link time that was idle.
 
 Two predictors vote: the next layer's own router applied to this layer's hidden states, and the
 probabilities of the trained predictor. Each is weighed by how often its recent first choices
@@ -63,8 +63,8 @@ def pick(
     x, router, bias, forecast, trust, first_choices, prefetched, prefetched_slot,
     slots_U, counts, slot_of_key, key_of_slot, values, before, after,
     threshold, layer, num_tokens, S, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    RULE: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_FORECAST: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
+    RULE: tl.constexpr, HAS_ROUTER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_FORECAST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Choose an expert of `layer` (the next) and give it the slot of lowest value.
 

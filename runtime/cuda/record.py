@@ -3,8 +3,8 @@
     int16 units   0 .......... | offset of down_proj ... | ... biases | padding to CHUNK
     parameter     gate_up_proj | down_proj               | ...        |
 
-One flat record is what crosses the link: it does not matter to a copy where a matrix ends. Weights of
-the model's transposed layouts are kept [out, in] in it.
+One flat record is what crosses the link: it does not matter to a copy where a matrix ends. Weights
+of the model's transposed layouts are kept [out, in] in it.
 """
 
 from __future__ import annotations

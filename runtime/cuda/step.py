@@ -49,7 +49,7 @@ class DecodeStep:
         self.logits_BV: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self.outcome: Tensor | None = None
-        """float32 [B] best logits, then int32 [B] next tokens and the ledger, in one int32 tensor."""
+        """int32: [B] best logits (the bits of float32), [B] next tokens, the ledger."""
 
     def start(self, length: int, positions_B: Tensor, real_BT: Tensor | None) -> None:
         """Take over after a prefill of `length` tokens a row; real_BT is False for padding."""
@@ -68,7 +68,7 @@ class DecodeStep:
         self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up and capture. The warm-up is a real step to the cache's books, and to nothing else."""
+        """Warm up and capture. To the cache's books the warm-up is real steps, to nothing else."""
         state = self.ids_B1, self._positions_B1, self._length
         saved = [tensor.clone() for tensor in state]
         length = int(self._length)

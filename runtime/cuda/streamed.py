@@ -73,7 +73,8 @@ class StreamedPool:
         """Yield the distinct `experts` (ascending) of `layer` in groups of (expert, slot).
 
         Residents first, then the missing in the order of their arrival; the current stream waits
-        for them. A group is good until the next is asked for. After an error the cache starts empty.
+        for them. A group is good until the next is asked for. After an error the cache starts
+        empty.
         """
         needed = np.array(experts, np.int64)
         ahead, self._ahead = self._ahead, None
@@ -174,7 +175,7 @@ class StreamedPool:
 
 
 def staging(record: Record, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Buffers for packed records (low, high) on their way: one lands, one arrives, one is queued."""
+    """Buffers for packed records on their way (low, high): one lands, one arrives, one waits."""
     return [
         (
             torch.empty(record.units, dtype=torch.uint8, device=device),
