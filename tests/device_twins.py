@@ -34,7 +34,8 @@ class Twin:
         packed: bool = False,
         **layout: Any,
     ) -> None:
-        given = {"hidden": 40, "width": 24, "activation": "silu", "alternating": False}
+        given: dict[str, Any] = {"hidden": 40, "width": 24}
+        given |= {"activation": "silu", "alternating": False}
         given |= {"transposed": False, "has_bias": False, "dtype": torch.float32}
         self.layout = Layout(**(given | layout))
         self.packed = packed
@@ -48,14 +49,15 @@ class Twin:
         self.books = Books(self.cache, num_layers, torch.device("cpu"))
         self.books.upload()
         self.slots_SN = torch.zeros(num_slots, self.record.units, dtype=torch.int16)
+        host: Any = self
         self.call = ExpertsCall(
-            batch, top_k, self.layout, self.record, self.slots_SN, self, self.books
+            batch, top_k, self.layout, self.record, self.slots_SN, host, self.books
         )
 
     def _specs(self) -> dict[str, Spec]:
         shape = self.layout
-        shapes = {"gate_up_proj": (2 * shape.width, shape.hidden)}
-        shapes |= {"down_proj": (shape.hidden, shape.width)}
+        shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * shape.width, shape.hidden)}
+        shapes["down_proj"] = shape.hidden, shape.width
         if shape.has_bias:
             shapes |= {"gate_up_proj_bias": (2 * shape.width,), "down_proj_bias": (shape.hidden,)}
         return {name: Spec(size, shape.dtype) for name, size in shapes.items()}

@@ -245,7 +245,9 @@ def test_outputs_are_bit_identical_whatever_is_resident(options: dict[str, Any])
         twin = Twin(policy(LAYERS, EXPERTS), num_slots=num_slots, **options)
         calls = [(layer, inputs(twin, batch, seed)) for seed, layer in enumerate([0, 1, 0, 1])]
         outputs.append([twin.call(layer, *args) for layer, args in calls])
-    assert all(torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other))
+    assert all(
+        torch.equal(a, b) for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True)
+    )
 
 
 def test_what_was_resident_is_not_fetched_again() -> None:

@@ -62,8 +62,9 @@ class Prefetching(Twin):
             forecast = torch.zeros(2 * EXPERTS)
             for expert, probability in likely.items():
                 forecast[EXPERTS + expert] = probability
+        host: Any = self
         self.call = ExpertsCall(
-            options.get("batch", 1), TOP_K, self.layout, self.record, self.slots_SN, self,
+            options.get("batch", 1), TOP_K, self.layout, self.record, self.slots_SN, host,
             self.books, prefetch=True, routers=routers, forecast=forecast,
         )  # fmt: skip
 
