@@ -8,7 +8,7 @@ run, account. Nothing of the model's own code changes: the experts containers ge
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,17 +19,22 @@ from torch import Tensor, nn
 
 from routing.layers import MoELayer, bound_call, read_call
 from routing.topology import NO_EXPERT
+from runtime.cache import FREE
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs, read_inputs
 from runtime.loader import Source
+from runtime.onnx_file import PredictorFile
 from runtime.policies import Forecast, Policy
 from runtime.pool import Pool
 from runtime.stats import Stats
 
 if TYPE_CHECKING:
+    from queue import Queue
+
     from runtime.cuda.gpu import GpuEngine
     from runtime.cuda.streamed import StreamedPool
+    from runtime.serving.request import Request, Result
 
 
 class Engine:
@@ -60,6 +65,7 @@ class Engine:
         self._rows = _predicted_rows(source.layers, forecaster)
         self._routes: dict[int, np.ndarray] = {}
         self._inputs: StepInputs | None = None
+        self._packed: tuple[Forecast | None] | None = None
         self._step_start = 0.0
         self._undo: list[Callable[[], Any]] = []
         try:
@@ -77,6 +83,25 @@ class Engine:
     def report(self) -> str:
         """One line about the run so far."""
         return self._stats.report()
+
+    def serve(
+        self,
+        requests: Iterable[Request] | Queue[Request | None],
+        *,
+        tokenizer: Any = None,
+        **settings: Any,
+    ) -> Iterator[Result]:
+        """Continue many prompts together, joining and leaving between steps; results as they end.
+
+        requests: an iterable, taken as they can be scheduled, or a queue that None ends.
+        tokenizer: for prompts of text and for the text of results; without, prompts are token ids.
+        settings: fields of `runtime.serving.settings.ServeSettings`.
+        `runtime.serving.front.AsyncServer` does the same for asyncio.
+        """
+        from runtime.serving.feed import serve
+        from runtime.serving.settings import ServeSettings
+
+        return serve(self, requests, tokenizer, ServeSettings(**settings))
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
@@ -108,6 +133,51 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.detach()
+
+    # ------------------------------------------------------------------ for runtime.serving
+
+    @property
+    def predictor(self) -> PredictorFile | None:
+        """The predictor that steps run with, if any."""
+        return None if self._forecaster is None else self._forecaster.file
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model computes on a CUDA device."""
+        return self._gpu is not None
+
+    @property
+    def resident_LE(self) -> np.ndarray:
+        """Bool [L, E]: the experts that are in slots, of the predicted stack where there is one."""
+        shape = (self._stats.num_layers, self._stats.num_experts)
+        layers = [pool.cache.slot_of_key.reshape(shape)[i] for i, pool in enumerate(self._pools)]
+        resident_LE = np.array(layers) != FREE
+        return resident_LE if self._rows is None else resident_LE[self._rows]
+
+    def run_packed(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
+        """One step over tokens of several sequences side by side, [1, T].
+
+        Returns the logits, and the routes [T, L, K] of the predicted stack (without a predictor
+        [T, 0, 0]), NO_EXPERT where there is none.
+        """
+        self._packed = (forecast,)
+        try:
+            logits: Tensor = self.model(**inputs).logits
+        finally:
+            self._packed = None
+        return logits, self._routes_TLK(inputs["input_ids"].shape[1])
+
+    def _routes_TLK(self, num_tokens: int) -> np.ndarray:
+        if self._forecaster is None:
+            return np.zeros((num_tokens, 0, 0), np.int64)
+        stack = self._forecaster.file.stack
+        routes_TLK = np.full((num_tokens, stack.num_layers, stack.top_k), NO_EXPERT, np.int64)
+        rows = range(len(self._layers)) if self._rows is None else self._rows
+        for row, index in enumerate(rows):
+            experts = self._routes.get(index)
+            if experts is not None and len(experts) == num_tokens:
+                routes_TLK[:, row, : experts.shape[1]] = experts
+        return routes_TLK
 
     # ------------------------------------------------------------------ attach
 
@@ -164,6 +234,8 @@ class Engine:
     def _predict(self, inputs: StepInputs) -> Forecast | None:
         if self._forecaster is None or inputs.token_ids_BT is None:
             return None
+        if self._packed is not None:
+            return self._packed[0] and self._spread(self._packed[0])
         if self._gpu is not None and self._gpu.announce(inputs):
             return None
         with self._stats.timer("predict"):
@@ -171,10 +243,12 @@ class Engine:
             if inputs.past_length == 0 or batch != self._forecaster.batch_size:
                 self._forecaster.reset(batch)
             forecast = self._forecaster.forecast(inputs.token_ids_BT, inputs.positions_BT)
-        return forecast if self._rows is None else self._spread(forecast)
+        return self._spread(forecast)
 
     def _spread(self, forecast: Forecast) -> Forecast:
         """Put the predicted stack's rows among those of all MoE layers (zero elsewhere)."""
+        if self._rows is None:
+            return forecast
         shape = (self._stats.num_layers, self._stats.num_experts)
         spread = [np.zeros(shape, np.float32) for _ in forecast]
         for whole, part in zip(spread, forecast, strict=True):
@@ -195,7 +269,7 @@ class Engine:
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None
-        if self._forecaster is not None and inputs.token_ids_BT is not None:
+        if self._forecaster is not None and inputs.token_ids_BT is not None and not self._packed:
             self._learn(self._forecaster, inputs)
         self._stats.steps += 1
         self._stats.tokens += inputs.num_tokens
@@ -205,13 +279,7 @@ class Engine:
         """Give the predictor the true routes of each sequence's last token, and score it."""
         assert inputs.token_ids_BT is not None
         batch, length = inputs.token_ids_BT.shape
-        rows = range(len(self._layers)) if self._rows is None else self._rows
-        stack = forecaster.file.stack
-        routes_BLK = np.full((batch, stack.num_layers, stack.top_k), NO_EXPERT, np.int64)
-        for row, index in enumerate(rows):
-            experts = self._routes.get(index)
-            if experts is not None and len(experts) == batch * length:
-                routes_BLK[:, row, : experts.shape[1]] = experts[length - 1 :: length]
+        routes_BLK = self._routes_TLK(batch * length)[length - 1 :: length]
         if self._gpu is not None and self._gpu.remember(routes_BLK):
             return
         forecaster.observe(routes_BLK)

@@ -151,6 +151,10 @@ class Stats:
             self.prediction_ms.append(seconds * 1e3)
             del self.prediction_ms[:-LATENCIES_KEPT]
 
+    def seconds_per_load(self) -> float:
+        """Mean time of one expert load so far; 0 before the first."""
+        return self.seconds["load"] / self.misses if self.misses else 0.0
+
     def report(self) -> str:
         """One line about the run."""
         line = (

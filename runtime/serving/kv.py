@@ -1,0 +1,200 @@
+"""The key/value cache of sequences in flight: a row each, chosen by index in every step.
+
+A step's tokens lie side by side in one sequence [1, T], whichever sequences they belong to, so a
+prompt's chunk and many single tokens share one forward pass and no padding ever reaches an expert.
+New keys and values are written to (row, position); attention then runs for each sequence over a
+view of its row. Regrouping sequences moves nothing, and a sequence attends exactly as it would
+alone.
+
+Of transformers' own continuous batching this takes the packed step and the attention functions,
+which are run here once a sequence. Its paged cache did not hold up: it sizes heads by
+`config.head_dim` (wrong for latent attention), off the GPU it attends with a mask of all tokens by
+all cached tokens, its scheduler sees no residency, and its steps run in a thread of its own without
+a place for the forecast. `StaticCache` has one length for all rows; `DynamicCache` would copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from runtime.cuda.kv import PLAIN, attention_types
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+class Span(NamedTuple):
+    """The tokens of one sequence within a step."""
+
+    row: int
+    start: int
+    """Tokens of the sequence that are in the cache already."""
+    num_tokens: int
+    """Tokens of this step."""
+
+
+class Layout:
+    """Where each of a step's tokens belongs."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.rows_T = torch.tensor([span.row for span in spans for _ in range(span.num_tokens)])
+        self.positions_T = torch.tensor(
+            [span.start + i for span in spans for i in range(span.num_tokens)]
+        )
+        self._masks: dict[tuple[Span, int | None], Tensor] = {}
+
+    def mask(self, span: Span, window: int | None) -> Tensor | None:
+        """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
+        length = span.start + span.num_tokens
+        if span.num_tokens == 1 and (window is None or length <= window):
+            return None
+        if (span, window) not in self._masks:
+            query = torch.arange(span.start, length)[:, None]
+            key = torch.arange(length)[None]
+            seen = key <= query if window is None else (key <= query) & (key > query - window)
+            self._masks[span, window] = seen[None, None]
+        return self._masks[span, window]
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, [R, heads, context, width]."""
+
+    def __init__(self, rows: RowCache) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        size = self._rows.num_rows, self._rows.context
+        self.keys, self.values = (_storage(*size, like) for like in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        layout = self._rows.layout
+        self.keys[layout.rows_T, :, layout.positions_T] = key_states[0].transpose(0, 1)
+        self.values[layout.rows_T, :, layout.positions_T] = value_states[0].transpose(0, 1)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self._rows.context
+
+    get_max_cache_shape = get_max_length
+    """Its name in older versions of transformers."""
+
+
+def _storage(rows: int, context: int, like: Tensor) -> Tensor:
+    _, heads, _, width = like.shape
+    return like.new_empty(rows, heads, context, width)
+
+
+class RowCache(Cache):
+    """`num_rows` sequences of up to `context` tokens. Memory is touched as tokens come."""
+
+    def __init__(self, model: nn.Module, num_rows: int, context: int) -> None:
+        config: Any = model.config
+        text = config.get_text_config()
+        _require_plain(text)
+        self.num_rows, self.context = num_rows, context
+        self.layout = Layout(())
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._configs = _configs(model)
+        self._name = f"expertflow-rows-{id(self)}"
+        self._inner = text._attn_implementation
+        super().__init__(layers=[RowLayer(self) for _ in range(text.num_hidden_layers)])
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free row."""
+        return self._free.pop()
+
+    def release(self, row: int) -> None:
+        assert row not in self._free
+        self._free.append(row)
+
+    @contextmanager
+    def attending(self, layout: Layout) -> Iterator[None]:
+        """Within the block, the model's forward runs over the tokens of `layout`."""
+        self.layout = layout
+        AttentionInterface.register(self._name, self._attend)
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = self._name
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+            del ALL_ATTENTION_FUNCTIONS._global_mapping[self._name]
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """From queries [1, heads, T, width] and a layer's rows to [1, T, heads, width]."""
+        attend = self._function(module)
+        outputs, at = [], 0
+        for span in self.layout.spans:
+            length = span.start + span.num_tokens
+            mask = self.layout.mask(span, kwargs.get("sliding_window"))
+            if mask is not None and self._inner == "eager":
+                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
+                    ~mask, torch.finfo(query.dtype).min
+                )
+            one = slice(span.row, span.row + 1)
+            seen = key[one, :, :length], value[one, :, :length]
+            queries = query[:, :, at : at + span.num_tokens]
+            outputs.append(attend(module, queries, *seen, mask, **kwargs)[0])
+            at += span.num_tokens
+        return torch.cat(outputs, 1), None
+
+    def _function(self, module: nn.Module) -> Attention:
+        if self._inner == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward
+        return ALL_ATTENTION_FUNCTIONS[self._inner]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object that a module of the model reads."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+def _require_plain(config: Any) -> None:
+    others = attention_types(config) - PLAIN
+    if others:
+        raise ValueError(
+            f"the model has layers of type {', '.join(sorted(others))}, which cannot be served "
+            "together yet; use model.generate"
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the model's attention is {config._attn_implementation}; load it with "
+            "attn_implementation='sdpa' to serve it"
+        )

@@ -1,0 +1,282 @@
+"""The server's loop: one forward pass after the other over whatever is in flight.
+
+A step: take what came in, admit, compose, run (pending tokens of the decoding sequences and chunks
+of prompts side by side), choose tokens, predict for them. On a GPU `_run` is where captured steps
+will take over: it gets rows, positions and tokens, and returns logits and routes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.engine import Engine
+from runtime.serving.job import Job
+from runtime.serving.kv import Layout, RowCache, Span
+from runtime.serving.outlook import History, Oracle, Outlook, join
+from runtime.serving.request import Finish, Request, Result
+from runtime.serving.scheduler import build_scheduler
+from runtime.serving.settings import ServeSettings
+
+
+class Part(NamedTuple):
+    """What a step runs of one job."""
+
+    job: Job
+    num_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """True when the next token can be chosen after this step."""
+        return self.num_tokens == self.job.num_pending
+
+
+class Loop:
+    """Serves requests; `submit` and `cancel` may be called from any thread, the rest from one."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, settings: ServeSettings) -> None:
+        if engine.model.config.is_encoder_decoder or engine.on_gpu:  # type: ignore[union-attr]
+            kind = "models on a GPU" if engine.on_gpu else "encoder-decoder models"
+            raise ValueError(f"serving does not handle {kind} yet; use model.generate")
+        self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
+        file = engine.predictor
+        self._oracle = None if file is None else Oracle(file)
+        top_k = None if file is None else file.stack.top_k
+        self.scheduler = build_scheduler(
+            settings, top_k=top_k, seconds_per_load=engine.stats().seconds_per_load
+        )
+        self._cache = RowCache(engine.model, self.scheduler.num_rows, settings.context)
+        self._inbox: SimpleQueue[Request | str] = SimpleQueue()
+        self.waiting: list[Job] = []
+        self.active: list[Job] = []
+        self.finished: Counter[Finish] = Counter()
+        self.num_steps, self.num_generated, self.num_prefilled = 0, 0, 0
+        self.seconds = 0.0
+        self._num_arrived = 0
+        self._eos_ids = _eos_ids(engine.model)
+
+    # ------------------------------------------------------------------ what others call
+
+    def submit(self, request: Request) -> None:
+        """Hand over a request; `step` will return its one `Result`."""
+        self._inbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; one that is not in flight (any more) is left alone."""
+        self._inbox.put(request_id)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.active) and self._inbox.empty()
+
+    def step(self) -> list[Result]:
+        """Run one step; returns the requests that ended."""
+        start = time.perf_counter()
+        results = self._take_inbox()
+        self._look_ahead()
+        missing_K = self._missing_K()
+        self._admit(missing_K)
+        parts = [*self._decoding(missing_K), *self._chunks()]
+        if parts:
+            logits_NV, routes_TLK = self._run(parts)
+            results += self._advance(parts, logits_NV, routes_TLK)
+            self.num_steps += 1
+        self.finished.update(result.finish for result in results)
+        self.seconds += time.perf_counter() - start
+        return results
+
+    def cancel_all(self) -> list[Result]:
+        """End everything that is in flight or was submitted."""
+        return self._end_all("cancelled")
+
+    def fail_all(self, error: str) -> list[Result]:
+        """End everything with an error, after a step that raised."""
+        return self._end_all("error", error)
+
+    def _end_all(self, finish: Finish, error: str = "") -> list[Result]:
+        results = self._take_inbox()
+        results += [self._end(job, finish, error) for job in (*self.waiting, *self.active)]
+        self.finished.update(result.finish for result in results)
+        return results
+
+    # ------------------------------------------------------------------ arrivals
+
+    def _take_inbox(self) -> list[Result]:
+        results: list[Result] = []
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except Empty:
+                return results
+            if isinstance(item, str):
+                jobs = [job for job in (*self.waiting, *self.active) if job.request.id == item]
+                results += [self._end(job, "cancelled") for job in jobs]
+            else:
+                results += self._arrive(item)
+
+    def _arrive(self, request: Request) -> list[Result]:
+        """Queue a request; a bad one ends here."""
+        try:
+            prompt_ids = self._encode(request)
+        except ValueError as error:
+            bad = Job(request, [], self._tokenizer, self._num_arrived)
+            return [bad.result("error", str(error))]
+        self.waiting.append(Job(request, prompt_ids, self._tokenizer, self._num_arrived))
+        self._num_arrived += 1
+        return []
+
+    def _encode(self, request: Request) -> list[int]:
+        if self._tokenizer is None and (isinstance(request.prompt, str) or request.stop):
+            raise ValueError("text prompts and stop strings need serve(..., tokenizer=)")
+        if any(request.id == job.request.id for job in (*self.waiting, *self.active)):
+            raise ValueError(f"a request with the id {request.id!r} is in flight already")
+        text = isinstance(request.prompt, str)
+        ids = [
+            int(i) for i in (self._tokenizer(request.prompt).input_ids if text else request.prompt)
+        ]
+        vocab_size = self._engine.topology.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty")
+        if not all(0 <= i < vocab_size for i in ids):
+            raise ValueError(f"the prompt has token ids outside 0 to {vocab_size - 1}")
+        if len(ids) + request.max_tokens > self._settings.context:
+            raise ValueError(
+                f"{len(ids)} prompt tokens and max_tokens={request.max_tokens} exceed the context "
+                f"of {self._settings.context} tokens"
+            )
+        return ids
+
+    # ------------------------------------------------------------------ schedule
+
+    def _look_ahead(self) -> None:
+        """Predict for some waiting prompts, oldest first, ahead of their admission."""
+        if self._oracle is not None and self.scheduler.ordering.looks_ahead:
+            near = self.waiting[: self._settings.lookahead]
+            for job in [job for job in near if job.outlook is None][: self._settings.batch]:
+                self._foresee(job)
+
+    def _foresee(self, job: Job) -> None:
+        if self._oracle is None or job.outlook is not None:
+            return
+        with self._engine.stats().timer("predict"):
+            job.history = History(self._oracle.file, job.limit)
+            job.outlook = self._oracle.read_prompt(job.history, job.token_ids)
+
+    def _missing_K(self) -> np.ndarray:
+        return (~self._engine.resident_LE).astype(np.float32).reshape(-1)
+
+    def _admit(self, missing_K: np.ndarray) -> None:
+        if not (self.waiting and self._cache.num_free):
+            return
+        free = self._cache.num_free
+        for job in self.scheduler.admit(self.waiting, self.active, free, missing_K):
+            self._foresee(job)
+            job.row = self._cache.take()
+            self.waiting.remove(job)
+            self.active.append(job)
+
+    def _decoding(self, missing_K: np.ndarray) -> list[Part]:
+        ready = [job for job in self.active if job.is_ready]
+        return [Part(job, 1) for job in self.scheduler.compose(ready, missing_K)]
+
+    def _chunks(self) -> list[Part]:
+        """Prompts, in the order of admission, until the step has enough of their tokens."""
+        parts, left = [], self._settings.chunk
+        for job in self.active:
+            if not job.is_ready and left:
+                parts.append(Part(job, min(job.num_pending, left)))
+                left -= parts[-1].num_tokens
+        return parts
+
+    # ------------------------------------------------------------------ run
+
+    @torch.no_grad()
+    def _run(self, parts: Sequence[Part]) -> tuple[Tensor, np.ndarray]:
+        """Logits [N, V] of the parts that complete, and routes [T, L, K] of all tokens."""
+        spans = [Span(job.row, job.num_cached, count) for job, count in parts]
+        tokens = [
+            token
+            for job, count in parts
+            for token in job.token_ids[job.num_cached : job.num_cached + count]
+        ]
+        lasts = np.cumsum([part.num_tokens for part in parts]) - 1
+        completing = [part.completes for part in parts]
+        layout = Layout(spans)
+        outlooks = [part.job.outlook for part in parts if part.job.outlook is not None]
+        with self._cache.attending(layout):
+            logits, routes_TLK = self._engine.run_packed(
+                join(outlooks),
+                input_ids=torch.tensor([tokens]),
+                position_ids=layout.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(lasts[completing]),
+            )
+        return logits[0], routes_TLK
+
+    def _advance(
+        self, parts: Sequence[Part], logits_NV: Tensor, routes_TLK: np.ndarray
+    ) -> list[Result]:
+        """Choose the next tokens and predict for them; returns the requests that ended."""
+        results, going, at, row = [], [], -1, 0
+        for part in parts:
+            job, completes, decoded = part.job, part.completes, part.job.is_ready
+            at += part.num_tokens
+            job.num_cached += part.num_tokens
+            self.num_prefilled += 0 if decoded else part.num_tokens
+            if completes:
+                ended = self._choose(job, logits_NV[row])
+                row += 1
+                going += [] if ended else [(job, at)]
+                results += ended
+        self._predict([job for job, _ in going], routes_TLK[[at for _, at in going]])
+        return results
+
+    def _choose(self, job: Job, logits_V: Tensor) -> list[Result]:
+        try:
+            finish = job.accept(logits_V, self._eos_ids)
+        except (
+            Exception
+        ) as error:  # a streaming callback may fail in any way; only its request ends
+            return [self._end(job, "error", f"{type(error).__name__}: {error}")]
+        self.num_generated += 1
+        return [] if finish is None else [self._end(job, finish)]
+
+    def _predict(self, jobs: Sequence[Job], routes_BLK: np.ndarray) -> None:
+        if self._oracle is None or not jobs:
+            return
+        before = [job.outlook for job in jobs if job.outlook is not None]
+        histories = [job.history for job in jobs if job.history is not None]
+        self._score(jobs, before, routes_BLK)
+        with self._engine.stats().timer("predict"):
+            newest = [job.token_ids[-1] for job in jobs]
+            outlooks = self._oracle.step(histories, newest, routes_BLK, before)
+        for job, outlook in zip(jobs, outlooks, strict=True):
+            job.outlook = outlook
+
+    def _score(
+        self, jobs: Sequence[Job], outlooks: Sequence[Outlook], routes_BLK: np.ndarray
+    ) -> None:
+        """Book the recall of the predictions for the tokens that were decoded."""
+        decoded = [index for index, job in enumerate(jobs) if job.num_generated > 1]
+        if decoded:
+            logits_BLE = np.stack([outlooks[index].logits_LE for index in decoded])
+            self._engine.stats().count_recall(logits_BLE, routes_BLK[decoded])
+
+    def _end(self, job: Job, finish: Finish, error: str = "") -> Result:
+        if job.row >= 0:
+            self._cache.release(job.row)
+        (self.active if job in self.active else self.waiting).remove(job)
+        return job.result(finish, error)
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,89 @@
+"""Orders of work: which waiting request to admit, which sequences to decode together.
+
+An ordering only chooses among what `runtime.serving.scheduler` offers it; bounds on waiting and
+priorities are kept there, for all orderings alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from runtime.serving.job import Job
+
+
+class Ordering(ABC):
+    """Chooses jobs. All lists come in the order of arrival."""
+
+    name: ClassVar[str]
+    looks_ahead: ClassVar[bool] = False
+    """Whether waiting requests must have an outlook before they can be admitted."""
+
+    def holds_back(self, num_active: int, batch: int) -> bool:
+        """Whether to admit nobody now, so that prompts run together later."""
+        return False
+
+    def admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        """Up to `count` of `waiting` to put beside `active`.
+
+        missing_K: float32 over the L * E experts, 1 where an expert is not resident.
+        """
+        return list(waiting[:count])
+
+    @abstractmethod
+    def compose(
+        self, ready: Sequence[Job], chosen: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        """Up to `count` of `ready` for the next step, beside those `chosen` already."""
+
+
+class Fifo(Ordering):
+    """Oldest first."""
+
+    name = "fifo"
+
+    def compose(
+        self, ready: Sequence[Job], chosen: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        return list(ready[:count])
+
+
+class DomainOracle(Ordering):
+    """Requests of one label together, as if somebody had sorted them: a reference."""
+
+    name = "domain-oracle"
+
+    def __init__(self) -> None:
+        self._label = ""
+
+    def admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        running = Counter(job.request.label for job in active)
+        queued = Counter(job.request.label for job in waiting)
+        ranks = [(running[job.request.label], queued[job.request.label]) for job in waiting]
+        order = sorted(range(len(waiting)), key=lambda i: (*(-n for n in ranks[i]), i))
+        return [waiting[i] for i in order[:count]]
+
+    def compose(
+        self, ready: Sequence[Job], chosen: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        sizes = Counter(job.request.label for job in ready)
+        if not sizes[self._label]:
+            self._label = max(sizes, key=sizes.__getitem__, default="")
+        ranked = sorted(
+            ready,
+            key=lambda job: (
+                job.request.label != self._label,
+                -sizes[job.request.label],
+                job.request.label,
+                job.number,
+            ),
+        )
+        return ranked[:count]

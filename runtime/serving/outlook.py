@@ -1,0 +1,144 @@
+"""Prediction for sequences that come and go: each keeps its own history.
+
+`runtime.forecaster` predicts for one batch that starts and ends together. Here a sequence's prompt
+is predicted once, when it may first be admitted, and every generated token once, right after it is
+chosen; so what the next step would use is known before the scheduler decides who joins it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from routing.topology import NO_EXPERT
+from runtime.forecaster import PADDING
+from runtime.onnx_file import PredictorFile
+from runtime.policies import Forecast
+
+
+class Outlook(NamedTuple):
+    """Prediction for one sequence: float32 [L, E] probabilities that an expert is NOT used."""
+
+    this_LE: np.ndarray
+    """by the pending tokens"""
+    next_LE: np.ndarray
+    """by the token after them"""
+    horizon_LE: np.ndarray
+    """within the horizon after them"""
+    logits_LE: np.ndarray
+    """Of the last pending token, for scoring the prediction."""
+    habit_LE: np.ndarray
+    """Probability that a token of this sequence uses the expert: the mean over its prompt."""
+
+
+class History:
+    """The predictor's memory of one sequence: a ring of keys and values, in any order."""
+
+    def __init__(self, file: PredictorFile, limit: int) -> None:
+        blocks, heads, width = file.cache_shape
+        size = min(file.window, limit)
+        self.past = np.zeros((blocks, 2, heads, size, width), np.float32)
+        self.positions = np.full(size, PADDING, np.int64)
+        self.length = 0
+
+    @property
+    def used(self) -> int:
+        return min(self.length, len(self.positions))
+
+    def add(self, present: np.ndarray, count: int) -> None:
+        """Take in the newest `count` tokens, [blocks, 2, heads, count, width]."""
+        positions = np.arange(self.length, self.length + count)
+        self.past[:, :, :, positions % len(self.positions)] = present
+        self.positions[positions % len(self.positions)] = positions
+        self.length += count
+
+
+class Oracle:
+    """Runs the predictor over sequences that each have a `History`."""
+
+    def __init__(self, file: PredictorFile) -> None:
+        if not file.cached:
+            raise ValueError(
+                "serving predicts token by token, which this predictor cannot (it has no "
+                "key/value cache); export a causal one"
+            )
+        self.file = file
+
+    def read_prompt(self, history: History, token_ids: Sequence[int]) -> Outlook:
+        """Predict for a whole prompt."""
+        unused_LE, habit_LE = np.ones((), np.float32), np.zeros((), np.float32)
+        for start in range(0, len(token_ids), len(history.positions)):
+            chunk = np.array([token_ids[start : start + len(history.positions)]], np.int64)
+            this, following, horizon = self._run([history], chunk, self._no_routes(chunk.shape))
+            unused_TLE = _unused(this[0])
+            unused_LE = unused_LE * unused_TLE.prod(0)
+            habit_LE = habit_LE + (1 - unused_TLE).sum(0) / len(token_ids)
+        after = _unused(following[0, -1]), _unused(horizon[0, -1])
+        return Outlook(unused_LE, *after, this[0, -1], habit_LE)
+
+    def step(
+        self,
+        histories: Sequence[History],
+        token_ids: Sequence[int],
+        routes_BLK: np.ndarray,
+        before: Sequence[Outlook],
+    ) -> list[Outlook]:
+        """Predict for one new token of each sequence, given the routes of the one before it."""
+        token_ids_B1 = np.array(token_ids, np.int64)[:, None]
+        this, following, horizon = self._run(histories, token_ids_B1, routes_BLK[:, None])
+        unused = [_unused(head[:, 0]) for head in (this, following, horizon)]
+        rows = zip(*unused, this[:, 0], [old.habit_LE for old in before], strict=True)
+        return [Outlook._make(row) for row in rows]
+
+    def _no_routes(self, shape: tuple[int, ...]) -> np.ndarray:
+        stack = self.file.stack
+        return np.full((*shape, stack.num_layers, stack.top_k), NO_EXPERT, np.int64)
+
+    def _run(
+        self, histories: Sequence[History], token_ids_BT: np.ndarray, routes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        count = token_ids_BT.shape[1]
+        starts_B1 = np.array([[history.length] for history in histories])
+        past, past_positions = _stack(histories)
+        feeds = {
+            "token_ids": token_ids_BT,
+            "routes": routes,
+            "positions": starts_B1 + np.arange(count),
+            "past": past,
+            "past_positions": past_positions,
+        }
+        names = ["this", "next", "horizon", "present"]
+        this, following, horizon, present = self.file.session.run(names, feeds)
+        for index, history in enumerate(histories):
+            history.add(present[:, :, index], count)
+        return this, following, horizon
+
+
+def _stack(histories: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
+    """The used entries of all histories as one batch, the shorter ones filled up."""
+    used = max(history.used for history in histories)
+    blocks, two, heads, _, width = histories[0].past.shape
+    past = np.zeros((blocks, two, len(histories), heads, used, width), np.float32)
+    positions = np.full((len(histories), used), PADDING, np.int64)
+    for index, history in enumerate(histories):
+        past[:, :, index, :, : history.used] = history.past[:, :, :, : history.used]
+        positions[index, : history.used] = history.positions[: history.used]
+    return past, positions
+
+
+def join(outlooks: Sequence[Outlook]) -> Forecast | None:
+    """What any of the sequences uses; None where nothing is predicted."""
+    if not outlooks:
+        return None
+    return Forecast(
+        this_LE=1 - np.prod([outlook.this_LE for outlook in outlooks], axis=0),
+        next_LE=1 - np.prod([outlook.next_LE for outlook in outlooks], axis=0),
+        horizon_LE=1 - np.prod([outlook.horizon_LE for outlook in outlooks], axis=0),
+    )
+
+
+def _unused(logits: np.ndarray) -> np.ndarray:
+    """1 - sigmoid; NaN counts as unused: whatever a predictor says, its values must compare."""
+    return np.asarray(1 / (1 + np.exp(np.nan_to_num(logits, nan=-np.inf))), np.float32)

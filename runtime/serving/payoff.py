@@ -1,0 +1,45 @@
+"""Whether ordering by prediction is worth its own time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class Payoff:
+    """Compares the time that choices take with the time of the loads they save.
+
+    saved loads (expected, against first come first served) x measured seconds of one load. Where
+    that does not cover the choosing over `WINDOW` choices, choosing rests for `REST` steps and is
+    then tried again. With everything resident nothing is saved, so it rests.
+    """
+
+    WINDOW = 32
+    REST = 512
+
+    def __init__(self, seconds_per_load: Callable[[], float]) -> None:
+        self._seconds_per_load = seconds_per_load
+        self._choices, self._rest = 0, 0
+        self._saved, self._spent = 0.0, 0.0
+        self.times_rested = 0
+
+    @property
+    def resting(self) -> bool:
+        return self._rest > 0
+
+    def rests(self) -> bool:
+        """True while choosing rests; call once for each step that offers a choice."""
+        if self._rest:
+            self._rest -= 1
+            return True
+        return False
+
+    def add(self, saved_loads: float, seconds: float) -> None:
+        """Book one choice."""
+        self._saved += saved_loads
+        self._spent += seconds
+        self._choices += 1
+        if self._choices == self.WINDOW:
+            if self._saved * self._seconds_per_load() <= self._spent:
+                self._rest = self.REST
+                self.times_rested += 1
+            self._choices, self._saved, self._spent = 0, 0.0, 0.0

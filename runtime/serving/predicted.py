@@ -1,0 +1,94 @@
+"""Order by predicted route: the fewest expected expert loads.
+
+The expected loads of a step are the sum over all experts that are not resident of the probability
+that any of its sequences uses them, 1 - product of (1 - p). Choosing the best group is a weighted
+coverage problem; the greedy choice, one sequence at a time by what it adds, costs one matrix-vector
+product each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from runtime.serving.job import Job
+from runtime.serving.ordering import Fifo, Ordering
+from runtime.serving.payoff import Payoff
+
+
+class Predicted(Ordering):
+    """Least expected loads; first come, first served while that does not pay.
+
+    Admission groups requests by habit (the mean use of each expert over the prompt), a step is
+    composed by what the pending tokens use. Prompts are admitted in bursts: nearly every expert
+    crosses the link for a step with prompts in it, so as many as possible share one.
+    """
+
+    name = "predicted"
+    looks_ahead = True
+
+    def __init__(self, seconds_per_load: Callable[[], float]) -> None:
+        self.payoff = Payoff(seconds_per_load)
+        self._fifo = Fifo()
+
+    def holds_back(self, num_active: int, batch: int) -> bool:
+        return num_active > batch and not self.payoff.resting
+
+    def admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        if len(waiting) <= count or self.payoff.resting:
+            return list(waiting[:count])
+        chosen = [] if active else [waiting[0]]
+        others = [job for job in waiting if job not in chosen]
+        unused_NK = np.stack([1 - _habit(job) for job in others])
+        left_K = missing_K * np.prod([1 - _habit(job) for job in (*active, *chosen)], axis=0)
+        picks = cheapest(unused_NK, left_K, count - len(chosen))
+        return [*chosen, *(others[i] for i in picks)]
+
+    def compose(
+        self, ready: Sequence[Job], chosen: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        oldest = self._fifo.compose(ready, chosen, count, missing_K)
+        if len(ready) <= count or self.payoff.rests():
+            return oldest
+        start = time.perf_counter()
+        unused_NK = np.stack([_pending(job) for job in ready])
+        base_K = missing_K * np.prod([_pending(job) for job in chosen], axis=0)
+        picks = cheapest(unused_NK, base_K, count)
+        saved = expected_loads(unused_NK[:count], base_K) - expected_loads(unused_NK[picks], base_K)
+        self.payoff.add(saved, time.perf_counter() - start)
+        return [ready[i] for i in picks]
+
+
+def cheapest(unused_NK: np.ndarray, weight_K: np.ndarray, count: int) -> list[int]:
+    """Greedily the `count` rows that use the least of `weight_K`, counting shared uses once.
+
+    unused_NK: float32, probability that row n does not use expert k.
+    """
+    used_NK, left_K = 1 - unused_NK, weight_K.copy()
+    taken = np.zeros(len(unused_NK), np.float32)
+    chosen: list[int] = []
+    for _ in range(min(count, len(unused_NK))):
+        best = int((used_NK @ left_K + taken).argmin())
+        chosen.append(best)
+        taken[best] = np.inf
+        left_K *= unused_NK[best]
+    return chosen
+
+
+def expected_loads(unused_NK: np.ndarray, weight_K: np.ndarray) -> float:
+    """Expected number of experts, weighted by `weight_K`, that any of the rows uses."""
+    return float(weight_K @ (1 - unused_NK.prod(0)))
+
+
+def _habit(job: Job) -> np.ndarray:
+    assert job.outlook is not None
+    return job.outlook.habit_LE.reshape(-1)
+
+
+def _pending(job: Job) -> np.ndarray:
+    assert job.outlook is not None
+    return job.outlook.this_LE.reshape(-1)

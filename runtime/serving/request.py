@@ -1,0 +1,80 @@
+"""What is asked of the server and what comes back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+_numbers = itertools.count()
+
+
+class Delta(NamedTuple):
+    """New text of a request: what its streaming callback gets."""
+
+    id: str
+    token_id: int
+    text: str
+    """May be empty: text that could become a stop string is held back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to continue."""
+
+    prompt: str | Sequence[int]
+    """Text, or token ids."""
+    max_tokens: int = 128
+    """Tokens to generate at the most."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 takes all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this joint probability."""
+    seed: int | None = None
+    """Of this request's own random numbers; the same seed gives the same tokens in any company."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these; they are not part of the text."""
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    priority: int = 0
+    """A higher one is served first; the bound on waiting holds for all."""
+    label: str = ""
+    """Domain, for the reference scheduler `domain-oracle`."""
+    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    """Unique among the requests in flight."""
+    on_token: Callable[[Delta], None] | None = None
+    """Called after each token, in the thread that runs the steps."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: generate at least 1 token")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} is not 0 or above")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is negative; 0 takes all tokens")
+        if any(not text for text in self.stop):
+            raise ValueError("an empty stop string would end every request at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The end of a request. Times are `time.perf_counter` seconds, NaN for what never happened."""
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated, with the end-of-sequence token or the stop string's tokens."""
+    num_prompt: int
+    finish: Finish
+    error: str = ""
+    """Why `finish` is "error"."""
+    arrived: float = float("nan")
+    first_token: float = float("nan")
+    finished: float = float("nan")

@@ -1,0 +1,43 @@
+"""The next token of one request, from its own settings and its own random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from runtime.serving.request import Request
+
+
+class Sampler:
+    """Chooses tokens for one request; never depends on what else the step ran."""
+
+    def __init__(self, request: Request) -> None:
+        self.greedy = request.temperature == 0.0
+        self._random = torch.Generator()
+        if request.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(request.seed % 2**63)
+        self._warpers = LogitsProcessorList()
+        if not self.greedy:
+            self._warpers.append(TemperatureLogitsWarper(request.temperature))
+        if request.top_k:
+            self._warpers.append(TopKLogitsWarper(request.top_k))
+        if request.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(request.top_p))
+
+    def choose(self, logits_V: Tensor) -> int:
+        """A token id. logits_V: float [V]."""
+        if self.greedy:
+            return int(logits_V.argmax())
+        seen: Any = torch.empty(1, 0, dtype=torch.int64)  # which none of the warpers looks at
+        scores_1V: Any = self._warpers(seen, logits_V[None].float().cpu())
+        return int(torch.multinomial(scores_1V.softmax(-1)[0], 1, generator=self._random))

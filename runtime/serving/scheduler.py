@@ -1,0 +1,106 @@
+"""Who is admitted and who decodes: an ordering within bounds on waiting and priorities.
+
+Bounds, whatever the ordering and the predictions: of requests that arrived later, at most
+`patience + rows` are admitted before a waiting one; a sequence in flight is passed over in at most
+`max_skips + ceil(rows / batch)` steps in a row.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from runtime.serving.job import Job
+from runtime.serving.ordering import DomainOracle, Fifo, Ordering
+from runtime.serving.paper import Paper
+from runtime.serving.predicted import Predicted
+from runtime.serving.settings import ServeSettings
+
+
+class Scheduler:
+    """Chooses from the waiting and from those in flight; counts its own time."""
+
+    def __init__(self, ordering: Ordering, settings: ServeSettings) -> None:
+        self.ordering = ordering
+        self._settings = settings
+        self.seconds = 0.0
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in flight at the most."""
+        rows = {Fifo.name: self._settings.batch, Paper.name: 2 * self._settings.batch}
+        return rows.get(self.ordering.name, self._settings.rows)
+
+    def admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], free: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        """Up to `free` of the `waiting` (in the order of arrival), to be admitted in this order."""
+        start = time.perf_counter()
+        admitted = self._admit(waiting, active, free, missing_K)
+        last = max((job.number for job in admitted), default=-1)
+        for job in waiting:
+            if job.number < last and job not in admitted:
+                job.overtaken += sum(other.number > job.number for other in admitted)
+        self.seconds += time.perf_counter() - start
+        return admitted
+
+    def _admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], free: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        admitted = [job for job in waiting if job.overtaken >= self._settings.patience][:free]
+        others = [job for job in waiting if job not in admitted]
+        if self.ordering.looks_ahead:
+            others = [job for job in others if job.outlook is not None]
+        if self.ordering.holds_back(len(active) + len(admitted), self._settings.batch):
+            most = max((job.request.priority for job in active), default=0)
+            others = [job for job in others if job.request.priority > most]
+        for same in by_priority(others, self._settings.lookahead):
+            beside = [*active, *admitted]
+            count = free - len(admitted)
+            admitted += self.ordering.admit(same, beside, count, missing_K) if count else []
+        return admitted
+
+    def compose(self, ready: Sequence[Job], missing_K: np.ndarray) -> list[Job]:
+        """The sequences of the next decode step, at most `batch` of the `ready`."""
+        start = time.perf_counter()
+        batch = self._settings.batch
+        overdue = [job for job in ready if job.skipped >= self._settings.max_skips]
+        chosen = sorted(overdue, key=lambda job: (-job.skipped, job.number))[:batch]
+        others = sorted((job for job in ready if job not in chosen), key=lambda job: job.number)
+        for same in by_priority(others, len(others)):
+            count = batch - len(chosen)
+            chosen += self.ordering.compose(same, chosen, count, missing_K) if count else []
+        for job in ready:
+            job.skipped = 0 if job in chosen else job.skipped + 1
+        self.seconds += time.perf_counter() - start
+        return chosen
+
+
+def by_priority(jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
+    """The first `limit` jobs in groups of one priority, the highest first, each by arrival."""
+    ranked = sorted(jobs, key=lambda job: (-job.request.priority, job.number))[:limit]
+    for _, group in groupby(ranked, key=lambda job: job.request.priority):
+        yield list(group)
+
+
+def build_scheduler(
+    settings: ServeSettings, *, top_k: int | None, seconds_per_load: Callable[[], float]
+) -> Scheduler:
+    """The scheduler that `settings` names. top_k: of the predicted stack, None without predictor.
+
+    Raises ValueError where the scheduler needs a predictor and there is none.
+    """
+    name = settings.scheduler or (Fifo.name if top_k is None else Predicted.name)
+    if name == Fifo.name:
+        return Scheduler(Fifo(), settings)
+    if name == DomainOracle.name:
+        return Scheduler(DomainOracle(), settings)
+    if top_k is None:
+        raise ValueError(
+            f"scheduler={name!r} needs predictions: load the model with a predictor and the "
+            "policy 'predicted', or take scheduler='fifo'"
+        )
+    return Scheduler(Paper(top_k) if name == Paper.name else Predicted(seconds_per_load), settings)

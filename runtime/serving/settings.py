@@ -1,0 +1,43 @@
+"""How requests are served together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULERS = ("fifo", "predicted", "paper", "domain-oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Settings of `engine.serve`, `python -m runtime.batch` and `python -m runtime.server`."""
+
+    scheduler: str | None = None
+    """fifo, predicted, paper or domain-oracle; by default predicted with a predictor, else fifo."""
+    batch: int = 8
+    """Sequences that decode together in one step."""
+    rows: int = 32
+    """Sequences in flight, each with a row of the key/value cache; those beyond `batch` are parked
+    between steps, for the scheduler to choose from. fifo uses `batch` of them, paper 2 x `batch`.
+    """
+    context: int = 1024
+    """Tokens of a sequence at the most, prompt and generated."""
+    chunk: int = 256
+    """Prompt tokens that join a step at the most."""
+    lookahead: int = 128
+    """Waiting requests that admission chooses from."""
+    patience: int = 256
+    """Later requests that may be admitted before a waiting one."""
+    max_skips: int = 32
+    """Steps in a row that a parked sequence may be passed over."""
+
+    def __post_init__(self) -> None:
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler={self.scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+        for name in ("batch", "rows", "context", "chunk", "lookahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        for name in ("patience", "max_skips"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if self.rows < self.batch:
+            raise ValueError(f"rows={self.rows} are fewer than batch={self.batch}: raise rows")
