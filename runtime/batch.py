@@ -1,0 +1,169 @@
+"""Continue every prompt of a data set: `python -m runtime.batch`.
+
+python -m runtime.batch --model DIR --predictor P.onnx --dataset prompts.jsonl --out out.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routing.cli import run
+from runtime.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+    from runtime.serving.journal import Journal
+    from runtime.serving.request import Request, Result
+    from runtime.serving.rows import Row
+
+PROG = "python -m runtime.batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings(ServeSettings):
+    """Continue every prompt of a data set; interrupted, the same command goes on."""
+
+    model: str
+    """Model directory, or an id on the Hub."""
+    dataset: str
+    """A .jsonl file (rows with `prompt` or `messages`, and options of their own), a .txt file (a
+    prompt a line), a .parquet file, or a data set on the Hub.
+    """
+    out: Path
+    """JSON lines to write, one an input and in their order."""
+    predictor: Path | None = None
+    """ONNX predictor of the model."""
+    split: str = "train"
+    """Of a data set on the Hub."""
+    memory: str = "0.25"
+    """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
+    dtype: str = "auto"
+    """Number format of the model; `auto` is the one it is stored in."""
+    max_tokens: int = 128
+    """Tokens to generate for a prompt at the most."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this joint probability."""
+    seed: int = 0
+    """A row's own random numbers come from this plus its index."""
+    stop: list[str] = field(default_factory=list)
+    """Generation ends before the first of these."""
+
+
+def main(settings: BatchSettings) -> None:
+    """Serve every row that has no result yet, then put the results in order."""
+    import runtime
+    from runtime.serving.journal import Journal
+    from runtime.serving.rows import read_rows
+
+    digest, num_rows = _digest(read_rows(settings.dataset, settings.split))
+    if num_rows == 0:
+        raise ValueError(f"the data set {settings.dataset} has no rows")
+    with Journal(settings.out, _identity(settings, digest)) as journal:
+        tokenizer = _tokenizer(settings.model)
+        model = runtime.load(
+            settings.model,
+            settings.predictor,
+            memory=settings.memory,
+            device="cpu",
+            dtype=settings.dtype,
+            tokenizer=tokenizer,
+        )
+        num_bad = _serve(settings, model.expertflow, tokenizer, journal, num_rows)
+        journal.finish()
+    print(f"{settings.out}: {num_rows} results, {num_bad} of them errors", file=sys.stderr)
+    print(model.expertflow.report(), file=sys.stderr)
+
+
+def _serve(
+    settings: BatchSettings, engine: Engine, tokenizer: Any, journal: Journal, num_rows: int
+) -> int:
+    from tqdm import tqdm
+
+    options = {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
+    num_bad = 0
+    with tqdm(total=num_rows, initial=len(journal.done), unit="row", desc="batch") as bar:
+
+        def keep(index: int, result: dict[str, Any]) -> None:
+            nonlocal num_bad
+            journal.add(index, result)
+            if "error" in result:
+                num_bad += 1
+                bar.write(f"row {index}: {result['error']}", file=sys.stderr)
+            stats = engine.stats()
+            bar.set_postfix_str(
+                f"{stats.tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tok/s, "
+                f"hit rate {stats.hit_rate:.1%}"
+            )
+            bar.update()
+
+        requests = _requests(settings, tokenizer, journal, keep)
+        for result in engine.serve(requests, tokenizer=tokenizer, **options):
+            keep(int(result.id), _describe(result))
+    return num_bad
+
+
+def _requests(
+    settings: BatchSettings, tokenizer: Any, journal: Journal, keep: Any
+) -> Iterator[Request]:
+    """The rows that have no result yet; bad ones are kept as such at once."""
+    from runtime.serving.rows import read_rows, to_request
+
+    defaults: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p")
+    } | {"stop": tuple(settings.stop)}
+    for index, row in enumerate(read_rows(settings.dataset, settings.split)):
+        if index in journal.done:
+            continue
+        seeded = defaults | {"seed": settings.seed + index}
+        try:
+            request = to_request(row, str(index), tokenizer, seeded)
+        except ValueError as error:
+            keep(index, {"error": str(error)})
+            continue
+        yield request
+
+
+def _describe(result: Result) -> dict[str, Any]:
+    if result.finish == "error":
+        return {"error": result.error}
+    return {
+        "text": result.text,
+        "finish_reason": result.finish,
+        "prompt_tokens": result.num_prompt,
+        "completion_tokens": len(result.token_ids),
+    }
+
+
+def _digest(rows: Iterator[Row]) -> tuple[str, int]:
+    """A fingerprint of all rows, and their number."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for count, row in enumerate(rows, 1):  # noqa: B007 - the count is what is wanted
+        digest.update(repr(row).encode())
+    return digest.hexdigest(), count
+
+
+def _identity(settings: BatchSettings, digest: str) -> dict[str, Any]:
+    """What a batch's results depend on."""
+    names = ("model", "dtype", "max_tokens", "temperature", "top_p", "seed", "stop", "context")
+    return {"rows": digest} | {name: asdict(settings)[name] for name in names}
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} has no tokenizer that can be used: {reason:.200}") from error
+
+
+if __name__ == "__main__":
+    run(main, BatchSettings, prog=PROG)
