@@ -41,7 +41,7 @@ endif
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py expertflow.py expertflow.pth expertflow.start
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,notebooks,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,notebooks,serve,dev]'
 	touch $@
 
 clean:

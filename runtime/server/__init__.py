@@ -1,0 +1,10 @@
+"""An OpenAI-compatible server over one offloaded model: `python -m runtime.server`.
+
+    settings   what the command line offers
+    app        the routes
+    wire       requests and answers as OpenAI writes them
+    guard      the bearer token and the limit on a body
+    metrics    what Prometheus reads
+
+Needs the extra `serve`.
+"""

@@ -1,0 +1,46 @@
+"""Serve a model over HTTP: `python -m runtime.server --model DIR --predictor predictor.onnx`."""
+
+from __future__ import annotations
+
+from routing.cli import run
+from runtime.server.settings import ServerSettings
+
+PROG = "python -m runtime.server"
+
+
+def main(settings: ServerSettings) -> None:
+    """Load the model and serve until told to stop."""
+    try:
+        import uvicorn
+
+        from runtime.server.app import build_app
+    except ModuleNotFoundError as missing:
+        raise ValueError(
+            f"the server needs {missing.name}: install moe-expertflow[serve]"
+        ) from missing
+    from transformers import AutoTokenizer
+
+    import runtime
+
+    token = settings.read_token()
+    model = runtime.load(
+        settings.model,
+        settings.predictor,
+        memory=settings.memory,
+        device="cpu",
+        dtype=settings.dtype,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and token is None:
+        print(f"{PROG}: anyone who reaches {settings.host} can use this server: no token is asked")
+    uvicorn.run(
+        build_app(model.expertflow, tokenizer, settings),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=settings.grace,
+        log_level="info",
+    )
+
+
+if __name__ == "__main__":
+    run(main, ServerSettings, prog=PROG)

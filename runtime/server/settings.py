@@ -1,0 +1,57 @@
+"""What `python -m runtime.server` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.serving.settings import ServeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(ServeSettings):
+    """Serve a model over HTTP as OpenAI's API does. Ctrl-C stops it cleanly."""
+
+    model: str
+    """Model directory, or an id on the Hub."""
+    predictor: Path | None = None
+    """ONNX predictor of the model."""
+    memory: str = "0.25"
+    """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
+    dtype: str = "auto"
+    """Number format of the model; `auto` is the one it is stored in."""
+    name: str | None = None
+    """What clients call the model; by default the last part of `model`."""
+    host: str = "127.0.0.1"
+    """Address to listen at. The default can be reached from this machine only."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the bearer token that clients must send."""
+    max_body: int = 1 << 20
+    """Bytes of a request at the most."""
+    max_queue: int = 256
+    """Requests in flight or waiting at the most; further ones are turned away (429)."""
+    grace: int = 30
+    """Seconds that running requests may take after the server was told to stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port={self.port} is not in 0 to 65535")
+        for name in ("max_body", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or Path(self.model).name
+
+    def read_token(self) -> str | None:
+        """The bearer token, if one is asked for. Raises ValueError for an empty file."""
+        if self.token_file is None:
+            return None
+        token = self.token_file.read_text().strip()
+        if not token:
+            raise ValueError(f"the token file {self.token_file} is empty")
+        return token
