@@ -37,7 +37,7 @@ def running(engine: Engine, **options: Any) -> Iterator[str]:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     settings = ServerSettings(model="models/tiny", context=200, **options)
-    app = build_app(engine, tokenizer, settings)
+    app = build_app(engine, tokenizer, settings, settings.read_token())
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=settings.grace)
     server = uvicorn.Server(config)
@@ -259,6 +259,26 @@ def test_stopping_lets_a_running_request_finish(engine: Engine) -> None:
             time.sleep(0.005)
     asking.join()
     assert said[0].usage.completion_tokens == 100
+
+
+def test_stopping_cancels_what_outlasts_the_grace(engine: Engine) -> None:
+    gone: list[Exception] = []
+    with running(engine, grace=1, batch=1, rows=1) as address:
+        prompts = ["a"] * 64  # one after the other, for longer than the grace
+        asked = {"model": "tiny", "prompt": prompts, "max_tokens": 190, "ignore_eos": True}
+
+        def ask() -> None:
+            try:
+                httpx.post(f"{address}/v1/completions", json=asked, timeout=60).raise_for_status()
+            except httpx.HTTPError as error:
+                gone.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not metric(address, "expertflow_requests_active"):
+            time.sleep(0.005)
+    asking.join()
+    assert len(gone) == 1
 
 
 def metric(address: str, name: str) -> float:

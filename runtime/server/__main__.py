@@ -34,7 +34,7 @@ def main(settings: ServerSettings) -> None:
     if settings.host not in ("127.0.0.1", "::1", "localhost") and token is None:
         print(f"{PROG}: anyone who reaches {settings.host} can use this server: no token is asked")
     uvicorn.run(
-        build_app(model.expertflow, tokenizer, settings),
+        build_app(model.expertflow, tokenizer, settings, token),
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.grace,

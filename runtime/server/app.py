@@ -34,8 +34,10 @@ class Refused(Exception):
         self.status, self.kind = status, kind
 
 
-def build_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """The application; the steps run while its lifespan lasts."""
+def build_app(
+    engine: Engine, tokenizer: Any, settings: ServerSettings, token: str | None
+) -> FastAPI:
+    """The application; the steps run while its lifespan lasts. token: what clients must send."""
     options = {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
     server = AsyncServer(engine, tokenizer=tokenizer, **options)
     desk = Desk(server, tokenizer, settings)
@@ -46,7 +48,7 @@ def build_app(engine: Engine, tokenizer: Any, settings: ServerSettings) -> FastA
             yield
 
     app = FastAPI(title="ExpertFlow", lifespan=lifespan)
-    app.add_middleware(Guard, token=settings.read_token(), max_body=settings.max_body)
+    app.add_middleware(Guard, token=token, max_body=settings.max_body)
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_api_route("/health", desk.health)
