@@ -3,6 +3,11 @@
 A step: take what came in, admit, compose, run (pending tokens of the decoding sequences and chunks
 of prompts side by side), choose tokens, predict for them. On a GPU `_run` is where captured steps
 will take over: it gets rows, positions and tokens, and returns logits and routes.
+
+Who shares a step never decides a token: attention runs for each sequence alone, a token's experts
+are summed in their own order, and sampling has its own random numbers. What is left is rounding, as
+matrix products of another number of rows may differ in the last bits; in float32 the tokens are
+those of each request alone but for exact near-ties.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine import Engine
+from runtime.serving.intake import Intake
 from runtime.serving.job import Job
 from runtime.serving.kv import Layout, RowCache, Span
 from runtime.serving.outlook import History, Oracle, Outlook, join
@@ -45,7 +51,8 @@ class Loop:
         if engine.model.config.is_encoder_decoder or engine.on_gpu:  # type: ignore[union-attr]
             kind = "models on a GPU" if engine.on_gpu else "encoder-decoder models"
             raise ValueError(f"serving does not handle {kind} yet; use model.generate")
-        self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
+        self._engine, self._settings = engine, settings
+        self._intake = Intake(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor
         self._oracle = None if file is None else Oracle(file)
         top_k = None if file is None else file.stack.top_k
@@ -123,35 +130,16 @@ class Loop:
 
     def _arrive(self, request: Request) -> list[Result]:
         """Queue a request; a bad one ends here."""
+        tokenizer, number = self._intake.tokenizer, self._num_arrived
         try:
-            prompt_ids = self._encode(request)
+            if any(request.id == job.request.id for job in (*self.waiting, *self.active)):
+                raise ValueError(f"a request with the id {request.id!r} is in flight already")
+            prompt_ids = self._intake.encode(request)
         except ValueError as error:
-            bad = Job(request, [], self._tokenizer, self._num_arrived)
-            return [bad.result("error", str(error))]
-        self.waiting.append(Job(request, prompt_ids, self._tokenizer, self._num_arrived))
+            return [Job(request, [], tokenizer, number).result("error", str(error))]
+        self.waiting.append(Job(request, prompt_ids, tokenizer, number))
         self._num_arrived += 1
         return []
-
-    def _encode(self, request: Request) -> list[int]:
-        if self._tokenizer is None and (isinstance(request.prompt, str) or request.stop):
-            raise ValueError("text prompts and stop strings need serve(..., tokenizer=)")
-        if any(request.id == job.request.id for job in (*self.waiting, *self.active)):
-            raise ValueError(f"a request with the id {request.id!r} is in flight already")
-        text = isinstance(request.prompt, str)
-        ids = [
-            int(i) for i in (self._tokenizer(request.prompt).input_ids if text else request.prompt)
-        ]
-        vocab_size = self._engine.topology.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty")
-        if not all(0 <= i < vocab_size for i in ids):
-            raise ValueError(f"the prompt has token ids outside 0 to {vocab_size - 1}")
-        if len(ids) + request.max_tokens > self._settings.context:
-            raise ValueError(
-                f"{len(ids)} prompt tokens and max_tokens={request.max_tokens} exceed the context "
-                f"of {self._settings.context} tokens"
-            )
-        return ids
 
     # ------------------------------------------------------------------ schedule
 
