@@ -350,3 +350,27 @@ def test_serving_leaves_no_gradient_graph(engine: Engine) -> None:
     loop.step()
     keys = getattr(loop._cache.layers[0], "keys", None)
     assert isinstance(keys, torch.Tensor) and not keys.requires_grad
+
+
+def test_steps_of_others_touch_no_byte_of_a_parked_sequence(engine: Engine) -> None:
+    loop = Loop(engine, None, ServeSettings(**(SMALL | {"batch": 1, "rows": 3, "max_skips": 9})))
+    for i in range(3):
+        loop.submit(Request(id=str(i), prompt=[5 + i] * 4, max_tokens=30, ignore_eos=True))
+    while not all(job.is_ready for job in loop.active) or len(loop.active) < 3:
+        loop.step()
+    before = [_row(loop, job.row) for job in loop.active]
+    lengths = [job.num_cached for job in loop.active]
+    for _ in range(2):
+        loop.step()
+    ran = 0
+    for job, (place, keys), length in zip(loop.active, before, lengths, strict=True):
+        place_after, keys_after = _row(loop, job.row)
+        assert place_after == place
+        assert torch.equal(keys_after[:, :length], keys[:, :length])
+        ran += job.num_cached - length
+    assert ran == 2
+
+
+def _row(loop: Loop, row: int) -> tuple[int, torch.Tensor]:
+    keys: torch.Tensor = getattr(loop._cache.layers[1], "keys")  # noqa: B009 - not on every layer
+    return keys[row].data_ptr(), keys[row].clone()
