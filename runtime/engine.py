@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer, read_call
+from routing.layers import MoELayer, read_call, read_routes
 from routing.topology import NO_EXPERT
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
@@ -159,10 +159,11 @@ class Engine:
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
-        hidden_TH, routes = read_call(layer, args, kwargs)
         if self._forecaster is not None:
-            self._routes[index] = routes.experts_TK.cpu().numpy()
-        return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
+            self._routes[index] = read_routes(layer, args, kwargs).experts_TK.cpu().numpy()
+        return run_experts(
+            layer, *read_call(layer, args, kwargs), partial(self._pools[index].serve, index)
+        )
 
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from routing.architecture import model_class
 from routing.layers import MoELayer, find_moe_layers
 from routing.topology import Topology, topology_of
 from runtime.arena import Specs
-from runtime.checkpoint import CheckpointFiles, CheckpointStore
+from runtime.checkpoint import CheckpointStore
+from runtime.files import CheckpointFiles
+from runtime.mapping import Mapping
 from runtime.store import ExpertStore, ModuleStore, expert_parameters
 
 
@@ -49,7 +52,7 @@ class Source(NamedTuple):
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the weights other than routed experts, each shared tensor once."""
-        experts = {id(p) for layer in self.layers for _, p in expert_parameters(layer)}
+        experts = {id(p) for layer in self.layers for p in expert_parameters(layer).values()}
         others = {id(p): p for p in self.model.parameters() if id(p) not in experts}
         return sum(p.numel() * p.element_size() for p in others.values())
 
@@ -64,30 +67,51 @@ def from_module(model: nn.Module, tokenizer: Any) -> Source:
 
 
 def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Source:
-    """A checkpoint directory (or hub id), built without its experts where their layout is fused.
+    """A checkpoint directory (or hub id), built without its experts.
 
     Raises ValueError for a directory without a usable configuration or weights.
     """
-    directory = _directory(path)
-    stock_class, config = _architecture(directory)
-    with torch.device("meta"):
-        stock = stock_class(config)
+    directory = find_directory(path)
+    stock = Stock.of(directory)
     tokenizer = tokenizer or _tokenizer(directory)
-    topology = topology_of(stock, tokenizer)
-    stock_layers = find_moe_layers(stock)
-    CheckpointFiles(directory)  # refuse a missing or truncated file before anything is built
-    if any(layer.kind != "fused" for layer in stock_layers):
-        model = _read(stock_class, directory, dtype)
-        layers = find_moe_layers(model)
-        return Source(model, topology, layers, ModuleStore(layers))
-    classes = {type(layer.module) for layer in stock_layers}
-    with _stripped(classes):
-        model = _read(stock_class, directory, dtype)
-    layers = [layer._replace(module=_unstrip(model, layer)) for layer in stock_layers]
-    return Source(model, topology, layers, CheckpointStore(directory, stock, layers, model.dtype))
+    topology = topology_of(stock.model, tokenizer)
+    files = CheckpointFiles(directory)
+    mapping = Mapping(files, stock.model)
+    _refuse_tied(stock)
+    with _stripped(stock.layers):
+        model = _read(type(stock.model), directory, dtype)
+    layers = [layer._replace(module=_unstrip(model, layer)) for layer in stock.layers]
+    store = CheckpointStore(files, mapping, stock.layers, layers, model.dtype)
+    return Source(model, topology, layers, store)
 
 
-def _directory(path: str | Path) -> Path:
+def _refuse_tied(stock: Stock) -> None:
+    for layer in stock.layers:
+        for path in expert_parameters(layer):
+            if f"{layer.name}.{path}" in stock.model.all_tied_weights_keys:  # type: ignore[operator]
+                raise ValueError(
+                    f"{type(stock.model).__name__} shares the experts of {layer.name} with another "
+                    "layer: load it whole, and pass the model instead of its directory"
+                )
+
+
+class Stock(NamedTuple):
+    """The model of a checkpoint directory on the meta device: shapes and names, no weights."""
+
+    model: nn.Module
+    layers: list[MoELayer]
+
+    @classmethod
+    def of(cls, directory: Path) -> Stock:
+        """Raises ValueError for a configuration that cannot be used."""
+        stock_class, config = _architecture(directory)
+        with torch.device("meta"):
+            model = stock_class(config)
+        return cls(model, find_moe_layers(model))
+
+
+def find_directory(path: str | Path) -> Path:
+    """A directory as it is, or a hub id's, fetched. Raises ValueError where there is neither."""
     directory = Path(path)
     if directory.is_dir():
         return directory
@@ -114,11 +138,13 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(directory)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be used: {_brief(error)}") from error
-    name = (config.architectures or ["?"])[0]
-    stock_class = getattr(transformers, name, None)
-    if stock_class is None:
-        raise ValueError(f"{directory / 'config.json'}: transformers has no architecture {name}")
-    return stock_class, config
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        raise ValueError(f"{directory} is quantised ({_brief(quantization)}): not supported")
+    try:
+        return model_class(config), config
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -133,7 +159,7 @@ def _tokenizer(directory: Path) -> Any:
         raise ValueError(f"the tokenizer in {directory} cannot be used: {_brief(error)}") from error
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: object) -> str:
     """The message of another library, in one line of bearable length."""
     return f"{' '.join(str(error).split()):.300}"
 
@@ -154,33 +180,41 @@ def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:
 
 
 @contextmanager
-def _stripped(classes: set[type[nn.Module]]) -> Iterator[None]:
-    """While active, the modeling modules build these experts classes without their parameters."""
+def _stripped(layers: list[MoELayer]) -> Iterator[None]:
+    """While active, the modeling modules build these layers' classes without expert parameters."""
+    classes = {type(layer.module): layer for layer in layers}
     try:
-        for experts_class in classes:
-            setattr(
-                sys.modules[experts_class.__module__], experts_class.__name__, _strip(experts_class)
-            )
+        for original, layer in classes.items():
+            setattr(sys.modules[original.__module__], original.__name__, _strip(original, layer))
         yield
     finally:
-        for experts_class in classes:
-            setattr(sys.modules[experts_class.__module__], experts_class.__name__, experts_class)
+        for original in classes:
+            setattr(sys.modules[original.__module__], original.__name__, original)
 
 
-def _strip(experts_class: type[nn.Module]) -> type[nn.Module]:
+def _strip(original: type[nn.Module], layer: MoELayer) -> type[nn.Module]:
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
-            experts_class.__init__(self, *args, **kwargs)
-        for name in list(self._parameters):
-            del self._parameters[name]
-            setattr(self, name, torch.empty(0))  # transformers' weight initialisation looks at it
+            original.__init__(self, *args, **kwargs)
+        num_experts = layer.container.num_experts(self)
+        for path in expert_parameters(layer._replace(module=self, num_experts=num_experts)):
+            holder, _, name = path.rpartition(".")
+            owner = self.get_submodule(holder)
+            del owner._parameters[name]
+            setattr(owner, name, torch.empty(0))  # transformers' weight initialisation looks at it
 
-    return type(experts_class.__name__, (experts_class,), {"__init__": __init__})
+    return type(original.__name__, (original,), {"__init__": __init__})
 
 
 def _unstrip(model: nn.Module, layer: MoELayer) -> nn.Module:
+    """The live container of `layer`, of its own class again; without parameters, as if taken."""
     module = model.get_submodule(layer.name)
     module.__class__ = type(layer.module)
+    for path in expert_parameters(layer):
+        holder, _, name = path.rpartition(".")
+        owner = module.get_submodule(holder)
+        del owner.__dict__[name]
+        owner._parameters[name] = None
     return module
 
 
