@@ -15,7 +15,7 @@ from torch import Tensor
 import runtime
 from routing.layers import MoELayer, find_moe_layers
 from runtime.loader import from_module, from_path
-from runtime.store import ExpertStore, ModuleStore, expert_parameters
+from runtime.store import ExpertStore, ModuleStore, expert_parameters, expert_part
 from tests.tiny import KINDS, save_tiny, tiny_model
 
 FUSED = [kind for kind in KINDS if kind != "switch_transformers"]
@@ -26,7 +26,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fused, in shards": {"save_original_format": False, "max_shard_size": "60KB"},
 }
 CASES = [(kind, "in memory") for kind in KINDS] + [
-    (kind, layout) for kind in FUSED for layout in LAYOUTS
+    (kind, layout) for kind in KINDS for layout in LAYOUTS
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -74,10 +74,8 @@ def opened(saved: Callable[[str, str], Path]) -> Open:
 
 def expert_of(layer: MoELayer, expert: int) -> dict[str, Tensor]:
     """The stock model's parameters of one expert."""
-    if layer.kind == "switch":
-        module: Any = layer.module
-        return dict(module[f"expert_{expert}"].named_parameters())
-    return {name: tensor[expert] for name, tensor in expert_parameters(layer)}
+    names = layer.container.names(layer.module)
+    return expert_part(layer, names, expert_parameters(layer), expert)
 
 
 # ---------------------------------------------------------------------- the contract
