@@ -125,9 +125,10 @@ class Sources:
                 )
 
     def _expected_shape(self, files: CheckpointFiles, keys: list[str]) -> tuple[int, ...]:
-        """Of each of `keys`: equal parts of the parameter, or whatever the first of them has."""
+        """Of each of `keys`: equal parts of the parameter, or what `_check_conversion` looks at."""
         if not self.is_stacked:
-            return files.entries[keys[0]].shape
+            first = files.entries[keys[0]].shape
+            return first if self.per_expert else (self.shape[0], *first[1:])
         parts = len(self.keys)
         if self.per_expert:
             return (self.spec.shape[0] // parts, *self.spec.shape[1:])

@@ -176,7 +176,14 @@ def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:
         raise ValueError(
             f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
         )
+    _own(model)
     return model
+
+
+def _own(model: nn.Module) -> None:
+    """Copy the weights: the library leaves them pages of the file, which somebody might shorten."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 @contextmanager

@@ -92,6 +92,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_ocr2": {"text_config": DENSE_THEN_SPARSE | {"n_shared_experts": 1}},
+    "diffusion_gemma": {
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+        }
+    },
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
         "text_config": {"moe_intermediate_size": [24, 16], "rope_parameters": MROPE}
