@@ -103,20 +103,20 @@ def read_routes(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Read here and never from router logits: selection bias and group limits make the top-k of the
     logits differ from the experts that run.
     """
-    return layer.container.routes(layer, _bound(layer, args, kwargs))
+    return layer.container.routes(layer, bound_call(layer, args, kwargs))
 
 
 def read_call(
     layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Routes]:
     """The hidden states [..., H] of `layer`'s experts call, and what it computes for each row."""
-    arguments = _bound(layer, args, kwargs)
+    arguments = bound_call(layer, args, kwargs)
     hidden: Tensor = arguments[0]
     return hidden, layer.container.rows(layer, arguments)
 
 
-def _bound(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of the experts call, in the order of its signature."""
+def bound_call(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the experts call as the model gave them, in the order of its signature."""
     if not kwargs:
         return args
     signature = inspect.signature(type(layer.module).forward)

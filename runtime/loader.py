@@ -28,6 +28,18 @@ class Group(NamedTuple):
     layers: list[int]
 
 
+def grouped(specs: list[Specs]) -> list[Group]:
+    """Layers by the shape of their experts; `specs` are each layer's."""
+    groups: list[Group] = []
+    for layer, layer_specs in enumerate(specs):
+        group = next((group for group in groups if group.specs == layer_specs), None)
+        if group is None:
+            groups.append(Group(layer_specs, [layer]))
+        else:
+            group.layers.append(layer)
+    return groups
+
+
 class Source(NamedTuple):
     """A model ready to be offloaded."""
 
@@ -39,22 +51,19 @@ class Source(NamedTuple):
     @property
     def groups(self) -> list[Group]:
         """The layers by the shape of their experts."""
-        groups: list[Group] = []
-        for layer in range(len(self.layers)):
-            specs = self.store.specs(layer)
-            group = next((group for group in groups if group.specs == specs), None)
-            if group is None:
-                groups.append(Group(specs, [layer]))
-            else:
-                group.layers.append(layer)
-        return groups
+        return grouped([self.store.specs(layer) for layer in range(len(self.layers))])
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the weights other than routed experts, each shared tensor once."""
-        experts = {id(p) for layer in self.layers for p in expert_parameters(layer).values()}
-        others = {id(p): p for p in self.model.parameters() if id(p) not in experts}
-        return sum(p.numel() * p.element_size() for p in others.values())
+        return sum(p.numel() * p.element_size() for p in other_parameters(self.model, self.layers))
+
+
+def other_parameters(model: nn.Module, layers: list[MoELayer]) -> list[nn.Parameter]:
+    """The parameters that are not routed experts', each shared one once."""
+    experts = {id(p) for layer in layers for p in expert_parameters(layer).values()}
+    others = {id(p): p for p in model.parameters() if id(p) not in experts}
+    return list(others.values())
 
 
 def from_module(model: nn.Module, tokenizer: Any) -> Source:

@@ -2,7 +2,7 @@
 
 python -m tests.compatibility_table
 
-Results are kept by version of transformers in docs/compatibility.json, so that docs/compatibility.md
+Results are kept by version of transformers in docs/compatibility.json, and docs/compatibility.md
 shows all versions that were tried. Exits with 1 when an architecture is not exact.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
+from rich.progress import track
 
 from tests.architectures import ARCHITECTURES, is_known
 from tests.compatibility import TOLERANCE, Verdict, check
@@ -29,8 +29,8 @@ CHECKS = ("traced", "parity", "generates", "lazy")
 INTRODUCTION = """# Architectures
 
 Written by `make compatibility`, which tries every mixture-of-experts architecture of the installed
-transformers on a tiny random float32 model (8 experts a layer, hidden width 32) on the CPU. Wrappers
-(of text models with images, sound ...) are tried with text.
+transformers on a tiny random float32 model (8 experts a layer, hidden width 32) on the CPU.
+Wrappers (of text models with images, sound ...) are tried with text.
 
 - **traced**: `trace` records the experts of every token.
 - **exact**: offloaded logits differ by at most {tolerance:.0e} from the stock model's, with all
@@ -52,8 +52,8 @@ REMARKS = """
   computes. Traces record what the router decided. A test fails as soon as transformers is mended.
 - **JetMoE** has experts in its attention too. Those stay in memory; the feed-forward experts are
   offloaded.
-- **Llama 4** scales a token by its router score before its experts see it; traces record a weight of
-  1. A token whose score rounds to zero has no expert, which is what it gets in the stock model.
+- **Llama 4** scales a token by its router score before its experts see it; traces record a weight
+  of 1. A token whose score rounds to zero has no expert, which is what it gets in the stock model.
 - **Doge** is refused: its experts are single rows of embeddings. **FP8** and **MXFP4** experts are
   refused, and so is every directory with a `quantization_config`.
 - Remote code is not run: an architecture that transformers does not have is refused by name.
@@ -68,7 +68,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     known = [kind for kind in ARCHITECTURES if is_known(kind)]
-    verdicts = [check(kind) for kind in tqdm(known)]
+    verdicts = [check(kind) for kind in track(known)]
     results[transformers.__version__] = {v.architecture: v._asdict() for v in verdicts}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     TABLE.write_text(render(results))

@@ -160,5 +160,5 @@ def test_a_quantised_directory_is_refused(tmp_path: Path) -> None:
 
 def test_experts_shared_between_layers_are_refused_with_the_mend(tmp_path: Path) -> None:
     architecture_model("diffusion_gemma").save_pretrained(tmp_path)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="shares the experts .* pass the model instead"):
+    with pytest.raises(ValueError, match=r"shares the experts .* pass the model instead"):
         runtime.load(tmp_path)
