@@ -73,10 +73,6 @@ class Container:
         """Where in the container the parameter `name` of an expert lies: here, with all others'."""
         return name
 
-    def num_rows(self, tensor_rows: int, num_experts: int) -> int:
-        """How many rows of the parameter at `path` are one expert's."""
-        return 1
-
     def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
         """One expert's view of the parameter at `path`."""
         return tensor[expert]
@@ -98,9 +94,6 @@ class Dbrx(Container):
 
     def num_experts(self, module: Any) -> int:
         return int(module.num_experts)
-
-    def num_rows(self, tensor_rows: int, num_experts: int) -> int:
-        return tensor_rows // num_experts
 
     def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
         return tensor.unflatten(0, (num_experts, -1))[expert]
@@ -173,9 +166,6 @@ class Switch(Container):
 
     def path(self, name: str, expert: int) -> str:
         return f"expert_{expert}.{name}"
-
-    def num_rows(self, tensor_rows: int, num_experts: int) -> int:
-        return tensor_rows
 
     def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
         return tensor

@@ -1,4 +1,4 @@
-"""Experts read one by one from where they lie in a safetensors checkpoint."""
+"""Experts read one by one from files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,45 @@ from torch import Tensor, nn
 
 from routing.layers import MoELayer
 from runtime.arena import Spec, Specs
-from runtime.conversion import Sources
-from runtime.files import CheckpointFiles
+from runtime.files import DTYPES, CheckpointFiles
 from runtime.mapping import Mapping
-from runtime.store import ExpertStore
+from runtime.store import ExpertStore, expert_parameters, expert_part
 
 
-class CheckpointStore(ExpertStore):
-    """Reads experts from a checkpoint directory, on demand.
+class FileStore(ExpertStore):
+    """Knows shapes and names; those below know where the bytes are.
 
-    stock: the layers of the stock model on the meta device, for shapes. layers: the live ones.
+    stock: the layers of the stock model on the meta device. layers: the live ones.
+    """
+
+    def __init__(self, stock: list[MoELayer], layers: list[MoELayer], dtype: torch.dtype) -> None:
+        self._layers = layers
+        self._dtype = dtype
+        self._names = [layer.container.names(layer.module) for layer in stock]
+        self._shapes = [
+            {path: parameter.shape for path, parameter in expert_parameters(layer).items()}
+            for layer in stock
+        ]
+
+    def specs(self, layer: int) -> Specs:
+        whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
+        parts = expert_part(self._layers[layer], self._names[layer], whole, 0)
+        return {name: Spec(tuple(part.shape), self._dtype) for name, part in parts.items()}
+
+    def restore(self, layer: int) -> None:
+        container = self._layers[layer]
+        whole = {p: torch.zeros(s, dtype=self._dtype) for p, s in self._shapes[layer].items()}
+        for expert in range(container.num_experts):
+            self.read(layer, expert, expert_part(container, self._names[layer], whole, expert))
+        for path, tensor in whole.items():
+            holder, _, name = path.rpartition(".")
+            setattr(container.module.get_submodule(holder), name, nn.Parameter(tensor))
+
+
+class CheckpointStore(FileStore):
+    """Reads experts from where they lie in a safetensors checkpoint.
+
+    dtype: what experts are handed out in; None for what they are stored in.
     Raises ValueError, naming the tensor, when an expert is missing or has another shape.
     """
 
@@ -26,47 +55,22 @@ class CheckpointStore(ExpertStore):
         mapping: Mapping,
         stock: list[MoELayer],
         layers: list[MoELayer],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> None:
         self._files = files
-        self._layers = layers
-        self._dtype = dtype
         self._sources = [mapping.sources(layer) for layer in stock]
         for sources in self._sources:
             for source in sources.values():
                 source.check(files)
+        super().__init__(stock, layers, dtype or DTYPES[files.entries[min(self.keys)].dtype])
 
-    def specs(self, layer: int) -> Specs:
-        return {
-            name: Spec(source.spec.shape, self._dtype)
-            for name, source in self._sources[layer].items()
-        }
+    @property
+    def keys(self) -> set[str]:
+        """All tensors of the checkpoint that hold experts."""
+        sources = [source for found in self._sources for source in found.values()]
+        return {key for source in sources for keys in source.keys.values() for key in keys}
 
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         for name, target in into.items():
             self._sources[layer][name].read(self._files, expert, target)
-
-    def restore(self, layer: int) -> None:
-        for name, source in self._sources[layer].items():
-            path_of = self._layers[layer].container.path
-            if path_of(name, 0) == path_of(name, 1):
-                self._set(layer, path_of(name, 0), self._whole(layer, source))
-            else:
-                for expert in range(self._layers[layer].num_experts):
-                    whole = torch.empty(source.shape, dtype=self._dtype)
-                    source.read(self._files, expert, whole)
-                    self._set(layer, path_of(name, expert), whole)
-
-    def _whole(self, layer: int, source: Sources) -> Tensor:
-        """A parameter of all experts, rows of parameter-free ones included."""
-        whole = torch.empty(source.shape, dtype=self._dtype)
-        num_parts = len(whole) // source.num_rows
-        for index in range(num_parts):
-            part = self._layers[layer].container.part(whole, index, num_parts)
-            source.read(self._files, index, part)
-        return whole
-
-    def _set(self, layer: int, path: str, tensor: Tensor) -> None:
-        holder, _, name = path.rpartition(".")
-        setattr(self._layers[layer].module.get_submodule(holder), name, nn.Parameter(tensor))

@@ -44,8 +44,6 @@ class Sources:
     """The parameter of one expert."""
     shape: tuple[int, ...]
     """The parameter of all experts; of one, where each expert is a module."""
-    num_rows: int
-    """How many rows of `shape` are one expert's."""
     keys: dict[str, list[str]]
     """By source pattern, in the order of stacking: one tensor for each expert, or a fused one."""
     per_expert: bool
@@ -63,17 +61,18 @@ class Sources:
         if not self.is_stacked:
             target.copy_(self._convert(lambda keys: self._tensor(files, keys, expert)))
             return
-        start = 0
-        for keys in self.keys.values():
-            tensor = self._tensor(files, keys, expert).view(-1, *self.spec.shape[1:])
-            stop = start + len(tensor)
-            target[start:stop].copy_(tensor)
-            start = stop
+        parts = target.unflatten(0, (len(self.keys), -1))
+        for part, keys in zip(parts, self.keys.values(), strict=True):
+            if self.per_expert:
+                files.read(keys[expert], 0, part)
+            else:
+                files.read(keys[0], expert * part.numel(), part)
 
     def _tensor(self, files: CheckpointFiles, keys: list[str], expert: int) -> Tensor:
+        """One expert's tensor of `keys`, with a dimension of one expert where they are fused."""
         if self.per_expert:
             return files.get(keys[expert])
-        return files.rows(keys[0], expert * self.num_rows, (expert + 1) * self.num_rows)
+        return files.rows(keys[0], expert, expert + 1)
 
     def _convert(self, fetch: Callable[[list[str]], Tensor]) -> Tensor:
         """One expert's tensors through the library's operations, as a list of length one."""

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory, memory-mapped, and watched for changes."""
+"""The safetensors files of a checkpoint directory, read in pieces and watched for changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class Entry(NamedTuple):
     file: str
     dtype: str
     shape: tuple[int, ...]
-    num_bytes: int
+    start: int
+    """Where in the file its bytes begin."""
+    stop: int
 
 
 class WatchedFile:
@@ -59,27 +61,50 @@ class WatchedFile:
                 f"{self.path} was changed while the model was running out of it; load it again"
             )
 
+    def read(self, start: int, target: Tensor, dtype: torch.dtype) -> None:
+        """Fill `target` with what begins at byte `start`, stored as `dtype`.
+
+        Straight into the memory of `target` where that is possible, and never by way of a mapping:
+        that costs a page fault for every few pages, and ends the process where the file is cut.
+        """
+        self.require_unchanged()
+        if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
+            self._fill(start, target)
+        else:
+            stored = torch.empty(target.shape, dtype=dtype)
+            self._fill(start, stored)
+            target.copy_(stored)
+
+    def _fill(self, start: int, target: Tensor) -> None:
+        rest = target.detach().reshape(-1).view(torch.uint8).numpy().data
+        while rest:
+            count = os.preadv(self.handle.fileno(), [rest], start)
+            if count == 0:
+                raise ValueError(f"{self.path} ends at byte {start}; fetch it again")
+            rest, start = rest[count:], start + count
+
 
 class CheckpointFiles:
-    """The tensors of a checkpoint directory.
+    """The tensors of a checkpoint directory; `single` is the file of one without an index.
 
     Raises ValueError when the directory has no safetensors, or a file is missing or truncated; and
     on reading, when a file was changed after it was opened.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = SINGLE) -> None:
         self.directory = directory
+        self._single = single
         self._files: dict[str, tuple[WatchedFile, Any]] = {}
         self.entries = self._read_entries()
 
     def _read_entries(self) -> dict[str, Entry]:
         path = self.directory / INDEX
         if not path.is_file():
-            if not (self.directory / SINGLE).is_file():
+            if not (self.directory / self._single).is_file():
                 raise ValueError(
-                    f"{self.directory} has no {SINGLE} or {INDEX}: only safetensors are read"
+                    f"{self.directory} has no {self._single} or {INDEX}: only safetensors are read"
                 )
-            return self._open(SINGLE)
+            return self._open(self._single)
         try:
             index = dict(json.loads(path.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
@@ -102,9 +127,11 @@ class CheckpointFiles:
         header = json.loads(watched.handle.read(length))
         header.pop("__metadata__", None)
         return {
-            key: Entry(file, entry["dtype"], tuple(entry["shape"]), end - start)
+            key: Entry(
+                file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + stop
+            )
             for key, entry in header.items()
-            for start, end in [entry["data_offsets"]]
+            for start, stop in [entry["data_offsets"]]
         }
 
     def get(self, key: str) -> Tensor:
@@ -113,9 +140,16 @@ class CheckpointFiles:
         return tensor
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor `key`."""
+        """Rows [start, stop) of the tensor `key`, as pages of the mapped file."""
         tensor: Tensor = self._file_of(key).get_slice(key)[start:stop]
         return tensor
+
+    def read(self, key: str, start: int, target: Tensor) -> None:
+        """Fill `target` with the tensor `key` from its element `start` on."""
+        entry = self.entries[key]
+        dtype = DTYPES[entry.dtype]
+        watched, _ = self._files[entry.file]
+        watched.read(entry.start + start * dtype.itemsize, target, dtype)
 
     def _file_of(self, key: str) -> Any:
         watched, mapped = self._files[self.entries[key].file]

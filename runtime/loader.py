@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,15 @@ from routing.architecture import model_class
 from routing.layers import MoELayer, find_moe_layers
 from routing.topology import Topology, topology_of
 from runtime.arena import Specs
-from runtime.checkpoint import CheckpointStore
+from runtime.checkpoint import CheckpointStore, FileStore
 from runtime.files import CheckpointFiles
 from runtime.mapping import Mapping
+from runtime.prepared import BLOCKS, RESIDENT, VARIANT, PreparedStore, is_prepared
+from runtime.skeleton import read_weights, stripped, unstrip
 from runtime.store import ExpertStore, ModuleStore, expert_parameters
+
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", BLOCKS]
+"""Of a model on the Hub."""
 
 
 class Group(NamedTuple):
@@ -84,14 +88,25 @@ def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Sou
     stock = Stock.of(directory)
     tokenizer = tokenizer or _tokenizer(directory)
     topology = topology_of(stock.model, tokenizer)
-    files = CheckpointFiles(directory)
-    mapping = Mapping(files, stock.model)
+    variant = VARIANT if is_prepared(directory) else None
+    open_store = store_opener(directory, stock)
+    with stripped(stock.layers):
+        model = read_weights(type(stock.model), directory, dtype, variant)
+    layers = [layer._replace(module=unstrip(model, layer)) for layer in stock.layers]
+    return Source(model, topology, layers, open_store(layers, model.dtype))
+
+
+def store_opener(directory: Path, stock: Stock) -> Callable[..., FileStore]:
+    """Looks at the files of `directory`; what it returns makes a store of layers and a dtype.
+
+    Raises ValueError for files that are missing, damaged, or not this model's.
+    """
+    if is_prepared(directory):
+        CheckpointFiles(directory, RESIDENT)
+        return partial(PreparedStore, directory, stock.layers)
     _refuse_tied(stock)
-    with _stripped(stock.layers):
-        model = _read(type(stock.model), directory, dtype)
-    layers = [layer._replace(module=_unstrip(model, layer)) for layer in stock.layers]
-    store = CheckpointStore(files, mapping, stock.layers, layers, model.dtype)
-    return Source(model, topology, layers, store)
+    files = CheckpointFiles(directory)
+    return partial(CheckpointStore, files, Mapping(files, stock.model), stock.layers)
 
 
 def _refuse_tied(stock: Stock) -> None:
@@ -129,9 +144,7 @@ def find_directory(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+        return Path(snapshot_download(str(path), allow_patterns=FETCHED))
     except Exception as error:  # the hub client raises many kinds, none of them ours to tell apart
         raise ValueError(
             f"{path} is neither a directory nor a model the hub hands out ({_brief(error)})"
@@ -171,77 +184,3 @@ def _tokenizer(directory: Path) -> Any:
 def _brief(error: object) -> str:
     """The message of another library, in one line of bearable length."""
     return f"{' '.join(str(error).split()):.300}"
-
-
-def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:
-    """`from_pretrained` that refuses what the library would fill with random numbers."""
-    with _errors_only():
-        model, found = stock_class.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    for name in sorted(found["missing_keys"]):
-        raise ValueError(f"{directory} has no weights for {name}")
-    for name, shape, expected in sorted(found["mismatched_keys"]):
-        raise ValueError(
-            f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
-        )
-    _own(model)
-    return model
-
-
-def _own(model: nn.Module) -> None:
-    """Copy the weights: the library leaves them pages of the file, which somebody might shorten."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-
-
-@contextmanager
-def _stripped(layers: list[MoELayer]) -> Iterator[None]:
-    """While active, the modeling modules build these layers' classes without expert parameters."""
-    classes = {type(layer.module): layer for layer in layers}
-    try:
-        for original, layer in classes.items():
-            setattr(sys.modules[original.__module__], original.__name__, _strip(original, layer))
-        yield
-    finally:
-        for original in classes:
-            setattr(sys.modules[original.__module__], original.__name__, original)
-
-
-def _strip(original: type[nn.Module], layer: MoELayer) -> type[nn.Module]:
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with torch.device("meta"):
-            original.__init__(self, *args, **kwargs)
-        num_experts = layer.container.num_experts(self)
-        for path in expert_parameters(layer._replace(module=self, num_experts=num_experts)):
-            holder, _, name = path.rpartition(".")
-            owner = self.get_submodule(holder)
-            del owner._parameters[name]
-            setattr(owner, name, torch.empty(0))  # transformers' weight initialisation looks at it
-
-    return type(original.__name__, (original,), {"__init__": __init__})
-
-
-def _unstrip(model: nn.Module, layer: MoELayer) -> nn.Module:
-    """The live container of `layer`, of its own class again; without parameters, as if taken."""
-    module = model.get_submodule(layer.name)
-    module.__class__ = type(layer.module)
-    for path in expert_parameters(layer):
-        holder, _, name = path.rpartition(".")
-        owner = module.get_submodule(holder)
-        del owner.__dict__[name]
-        owner._parameters[name] = None
-    return module
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keep transformers from listing every expert tensor that it did not load."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -57,7 +57,6 @@ class Mapping:
                 [f"{layer.name}.{path}" for path in dict.fromkeys(paths)],
                 spec=Spec(tuple(experts[name].shape), experts[name].dtype),
                 shape=shape,
-                num_rows=layer.container.num_rows(shape[0], layer.num_experts),
             )
         return found
 

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from routing.cli import run
 
 if TYPE_CHECKING:
-    import torch
-
     from routing.layers import MoELayer
     from runtime.loader import Group
 
@@ -90,18 +88,15 @@ def outline(model: str | Path) -> Outline:
 
     Raises ValueError for a directory that `runtime.load` would refuse.
     """
-    from runtime.checkpoint import CheckpointStore
-    from runtime.files import CheckpointFiles
     from runtime.key_value import cache_bytes
-    from runtime.loader import Stock, find_directory, grouped, other_parameters
-    from runtime.mapping import Mapping
+    from runtime.loader import Stock, find_directory, grouped, other_parameters, store_opener
 
     directory = find_directory(model)
     stock = Stock.of(directory)
-    files = CheckpointFiles(directory)
-    dtype = _dtype(stock.model.config, files)
+    config: Any = stock.model.config
     layers = stock.layers
-    store = CheckpointStore(files, Mapping(files, stock.model), layers, layers, dtype)
+    store = store_opener(directory, stock)(layers, config.dtype or config.get_text_config().dtype)
+    dtype = next(iter(store.specs(0).values())).dtype
     others = other_parameters(stock.model, layers)
     meta = stock.model.to(dtype)
     return Outline(
@@ -111,14 +106,6 @@ def outline(model: str | Path) -> Outline:
         fixed_bytes=sum(p.numel() for p in others) * dtype.itemsize,
         cache_bytes={length: cache_bytes(meta, layers, length) for length in CONTEXTS},
     )
-
-
-def _dtype(config: Any, files: Any) -> torch.dtype:
-    """What "auto" comes to: the configuration's, or else that of the first weights."""
-    from runtime.files import DTYPES
-
-    stored = next(entry.dtype for entry in files.entries.values() if entry.dtype in DTYPES)
-    return config.get_text_config().dtype or config.dtype or DTYPES[stored]
 
 
 def plan(model: str | Path, memory: float | int | str = 0.25) -> Plan:
