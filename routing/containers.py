@@ -36,8 +36,8 @@ class MoELayer(NamedTuple):
 
     name: str
     """Module path of the experts container."""
-    module: Any
-    """The experts container, an `nn.Module`."""
+    module: nn.Module
+    """The experts container."""
     kind: str
     """A key of `CONTAINERS`."""
     stack: str
@@ -112,7 +112,8 @@ class Aria(Container):
         return int(module.config.moe_num_experts)
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        return Routes(*layer.module.route_tokens_to_experts(arguments[1]))
+        experts: Any = layer.module
+        return Routes(*experts.route_tokens_to_experts(arguments[1]))
 
 
 class JetMoe(Container):
@@ -124,8 +125,9 @@ class JetMoe(Container):
         return int(module.input_linear.num_experts)
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        block: Any = layer.module
         hidden_TH = arguments[0].flatten(0, -2)
-        order_P, _, gates_P, counts, _ = layer.module.router(hidden_TH)
+        order_P, _, gates_P, counts, _ = block.router(hidden_TH)
         numbers = torch.arange(len(counts), device=order_P.device)
         sorted_P = numbers.repeat_interleave(torch.tensor(counts, device=order_P.device))
         experts_P = torch.empty_like(order_P).index_copy_(0, order_P, sorted_P)
@@ -185,11 +187,12 @@ class Nllb(Switch):
     """
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        experts: Any = layer.module
         _, top1_TE, gates_TE = arguments
         first_T, all_T = (top1_TE * gates_TE).sum(-1), gates_TE.sum(-1)
         weights_TK = torch.stack([first_T, all_T - first_T], dim=-1)
         experts_TK = torch.tensor([1, 0], device=top1_TE.device).expand(len(top1_TE), 2)
-        return Routes(experts_TK, weights_TK * (1 - layer.module.moe_token_dropout))
+        return Routes(experts_TK, weights_TK * (1 - experts.moe_token_dropout))
 
     def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
         weights_TK, experts_TK = arguments[2].topk(layer.top_k, dim=-1)

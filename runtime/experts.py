@@ -36,7 +36,7 @@ def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -
     outputs_TKH = outputs_TKH.view(num_rows, top_k, -1)
     summed_TH = (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden.dtype)
     if layer.kind == "jetmoe":
-        summed_TH += layer.module.bias
+        summed_TH += layer.module.get_parameter("bias")
     return summed_TH.view_as(hidden)
 
 

@@ -66,7 +66,7 @@ def test_transformers_still_runs_two_experts_of_nllb_whatever_its_router_says() 
     ran = set()
     for layer in find_moe_layers(model):
         for number in range(layer.num_experts):
-            layer.module[f"expert_{number}"].register_forward_hook(
+            layer.module.get_submodule(f"expert_{number}").register_forward_hook(
                 lambda *_, number=number: ran.add(number)
             )
     logits(model)

@@ -64,7 +64,7 @@ def test_a_llama4_score_of_zero_is_no_expert() -> None:
 def test_jetmoe_routes_are_its_routers() -> None:
     model: Any = architecture_model("jetmoe")
     for layer, routes, hidden_TH in calls(model, "router"):
-        weight = layer.module.router.layer.weight
+        weight = layer.module.get_parameter("router.layer.weight")
         logits_TK, experts_TK = chosen(weight, hidden_TH, 2)
         assert torch.equal(routes.experts_TK, experts_TK)
         torch.testing.assert_close(routes.weights_TK, logits_TK.softmax(-1))
