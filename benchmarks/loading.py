@@ -1,0 +1,310 @@
+"""Loading a model that should not fit: time, memory and bytes read, beside what else there is.
+
+python -m benchmarks.loading [--layers 24] [--experts 128] [--repeats 3] [--folder DIR]
+
+Writes a random OLMoE as on the Hub and the same prepared, then runs every arm in processes of its
+own, in turn. Peak memory is anonymous (without pages of files) above the imports, sampled every two
+milliseconds. The accelerate arm runs where accelerate can be imported. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from routing.cli import run
+
+ARMS = ("stock from_pretrained", "accelerate, experts on disk", "load, hub layout", "load, prepared")
+READS = ("read, hub layout", "read, prepared")
+MEMORY = 0.25
+PROMPT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingSettings:
+    """Measure how long loading takes, and how much memory."""
+
+    layers: int = 24
+    """MoE layers."""
+    experts: int = 128
+    """Experts of a layer, of 1.5 MiB each; top-8."""
+    repeats: int = 3
+    """Processes for each arm."""
+    folder: str | None = None
+    """Where the checkpoints are written; by default the system's temporary directory."""
+    arm: str | None = None
+    """Run only this arm, in this process."""
+    keep: bool = False
+    """Keep the checkpoints, and use those that are there."""
+
+
+def config(settings: LoadingSettings) -> dict[str, Any]:
+    """The model: hidden width 1,024, expert width 256, bfloat16."""
+    return {
+        "vocab_size": 32_000,
+        "hidden_size": 1024,
+        "intermediate_size": 256,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": settings.experts,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 0,
+    }
+
+
+# ---------------------------------------------------------------------- one arm, one process
+
+
+class Peak:
+    """The most anonymous memory of this process while the block runs, in bytes above its start."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.most = anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.most = max(self.most, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.most = max(self.most, anonymous_bytes())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.most - self.start
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("this system does not say how much anonymous memory a process has")
+
+
+def measure(arm: str, folder: Path) -> dict[str, float]:
+    """Run one arm here. Seconds and bytes."""
+    import torch
+    import transformers
+
+    import runtime.load  # noqa: F401 - imports are not what is measured
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    _ = transformers.OlmoeForCausalLM
+    return measure_reads(arm, folder) if arm in READS else measure_load(arm, folder)
+
+
+def measure_load(arm: str, folder: Path) -> dict[str, float]:
+    """Load, and then run a prompt, which fills the slots."""
+    import torch
+
+    load = loaders(folder)[arm]
+    with Peak() as peak:
+        start = time.perf_counter()
+        model = load()
+        loaded = time.perf_counter()
+        loading_peak = max(peak.most, anonymous_bytes()) - peak.start
+        with torch.inference_mode():
+            model(torch.arange(1, PROMPT + 1)[None])
+        prompt = time.perf_counter()
+    return {
+        "load_s": loaded - start,
+        "prompt_s": prompt - loaded,
+        "load_peak_bytes": loading_peak,
+        "peak_bytes": peak.num_bytes,
+        "held_bytes": anonymous_bytes() - peak.start,
+    }
+
+
+def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
+    """The arms, by name."""
+    import torch
+    from transformers import OlmoeForCausalLM
+
+    import runtime
+
+    hub = folder / "hub"
+    return {
+        ARMS[0]: lambda: OlmoeForCausalLM.from_pretrained(hub, dtype=torch.bfloat16),
+        ARMS[1]: lambda: from_disk(hub, folder / "offload"),
+        ARMS[2]: lambda: runtime.load(hub, memory=MEMORY, device="cpu"),
+        ARMS[3]: lambda: runtime.load(folder / "prepared", memory=MEMORY, device="cpu"),
+    }
+
+
+def from_disk(hub: Path, offload: Path) -> Any:
+    """accelerate's disk offload of the experts: every other module on the CPU."""
+    import torch
+    from transformers import AutoConfig, OlmoeForCausalLM
+
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(AutoConfig.from_pretrained(hub))
+    leaves = [name for name, module in model.named_modules() if not list(module.children())]
+    places = {name: "disk" for name, m in model.named_modules() if name.endswith(".experts")}
+    places |= {n: "cpu" for n in leaves if ".experts" not in n}
+    return OlmoeForCausalLM.from_pretrained(
+        hub, dtype=torch.bfloat16, device_map=places, offload_folder=str(offload)
+    )
+
+
+def measure_reads(arm: str, folder: Path) -> dict[str, float]:
+    """Read every expert once, into eight slots in turn."""
+    import torch
+
+    from runtime.arena import Arena
+    from runtime.loader import from_path
+
+    source = from_path(folder / ("hub" if arm == READS[0] else "prepared"), None, "auto")
+    arena = Arena(source.store.specs(0), 8, torch.device("cpu"))
+    for tensor in arena.tensors.values():
+        tensor.zero_()
+    start = time.perf_counter()
+    for index, layer in enumerate(source.layers):
+        for expert in range(layer.num_experts):
+            source.store.read(index, expert, arena.slot(expert % 8))
+    return {"read_s": time.perf_counter() - start}
+
+
+# ---------------------------------------------------------------------- all arms
+
+
+def main(settings: LoadingSettings) -> None:
+    """Print the table, then the same as JSON."""
+    folder = Path(settings.folder or tempfile.gettempdir(), "expertflow-loading")
+    if settings.arm is not None:
+        print(json.dumps(measure(settings.arm, folder)))
+        return
+    try:
+        facts = write_checkpoints(settings, folder)
+        results = {
+            name: run_arm(name, settings, folder, is_cold)
+            for name, is_cold in plan_arms(has_accelerate())
+        }
+        report(settings, facts, results)
+    finally:
+        if not settings.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_accelerate() -> bool:
+    """Whether the third arm can run."""
+    import importlib.util
+
+    return importlib.util.find_spec("accelerate") is not None
+
+
+def plan_arms(with_accelerate: bool) -> list[tuple[str, bool]]:
+    """Names of the rows, and whether the page cache is emptied before each process."""
+    arms = [arm for arm in ARMS if with_accelerate or "accelerate" not in arm]
+    return [(arm, False) for arm in (*arms, *READS)] + [
+        (f"{arm} (cold)", True) for arm in (*ARMS[2:], *READS)
+    ]
+
+
+def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]:
+    """The hub layout and the prepared one; what the plan says of them."""
+    from benchmarks.synthetic import write_olmoe
+    from runtime.plan import plan
+    from runtime.prepare import prepare
+
+    if not (folder / "hub").exists():
+        (folder / "hub").mkdir(parents=True)
+        write_olmoe(folder / "hub", config(settings))
+    start = time.perf_counter()
+    if not (folder / "prepared").exists():
+        prepare(folder / "hub", folder / "prepared")
+    prepared_s = time.perf_counter() - start
+    start = time.perf_counter()
+    forecast = plan(folder / "hub", MEMORY)
+    return {
+        "checkpoint_bytes": sum(path.stat().st_size for path in (folder / "hub").iterdir()),
+        "expert_bytes": forecast.total_expert_bytes,
+        "forecast_bytes": forecast.resident_bytes,
+        "plan_s": time.perf_counter() - start,
+        "prepare_s": prepared_s,
+    }
+
+
+def run_arm(
+    name: str, settings: LoadingSettings, folder: Path, is_cold: bool
+) -> dict[str, float]:
+    """Medians over processes."""
+    rounds = []
+    for _ in range(settings.repeats):
+        touch_files(folder, is_cold)
+        rounds.append(in_process(name.removesuffix(" (cold)"), folder))
+        shutil.rmtree(folder / "offload", ignore_errors=True)
+    return {key: statistics.median(values[key] for values in rounds) for key in rounds[0]}
+
+
+def touch_files(folder: Path, is_cold: bool) -> None:
+    """Drop the checkpoints' pages from the page cache, or bring them all into it."""
+    for path in (*(folder / "hub").iterdir(), *(folder / "prepared").iterdir()):
+        with path.open("rb") as file:
+            if is_cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while not is_cold and file.read(1 << 24):
+                pass
+
+
+def in_process(arm: str, folder: Path) -> dict[str, float]:
+    """One arm in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.loading", f"--arm={arm}"]
+    command.append(f"--folder={folder.parent}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{arm} failed: {done.stderr[-2000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def report(
+    settings: LoadingSettings, facts: dict[str, Any], results: dict[str, dict[str, float]]
+) -> None:
+    """The table for people, and one line for programs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from benchmarks.trace_overhead import machine
+
+    table = Table("arm", "load s", "128-token prompt s", "peak MiB, loading", "peak MiB", "held MiB")
+    reads = Table("arm", "seconds", "GB/s")
+    for name, values in results.items():
+        if "read_s" in values:
+            speed = facts["expert_bytes"] / values["read_s"] / 1e9
+            reads.add_row(name, f"{values['read_s']:.2f}", f"{speed:.2f}")
+            continue
+        sizes = [values[key] / 2**20 for key in ("load_peak_bytes", "peak_bytes", "held_bytes")]
+        seconds = f"{values['load_s']:.2f}", f"{values['prompt_s']:.2f}"
+        table.add_row(name, *seconds, *(f"{size:,.0f}" for size in sizes))
+    where = machine("cpu")
+    command = shlex.join(["python", "-m", "benchmarks.loading", *sys.argv[1:]])
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{command}\n{where}")
+    console.print(table, reads)
+    console.print({key: round(value, 2) for key, value in facts.items()})
+    print(json.dumps({"settings": asdict(settings), "machine": where, **facts, "arms": results}))
+
+
+if __name__ == "__main__":
+    run(main, LoadingSettings, prog="python -m benchmarks.loading")
