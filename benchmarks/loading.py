@@ -26,7 +26,12 @@ from typing import Any
 
 from routing.cli import run
 
-ARMS = ("stock from_pretrained", "accelerate, experts on disk", "load, hub layout", "load, prepared")
+ARMS = (
+    "stock from_pretrained",
+    "accelerate, experts on disk",
+    "load, hub layout",
+    "load, prepared",
+)
 READS = ("read, hub layout", "read, prepared")
 MEMORY = 0.25
 PROMPT = 128
@@ -154,7 +159,7 @@ def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def from_disk(hub: Path, offload: Path) -> Any:
-    """accelerate's disk offload of the experts: every other module on the CPU."""
+    """Accelerate's disk offload of the experts: every other module on the CPU."""
     import torch
     from transformers import AutoConfig, OlmoeForCausalLM
 
@@ -246,9 +251,7 @@ def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]
     }
 
 
-def run_arm(
-    name: str, settings: LoadingSettings, folder: Path, is_cold: bool
-) -> dict[str, float]:
+def run_arm(name: str, settings: LoadingSettings, folder: Path, is_cold: bool) -> dict[str, float]:
     """Medians over processes."""
     rounds = []
     for _ in range(settings.repeats):
@@ -287,7 +290,9 @@ def report(
 
     from benchmarks.trace_overhead import machine
 
-    table = Table("arm", "load s", "128-token prompt s", "peak MiB, loading", "peak MiB", "held MiB")
+    table = Table(
+        "arm", "load s", "128-token prompt s", "peak MiB, loading", "peak MiB", "held MiB"
+    )
     reads = Table("arm", "seconds", "GB/s")
     for name, values in results.items():
         if "read_s" in values:

@@ -55,23 +55,23 @@ class Sized(Protocol):
     def fixed_bytes(self) -> int: ...
 
 
-def slots_per_group(memory: float | int, source: Sized) -> list[int]:
+def slots_per_group(memory: float | int, source: Sized, *, off_device: int = 0) -> list[int]:
     """Slots for each group of layers of one expert shape (`Source.groups`).
 
     A fraction counts experts; bytes pay for the model's other weights first. Several groups share
-    by the bytes of their experts. Raises ValueError when a group would get fewer slots than a
-    layer's top-k.
+    by the bytes of their experts. off_device: bytes of the other weights that stay in host memory.
+    Raises ValueError when a group would get fewer slots than a layer's top-k.
     """
     counts, least = _counts(source), _least(source)
-    total = total_expert_bytes(source)
-    fraction = memory if isinstance(memory, float) else (memory - source.fixed_bytes) / total
+    total, fixed = total_expert_bytes(source), source.fixed_bytes - off_device
+    fraction = memory if isinstance(memory, float) else (memory - fixed) / total
     slots = [min(int(count * fraction + 1e-9), count) for count in counts]
     if any(got < need for got, need in zip(slots, least, strict=True)):
         raise ValueError(
             f"memory={_say(memory)} leaves {max(min(slots), 0)} expert slots, but a token needs "
             f"{max(least)} in one layer; give at least "
             f"{math.ceil(_least_fraction(source) * 1e4) / 1e4} (a fraction of the experts) or "
-            f"{round_up(least_bytes(source))}"
+            f"{round_up(least_bytes(source) - off_device)}"
         )
     return slots
 

@@ -25,7 +25,7 @@ Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -> Tensor:
     """The experts call of `layer` on hidden states [..., H], with parameters from `slots`."""
     num_rows, top_k = routes.experts_TK.shape
-    order_P, spans = _sort_rows(routes.experts_TK)
+    order_P, spans = sort_rows(routes.experts_TK)
     rows_PH = hidden.flatten(0, -2)[order_P // top_k]
     outputs_PH = rows_PH.clone() if layer.kind == "longcat" else torch.zeros_like(rows_PH)
     run = RUN[layer.kind]
@@ -40,7 +40,7 @@ def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -
     return summed_TH.view_as(hidden)
 
 
-def _sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
+def sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
     """Order of the pairs (token * K + k) by expert, and each expert's span. Synchronises once."""
     experts_P, order_P = experts_TK.reshape(-1).sort(stable=True)
     distinct, counts = experts_P.unique_consecutive(return_counts=True)

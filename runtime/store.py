@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,16 @@ class ExpertStore(ABC):
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         """Copy one expert into the given tensors (a slot's views)."""
 
+    def release(self, layer: int) -> None:  # noqa: B027 - a store that owns no memory keeps its bytes
+        """Free the memory of the experts of `layer`, which somebody else holds now."""
+
+    def refill(self, layer: int, read: Callable[[int], dict[str, Tensor]]) -> None:  # noqa: B027
+        """Undo `release`: read(expert) gives one expert's parameters, on any device."""
+
+    def is_released(self, layer: int) -> bool:
+        """Whether `refill` has to follow."""
+        return False
+
     def take(self, layer: int) -> None:  # noqa: B027 - a store of its own bytes has nothing to take
         """Take the experts' parameters out of the container of `layer`."""
 
@@ -41,6 +51,7 @@ class ModuleStore(ExpertStore):
         self._layers = layers
         self._names = [layer.container.names(layer.module) for layer in layers]
         self._parameters = [expert_parameters(layer) for layer in layers]
+        self._released: dict[int, list[tuple[int, ...]]] = {}
 
     def specs(self, layer: int) -> Specs:
         return {
@@ -55,6 +66,24 @@ class ModuleStore(ExpertStore):
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         for name, tensor in self._expert(layer, expert).items():
             into[name].copy_(tensor)
+
+    def release(self, layer: int) -> None:
+        self._released[layer] = [tuple(p.shape) for p in self._parameters[layer].values()]
+        for parameter in self._parameters[layer].values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def is_released(self, layer: int) -> bool:
+        return layer in self._released
+
+    @torch.no_grad()
+    def refill(self, layer: int, read: Callable[[int], dict[str, Tensor]]) -> None:
+        shapes = self._released.pop(layer)
+        for parameter, shape in zip(self._parameters[layer].values(), shapes, strict=True):
+            parameter.data = torch.empty(shape, dtype=parameter.dtype)
+        for expert in range(self._layers[layer].num_experts):
+            into = self._expert(layer, expert)
+            for name, tensor in read(expert).items():
+                into[name].copy_(tensor)
 
     def take(self, layer: int) -> None:
         for path, parameter in self._parameters[layer].items():
