@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import re
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any
 
-from routing.layers import MoELayer
 from runtime.arena import expert_bytes
-from runtime.loader import Group
+from runtime.loader import Source
 from runtime.stats import format_bytes
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -44,18 +43,7 @@ def _parse_text(text: str) -> float | int | None:
     return int(number * UNITS[(match[2] or "").upper()]) if has_unit or number > 1 else number
 
 
-class Sized(Protocol):
-    """A model's sizes: those of a `Source`, or of a model that is only planned."""
-
-    @property
-    def layers(self) -> list[MoELayer]: ...
-    @property
-    def groups(self) -> list[Group]: ...
-    @property
-    def fixed_bytes(self) -> int: ...
-
-
-def slots_per_group(memory: float | int, source: Sized, *, off_device: int = 0) -> list[int]:
+def slots_per_group(memory: float | int, source: Source, *, off_device: int = 0) -> list[int]:
     """Slots for each group of layers of one expert shape (`Source.groups`).
 
     A fraction counts experts; bytes pay for the model's other weights first. Several groups share
@@ -76,27 +64,27 @@ def slots_per_group(memory: float | int, source: Sized, *, off_device: int = 0) 
     return slots
 
 
-def total_expert_bytes(source: Sized) -> int:
+def total_expert_bytes(source: Source) -> int:
     """Bytes of all experts of all layers."""
     sizes = [expert_bytes(group.specs) for group in source.groups]
     return sum(size * count for size, count in zip(sizes, _counts(source), strict=True))
 
 
-def least_bytes(source: Sized) -> float:
+def least_bytes(source: Source) -> float:
     """The smallest budget: other weights, and slots for the top-k of one layer of each group."""
     spare = sum(expert_bytes(group.specs) for group in source.groups)
     return source.fixed_bytes + _least_fraction(source) * total_expert_bytes(source) + spare
 
 
-def _counts(source: Sized) -> list[int]:
+def _counts(source: Source) -> list[int]:
     return [sum(source.layers[i].num_experts for i in group.layers) for group in source.groups]
 
 
-def _least(source: Sized) -> list[int]:
+def _least(source: Source) -> list[int]:
     return [max(source.layers[i].top_k for i in group.layers) for group in source.groups]
 
 
-def _least_fraction(source: Sized) -> float:
+def _least_fraction(source: Source) -> float:
     return max(k / count for k, count in zip(_least(source), _counts(source), strict=True))
 
 

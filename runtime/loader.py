@@ -32,18 +32,6 @@ class Group(NamedTuple):
     layers: list[int]
 
 
-def grouped(specs: list[Specs]) -> list[Group]:
-    """Layers by the shape of their experts; `specs` are each layer's."""
-    groups: list[Group] = []
-    for layer, layer_specs in enumerate(specs):
-        group = next((group for group in groups if group.specs == layer_specs), None)
-        if group is None:
-            groups.append(Group(layer_specs, [layer]))
-        else:
-            group.layers.append(layer)
-    return groups
-
-
 class Source(NamedTuple):
     """A model ready to be offloaded."""
 
@@ -55,19 +43,22 @@ class Source(NamedTuple):
     @property
     def groups(self) -> list[Group]:
         """The layers by the shape of their experts."""
-        return grouped([self.store.specs(layer) for layer in range(len(self.layers))])
+        groups: list[Group] = []
+        for layer in range(len(self.layers)):
+            specs = self.store.specs(layer)
+            group = next((group for group in groups if group.specs == specs), None)
+            if group is None:
+                groups.append(Group(specs, [layer]))
+            else:
+                group.layers.append(layer)
+        return groups
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the weights other than routed experts, each shared tensor once."""
-        return sum(p.numel() * p.element_size() for p in other_parameters(self.model, self.layers))
-
-
-def other_parameters(model: nn.Module, layers: list[MoELayer]) -> list[nn.Parameter]:
-    """The parameters that are not routed experts', each shared one once."""
-    experts = {id(p) for layer in layers for p in expert_parameters(layer).values()}
-    others = {id(p): p for p in model.parameters() if id(p) not in experts}
-    return list(others.values())
+        experts = {id(p) for layer in self.layers for p in expert_parameters(layer).values()}
+        others = {id(p): p for p in self.model.parameters() if id(p) not in experts}
+        return sum(p.numel() * p.element_size() for p in others.values())
 
 
 def from_module(model: nn.Module, tokenizer: Any) -> Source:
@@ -94,6 +85,20 @@ def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Sou
         model = read_weights(type(stock.model), directory, dtype, variant)
     layers = [layer._replace(module=unstrip(model, layer)) for layer in stock.layers]
     return Source(model, topology, layers, open_store(layers, model.dtype))
+
+
+def sketch(path: str | Path) -> Source:
+    """What `from_path` makes of a directory or hub id, on the meta device: sizes, but no weights.
+
+    Raises ValueError as `from_path` does.
+    """
+    directory = find_directory(path)
+    stock = Stock.of(directory)
+    config: Any = stock.model.config
+    dtype = config.dtype or config.get_text_config().dtype
+    store = store_opener(directory, stock)(stock.layers, dtype)
+    stock.model.to(next(iter(store.specs(0).values())).dtype)
+    return Source(stock.model, topology_of(stock.model), stock.layers, store)
 
 
 def store_opener(directory: Path, stock: Stock) -> Callable[..., FileStore]:

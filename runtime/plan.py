@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from routing.cli import run
 
 if TYPE_CHECKING:
-    from routing.layers import MoELayer
-    from runtime.loader import Group
+    from runtime.loader import Source
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
@@ -32,32 +31,29 @@ class PlanSettings:
     measure: bool = False
     """Measure the link between host memory and slots, and forecast tokens a second from it."""
     device: str | None = None
-    """Where the slots are, for --measure; by default a GPU if there is one."""
-
-
-class Outline(NamedTuple):
-    """A model's sizes, from its configuration and the headers of its files."""
-
-    name: str
-    layers: list[MoELayer]
-    groups: list[Group]
-    fixed_bytes: int
-    cache_bytes: dict[int, int | None]
-    """Of the key/value cache of one sequence, by context length; None where it cannot be told."""
+    """Where the slots are; by default a GPU if there is one."""
+    context: int = 2048
+    """On a GPU, where a size pays for the key/value cache too: tokens of the longest sequence."""
+    batch: int = 1
+    """On a GPU: sequences at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `runtime.load` with this budget takes; sizes in bytes."""
 
-    outline: Outline
+    name: str
+    source: Source
+    """The model on the meta device."""
     slots: list[int]
     """Of each group of layers of one expert shape."""
     expert_bytes: list[int]
     """Of one expert of each group."""
     total_expert_bytes: int
     least_bytes: int
-    """The smallest budget that works."""
+    """The smallest budget that works, for weights and slots."""
+    cache_bytes: dict[int, int | None]
+    """Of the key/value cache of one sequence, by context length; None where it cannot be told."""
 
     @property
     def fraction(self) -> float:
@@ -71,56 +67,58 @@ class Plan:
     @property
     def resident_bytes(self) -> int:
         """The weights other than experts, and the slots."""
-        return self.outline.fixed_bytes + self.slot_bytes
+        return self.source.fixed_bytes + self.slot_bytes
 
     def bytes_per_token(self, hit_rate: float) -> float:
         """What one sequence moves for a token at that hit rate."""
         used = sum(
-            size * self.outline.layers[layer].top_k
-            for size, group in zip(self.expert_bytes, self.outline.groups, strict=True)
+            size * self.source.layers[layer].top_k
+            for size, group in zip(self.expert_bytes, self.source.groups, strict=True)
             for layer in group.layers
         )
         return used * (1 - hit_rate)
 
 
-def outline(model: str | Path) -> Outline:
-    """Read configuration and headers, and no weights.
+def plan(
+    model: str | Path,
+    memory: float | int | str = 0.25,
+    *,
+    device: str = "cpu",
+    context: int = 2048,
+    batch: int = 1,
+) -> Plan:
+    """What `runtime.load` will take with these arguments: no weights are read.
 
-    Raises ValueError for a directory that `runtime.load` would refuse.
+    Raises ValueError as `runtime.load` would.
     """
-    from runtime.key_value import cache_bytes
-    from runtime.loader import Stock, find_directory, grouped, other_parameters, store_opener
-
-    directory = find_directory(model)
-    stock = Stock.of(directory)
-    config: Any = stock.model.config
-    layers = stock.layers
-    store = store_opener(directory, stock)(layers, config.dtype or config.get_text_config().dtype)
-    dtype = next(iter(store.specs(0).values())).dtype
-    others = other_parameters(stock.model, layers)
-    meta = stock.model.to(dtype)
-    return Outline(
-        name=str(model),
-        layers=layers,
-        groups=grouped([store.specs(layer) for layer in range(len(layers))]),
-        fixed_bytes=sum(p.numel() for p in others) * dtype.itemsize,
-        cache_bytes={length: cache_bytes(meta, layers, length) for length in CONTEXTS},
-    )
-
-
-def plan(model: str | Path, memory: float | int | str = 0.25) -> Plan:
-    """What `runtime.load(model, memory=memory)` will take. Raises ValueError as it would."""
     from runtime.arena import expert_bytes
-    from runtime.budget import least_bytes, parse_memory, slots_per_group, total_expert_bytes
+    from runtime.budget import least_bytes, total_expert_bytes
+    from runtime.key_value import cache_bytes
+    from runtime.loader import sketch
 
-    sizes = outline(model)
+    source = sketch(model)
     return Plan(
-        outline=sizes,
-        slots=slots_per_group(parse_memory(memory), sizes),
-        expert_bytes=[expert_bytes(group.specs) for group in sizes.groups],
-        total_expert_bytes=total_expert_bytes(sizes),
-        least_bytes=int(least_bytes(sizes)),
+        name=str(model),
+        source=source,
+        slots=_slots(source, memory, device, context=context, batch=batch),
+        expert_bytes=[expert_bytes(group.specs) for group in source.groups],
+        total_expert_bytes=total_expert_bytes(source),
+        least_bytes=int(least_bytes(source)),
+        cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
     )
+
+
+def _slots(source: Source, memory: float | int | str, device: str, **sizes: int) -> list[int]:
+    """As `runtime.load` counts them: on a GPU, bytes pay for cache and workspace too."""
+    from runtime.budget import parse_memory, slots_per_group
+
+    budget = parse_memory(memory)
+    if device.startswith("cuda") and isinstance(budget, int):
+        from runtime.cuda.gpu import fit
+
+        budget, off_device = fit(source, budget, **sizes)
+        return slots_per_group(budget, source, off_device=off_device)
+    return slots_per_group(budget, source)
 
 
 def advice(found: Plan, host_bytes: int) -> list[str]:
@@ -141,51 +139,50 @@ def advice(found: Plan, host_bytes: int) -> list[str]:
         )
     said.append(
         f"The least that works is {round_up(found.least_bytes)}; all experts resident is "
-        f"{round_up(_budget(found, 1))}. The key/value cache comes on top."
+        f"{round_up(_budget(found, 1))}, for weights and slots alone."
     )
     return said
 
 
 def _budget(found: Plan, fraction: float) -> float:
-    return found.outline.fixed_bytes + fraction * found.total_expert_bytes
+    return found.source.fixed_bytes + fraction * found.total_expert_bytes
 
 
 def main(settings: PlanSettings) -> None:
     """Print the plan."""
-    found = plan(settings.model, settings.memory)
-    bandwidth = _measured(settings, found) if settings.measure else None
-    print(describe(found, bandwidth))
-    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print("\n".join(advice(found, host_bytes)))
-
-
-def _measured(settings: PlanSettings, found: Plan) -> float:
     import torch
 
     from runtime.link import measure_link
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return measure_link(torch.device(device), max(found.expert_bytes))
+    sizes = {"context": settings.context, "batch": settings.batch}
+    found = plan(settings.model, settings.memory, device=device, **sizes)
+    bandwidth = None
+    if settings.measure:
+        bandwidth = measure_link(torch.device(device), max(found.expert_bytes))
+    print(describe(found, bandwidth))
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print("\n".join(advice(found, host_bytes)))
 
 
 def describe(found: Plan, bandwidth: float | None) -> str:
     """The plan as text. bandwidth: of the link, in bytes a second, if it was measured."""
     from runtime.stats import format_bytes
 
-    sizes = found.outline
+    source = found.source
     experts = [
-        f"  {slots:,} of {sum(sizes.layers[i].num_experts for i in group.layers):,} experts of "
+        f"  {slots:,} of {sum(source.layers[i].num_experts for i in group.layers):,} experts of "
         f"{format_bytes(size)} in {len(group.layers)} layers"
-        for slots, size, group in zip(found.slots, found.expert_bytes, sizes.groups, strict=True)
+        for slots, size, group in zip(found.slots, found.expert_bytes, source.groups, strict=True)
     ]
     caches = [
         f"  {length:,} tokens: {'not known' if size is None else format_bytes(size)}"
-        for length, size in sizes.cache_bytes.items()
+        for length, size in found.cache_bytes.items()
     ]
     return "\n".join(
         [
-            f"{sizes.name}: {format_bytes(found.total_expert_bytes)} of experts, "
-            f"{format_bytes(sizes.fixed_bytes)} of other weights",
+            f"{found.name}: {format_bytes(found.total_expert_bytes)} of experts, "
+            f"{format_bytes(source.fixed_bytes)} of other weights",
             f"resident: {format_bytes(found.resident_bytes)}, of which slots "
             f"{format_bytes(found.slot_bytes)} ({found.fraction:.1%} of the experts)",
             *experts,

@@ -85,6 +85,13 @@ def test_a_cache_that_the_models_code_cannot_tell_is_not_known() -> None:
     assert "forward" not in layers[0].module.__dict__
 
 
+def test_on_a_gpu_bytes_pay_for_the_cache_too(saved: Path) -> None:
+    on_cpu, on_gpu = (plan(saved, "600MiB", device=device) for device in ("cpu", "cuda"))
+    assert on_gpu.slots <= on_cpu.slots
+    with pytest.raises(ValueError, match="expert slots"):
+        plan(saved, "600MiB", device="cuda", context=1 << 20, batch=16)
+
+
 def test_bytes_for_a_token_are_the_misses_of_its_top_k(saved: Path) -> None:
     found = plan(saved)
     assert found.bytes_per_token(0.0) == 4 * 2 * found.expert_bytes[0]

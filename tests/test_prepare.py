@@ -90,7 +90,7 @@ def test_transformers_does_not_take_it_for_a_model_with_random_experts(prepared:
 def test_a_prepared_model_is_planned_like_the_other(prepared: Path) -> None:
     ours, theirs = plan(prepared, 0.5), plan(prepared.parent / "hub", 0.5)
     assert ours.resident_bytes == theirs.resident_bytes
-    assert ours.outline.cache_bytes == theirs.outline.cache_bytes
+    assert ours.cache_bytes == theirs.cache_bytes
 
 
 # ---------------------------------------------------------------------- damage
