@@ -19,8 +19,9 @@ class FileStore(ExpertStore):
     """
 
     def __init__(self, stock: list[MoELayer], layers: list[MoELayer], dtype: torch.dtype) -> None:
-        self._layers = layers
-        self._dtype = dtype
+        self.stock = stock
+        self.layers = layers
+        self.dtype = dtype
         self._names = [layer.container.names(layer.module) for layer in stock]
         self._shapes = [
             {path: parameter.shape for path, parameter in expert_parameters(layer).items()}
@@ -29,12 +30,12 @@ class FileStore(ExpertStore):
 
     def specs(self, layer: int) -> Specs:
         whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
-        parts = expert_part(self._layers[layer], self._names[layer], whole, 0)
-        return {name: Spec(tuple(part.shape), self._dtype) for name, part in parts.items()}
+        parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
+        return {name: Spec(tuple(part.shape), self.dtype) for name, part in parts.items()}
 
     def restore(self, layer: int) -> None:
-        container = self._layers[layer]
-        whole = {p: torch.zeros(s, dtype=self._dtype) for p, s in self._shapes[layer].items()}
+        container = self.layers[layer]
+        whole = {p: torch.zeros(s, dtype=self.dtype) for p, s in self._shapes[layer].items()}
         for expert in range(container.num_experts):
             self.read(layer, expert, expert_part(container, self._names[layer], whole, expert))
         for path, tensor in whole.items():

@@ -17,6 +17,7 @@ from runtime.arena import Specs
 from runtime.checkpoint import CheckpointStore, FileStore
 from runtime.files import CheckpointFiles
 from runtime.mapping import Mapping
+from runtime.memory_store import MemoryStore
 from runtime.prepared import BLOCKS, RESIDENT, VARIANT, PreparedStore, is_prepared
 from runtime.skeleton import read_weights, stripped, unstrip
 from runtime.store import ExpertStore, ModuleStore, expert_parameters
@@ -70,8 +71,12 @@ def from_module(model: nn.Module, tokenizer: Any) -> Source:
     return Source(model, topology, layers, ModuleStore(layers))
 
 
-def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Source:
+def from_path(
+    path: str | Path, tokenizer: Any, dtype: str | torch.dtype, *, in_memory: bool = False
+) -> Source:
     """A checkpoint directory (or hub id), built without its experts.
+
+    in_memory: read all experts now, instead of each when it is missed.
 
     Raises ValueError for a directory without a usable configuration or weights.
     """
@@ -84,7 +89,8 @@ def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Sou
     with stripped(stock.layers):
         model = read_weights(type(stock.model), directory, dtype, variant)
     layers = [layer._replace(module=unstrip(model, layer)) for layer in stock.layers]
-    return Source(model, topology, layers, open_store(layers, model.dtype))
+    store = open_store(layers, model.dtype)
+    return Source(model, topology, layers, MemoryStore(store) if in_memory else store)
 
 
 def sketch(path: str | Path) -> Source:

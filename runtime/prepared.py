@@ -110,7 +110,7 @@ class PreparedStore(FileStore):
         self._require_match(directory)
 
     def _require_match(self, directory: Path) -> None:
-        ours = [(layer.name, layer.num_experts) for layer in self._layers]
+        ours = [(layer.name, layer.num_experts) for layer in self.layers]
         theirs = [(blocks.name, len(blocks.checksums)) for blocks in self._blocks]
         for layer, stored in enumerate(self._stored if ours == theirs else []):
             if {n: spec.shape for n, spec in stored.items()} != {

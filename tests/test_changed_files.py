@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import runtime
-from tests.architectures import architecture_model
+from tests.architectures import architecture_model, is_known
 from tests.compatibility import logits
 from tests.tiny import save_tiny
 
@@ -77,6 +77,23 @@ def test_a_file_that_is_replaced_or_deleted_stays_as_it_was(
     change(path)
     assert torch.equal(logits(model), expected)
     assert model.expertflow.stats().misses > 32, "experts were read again"
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "inkling2_text", "nllb-moe"])
+def test_experts_held_in_memory_need_their_file_no_more(kind: str, tmp_path: Path) -> None:
+    if not is_known(kind):
+        pytest.skip(f"this version of transformers has no {kind}")
+    architecture_model(kind).save_pretrained(tmp_path)  # type: ignore[operator]
+    expected = logits(runtime.load(tmp_path, memory=0.5))
+    model: Any = runtime.load(tmp_path, memory=0.5, host="memory")
+    shorten(tmp_path / WEIGHTS)
+    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model.expertflow.detach()), expected, rtol=0, atol=1e-5)
+
+
+def test_an_unknown_host_tier_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="host='disk' is not one of file, memory"):
+        runtime.load(save_tiny(tmp_path, "olmoe"), host="disk")
 
 
 # ---------------------------------------------------------------------- other layouts on disk
