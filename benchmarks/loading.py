@@ -67,11 +67,7 @@ def main(settings: LoadingSettings) -> None:
         return
     try:
         facts = write_checkpoints(settings, folder)
-        results = {
-            name: run_arm(name, settings, folder, is_cold)
-            for name, is_cold in plan_arms(has_accelerate())
-        }
-        report(settings, facts, results)
+        report(settings, facts, run_arms(settings, folder))
     finally:
         if not settings.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -116,14 +112,19 @@ def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]
     }
 
 
-def run_arm(name: str, settings: LoadingSettings, folder: Path, is_cold: bool) -> dict[str, float]:
-    """Medians over processes."""
-    rounds = []
+def run_arms(settings: LoadingSettings, folder: Path) -> dict[str, dict[str, float]]:
+    """Medians over rounds of all arms in turn, so that a slow minute slows them all."""
+    arms = plan_arms(has_accelerate())
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name, _ in arms}
     for _ in range(settings.repeats):
-        touch_files(folder, is_cold)
-        rounds.append(in_process(name.removesuffix(" (cold)"), folder))
-        shutil.rmtree(folder / "offload", ignore_errors=True)
-    return {key: statistics.median(values[key] for values in rounds) for key in rounds[0]}
+        for name, is_cold in arms:
+            touch_files(folder, is_cold)
+            rounds[name].append(in_process(name.removesuffix(" (cold)"), folder))
+            shutil.rmtree(folder / "offload", ignore_errors=True)
+    return {
+        name: {key: statistics.median(values[key] for values in found) for key in found[0]}
+        for name, found in rounds.items()
+    }
 
 
 def touch_files(folder: Path, is_cold: bool) -> None:
