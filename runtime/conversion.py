@@ -140,9 +140,16 @@ class Sources:
             shape = files.entries[keys[0]].shape
             return torch.empty(shape if self.per_expert else (1, *shape[1:]), device="meta")
 
-        shape = tuple(self._convert(fetch).shape)
+        key = next(iter(self.keys.values()))[0]
+        try:
+            shape = tuple(self._convert(fetch).shape)
+        except Exception as error:  # the library's operations raise whatever they like
+            names = [type(operation).__name__ for operation in self.converter.operations]
+            raise ValueError(
+                f"{files.directory}: {key} and those like it cannot be converted one expert at a "
+                f"time ({', '.join(names)}: {error!r:.100}); load the model whole, and pass it"
+            ) from error
         if shape != self.spec.shape:
-            key = next(iter(self.keys.values()))[0]
             raise ValueError(
                 f"{files.directory}: {key} and those like it make an expert of shape {shape}, but "
                 f"the model needs {self.spec.shape}"

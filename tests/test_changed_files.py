@@ -157,6 +157,20 @@ def test_a_tensor_of_the_experts_of_another_shape_is_refused_by_its_name(
     assert "shape" in str(caught.value)
 
 
+def test_a_conversion_that_needs_all_experts_is_refused_with_the_mend(
+    saved: Callable[[str, Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Transpose
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise KeyError("all experts at once")
+
+    directory = saved("qwen3_vl_moe", tmp_path)
+    monkeypatch.setattr(Transpose, "convert", refuse)
+    with pytest.raises(ValueError, match=r"gate_up_proj .* cannot be converted one expert at a ti"):
+        runtime.load(directory)
+
+
 def test_experts_stored_in_eight_bits_are_refused_by_their_name(tmp_path: Path) -> None:
     path = save_tiny(tmp_path, "olmoe") / WEIGHTS
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
