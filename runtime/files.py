@@ -121,18 +121,11 @@ class CheckpointFiles:
         try:
             watched, mapped = WatchedFile(path), safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); fetch it again") from error
+            raise ValueError(
+                f"{path} is missing or damaged ({error}{_cut(path)}); fetch it again"
+            ) from error
         self._files[file] = watched, mapped
-        length = int.from_bytes(watched.handle.read(8), "little")
-        header = json.loads(watched.handle.read(length))
-        header.pop("__metadata__", None)
-        return {
-            key: Entry(
-                file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + stop
-            )
-            for key, entry in header.items()
-            for start, stop in [entry["data_offsets"]]
-        }
+        return read_header(path)
 
     def get(self, key: str) -> Tensor:
         """The tensor `key`, as pages of the mapped file."""
@@ -155,3 +148,26 @@ class CheckpointFiles:
         watched, mapped = self._files[self.entries[key].file]
         watched.require_unchanged()
         return mapped
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, in the order in which they lie in it."""
+    with path.open("rb") as file:
+        begin = 8 + (length := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = {
+        key: Entry(path.name, entry["dtype"], tuple(entry["shape"]), begin + start, begin + stop)
+        for key, entry in header.items()
+        for start, stop in [entry["data_offsets"]]
+    }
+    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _cut(path: Path) -> str:
+    """The first tensor that a file is too short for, as a part of a sentence."""
+    try:
+        size = path.stat().st_size
+        return next(f"; cut in {k}" for k, e in read_header(path).items() if e.stop > size)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, MemoryError, OverflowError):
+        return ""
