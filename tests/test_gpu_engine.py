@@ -58,6 +58,16 @@ def test_tokens_are_stock_whatever_is_resident(model: Any, options: dict[str, An
     assert torch.equal(generate(engine.detach()), want)
 
 
+def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:
+    want = generate(model, max_new_tokens=6)
+    end = int(want[0, 10])
+    load_fake(model, memory=0.5)
+    ended = generate(model, max_new_tokens=6, eos_token_id=end)
+    assert torch.equal(ended, want[:, : ended.shape[1]])
+    assert ended.shape[1] == 11
+    assert torch.equal(generate(model, max_new_tokens=6), want)
+
+
 def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> None:
     want = generate(model, rows=3)
     load_fake(model, memory=0.5, batch=4)

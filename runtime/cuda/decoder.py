@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,10 +75,15 @@ class Decoder:
         self._steps: dict[int, DecodeStep] = {}
         self._forward: Any = torch.compile(model.forward) if compile else model.forward
         self._running: ExpertsCall | None = None
-        self._outcome_host: Tensor | None = None
+        self._flying: deque[tuple[DecodeStep, int, Tensor, torch.cuda.Event]] = deque()
+        """Steps under way: each with its sequences, and the host's copy of its outcome."""
+        self._spare: list[Tensor] = []
         DECODERS[id(model)] = self
 
     def step_for(self, num_rows: int) -> DecodeStep:
+        """The step for so many sequences, made at first use; what was under way is forgotten."""
+        self.drain()
+        self._spare.clear()  # outcomes of another batch size are of another length
         bucket = next(size for size in _buckets(self.batch) if size >= num_rows)
         if bucket not in self._steps:
             self._steps[bucket] = self._build(bucket)
@@ -100,14 +106,48 @@ class Decoder:
             device=self._pool.device,
         )  # fmt: skip
 
-    def run(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> Outcome:
-        """Predict, schedule, run, account: one decode step."""
+    def run(
+        self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None, more: bool = False
+    ) -> Outcome:
+        """Predict, schedule, run, account: one decode step, for the given tokens [B] or for those
+        that the last step chose by itself.
+
+        more: another such step follows. It is enqueued at once, and runs while this one is
+        accounted for.
+        """
         start = time.perf_counter()
+        if not self._flying:
+            self._launch(step, num_rows, tokens_B)
+        if more and self._runs_ahead:
+            self._launch(step, num_rows, None)
+        outcome = self._account(*self._flying.popleft())
+        if more:
+            self._announce()
+        self._stats.add_time("step", time.perf_counter() - start)
+        return outcome
+
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether a step can be scheduled before the routes of the last one are known."""
+        return self.oracle is not None or self._policy.table() is None
+
+    def _launch(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> None:
+        """Enqueue one step and the copy of its outcome to the host."""
         if tokens_B is not None:
             self._tokens_B = tokens_B.cpu().numpy()
             padding = len(step.ids_B1) - num_rows
             step.ids_B1[:, 0] = torch.cat([tokens_B, tokens_B[-1:].expand(padding)])
         self._schedule()
+        self._replay(step)
+        assert step.outcome is not None
+        pinned = self._spare.pop() if self._spare else pinned_like(step.outcome)
+        pinned.copy_(step.outcome, non_blocking=True)
+        arrival = torch.cuda.current_stream().record_event()
+        self._flying.append((step, num_rows, pinned, arrival))
+        if tokens_B is not None:
+            self._announce()
+
+    def _replay(self, step: DecodeStep) -> None:
         self._running = step.experts
         try:
             step()
@@ -120,10 +160,12 @@ class Decoder:
             ) from error
         finally:
             self._running = None
-        self._announce()
-        outcome = self._account(step, num_rows)
-        self._stats.add_time("step", time.perf_counter() - start)
-        return outcome
+
+    def drain(self) -> None:
+        """Let steps that nobody asks for any more come to their end."""
+        while self._flying:
+            *_, arrival = self._flying.pop()
+            arrival.synchronize()
 
     def _schedule(self) -> None:
         """Bring the values on the device up to the step that is about to run."""
@@ -145,11 +187,14 @@ class Decoder:
         self.oracle.submit(job)
         self.positions_B = self.positions_B + 1
 
-    def _account(self, step: DecodeStep, num_rows: int) -> Outcome:
-        """Wait for the step, count what it did."""
-        assert step.outcome is not None and step.logits_BV is not None
-        bucket = len(step.ids_B1)
-        outcome = self._to_host(step.outcome)
+    def _account(
+        self, step: DecodeStep, num_rows: int, pinned: Tensor, arrival: torch.cuda.Event
+    ) -> Outcome:
+        """Wait for a step, count what it did."""
+        assert step.logits_BV is not None
+        arrival.synchronize()
+        outcome, bucket = pinned.numpy().copy(), len(step.ids_B1)
+        self._spare.append(pinned)
         best_B = outcome[:num_rows].view(np.float32)
         if np.isnan(best_B).any():
             raise FloatingPointError(
@@ -165,13 +210,6 @@ class Decoder:
         if self.oracle is None or self.oracle.failure is not None:
             self._touch(self.routes_LBK)
         return Outcome(tokens_B.tolist(), step.logits_BV[:num_rows])
-
-    def _to_host(self, outcome: Tensor) -> np.ndarray:
-        if self._outcome_host is None or len(self._outcome_host) != len(outcome):
-            self._outcome_host = torch.empty_like(outcome, device="cpu").pin_memory()
-        self._outcome_host.copy_(outcome, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return self._outcome_host.numpy().copy()
 
     def _touch(self, routes_LBK: np.ndarray) -> None:
         """Keep a table policy on the host up to date, where no predictor does."""
@@ -211,11 +249,17 @@ class Decoder:
 
     def close(self) -> None:
         """Give back graphs, buffers and the predictor's thread."""
+        self.drain()
         if self.oracle is not None:
             self.oracle.close()
         self._steps.clear()
         self._storage = Storage(self.batch, self.context)
         self._forward = None
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """A pinned tensor on the host, of the same shape."""
+    return torch.empty_like(tensor, device="cpu").pin_memory()
 
 
 def _buckets(batch: int) -> list[int]:

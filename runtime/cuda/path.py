@@ -89,9 +89,11 @@ class CapturedPath:
             streamer,
         )
         step = self.decoder.step_for(num_rows)
-        return decode(
-            prompt, partial(self._prefill, prompt, step), partial(self.decoder.run, step, num_rows)
-        )
+        run = partial(self.decoder.run, step, num_rows)
+        try:
+            return decode(prompt, partial(self._prefill, prompt, step), run)
+        finally:
+            self.decoder.drain()
 
     # ------------------------------------------------------------------ prefill
 
