@@ -64,7 +64,7 @@ def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: An
     load_fake(model, memory=0.5)
     ended = generate(model, max_new_tokens=6, eos_token_id=end)
     assert torch.equal(ended, want[:, : ended.shape[1]])
-    assert ended.shape[1] == 11
+    assert ended.shape[1] < want.shape[1]
     assert torch.equal(generate(model, max_new_tokens=6), want)
 
 
