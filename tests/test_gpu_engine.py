@@ -1,4 +1,4 @@
-"""The whole GPU engine on the CPU: kernels interpreted, streams that do nothing, steps uncaptured."""
+"""The whole GPU engine on the CPU: interpreted kernels, streams that do nothing, no capture."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _trace(
     prompts: Iterable[Prompt], runner: Runner, writer: TraceWriter, settings: CollectSettings
 ) -> list[int]:
     """Write every document that is not yet in the trace; how many tokens each cut one has lost."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     done = writer.num_documents
     if done:

@@ -41,7 +41,7 @@ def takes_over(config: GenerationConfig) -> str | None:
 
 
 def decode(
-    prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[[Tensor | None], Any]
+    prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[[Tensor | None, bool], Any]
 ) -> Any:
     """Generate after `prompt`.
 
