@@ -12,6 +12,7 @@ from torch import Tensor
 from routing.layers import MoELayer, Routes
 from runtime.arena import expert_bytes
 from runtime.cuda import kv
+from runtime.cuda.decoder import Decoder
 from runtime.cuda.dense import HostDense, movable_bytes
 from runtime.cuda.grouped import run_grouped
 from runtime.cuda.host import HostTier
@@ -19,7 +20,7 @@ from runtime.cuda.layout import Layout, layout_of, stored_specs
 from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
-from runtime.cuda.streamed import StreamedPool
+from runtime.cuda.streamed import STAGES, StreamedPool
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
@@ -27,8 +28,8 @@ from runtime.loader import Source
 from runtime.policies import Policy
 from runtime.stats import Stats
 
-WORKSPACE = 96 << 20
-"""Bytes kept free beside slots and key/value cache: cuBLAS, activations of a step, graphs."""
+CUBLAS_BYTES = 64 << 20
+"""cuBLAS keeps 32 MiB for each stream it works on: ours and the captured one."""
 AHEAD_FROM = 16
 """Tokens of a forward pass from which the next layer's experts are streamed ahead."""
 
@@ -53,31 +54,45 @@ class GpuEngine:
         compile: bool,
         missing: int = 0,
     ) -> None:
-        self._dense = HostDense(source.model, missing)
-        groups = source.groups
         layout = _layout(source)
         self._why = layout if isinstance(layout, str) else None
-        self._layout = known = layout if isinstance(layout, Layout) else None
-        specs = [source.store.specs(index) for index in range(len(source.layers))]
-        records = [Record(stored_specs(spec, known)) for spec in specs]
-        self._host = HostTier(
-            source.store, [layer.num_experts for layer in source.layers], records, device,
-            transposed=known is not None and known.transposed,
-        )  # fmt: skip
-        stats.packing = 0.75 if self._host.packed else 1.0
-        self._pools: dict[int, StreamedPool] = {}
-        for group, slots in zip(groups, num_slots, strict=True):
-            record = records[group.layers[0]]
-            pool = StreamedPool(record, slots, device, self._host, policy, stats, known)
-            self._pools |= dict.fromkeys(group.layers, pool)
+        self._layout = layout if isinstance(layout, Layout) else None
         self._layers = source.layers
         self._routers = [router_of(source.model, layer) for layer in source.layers]
+        self._pools: dict[int, StreamedPool] = {}
+        self.decoder: Decoder | None = None
         self.path: CapturedPath | None = None
-        if known is not None:
-            self.path = CapturedPath(
-                source, known, self._pools[0], self._host, policy, stats, self._routers,
-                context=context, batch=batch, prefetch=prefetch, compile=compile,
-            )  # fmt: skip
+        groups, records = source.groups, self._records(source)
+        self._dense = HostDense(source.model, missing)
+        try:
+            self._host = self._fill_host(source, records, device)
+        except BaseException:
+            self._dense.restore()
+            raise
+        stats.packing = 0.75 if self._host.packed else 1.0
+        try:
+            for group, slots in zip(groups, num_slots, strict=True):
+                record = records[group.layers[0]]
+                pool = StreamedPool(record, slots, device, self._host, policy, stats, self._layout)
+                self._pools |= dict.fromkeys(group.layers, pool)
+            if self._layout is not None:
+                self.decoder = Decoder(
+                    source, self._layout, self._pools[0], self._host, policy, stats, self._routers,
+                    context=context, batch=batch, prefetch=prefetch, compile=compile,
+                )  # fmt: skip
+                self.path = CapturedPath(source.model, self.decoder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _records(self, source: Source) -> list[Record]:
+        specs = [source.store.specs(index) for index in range(len(source.layers))]
+        return [Record(stored_specs(spec, self._layout)) for spec in specs]
+
+    def _fill_host(self, source: Source, records: list[Record], device: torch.device) -> HostTier:
+        counts = [layer.num_experts for layer in source.layers]
+        is_turned = self._layout is not None and self._layout.transposed
+        return HostTier(source.store, counts, records, device, transposed=is_turned)
 
     @property
     def pools(self) -> list[StreamedPool]:
@@ -91,41 +106,42 @@ class GpuEngine:
 
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:
         """Let a predictor run beside the captured steps."""
-        if self.path is not None:
-            self.path.oracle = Oracle(forecaster, policy, self.path.books, stats)
+        if self.decoder is not None:
+            self.decoder.oracle = Oracle(forecaster, policy, self.decoder.books, stats)
 
     # ------------------------------------------------------------------ what Engine asks
 
     @property
     def is_capturing(self) -> bool:
         """Whether the model's forward runs as (the capture of) a decode step right now."""
-        return self.path is not None and self.path.is_running
+        return self.decoder is not None and self.decoder.is_running
 
     def run_captured(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Any:
         """The experts call of layer `index` inside a captured step."""
-        assert self.path is not None
-        return self.path.call(index, hidden, ids, weights)
+        assert self.decoder is not None
+        return self.decoder.call(index, hidden, ids, weights)
 
     def begin_forward(self) -> None:
         """A forward pass outside of captured steps begins: the host's books are the truth."""
-        if self.path is not None:
-            self.path.books.download()
+        if self.decoder is not None:
+            self.decoder.books.download()
 
     def announce(self, inputs: StepInputs) -> bool:
         """Tell the predictor's thread about a forward pass; False where there is none."""
-        path = self.path
-        if path is None or path.oracle is None or inputs.token_ids_BT is None:
+        oracle = None if self.decoder is None else self.decoder.oracle
+        if oracle is None or inputs.token_ids_BT is None:
             return False
-        is_new = inputs.past_length == 0
-        routes = None if is_new else path.last_routes_LBK
-        path.oracle.submit(Job(inputs.token_ids_BT, inputs.positions_BT, routes, is_new))
+        assert self.path is not None and self.decoder is not None
+        is_new, rows = inputs.past_length == 0, slice(self.path.num_rows)
+        routes = None if is_new else self.decoder.routes_LBK
+        oracle.submit(Job(inputs.token_ids_BT[rows], inputs.positions_BT[rows], routes, is_new))
         return True
 
     def remember(self, routes_BLK: np.ndarray) -> bool:
         """Keep the true routes of each sequence's last token for the predictor's thread."""
-        if self.path is None or self.path.oracle is None:
+        if self.path is None or self.decoder is None or self.decoder.oracle is None:
             return False
-        self.path.last_routes_LBK = routes_BLK.swapaxes(0, 1)
+        self.decoder.routes_LBK = routes_BLK[: self.path.num_rows].swapaxes(0, 1)
         return True
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
@@ -149,9 +165,9 @@ class GpuEngine:
 
     def check_integrity(self) -> None:
         """Assert that the device's books agree with themselves, then take them over."""
-        if self.path is not None:
-            self.path.books.check_integrity()
-            self.path.books.download()
+        if self.decoder is not None and self.decoder.books.on_device:
+            self.decoder.books.check_integrity()
+            self.decoder.books.download()
 
     @property
     def store(self) -> HostTier:
@@ -161,8 +177,10 @@ class GpuEngine:
     def close(self) -> None:
         """Give back everything on the device, and the experts to the store they came from."""
         torch.cuda.synchronize()
-        if self.path is not None:
-            self.path.close()
+        if self.decoder is not None:
+            self.decoder.close()
+        for pool in self._pools.values():
+            pool.close()
         self._pools.clear()
         self._host.close()
         self._dense.restore()
@@ -174,10 +192,7 @@ def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, 
     Returns the bytes for `slots_per_group` (the model's other weights and the slots), and how many
     bytes of other weights have to stay in host memory so that the least slots fit.
     """
-    config: Any = source.model.config
-    text = config.get_text_config(decoder=True)
-    dtype = next(source.model.parameters()).dtype
-    left = budget - WORKSPACE - kv.num_bytes(text, batch, context, dtype)
+    left = budget - _reserved(source, context, batch)
     least = sum(
         expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
         for group in source.groups
@@ -185,6 +200,22 @@ def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, 
     short = max(source.fixed_bytes + least - left, 0)
     missing = short if short <= movable_bytes(source.model) else 0
     return left, missing
+
+
+def _reserved(source: Source, context: int, batch: int) -> int:
+    """Bytes beside weights and slots: key/value cache, the activations of a prompt that fills it,
+    and the buffers of kernels and copies.
+    """
+    config: Any = source.model.config
+    text = config.get_text_config(decoder=True)
+    dtype = next(source.model.parameters()).dtype
+    sizes = [expert_bytes(group.specs) for group in source.groups]
+    top_k = max(layer.top_k for layer in source.layers)
+    width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
+    activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
+    logits = 4 * batch * text.vocab_size * 4
+    cache = kv.num_bytes(text, batch, context, dtype)
+    return CUBLAS_BYTES + STAGES * max(sizes) + activations * dtype.itemsize + logits + cache
 
 
 def _layout(source: Source) -> Layout | str:

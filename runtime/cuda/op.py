@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from runtime.cuda.path import CapturedPath
+    from runtime.cuda.decoder import Decoder
 
-PATHS: WeakValueDictionary[int, CapturedPath] = WeakValueDictionary()
-"""Live paths by the id of their model: an operator takes numbers and tensors only."""
+DECODERS: WeakValueDictionary[int, Decoder] = WeakValueDictionary()
+"""Live decoders by the id of their model: an operator takes numbers and tensors only."""
 
 
 @torch.library.custom_op("expertflow::experts", mutates_args=())
 def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
-    """`CapturedPath.run_layer`. What it writes (slots, books) nothing else in a graph touches."""
-    return PATHS[model].run_layer(layer, x, ids, weights)
+    """`Decoder.run_layer`. What it writes (slots, books) nothing else in a graph touches."""
+    return DECODERS[model].run_layer(layer, x, ids, weights)
 
 
 @experts.register_fake

@@ -81,7 +81,8 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream), torch.no_grad():
+        capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with capture, torch.no_grad():
             self._run()
         self._restore(state, saved, length)
         self._graph = graph

@@ -24,8 +24,10 @@ from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, as_model
 from runtime.cuda.record import Record
 from runtime.policies import Policy
-from runtime.stats import Stats
+from runtime.stats import Stats, format_bytes
 
+STAGES = 3
+"""Packed records on their way: one lands, one arrives, one waits."""
 GROUP = 4
 """Missing experts that run together: enough for one launch to pay, few enough not to wait."""
 
@@ -48,7 +50,7 @@ class StreamedPool:
     ) -> None:
         self.cache = ExpertCache(stats.num_layers, stats.num_experts, num_slots, policy)
         self.record, self.num_slots, self.device = record, num_slots, device
-        self.slots_SN = torch.zeros(num_slots, record.units, dtype=torch.int16, device=device)
+        self.slots_SN = slots(num_slots, record, device)
         self._views = record.views(self.slots_SN)
         self._host, self._stats, self._layout = host, stats, layout
         self._copies, self._landing = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -168,18 +170,36 @@ class StreamedPool:
         torch.cuda.current_stream(self.device).wait_stream(self._landing)
         self._arrived.clear()
 
+    def close(self) -> None:
+        """Give the device memory back, whoever still holds this pool."""
+        self.slots_SN = torch.empty(0, dtype=torch.int16)
+        self._views, self._staging = {}, []
+        self._arrived.clear()
+
     def clear(self) -> None:
         """Start with an empty cache, after something went wrong."""
         self.settle()
         self.cache.clear()
 
 
+def slots(num_slots: int, record: Record, device: torch.device) -> Tensor:
+    """The slots, int16 [S, N]. Raises ValueError where the device has no room for them."""
+    try:
+        return torch.zeros(num_slots, record.units, dtype=torch.int16, device=device)
+    except torch.OutOfMemoryError as error:
+        free, _ = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"{num_slots} expert slots need {format_bytes(2 * num_slots * record.units)} on "
+            f"{device}, where {format_bytes(free)} are free; give a smaller memory="
+        ) from error
+
+
 def staging(record: Record, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Buffers for packed records on their way (low, high): one lands, one arrives, one waits."""
+    """Buffers for packed records on their way, (low, high) each."""
     return [
         (
             torch.empty(record.units, dtype=torch.uint8, device=device),
             torch.empty(record.units // 2, dtype=torch.uint8, device=device),
         )
-        for _ in range(3)
+        for _ in range(STAGES)
     ]
