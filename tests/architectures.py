@@ -159,6 +159,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {"text_config": DELTA_NET},
     "qwen3_5_moe_text": DELTA_NET,
     "qwen3_next": DELTA_NET,
+    "qwen3_vl_moe": {
+        "image_token_id": 250,
+        "vision_start_token_id": 251,
+        "vision_config": {"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1, 2]},
+    },
     "qwen4_exp": {"text_config": DELTA_NET | INDEXER},
     "qwen4_exp_text": DELTA_NET | INDEXER,
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 250, "vision_end_token_id": 251},

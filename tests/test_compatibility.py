@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,29 @@ def test_two_kinds_of_experts_in_a_layer_are_exact_and_loaded_lazily() -> None:
     verdict = check("ernie4_5_vl_moe")
     assert verdict.is_exact and verdict.lazy == "yes" and verdict.generates == "yes"
     assert "vision_moe.experts saw no tokens" in verdict.traced
+
+
+@torch.inference_mode()
+def with_an_image(model: Any) -> torch.Tensor:
+    """Logits of a text around an image of 64 x 64 pixels, which makes four tokens."""
+    token_ids = torch.tensor([[5, 6, 251, 250, 250, 250, 250, 7, 8, 9]])
+    pixels = torch.randn(16, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    grid = torch.tensor([[1, 4, 4]])
+    kinds = (token_ids == 250).int()
+    return model(
+        token_ids, pixel_values=pixels, image_grid_thw=grid, mm_token_type_ids=kinds
+    ).logits
+
+
+def test_a_multimodal_wrapper_is_exact_with_an_image_too(tmp_path: Path) -> None:
+    model: Any = architecture_model("qwen3_vl_moe")
+    expected = with_an_image(model)
+    model.save_pretrained(tmp_path)
+    for size in (1.0, 0.25):
+        offloaded: Any = runtime.load(tmp_path, memory=size)
+        torch.testing.assert_close(with_an_image(offloaded), expected, rtol=0, atol=1e-5)
+    with runtime.load(model, memory=0.25).expertflow as engine:
+        torch.testing.assert_close(with_an_image(engine.model), expected, rtol=0, atol=1e-5)
 
 
 def test_the_list_of_architectures_has_no_double_and_all_are_in_the_installed_version() -> None:
