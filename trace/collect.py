@@ -67,20 +67,16 @@ def collect(settings: CollectSettings) -> None:
 def load_model(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on its device, and its tokenizer. Raises ValueError or OSError."""
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoTokenizer
+
+    from routing.architecture import model_class
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
     if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
         raise ValueError(f"--model {settings.model}: there is no such directory")
     config = AutoConfig.from_pretrained(settings.model)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(settings.model, dtype=settings.dtype)
+    model = model_class(config).from_pretrained(settings.model, dtype=settings.dtype)
     model.eval().to(settings.device)
     return model, AutoTokenizer.from_pretrained(settings.model)
 
