@@ -101,6 +101,13 @@ def test_what_is_not_captured_runs_all_the_same_and_says_why(
     assert model.expertflow.decode_path == "graph"
 
 
+def test_sequences_that_can_need_more_experts_than_fit_run_uncaptured(model: Any) -> None:
+    want = generate(model, rows=3)
+    load_fake(model, memory=3 / 32 + 1e-6, batch=4)
+    with pytest.warns(UserWarning, match="8 slots"):
+        assert torch.equal(generate(model, rows=3), want)
+
+
 def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:
     want = generate(model)
     predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))

@@ -28,6 +28,9 @@ LARGEST_BATCH = 32
 """Sequences: beyond, decode kernels would compute more than they load."""
 
 
+NOT_FINITE = "the model's logits are NaN: a weight or an activation is not finite"
+
+
 class Outcome(NamedTuple):
     """What a step gave."""
 
@@ -78,16 +81,30 @@ class Decoder:
         self._flying: deque[tuple[DecodeStep, int, Tensor, torch.cuda.Event]] = deque()
         """Steps under way: each with its sequences, and the host's copy of its outcome."""
         self._spare: list[Tensor] = []
+        self._num_free = 0
+        self._captures = torch.cuda.Stream(pool.device)  # cuBLAS keeps a workspace for each stream
         DECODERS[id(model)] = self
 
     def step_for(self, num_rows: int) -> DecodeStep:
         """The step for so many sequences, made at first use; what was under way is forgotten."""
         self.drain()
         self._spare.clear()  # outcomes of another batch size are of another length
-        bucket = next(size for size in _buckets(self.batch) if size >= num_rows)
+        bucket = self._bucket(num_rows)
         if bucket not in self._steps:
             self._steps[bucket] = self._build(bucket)
         return self._steps[bucket]
+
+    def _bucket(self, num_rows: int) -> int:
+        return next(size for size in _buckets(self.batch) if size >= num_rows)
+
+    def most_experts(self, num_rows: int) -> int:
+        """Slots that one layer's call of so many sequences can need."""
+        return min(self.books.num_experts, self._bucket(num_rows) * self._top_k)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the pool."""
+        return self._pool.num_slots
 
     def _build(self, bucket: int) -> DecodeStep:
         experts = ExpertsCall(
@@ -95,15 +112,10 @@ class Decoder:
             self.books, prefetch=self._prefetch, routers=self._routers,
             forecast=None if self.oracle is None else self.oracle.likely,
         )  # fmt: skip
-        if experts.max_used > self._pool.num_slots:
-            raise ValueError(
-                f"{bucket} sequences can need {experts.max_used} experts of a layer at once, but "
-                f"there are {self._pool.num_slots} slots; give more memory or fewer sequences"
-            )
         return DecodeStep(
             self._forward, self._config, SharedCache(self._storage, self._config.num_hidden_layers),
             experts, batch=bucket, context=self.context, dtype=self._model.dtype,
-            device=self._pool.device,
+            device=self._pool.device, stream=self._captures,
         )  # fmt: skip
 
     def run(
@@ -172,6 +184,7 @@ class Decoder:
         if not self.books.on_device:
             self._pool.settle()
             self.books.upload()
+            self._num_free = self._pool.num_slots - self._pool.cache.num_resident
         if self.oracle is not None and self.oracle.failure is None:
             self.oracle.begin_step()
             return
@@ -197,9 +210,7 @@ class Decoder:
         self._spare.append(pinned)
         best_B = outcome[:num_rows].view(np.float32)
         if np.isnan(best_B).any():
-            raise FloatingPointError(
-                "the model's logits are NaN: a weight or an activation is not finite"
-            )
+            raise FloatingPointError(NOT_FINITE)
         tokens_B = outcome[bucket : bucket + num_rows]
         ledger = step.experts.read(outcome[2 * bucket :])
         self._count(ledger, num_rows)
@@ -225,6 +236,9 @@ class Decoder:
         was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
         num_missed_L = ledger.num_fetched_L - was_early_L
         link_bytes = self._host.link_bytes(0)
+        num_missed = int(num_missed_L.sum())
+        self._stats.evictions += max(num_missed - self._num_free, 0)
+        self._num_free = max(self._num_free - num_missed, 0)
         self._stats.count_step(ledger.num_used_L, num_missed_L, link_bytes, num_rows)
         if self._prefetch:
             share_L = ledger.chunks_L / self._pool.record.num_chunks
