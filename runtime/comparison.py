@@ -165,7 +165,8 @@ def bypass_outcome(
 ) -> tuple[str, float]:
     """Name and hit rate of the optimum that may stream an expert through."""
     slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
-    simulation = BypassSimulation([call for calls in steps for call in calls], *shape, slots)
+    policy = Belady(*shape, calls=[call for calls in steps for call in calls])
+    simulation = BypassSimulation(policy, *shape, slots)
     for calls in steps:
         simulation.step(None, calls)
     return simulation.name, 1 - simulation.loads / simulation.requests

@@ -24,6 +24,7 @@ COLORS = {
     "lfu": "#3b6ea5",
     "predicted": "#d9822b",
     "belady": "#4f8a5b",
+    "predicted+bypass": "#e8b98a",
     "belady+bypass": "#a5c9a9",
 }
 
@@ -182,7 +183,7 @@ def _plot(path: Path, results: Sequence[Result], title: str) -> None:
             marker="o",
             label=policy,
             color=COLORS[policy],
-            linestyle="--" if policy.startswith("belady") else "-",
+            linestyle="--" if policy.startswith("belady") or "+" in policy else "-",
         )
     axes.set(xlabel="share of all experts resident", ylabel="hit rate", ylim=(0, 1))
     axes.set_title(title, fontsize=9)

@@ -146,7 +146,7 @@ def test_a_flat_forecast_is_not_worth_a_prefetch_that_delays_the_next_layer() ->
     slow = Machine(expert_ms=12.0, layer_ms=3.0)
     times = {}
     for plan in ("none", "priced"):
-        timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, 8, slow, plan)  # type: ignore[arg-type]
+        timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, 8, slow, plan)
         for calls in steps:
             timeline.step(flat, calls)
         times[plan] = timeline.tally.milliseconds
