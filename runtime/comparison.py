@@ -26,7 +26,7 @@ from runtime.policies import (
 )
 from runtime.replay import Step
 from runtime.rivals import Documents, Rival, used_by
-from runtime.simulation import BypassSimulation
+from runtime.simulation import BypassSimulation, Simulation
 from runtime.timeline import Machine, Plan, Tally, Timeline
 
 PLANS: tuple[Plan, ...] = ("none", "priced", "greedy")
@@ -160,16 +160,23 @@ def outcome(
     )
 
 
-def bypass_outcome(
+def other_replays(
     steps: Sequence[Calls], shape: tuple[int, int], residency: float
-) -> tuple[str, float]:
-    """Name and hit rate of the optimum that may stream an expert through."""
+) -> list[tuple[str, float]]:
+    """Names and hit rates of replays by other rules: an LRU that serves expert by expert, so that
+    it may evict what the running call still needs, and the optimum that may stream experts through.
+    """
     slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
-    policy = Belady(*shape, calls=[call for calls in steps for call in calls])
-    simulation = BypassSimulation(policy, *shape, slots)
+    flat = [call for calls in steps for call in calls]
+    optimum = BypassSimulation(Belady(*shape, calls=flat), *shape, slots)
+    singly = Simulation(LRU(*shape), *shape, slots)
     for calls in steps:
-        simulation.step(None, calls)
-    return simulation.name, 1 - simulation.loads / simulation.requests
+        optimum.step(None, calls)
+        singly.step(None, [(layer, one) for layer, experts in calls for one in experts[:, None]])
+    return [
+        (name, 1 - simulation.loads / simulation.requests)
+        for name, simulation in (("lru, one by one", singly), (optimum.name, optimum))
+    ]
 
 
 def decode_steps(documents: Documents) -> list[Step]:

@@ -12,9 +12,9 @@ from routing.shards import Document, TraceReader
 from runtime.comparison import (
     Contender,
     Outcome,
-    bypass_outcome,
     decode_steps,
     file_forecasts,
+    other_replays,
     outcome,
     predicting,
     rival_forecasts,
@@ -60,8 +60,7 @@ def compare(
     outcomes, remarks = [], []
     for share in settings.residency:
         rows = [outcome(contender, calls, shape, share, machine) for contender in contenders]
-        name, optimum = bypass_outcome(calls, shape, share)
-        print_table(rows, (name, optimum), settings, share)
+        print_table(rows, other_replays(calls, shape, share), settings, share)
         remarks += [remark(row) for row in rows if row.saving is not None]
         outcomes += rows
     return outcomes, remarks
@@ -112,7 +111,10 @@ def _fit_documents(settings: SimulateSettings, reader: TraceReader) -> list[list
 
 
 def print_table(
-    rows: Sequence[Outcome], optimum: tuple[str, float], settings: SimulateSettings, share: float
+    rows: Sequence[Outcome],
+    others: Sequence[tuple[str, float]],
+    settings: SimulateSettings,
+    share: float,
 ) -> None:
     """One cache size: a row for each contender."""
     from rich.console import Console
@@ -127,7 +129,8 @@ def print_table(
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         table.add_row(*_cells(row, settings.expert_mb))
-    table.add_row(optimum[0], "", "", f"{optimum[1]:.3f}")
+    for name, hit_rate in others:
+        table.add_row(name, "", "", f"{hit_rate:.3f}")
     Console(width=120).print(table)
 
 

@@ -185,7 +185,7 @@ def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     names = ["lru", "lfu", "least-stale", "belady", "static hot set", "previous token"]
     names += ["token table", "nearest maps", "ours"]
     assert [row["name"] for row in rows] == 2 * names
-    assert all(name in said for name in [*names, "belady+bypass"])
+    assert all(name in said for name in [*names, "lru, one by one", "belady+bypass"])
     assert said.count("prefetch on") + said.count("prefetch off") == 2 * 5
     best = {row["residency"]: row["hit_rate"] for row in rows if row["name"] == "belady"}
     assert all(row["hit_rate"] <= best[row["residency"]] + 1e-9 for row in rows)
