@@ -258,5 +258,5 @@ def test_training_starts_from_the_base_rate():
 
 
 def test_attention_heads_that_cannot_share_keys_and_values_evenly_are_refused():
-    with pytest.raises(ValueError, match="4 attention heads cannot share 3 .* kv_heads"):
+    with pytest.raises(ValueError, match="4 attention heads cannot share 3"):
         CausalSettings(attention_heads=4, kv_heads=3)
