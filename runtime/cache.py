@@ -67,6 +67,21 @@ class ExpertCache:
         for start in range(0, len(experts), self.num_slots):
             yield self._request(layer, experts[start : start + self.num_slots])
 
+    def admit(self, layer: int, experts: np.ndarray, pinned: np.ndarray) -> Lookup:
+        """Slots for the missing of `experts` (int64 [N]) of `layer`, ahead of their call.
+
+        pinned: int64 keys that must stay. As many as there is room for beside those and the ones
+        of `experts` that are resident already; the returned lookup holds only what is to be loaded.
+        """
+        keys = layer * self.num_experts + experts
+        missed = self.slot_of_key[keys] == FREE
+        pinned = np.concatenate([pinned, keys[~missed]])
+        held = np.count_nonzero(self.slot_of_key[pinned] != FREE)
+        missing = keys[missed][: max(self.num_slots - held, 0)]
+        num_evicted = self._admit(pinned, missing)
+        slots = self.slot_of_key[missing]
+        return Lookup(missing % self.num_experts, slots, np.ones(len(slots), bool), num_evicted)
+
     def _request(self, layer: int, experts: np.ndarray) -> Lookup:
         keys = layer * self.num_experts + experts
         missed = self.slot_of_key[keys] == FREE
@@ -98,6 +113,14 @@ class ExpertCache:
         self.slot_of_key.fill(FREE)
         self.key_of_slot.fill(FREE)
         self._free = list(range(self.num_slots - 1, -1, -1))
+
+    def adopt(self, key_of_slot: np.ndarray) -> None:
+        """Take over who is in which slot (int [S]) from books that were kept elsewhere."""
+        self.clear()
+        self.key_of_slot[:] = key_of_slot
+        owned = np.flatnonzero(self.key_of_slot != FREE)
+        self.slot_of_key[self.key_of_slot[owned]] = owned
+        self._free = np.flatnonzero(self.key_of_slot == FREE)[::-1].tolist()
 
     def check_integrity(self) -> None:
         """Assert conservation: each slot one owner, resident + free = capacity, no key twice."""

@@ -8,16 +8,16 @@ run, account. Nothing of the model's own code changes: the experts containers ge
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer, read_call
+from routing.layers import MoELayer, bound_call, read_call, read_routes
 from routing.topology import NO_EXPERT
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
@@ -26,6 +26,10 @@ from runtime.loader import Source
 from runtime.policies import Forecast, Policy
 from runtime.pool import Pool
 from runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from runtime.cuda.gpu import GpuEngine
+    from runtime.cuda.streamed import StreamedPool
 
 
 class Engine:
@@ -38,19 +42,21 @@ class Engine:
         self,
         source: Source,
         policy: Policy,
-        pools: list[Pool],
+        pools: Sequence[Pool | StreamedPool],
         stats: Stats,
         forecaster: Forecaster | None,
         device: torch.device,
+        gpu: GpuEngine | None = None,
     ) -> None:
         self.model = source.model
         self.topology = source.topology
         self._layers = source.layers
-        self._store = source.store
+        self._store = source.store if gpu is None else gpu.store
         self._policy = policy
         self._pools = pools
         self._stats = stats
         self._forecaster = forecaster
+        self._gpu = gpu
         self._rows = _predicted_rows(source.layers, forecaster)
         self._routes: dict[int, np.ndarray] = {}
         self._inputs: StepInputs | None = None
@@ -74,8 +80,17 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
+        if self._gpu is not None:
+            self._gpu.check_integrity()
         for pool in dict.fromkeys(self._pools):
             pool.cache.check_integrity()
+
+    @property
+    def decode_path(self) -> str:
+        """Either "graph": decode steps run as captured CUDA graphs, or why they do not."""
+        if self._gpu is None:
+            return "the model is not on a CUDA device"
+        return self._gpu.why or "graph"
 
     def detach(self) -> nn.Module:
         """Restore and return the original model, all experts in memory. Idempotent."""
@@ -99,6 +114,8 @@ class Engine:
     def _attach(self, device: torch.device) -> None:
         before = next(self.model.parameters()).device
         self._undo.append(lambda: self.model.to(before))
+        if self._gpu is not None:
+            self._undo.append(self._gpu.close)
         for module in self.model.modules():
             self._undo.append(partial(setattr, module, "training", module.training))
         for index, layer in enumerate(self._layers):
@@ -118,6 +135,9 @@ class Engine:
             hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
         self._undo.extend(hook.remove for hook in hooks)
         self._disable_compile()
+        if self._gpu is not None and self._gpu.path is not None:
+            self.model.__dict__["generate"] = self._gpu.path.generate
+            self._undo.append(partial(self.model.__dict__.pop, "generate"))
         self.model.to(device).eval()
 
     def _disable_compile(self) -> None:
@@ -134,6 +154,8 @@ class Engine:
         self._step_start = time.perf_counter()
         self._routes.clear()
         self._inputs = read_inputs(self.model, args, kwargs)
+        if self._gpu is not None:
+            self._gpu.begin_forward()
         self._policy.begin_step(self._predict(self._inputs))
 
     def _begin_encoding(self, *_: Any) -> None:
@@ -141,6 +163,8 @@ class Engine:
 
     def _predict(self, inputs: StepInputs) -> Forecast | None:
         if self._forecaster is None or inputs.token_ids_BT is None:
+            return None
+        if self._gpu is not None and self._gpu.announce(inputs):
             return None
         with self._stats.timer("predict"):
             batch = len(inputs.token_ids_BT)
@@ -159,9 +183,13 @@ class Engine:
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
+        if self._gpu is not None and self._gpu.is_capturing:
+            return self._gpu.run_captured(index, *bound_call(layer, args, kwargs))
         hidden_TH, routes = read_call(layer, args, kwargs)
         if self._forecaster is not None:
-            self._routes[index] = routes.experts_TK.cpu().numpy()
+            self._routes[index] = read_routes(layer, args, kwargs).experts_TK.cpu().numpy()
+        if self._gpu is not None:
+            return self._gpu.run_layer(layer, index, hidden_TH, routes)
         return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
 
     def _end_step(self, *_: Any) -> None:
@@ -184,9 +212,11 @@ class Engine:
             experts = self._routes.get(index)
             if experts is not None and len(experts) == batch * length:
                 routes_BLK[:, row, : experts.shape[1]] = experts[length - 1 :: length]
+        if self._gpu is not None and self._gpu.remember(routes_BLK):
+            return
         forecaster.observe(routes_BLK)
         if length == 1 and forecaster.this_BLE is not None:
-            self._stats.count_recall(*_recall(forecaster.this_BLE, routes_BLK))
+            self._stats.count_recall(forecaster.this_BLE, routes_BLK)
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -201,12 +231,3 @@ def _predicted_rows(layers: list[MoELayer], forecaster: Forecaster | None) -> li
         return None
     stack = forecaster.file.stack
     return [index for index, layer in enumerate(layers) if layer.stack == stack.name]
-
-
-def _recall(logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> tuple[int, int]:
-    """How many of the used experts are among the K of highest logit, out of how many."""
-    top_k = routes_BLK.shape[-1]
-    best_BLK = np.argpartition(logits_BLE, -top_k, axis=-1)[..., -top_k:]
-    used = routes_BLK != NO_EXPERT
-    found = (best_BLK[..., None] == routes_BLK[..., None, :]).any(-2) & used
-    return int(found.sum()), int(used.sum())

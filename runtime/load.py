@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HOSTS = ("file", "memory")
+
+
 def load(
     model: str | Path | nn.Module,
     predictor: str | Path | None = None,
@@ -34,6 +37,11 @@ def load(
     dtype: str | torch.dtype = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     replay: str | Path | Iterable[tuple[int, np.ndarray]] | None = None,
+    host: str = "file",
+    context: int = 2048,
+    batch: int = 1,
+    prefetch: bool = False,
+    compile: bool = False,
 ) -> Any:
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
@@ -41,7 +49,8 @@ def load(
         `model.expertflow.detach()`).
     predictor: an ONNX file of `predictor.export`.
     memory: the fraction of all experts that stays resident, or the bytes ("2GiB") for the model's
-        other weights and the expert slots together. The key/value cache comes on top.
+        other weights and the expert slots together. On the CPU the key/value cache comes on top; on
+        a GPU the bytes are for everything: key/value cache, workspace and graphs too.
     policy: "lru", "lfu", "predicted" or "belady"; by default "predicted" with a predictor, else
         "lru".
     device: where the model computes; by default a GPU for a path, if there is one, and a module's
@@ -49,30 +58,67 @@ def load(
     dtype: of a model loaded from a path; "auto" is the checkpoint's.
     tokenizer: checked against the predictor's; a directory's own is found by itself.
     replay: for "belady", a trace directory of exactly the calls to come, or the calls themselves.
+    host: where the experts of a path live when they are not in a slot: "file" reads each where it
+        lies (the system keeps in memory what it has room for), "memory" reads all of them now. On a
+        GPU they always end in pinned memory.
+    context, batch: on a GPU, the longest sequence (prompt and generated tokens) and the most
+        sequences that are decoded as captured CUDA graphs; the key/value cache is that large.
+    prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle.
+    compile: on a GPU, fuse the model's own operations with torch.compile; the first token of each
+        batch size then waits for the compiler, tens of seconds for a large model.
 
     Raises ValueError, naming the thing and the mend, when something does not fit together; the
     model is then as it was.
     """
     budget, target = parse_memory(memory), _device(device, model)
     file = None if predictor is None else open_predictor(predictor)
-    source = _open(model, tokenizer, dtype)
+    source = _open(model, tokenizer, dtype, host if target.type == "cpu" else "file")
     if file is not None:
         source.topology.require_match(
             file.topology, ours="the model", theirs=f"the predictor {predictor}"
         )
     chosen = _policy(policy, source, file, replay)
+    forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
+    if target.type == "cuda":
+        options = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
+        _load_on_gpu(source, budget, target, chosen, forecaster, options)
+        return source.model
     slots = slots_per_group(budget, source)
     stats = Stats(layers=source.layers, num_slots=sum(slots), policy=chosen.name)
     pools = build_pools(source, slots, target, chosen, stats)
-    forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
     Engine(source, chosen, pools, stats, forecaster, target)
     return source.model
 
 
-def _open(model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype) -> Source:
+def _load_on_gpu(
+    source: Source,
+    budget: float | int,
+    target: torch.device,
+    policy: Policy,
+    forecaster: Forecaster | None,
+    options: dict[str, Any],
+) -> None:
+    from runtime.cuda.gpu import GpuEngine, fit
+
+    if isinstance(budget, int):
+        sizes = {name: options[name] for name in ("context", "batch")}
+        budget, options["missing"] = fit(source, budget, **sizes)
+    slots = slots_per_group(budget, source, off_device=options.get("missing", 0))
+    stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
+    gpu = GpuEngine(source, slots, target, policy, stats, **options)
+    if forecaster is not None:
+        gpu.predict_with(forecaster, policy, stats)
+    Engine(source, policy, gpu.pools, stats, forecaster, target, gpu)
+
+
+def _open(
+    model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype, host: str
+) -> Source:
+    if host not in HOSTS:
+        raise ValueError(f"host={host!r} is not one of {', '.join(HOSTS)}")
     if isinstance(model, nn.Module):
         return from_module(model, tokenizer)
-    return from_path(model, tokenizer, dtype)
+    return from_path(model, tokenizer, dtype, in_memory=host == "memory")
 
 
 def _policy(name: str | None, source: Source, file: PredictorFile | None, replay: Any) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,7 +66,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
             "predictors need onnxruntime: install moe-expertflow[cpu] or moe-expertflow[gpu]"
         ) from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = max(1, min(4, (os.cpu_count() or 1) // 4))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:

@@ -50,6 +50,12 @@ class Policy(ABC):
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
 
+    def table(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The step about to run as two vectors, float64 [L * E]: the values of each layer's
+        experts before that layer has run, and after. None for policies that follow their touches.
+        """
+        return None
+
 
 class LRU(Policy):
     """Least recently used; within one call, experts of lower id are older."""
@@ -58,14 +64,12 @@ class LRU(Policy):
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._clock = 0
+        self.clock = 0
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
         count = len(experts)
-        self.values[layer * self.num_experts + experts] = np.arange(
-            self._clock, self._clock + count
-        )
-        self._clock += count
+        self.values[layer * self.num_experts + experts] = np.arange(self.clock, self.clock + count)
+        self.clock += count
 
 
 class LFU(Policy):
@@ -184,6 +188,9 @@ class PredictedReuse(Policy):
         row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
         self.values[row] = self._after_LE[layer]
 
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.values.copy(), self._after_LE.reshape(-1).astype(np.float64)
+
 
 class Belady(Policy):
     """The optimum without bypass (Belady 1966): evict what is used furthest in the future.
@@ -214,6 +221,15 @@ class Belady(Policy):
             )
         self.values[layer * self.num_experts + experts] = self._next_uses[self._position]
         self._position += 1
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        after, num_layers = self.values.copy(), len(self.values) // self.num_experts
+        upcoming = slice(self._position, self._position + num_layers)
+        for (layer, experts), uses in zip(
+            self._calls[upcoming], self._next_uses[upcoming], strict=True
+        ):
+            after[layer * self.num_experts + experts] = uses
+        return self.values.copy(), after
 
 
 def link_next_uses(calls: Calls, num_layers: int, num_experts: int) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from routing.layers import MoELayer
+from routing.topology import NO_EXPERT
 from runtime.cache import Lookup
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Stats:
     layers: list[MoELayer]
     num_slots: int
     policy: str
+    packing: float = 1.0
+    """Bytes that cross the link for a byte of an expert: below 1 where they travel packed."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -35,9 +38,12 @@ class Stats:
     def reset(self) -> None:
         """Start counting anew (the cache keeps its content)."""
         self.hits_L = np.zeros(self.num_layers, np.int64)
+        self.late_L = np.zeros(self.num_layers, np.int64)
         self.misses_L = np.zeros(self.num_layers, np.int64)
         self.evictions = 0
         self.bytes_loaded = 0
+        self.prefetches, self.prefetches_used = 0, 0
+        self.bytes_prefetched, self.bytes_wasted = 0, 0
         self.steps = 0
         self.tokens = 0
         self.seconds = {"load": 0.0, "predict": 0.0, "step": 0.0}
@@ -70,7 +76,7 @@ class Stats:
     @property
     def hit_rate(self) -> float:
         """Share of requests that found their expert resident (NaN before the first)."""
-        requests = self.hits + self.misses
+        requests = self.hits + int(self.late_L.sum()) + self.misses
         return self.hits / requests if requests else float("nan")
 
     @property
@@ -91,10 +97,43 @@ class Stats:
         self.evictions += lookup.num_evicted
         self.bytes_loaded += num_missed * slot_bytes
 
-    def count_recall(self, recalled: int, out_of: int) -> None:
-        """Book how many of `out_of` used experts the predictor had in its top-k."""
-        self._recalled += recalled
-        self._predicted += out_of
+    def count_step(
+        self, num_used_L: np.ndarray, num_missed_L: np.ndarray, slot_bytes: int, num_tokens: int
+    ) -> None:
+        """Book one captured step of `num_tokens` tokens."""
+        self.misses_L += num_missed_L
+        self.hits_L += num_used_L - num_missed_L
+        self.bytes_loaded += int(num_missed_L.sum()) * slot_bytes
+        self.steps += 1
+        self.tokens += num_tokens
+
+    def count_prefetch(
+        self, share_L: np.ndarray, used_L: np.ndarray, chosen_L: np.ndarray, slot_bytes: int
+    ) -> None:
+        """Book the prefetches of a captured step: which layers had one, the share of its bytes that
+        arrived in time, and whether the layer then needed it. A needed expert's rest is loaded with
+        its layer: it was late.
+        """
+        late_L = chosen_L & used_L & (share_L < 1)
+        wasted = int(share_L[chosen_L & ~used_L].sum() * slot_bytes)
+        self.hits_L -= late_L
+        self.late_L += late_L
+        self.prefetches += int(chosen_L.sum())
+        self.prefetches_used += int((chosen_L & used_L).sum())
+        self.bytes_prefetched += int(share_L[chosen_L].sum() * slot_bytes)
+        self.bytes_loaded += int((chosen_L & used_L).sum()) * slot_bytes + wasted
+        self.bytes_wasted += wasted
+
+    def count_recall(self, logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> None:
+        """Book how many of the used experts (int, NO_EXPERT for none) are among the K of highest
+        predicted logit.
+        """
+        top_k = routes_BLK.shape[-1]
+        best_BLK = np.argpartition(logits_BLE, -top_k, axis=-1)[..., -top_k:]
+        used = routes_BLK != NO_EXPERT
+        found = (best_BLK[..., None] == routes_BLK[..., None, :]).any(-2) & used
+        self._recalled += int(found.sum())
+        self._predicted += int(used.sum())
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -103,9 +142,10 @@ class Stats:
         try:
             yield
         finally:
-            self._add_time(name, time.perf_counter() - start)
+            self.add_time(name, time.perf_counter() - start)
 
-    def _add_time(self, name: str, seconds: float) -> None:
+    def add_time(self, name: str, seconds: float) -> None:
+        """Add to `seconds[name]`."""
         self.seconds[name] += seconds
         if name == "predict":
             self.prediction_ms.append(seconds * 1e3)

@@ -50,6 +50,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "head_dim": 8,
     },
+    "gpt_oss": CAUSAL
+    | {
+        "num_hidden_layers": 4,  # with a sliding window in every other one
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "head_dim": 8,
+        "sliding_window": 8,
+    },
     "switch_transformers": COMMON
     | {
         "d_model": 32,
@@ -74,7 +82,7 @@ def tiny_config(kind: str, **overrides: Any) -> PretrainedConfig:
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> nn.Module:
-    """A random float32 model of one of `KINDS`, in eval mode; `overrides` go to its config."""
+    """A random float32 model of one of `CONFIGS`, in eval mode; `overrides` go to its config."""
     config = tiny_config(kind, **overrides)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):

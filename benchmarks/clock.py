@@ -1,0 +1,74 @@
+"""What watches a generation: the clock, once a token, and a recorder of logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+
+class Enough(Exception):
+    """Ends a generation early; the tokens that came count."""
+
+
+class Clock(BaseStreamer):
+    """Reads the clock when a token (of every sequence) has reached the host.
+
+    Raises `Enough` out of `generate` after `max_tokens` tokens, or `max_seconds` after the first.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_first: Callable[[], None] = lambda: None,
+        max_tokens: int | None = None,
+        max_seconds: float = float("inf"),
+    ) -> None:
+        self._on_first = on_first
+        self._max_tokens, self._max_seconds = max_tokens, max_seconds
+        self._has_prompt = False
+        self.seconds: list[float] = []
+        """perf_counter at each token."""
+        self.on_first_s = 0.0
+        """What `on_first` took; no part of any step."""
+
+    def put(self, value: Tensor) -> None:
+        """The prompt comes first, then token by token."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        self.seconds.append(time.perf_counter())
+        if len(self.seconds) == 1:
+            self._on_first()
+            self.on_first_s = time.perf_counter() - self.seconds[0]
+        too_long = self.seconds[-1] - self.seconds[0] > self._max_seconds
+        if len(self.seconds) == self._max_tokens or too_long:
+            raise Enough
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    @property
+    def step_s(self) -> list[float]:
+        """Decode steps, from token to token."""
+        steps = [b - a for a, b in pairwise(self.seconds)]
+        if steps:
+            steps[0] -= self.on_first_s
+        return steps
+
+
+class LogitsRecorder(LogitsProcessor):
+    """Keeps the logits of every step, float32 [B, V] on the CPU."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leaves `scores` as they are."""
+        self.logits.append(scores.to("cpu", torch.float32, copy=True))
+        return scores

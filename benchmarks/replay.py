@@ -1,0 +1,105 @@
+"""A recorded text in place of the model's own: its tokens, and where they are known its routes.
+
+A random model says nothing and routes everything alike. Here it is made to say a given text, and to
+use the experts that a trained model used for it. The model still runs whole (the head and the
+routers too, whose weights still weigh the experts); only the choices are read from tables on the
+device, by a counter on the device. So it works inside a captured CUDA graph, without the host, and
+alike for every way to run the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.passages import Passages
+from routing.layers import find_moe_layers
+
+CHOSEN_LOGIT = 8192.0
+"""Above all others, and exact in every number format."""
+
+
+class Replay:
+    """Tables for `batch` sequences of up to `length` tokens, and how far they ran.
+
+    A forward pass of T tokens a sequence moves the counter by T, looks up the experts of those
+    tokens in all layers, and ends with the logit of the text's next token at `CHOSEN_LOGIT`.
+    """
+
+    def __init__(
+        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool
+    ) -> None:
+        """routes: whether the experts are replayed too."""
+        layers = find_moe_layers(model)
+        top_k = max(layer.top_k for layer in layers)
+        self._model = model
+        self._routers = [_router(model, layer.name) for layer in layers] if routes else []
+        self._batch, self._length = batch, length
+        self._tokens_BT = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        shape = len(self._routers), batch * length, top_k
+        self._experts_LPK = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._first_B1 = torch.arange(batch, device=device)[:, None] * length
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step_LPK: Tensor | None = None
+
+    def start(self, passages: Passages) -> None:
+        """The next token to run is the first of `passages` (in place: captured graphs see it)."""
+        length = passages.token_ids_BT.shape[1]
+        self._tokens_BT[:, :length].copy_(passages.token_ids_BT)
+        if self._routers:
+            assert passages.experts_BTLK is not None
+            experts_LBTK = torch.from_numpy(passages.experts_BTLK).permute(2, 0, 1, 3)
+            table_LBTK = self._experts_LPK.unflatten(1, (self._batch, self._length))
+            table_LBTK[:, :, :length].copy_(experts_LBTK)
+        self._position.zero_()
+
+    @property
+    def position(self) -> int:
+        """Tokens that ran in each sequence since `start`. Synchronises."""
+        return int(self._position)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Meanwhile the model follows the tables."""
+        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        own = [embedding, head, *self._routers]
+        embedding.forward = partial(self._embed, embedding.forward)
+        head.forward = partial(self._choose, head.forward)
+        for layer, router in enumerate(self._routers):
+            router.forward = partial(self._route, layer, router.forward)
+        try:
+            yield
+        finally:
+            for module in own:
+                module.__dict__.pop("forward", None)
+
+    def _embed(self, own: Any, token_ids_BT: Tensor) -> Tensor:
+        num_tokens = token_ids_BT.shape[1]
+        if self._routers:
+            ahead_T = torch.arange(num_tokens, device=self._position.device)
+            rows_BT = self._first_B1 + (self._position + ahead_T) % self._length
+            self._step_LPK = self._experts_LPK.index_select(1, rows_BT.view(-1))
+        self._position.add_(num_tokens)
+        embedded: Tensor = own(token_ids_BT)
+        return embedded
+
+    def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights_PK, _ = own(hidden)
+        assert self._step_LPK is not None
+        return logits, weights_PK, self._step_LPK[layer]
+
+    def _choose(self, own: Any, hidden: Tensor) -> Tensor:
+        logits_BTV: Tensor = own(hidden)
+        next_B1 = self._tokens_BT.index_select(1, self._position % self._length)
+        logits_BTV[:, -1].scatter_(1, next_B1, CHOSEN_LOGIT)
+        return logits_BTV
+
+
+def _router(model: nn.Module, experts_name: str) -> nn.Module:
+    """The router beside an experts container: it returns (logits, weights [P, K], experts)."""
+    return model.get_submodule(f"{experts_name.rpartition('.')[0]}.gate")

@@ -1,0 +1,169 @@
+"""The model that all arms of a benchmark run, its text, and how each system gets it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import rivals
+from benchmarks.arms import MIN, NO_CACHE, Arm, Running, offloaded
+from benchmarks.link import best, measure_link
+from benchmarks.passages import Passages, RandomText, Text, TracedText, passage_calls
+from benchmarks.predictor_badge import rebadge
+from benchmarks.replay import Replay
+from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
+from routing.topology import Topology, topology_of
+from runtime.onnx_file import open_predictor
+
+
+class Pass(NamedTuple):
+    """Passages to generate after their prompt, and how many tokens."""
+
+    passages: Passages
+    prompt: int
+    new_tokens: int
+
+    @property
+    def text(self) -> Passages:
+        """What runs through the model: the last new token does not."""
+        return self.passages.first(self.prompt + self.new_tokens - 1)
+
+
+class Subject:
+    """A random model of a published shape in host memory, with the link to the device measured."""
+
+    def __init__(
+        self,
+        shape: str,
+        device: torch.device,
+        *,
+        trace: Path | None,
+        predictor: Path | None,
+        seed: int,
+    ) -> None:
+        """Raises ValueError for an unknown shape, or a trace or predictor that does not fit."""
+        self.shape, self.device = shape_named(shape), device
+        start = time.perf_counter()
+        self.model: Any = build_model(self.shape, device, seed=seed)
+        self.build_s = time.perf_counter() - start
+        self.topology: Topology = topology_of(self.model)
+        self.expert_bytes = expert_bytes(self.model)
+        self.weight_bytes = weight_bytes(self.model)
+        self.text: Text = self._text(trace)
+        self.predictor = None if predictor is None else self._rebadged(predictor)
+        self.link = measure_link(self.expert_bytes, device)
+        self.bandwidth = best(self.link)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "shape": self.shape.name,
+            "topology": str(self.topology.stack()),
+            "weights": "random, drawn on the device",
+            "routes": "replayed from a trace" if self.replays else "of the random router",
+            "bytes": self.weight_bytes,
+            "expert_bytes": self.expert_bytes,
+            "build_s": self.build_s,
+            "link_bytes_per_s": self.link,
+        }
+
+    @property
+    def replays(self) -> bool:
+        """Whether there are recorded routes."""
+        return isinstance(self.text, TracedText)
+
+    def _text(self, trace: Path | None) -> Text:
+        if trace is None:
+            return RandomText(self.topology.vocab_size)
+        return TracedText(trace, self.topology.stack(), self.topology.vocab_size)
+
+    def _rebadged(self, predictor: Path) -> Path:
+        if open_predictor(predictor).topology.model == self.topology.model:
+            return predictor
+        self._folder = tempfile.TemporaryDirectory()
+        return rebadge(predictor, self.topology, Path(self._folder.name, predictor.name))
+
+    def replay(self, arm: Arm, length: int) -> Replay | None:
+        """Tables for what `arm` replays; None where the model goes its own way."""
+        if not arm.replays:
+            return None
+        return Replay(self.model, arm.batch, length, self.device, routes=self.replays)
+
+    @contextmanager
+    def set_up(
+        self, arm: Arm, replay: Replay | None, passes: list[Pass], context: int
+    ) -> Iterator[Running]:
+        """The model as `arm` wants it, `passes` being all that it will run.
+
+        Raises ValueError for an arm that lacks a device, a predictor or a trace.
+        """
+        replaying = nullcontext() if replay is None else replay.installed()
+        with replaying, self._system(arm, passes, context) as running:
+            yield running
+
+    def _system(
+        self, arm: Arm, passes: list[Pass], context: int
+    ) -> AbstractContextManager[Running]:
+        if arm.system == "expertflow":
+            return offloaded(self.model, **self._load_options(arm, passes, context))
+        if arm.system == "transformers":
+            assert arm.experts is not None
+            return _rival(rivals.resident(self.model, self.device, experts=arm.experts))
+        if arm.system == "float32":
+            block = rivals.resident(
+                self.model, self.device, experts="batched_mm", dtype=torch.float32
+            )
+            return _rival(block)
+        if self.device.type != "cuda":
+            raise ValueError(f"{arm.system} needs a CUDA device")
+        if arm.system == "compiled":
+            return _rival(rivals.compiled(self.model, self.device))
+        if arm.system == "accelerate":
+            return _rival(rivals.accelerated(self.model, self.device))
+        if arm.system == "policylang":
+            slots = int(float(arm.residency) * self.topology.stack().num_experts)
+            return _rival(rivals.policylang(self.model, self.device, slots=slots))
+        raise ValueError(f"there is no system {arm.system!r} to run")
+
+    def _load_options(self, arm: Arm, passes: list[Pass], context: int) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "memory": self.memory(arm.residency),
+            "policy": None if arm.policy == NO_CACHE else arm.policy,
+            "device": self.device,
+            "context": context,
+            "batch": arm.batch,
+            "prefetch": arm.prefetch,
+            "compile": arm.compile,
+        }
+        if arm.policy == "belady":
+            if not self.replays:
+                raise ValueError("belady needs a trace: the future is not known otherwise")
+            calls = [call for one in passes for call in passage_calls(one.text, one.prompt)]
+            options["replay"] = calls
+        if arm.policy == "predicted":
+            if self.predictor is None:
+                raise ValueError("predicted needs a predictor")
+            options["predictor"] = self.predictor
+        return options
+
+    def memory(self, residency: str) -> float | int | str:
+        """What `runtime.load` calls it. Raises ValueError for what is not a residency."""
+        if residency == MIN:
+            layers = self.topology.stack().layers
+            return max(x.top_k for x in layers) / sum(x.num_experts for x in layers)
+        if residency.endswith("%"):
+            return int(float(residency[:-1]) / 100 * self.weight_bytes)
+        return residency
+
+
+@contextmanager
+def _rival(block: AbstractContextManager[dict[str, Any]]) -> Iterator[Running]:
+    with block as options:
+        yield Running(options)

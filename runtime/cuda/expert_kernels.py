@@ -1,0 +1,223 @@
+"""The kernels that run a layer's experts out of slots, and fetch those that are missing.
+
+`gate_up` computes act(x W_gate^T) * (x W_up^T) of the plan's experts for every token of the batch,
+`down` sums its products with W_down over the experts of each token. An expert that several tokens
+want is read once for all.
+
+`gate_up` runs twice. Its first programs in the first run fetch the missing experts from pinned host
+memory into their slots, as many as keep the link busy; the others run the residents in their
+shadow. The second run is for the experts that were fetched. What was resident changes neither a
+weight's bits nor the order of any sum: outputs are bit-identical.
+
+Shapes: x [B, H], gate_up [2W, H] (gate rows, then up rows; or alternating), down [H, W].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from runtime.cuda.transfer_kernels import bring
+
+SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
+SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
+
+
+@triton.jit
+def activate(gate, up, ACT: tl.constexpr):
+    """The gated activation, in float32."""
+    if ACT == CLAMPED_SWIGLU:
+        gate = tl.minimum(gate, SWIGLU_LIMIT)
+        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT) + 1.0
+        return gate * tl.sigmoid(gate * SWIGLU_ALPHA) * up
+    if ACT == SILU:
+        return gate * tl.sigmoid(gate) * up
+    if ACT == GELU:
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    if ACT == GELU_TANH:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(inner) * up
+    return tl.maximum(gate, 0.0) * up
+
+
+@triton.jit
+def record_elements(slots, UNITS: tl.constexpr):
+    """Length of a record in elements of the slots' type."""
+    return UNITS * 16 // slots.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
+def tile_of(matrix, rows_N, mask_N, column_K, WIDTH: tl.constexpr):
+    """Some rows and columns of a matrix [*, WIDTH]."""
+    mask_NK = mask_N[:, None] & (column_K < WIDTH)[None, :]
+    return tl.load(matrix + rows_N[:, None] * WIDTH + column_K[None, :], mask=mask_NK, other=0.0)
+
+
+@triton.jit
+def rows_of(
+    x, matrix, rows_N, mask_N, num_tokens, H: tl.constexpr,
+    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """X times some rows of a matrix [*, H]: [M, N] in float32.
+
+    One token is a plain sum of products, several are a matrix product padded to M.
+    """
+    if M == 1:
+        sums_NK = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        for start in tl.static_range(0, H, BLOCK_H):
+            column_K = start + tl.arange(0, BLOCK_H)
+            tile_NK = tile_of(matrix, rows_N, mask_N, column_K, H)
+            x_K = tl.load(x + column_K, mask=column_K < H, other=0.0)
+            sums_NK += tile_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
+        sums_MN = tl.sum(sums_NK, axis=1)[None, :]
+    else:
+        token_M = tl.arange(0, M)
+        sums_MN = tl.zeros([M, BLOCK_N], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            column_K = start + tl.arange(0, BLOCK_H)
+            tile_NK = tile_of(matrix, rows_N, mask_N, column_K, H)
+            mask_MK = (token_M < num_tokens)[:, None] & (column_K < H)[None, :]
+            x_MK = tl.load(x + token_M[:, None] * H + column_K[None, :], mask=mask_MK, other=0.0)
+            sums_MN += tl.dot(x_MK, tl.trans(tile_NK), input_precision="ieee")
+    return sums_MN
+
+
+@triton.jit
+def fetch_missing(
+    slots, low, high, base, patch_starts, patch_units, patch_bits,
+    experts_U, slots_U, order_U, counts, prefetched, progress, program,
+    UNITS: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
+    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+):  # fmt: skip
+    """Program `program` of FETCHERS brings its share of the chunks that the plan misses."""
+    num_chunks: tl.constexpr = UNITS // CHUNK
+    left = tl.load(counts + 1) * num_chunks
+    at = program
+    while at < left:
+        index = tl.load(order_U + at // num_chunks)
+        expert = tl.load(experts_U + index).to(tl.int64)
+        slot = tl.load(slots_U + index).to(tl.int64)
+        chunk = at % num_chunks
+        wanted = True
+        if PREFETCHERS > 0:
+            arrived = chunk // PREFETCHERS < tl.load(progress + chunk % PREFETCHERS)
+            wanted = (expert != tl.load(prefetched)) | (arrived == 0)
+        if wanted:
+            bring(
+                slots, slot, low, high, base, patch_starts, patch_units, patch_bits,
+                expert, expert, chunk, UNITS, PACKED, CHUNK,
+            )  # fmt: skip
+        at += FETCHERS
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gate_up(
+    x, h, slots, units, low, high, base, patch_starts, patch_units, patch_bits,
+    experts_U, slots_U, order_U, counts, prefetched, progress, num_tokens,
+    UNITS: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """H [U, B, W] of the residents while the missing are fetched; FETCHERS = 0: of the fetched.
+
+    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], records of
+    UNITS int16 each, with the projections at elements UP and UP_BIAS.
+    Grid (FETCHERS + blocks of W * most distinct experts,).
+    """
+    program = tl.program_id(0)
+    if program < FETCHERS:
+        fetch_missing(
+            units, low, high, base, patch_starts, patch_units, patch_bits,
+            experts_U, slots_U, order_U, counts, prefetched, progress, program,
+            UNITS, PACKED, CHUNK, FETCHERS, PREFETCHERS,
+        )  # fmt: skip
+        return
+    num_blocks: tl.constexpr = (W + BLOCK_I - 1) // BLOCK_I
+    turn = (program - FETCHERS) // num_blocks
+    num_used = tl.load(counts)
+    num_missed = tl.load(counts + 1)
+    if FETCHERS > 0:
+        turn += num_missed
+        if turn >= num_used:
+            return
+    else:
+        if turn >= num_missed:
+            return
+    at = tl.load(order_U + turn)
+    slot = tl.load(slots_U + at).to(tl.int64)
+    record = slots + slot * record_elements(slots, UNITS)
+    row_I = (program - FETCHERS) % num_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask_I = row_I < W
+    gate_row_I = 2 * row_I if ALTERNATING else row_I
+    up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
+    gate_MI = rows_of(x, record + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+    up_MI = rows_of(x, record + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+    if HAS_BIAS:
+        gate_bias = tl.load(record + UP_BIAS + gate_row_I, mask=mask_I, other=0.0)
+        up_bias = tl.load(record + UP_BIAS + up_row_I, mask=mask_I, other=0.0)
+        gate_MI += gate_bias.to(tl.float32)[None, :]
+        up_MI += up_bias.to(tl.float32)[None, :]
+    token_M = tl.arange(0, M)
+    to_MI = (at * num_tokens + token_M)[:, None] * W + row_I[None, :]
+    h_MI = activate(gate_MI, up_MI, ACT).to(h.dtype.element_ty)
+    tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def down(
+    h, y, ids, weights, slots, experts_U, slots_U, counts, num_tokens,
+    UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H,)."""
+    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_N = row_N < H
+    token_M = tl.arange(0, M)
+    k_K = tl.arange(0, BLOCK_K)
+    pair_MK = token_M[:, None] * K + k_K[None, :]
+    mask_MK = (token_M < num_tokens)[:, None] & (k_K < K)[None, :]
+    ids_MK = tl.load(ids + pair_MK, mask=mask_MK, other=-1)
+    weights_MK = tl.load(weights + pair_MK, mask=mask_MK, other=0.0).to(tl.float32)
+    num_used = tl.load(counts)
+    if M == 1:
+        sums_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+        bias_N = tl.zeros([BLOCK_N], tl.float32)
+        for at in tl.static_range(K):
+            if at < num_used:
+                record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
+                weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
+                for start in tl.static_range(0, W, BLOCK_I):
+                    column_I = start + tl.arange(0, BLOCK_I)
+                    tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
+                    h_I = tl.load(h + at * W + column_I, mask=column_I < W, other=0.0)
+                    sums_NI += tile_NI.to(tl.float32) * (h_I.to(tl.float32) * weight)[None, :]
+                if HAS_BIAS:
+                    expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+                    bias_N += weight * expert_bias_N.to(tl.float32)
+        y_MN = (tl.sum(sums_NI, axis=1) + bias_N)[None, :]
+    else:
+        y_MN = tl.zeros([M, BLOCK_N], tl.float32)
+        at = 0
+        while at < num_used:
+            record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
+            expert = tl.load(experts_U + at)
+            weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
+            product_MN = tl.zeros([M, BLOCK_N], tl.float32)
+            for start in range(0, W, BLOCK_I):
+                column_I = start + tl.arange(0, BLOCK_I)
+                tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
+                from_MI = (at * num_tokens + token_M)[:, None] * W + column_I[None, :]
+                mask_MI = (token_M < num_tokens)[:, None] & (column_I < W)[None, :]
+                h_MI = tl.load(h + from_MI, mask=mask_MI, other=0.0)
+                product_MN += tl.dot(h_MI, tl.trans(tile_NI), input_precision="ieee")
+            if HAS_BIAS:
+                expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+                product_MN += expert_bias_N.to(tl.float32)[None, :]
+            weighted_MN = weight_M[:, None] * product_MN
+            y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
+            at += 1
+    to_MN = token_M[:, None] * H + row_N[None, :]
+    y_MN = y_MN.to(y.dtype.element_ty)
+    tl.store(y + to_MN, y_MN, mask=(token_M < num_tokens)[:, None] & mask_N[None, :])

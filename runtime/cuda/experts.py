@@ -1,0 +1,243 @@
+"""One layer's experts call, in kernels: plan, gate and up, down; prefetch beside them.
+
+Everything is enqueued on the current stream without a word from the host, so that it can be
+captured. What the host wants to know of a step is written to one tensor, the ledger:
+
+    routes [L, B * K]   counts [L, 2]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor, nn
+
+from runtime.cuda import expert_kernels, plan_kernel, prefetch_kernels, transfer_kernels
+from runtime.cuda.books import Books
+from runtime.cuda.host import HostTier
+from runtime.cuda.layout import ACTIVATIONS, Layout
+from runtime.cuda.record import CHUNK, Record
+
+FETCHERS = 64
+"""Programs that fetch a layer's missing experts: enough to fill the link."""
+PREFETCHERS = 32
+"""Programs of a prefetch."""
+THRESHOLD = 0.5
+"""Least probability of use for a prefetch."""
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of the kernels, chosen for a batch size."""
+
+    rows: int
+    columns: int
+    down_rows: int
+    down_columns: int
+    warps: int
+    padded: int
+    """Tokens, padded to what a matrix product takes (1 needs none)."""
+
+    @staticmethod
+    def of(num_tokens: int, layout: Layout) -> Blocks:
+        """One token streams long rows; several go through the tensor cores in squarer tiles."""
+        if num_tokens == 1:
+            columns = min(512, triton.next_power_of_2(layout.hidden))
+            inner = min(512, triton.next_power_of_2(layout.width))
+            return Blocks(8, columns, 4, inner, 4, 1)
+        columns = max(16, min(128, triton.next_power_of_2(layout.hidden)))
+        inner = max(16, min(128, triton.next_power_of_2(layout.width)))
+        return Blocks(32, columns, 16, inner, 4, max(16, triton.next_power_of_2(num_tokens)))
+
+
+class Ledger(NamedTuple):
+    """What one step did, on the host."""
+
+    routes_LBK: np.ndarray
+    num_used_L: np.ndarray
+    num_fetched_L: np.ndarray
+    prefetched_L: np.ndarray
+    """The expert that was chosen, -1 for none."""
+    used_L: np.ndarray
+    """1 where the chosen expert was then needed."""
+    chunks_L: np.ndarray
+    """Chunks of it that arrived in time."""
+
+
+class ExpertsCall:
+    """Kernels, buffers and books for batches of exactly `batch` tokens.
+
+    routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
+    None where there is none to be found. forecast: float32 [L * E], the predictor's probabilities
+    for the running step, or None.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        top_k: int,
+        layout: Layout,
+        record: Record,
+        slots_SN: Tensor,
+        host: HostTier,
+        books: Books,
+        *,
+        prefetch: bool = False,
+        routers: list[nn.Module | None] | None = None,
+        forecast: Tensor | None = None,
+    ) -> None:
+        device = books.clock.device
+        self._layout, self._record, self._host, self._books = layout, record, host, books
+        self._units_SN = slots_SN
+        self._slots_SN = slots_SN.view(layout.dtype)
+        self._batch, self._top_k = batch, top_k
+        self._prefetch = prefetch
+        self._routers = routers or [None] * books.num_layers
+        self._forecast = forecast
+        self._blocks = Blocks.of(batch, layout)
+        self.max_used = min(books.num_experts, batch * top_k)
+        self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
+        self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
+        self._allocate_ledger(device)
+        self._trust = torch.full((2,), 0.9, device=device)
+        self._choices = torch.full((2,), -1, dtype=torch.int32, device=device)
+        self._slot = torch.full((books.num_layers,), -1, dtype=torch.int32, device=device)
+        self._stop = torch.zeros(books.num_layers, dtype=torch.int32, device=device)
+        self._step = torch.zeros(1, dtype=torch.int32, device=device)
+        self._side = torch.cuda.Stream(device) if prefetch else None
+        self._pending: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = None, None
+
+    def _allocate_ledger(self, device: torch.device) -> None:
+        layers, pairs = self._books.num_layers, self._batch * self._top_k
+        sizes = [layers * pairs, layers * 2, layers, layers, layers * PREFETCHERS]
+        self.ledger = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        routes, counts, self._prefetched, self._used, progress = self.ledger.split(sizes)
+        self._prefetched.fill_(-1)
+        self._routes = routes.view(layers, pairs)
+        self._counts = counts.view(layers, 2)
+        self._progress = progress.view(layers, PREFETCHERS)
+
+    def read(self, ledger: np.ndarray) -> Ledger:
+        """The parts of a ledger that was copied to the host, int32."""
+        layers, pairs = self._books.num_layers, self._batch * self._top_k
+        ends = np.cumsum([layers * pairs, layers * 2, layers, layers])
+        routes, counts, prefetched, used, progress = np.split(ledger, ends)
+        counts = counts.reshape(layers, 2)
+        return Ledger(
+            routes.reshape(layers, self._batch, self._top_k),
+            counts[:, 0],
+            counts[:, 1],
+            prefetched,
+            used,
+            progress.reshape(layers, PREFETCHERS).sum(1),
+        )
+
+    def begin_step(self) -> None:
+        """Once a step, before its first layer."""
+        self._pending = None, None
+        self._books.begin_step()
+        if self._prefetch:
+            self._step.add_(1)
+            self._progress.zero_()
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Experts `ids` (int64 [B, K], ids outside 0 .. E-1 are of none) of x [B, H]: [B, H]."""
+        picked, fetched = self._pending
+        self._pending = None, None
+        if picked is not None:
+            torch.cuda.current_stream().wait_event(picked)
+        self._run_plan(layer, ids)
+        if fetched is not None:
+            torch.cuda.current_stream().wait_event(fetched)
+        has_next = self._prefetch and layer + 1 < self._books.num_layers
+        if has_next:
+            picked = self._run_pick(layer + 1, x)
+        self._run_gate_up(layer, x, FETCHERS)
+        if has_next:
+            self._pending = picked, self._run_fetch(layer + 1)
+        self._run_gate_up(layer, x, 0)
+        return self._run_down(layer, x, ids, weights)
+
+    def _run_plan(self, layer: int, ids: Tensor) -> None:
+        books = self._books
+        plan_kernel.plan[(1,)](
+            ids, *self._plan, self._counts[layer],
+            books.slot_of_key, books.key_of_slot, books.values, books.before, books.after,
+            books.clock, self._routes[layer],
+            self._prefetched[layer:], self._slot[layer:], self._used[layer:],
+            self._choices, self._trust, self._stop[layer:], self._step,
+            layer, ids.numel(), len(books.key_of_slot),
+            E=books.num_experts, RULE=books.rule, PREFETCH=self._prefetch,
+            BLOCK_E=triton.next_power_of_2(books.num_experts),
+            BLOCK_S=triton.next_power_of_2(len(books.key_of_slot)),
+            BLOCK_P=triton.next_power_of_2(ids.numel()),
+            num_warps=4 if len(books.key_of_slot) <= 1024 else 16,
+        )  # fmt: skip
+
+    def _run_gate_up(self, layer: int, x: Tensor, fetchers: int) -> None:
+        shape, blocks = self._layout, self._blocks
+        experts, slots, order = self._plan
+        num_blocks = triton.cdiv(shape.width, blocks.rows)
+        expert_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
+            x, self._h, self._slots_SN, self._units_SN, *self._host.layers[layer],
+            experts, slots, order, self._counts[layer],
+            self._prefetched[layer:], self._progress[layer], len(x),
+            UNITS=self._record.units, UP=self._record.start("gate_up_proj"),
+            UP_BIAS=self._record.start("gate_up_proj_bias"), PACKED=self._host.packed, CHUNK=CHUNK,
+            FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self._prefetch else 0,
+            H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
+            ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
+            BLOCK_I=blocks.rows, BLOCK_H=blocks.columns, num_warps=blocks.warps,
+        )  # fmt: skip
+
+    def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        shape, blocks = self._layout, self._blocks
+        experts, slots, _ = self._plan
+        y = torch.empty_like(x)
+        expert_kernels.down[(triton.cdiv(shape.hidden, blocks.down_rows),)](
+            self._h, y, ids, weights, self._slots_SN, experts, slots, self._counts[layer], len(x),
+            UNITS=self._record.units, DOWN=self._record.start("down_proj"),
+            DOWN_BIAS=self._record.start("down_proj_bias"),
+            H=shape.hidden, W=shape.width, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
+            BLOCK_K=triton.next_power_of_2(self._top_k),
+            BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.warps,
+        )  # fmt: skip
+        return y
+
+    def _run_pick(self, layer: int, x: Tensor) -> torch.cuda.Event:
+        assert self._side is not None
+        books, router = self._books, self._routers[layer]
+        bias = None if router is None else router._parameters.get("bias")
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            prefetch_kernels.pick[(1,)](
+                x, x if router is None else router.weight, x if bias is None else bias,
+                x if self._forecast is None else self._forecast,
+                self._trust, self._choices, self._prefetched[layer:], self._slot[layer:],
+                self._plan[1],
+                self._counts[layer - 1],
+                books.slot_of_key, books.key_of_slot, books.values, books.before, books.after,
+                THRESHOLD, layer, len(x), len(books.key_of_slot),
+                H=self._layout.hidden, E=books.num_experts, K=self._top_k, RULE=books.rule,
+                HAS_ROUTER=router is not None, HAS_BIAS=bias is not None,
+                HAS_FORECAST=self._forecast is not None,
+                BLOCK_E=triton.next_power_of_2(books.num_experts),
+                BLOCK_S=triton.next_power_of_2(len(books.key_of_slot)),
+                BLOCK_H=min(128, triton.next_power_of_2(self._layout.hidden)),
+                num_warps=8,
+            )  # fmt: skip
+        return self._side.record_event()
+
+    def _run_fetch(self, layer: int) -> torch.cuda.Event:
+        assert self._side is not None
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            transfer_kernels.fetch[(PREFETCHERS,)](
+                self._units_SN, *self._host.layers[layer],
+                self._prefetched[layer:], self._slot[layer:], self._stop[layer:], self._step,
+                self._progress[layer], UNITS=self._record.units, PACKED=self._host.packed,
+                CHUNK=CHUNK, PROGRAMS=PREFETCHERS, num_warps=4,
+            )  # fmt: skip
+        return self._side.record_event()

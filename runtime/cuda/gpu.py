@@ -1,0 +1,236 @@
+"""What `Engine` calls on a CUDA device: pinned experts, streamed pools and, mostly, kernels."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from routing.layers import MoELayer, Routes
+from runtime.arena import expert_bytes
+from runtime.cuda import kv
+from runtime.cuda.decoder import Decoder
+from runtime.cuda.dense import HostDense, movable_bytes
+from runtime.cuda.grouped import run_grouped
+from runtime.cuda.host import HostTier
+from runtime.cuda.layout import Layout, layout_of, stored_specs
+from runtime.cuda.oracle import Job, Oracle
+from runtime.cuda.path import CapturedPath, router_of
+from runtime.cuda.record import Record
+from runtime.cuda.streamed import STAGES, StreamedPool
+from runtime.experts import run_experts
+from runtime.forecaster import Forecaster
+from runtime.inputs import StepInputs
+from runtime.loader import Source
+from runtime.policies import Policy
+from runtime.stats import Stats
+
+CUBLAS_BYTES = 64 << 20
+"""cuBLAS keeps 32 MiB for each stream it works on: ours and the captured one."""
+AHEAD_FROM = 16
+"""Tokens of a forward pass from which the next layer's experts are streamed ahead."""
+
+
+class GpuEngine:
+    """The device's part of an `Engine`. context, batch, prefetch, compile: see `runtime.load`.
+
+    missing: bytes of weights other than experts that have to stay in host memory.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        num_slots: list[int],
+        device: torch.device,
+        policy: Policy,
+        stats: Stats,
+        *,
+        context: int,
+        batch: int,
+        prefetch: bool,
+        compile: bool,
+        missing: int = 0,
+    ) -> None:
+        layout = _layout(source)
+        self._why = layout if isinstance(layout, str) else None
+        self._layout = layout if isinstance(layout, Layout) else None
+        self._layers = source.layers
+        self._routers = [router_of(source.model, layer) for layer in source.layers]
+        self._pools: dict[int, StreamedPool] = {}
+        self.decoder: Decoder | None = None
+        self.path: CapturedPath | None = None
+        groups, records = source.groups, self._records(source)
+        self._dense = HostDense(source.model, missing)
+        try:
+            self._host = self._fill_host(source, records, device)
+        except BaseException:
+            self._dense.restore()
+            raise
+        stats.packing = 0.75 if self._host.packed else 1.0
+        try:
+            for group, slots in zip(groups, num_slots, strict=True):
+                record = records[group.layers[0]]
+                pool = StreamedPool(record, slots, device, self._host, policy, stats, self._layout)
+                self._pools |= dict.fromkeys(group.layers, pool)
+            if self._layout is not None:
+                self.decoder = Decoder(
+                    source, self._layout, self._pools[0], self._host, policy, stats, self._routers,
+                    context=context, batch=batch, prefetch=prefetch, compile=compile,
+                )  # fmt: skip
+                self.path = CapturedPath(source.model, self.decoder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _records(self, source: Source) -> list[Record]:
+        specs = [source.store.specs(index) for index in range(len(source.layers))]
+        return [Record(stored_specs(spec, self._layout)) for spec in specs]
+
+    def _fill_host(self, source: Source, records: list[Record], device: torch.device) -> HostTier:
+        counts = [layer.num_experts for layer in source.layers]
+        is_turned = self._layout is not None and self._layout.transposed
+        return HostTier(source.store, counts, records, device, transposed=is_turned)
+
+    @property
+    def pools(self) -> list[StreamedPool]:
+        """The pool of each layer."""
+        return [self._pools[index] for index in range(len(self._layers))]
+
+    @property
+    def why(self) -> str | None:
+        """Why decode steps are not captured; None where they are."""
+        return self._why if self.path is None else self.path.why
+
+    def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:
+        """Let a predictor run beside the captured steps."""
+        if self.decoder is not None:
+            self.decoder.oracle = Oracle(forecaster, policy, self.decoder.books, stats)
+
+    # ------------------------------------------------------------------ what Engine asks
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether the model's forward runs as (the capture of) a decode step right now."""
+        return self.decoder is not None and self.decoder.is_running
+
+    def run_captured(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        """The experts call of layer `index` inside a captured step."""
+        assert self.decoder is not None
+        return self.decoder.call(index, hidden, ids, weights)
+
+    def begin_forward(self) -> None:
+        """A forward pass outside of captured steps begins: the host's books are the truth."""
+        if self.decoder is not None:
+            self.decoder.books.download()
+
+    def announce(self, inputs: StepInputs) -> bool:
+        """Tell the predictor's thread about a forward pass; False where there is none."""
+        oracle = None if self.decoder is None else self.decoder.oracle
+        if oracle is None or inputs.token_ids_BT is None:
+            return False
+        assert self.path is not None and self.decoder is not None
+        is_new, rows = inputs.past_length == 0, slice(self.path.num_rows)
+        routes = None if is_new else self.decoder.routes_LBK
+        oracle.submit(Job(inputs.token_ids_BT[rows], inputs.positions_BT[rows], routes, is_new))
+        return True
+
+    def remember(self, routes_BLK: np.ndarray) -> bool:
+        """Keep the true routes of each sequence's last token for the predictor's thread."""
+        if self.path is None or self.decoder is None or self.decoder.oracle is None:
+            return False
+        self.decoder.routes_LBK = routes_BLK[: self.path.num_rows].swapaxes(0, 1)
+        return True
+
+    def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
+        """The experts call of layer `index` outside of captured steps."""
+        self._look_ahead(index, hidden_TH)
+        pool = self._pools[index]
+        if self._layout is not None:
+            return run_grouped(pool, self._layout, index, hidden_TH, routes)
+        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index))
+
+    def _look_ahead(self, index: int, hidden_TH: Tensor) -> None:
+        """Stream the experts that the layer after `index` will want, once those of `index` are on
+        their way. Only for many tokens, whose union of experts a router foretells nearly exactly.
+        """
+        following = index + 1
+        if following == len(self._layers) or len(hidden_TH) < AHEAD_FROM:
+            return
+        pool, router = self._pools[following], self._routers[following]
+        if router is not None and self._pools[index] is pool:
+            pool.plan_ahead(following, _wanted(hidden_TH, router, self._layers[following].top_k))
+
+    def check_integrity(self) -> None:
+        """Assert that the device's books agree with themselves, then take them over."""
+        if self.decoder is not None and self.decoder.books.on_device:
+            self.decoder.books.check_integrity()
+            self.decoder.books.download()
+
+    @property
+    def store(self) -> HostTier:
+        """Where the experts are now."""
+        return self._host
+
+    def close(self) -> None:
+        """Give back everything on the device, and the experts to the store they came from."""
+        torch.cuda.synchronize()
+        if self.decoder is not None:
+            self.decoder.close()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._host.close()
+        self._dense.restore()
+
+
+def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, int]:
+    """Split a budget of bytes for everything on the device.
+
+    Returns the bytes for `slots_per_group` (the model's other weights and the slots), and how many
+    bytes of other weights have to stay in host memory so that the least slots fit.
+    """
+    left = budget - _reserved(source, context, batch)
+    least = sum(
+        expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
+        for group in source.groups
+    )
+    short = max(source.fixed_bytes + least - left, 0)
+    missing = short if short <= movable_bytes(source.model) else 0
+    return left, missing
+
+
+def _reserved(source: Source, context: int, batch: int) -> int:
+    """Bytes beside weights and slots: key/value cache, the activations of a prompt that fills it,
+    and the buffers of kernels and copies.
+    """
+    config: Any = source.model.config
+    text = config.get_text_config(decoder=True)
+    dtype = next(source.model.parameters()).dtype
+    sizes = [expert_bytes(group.specs) for group in source.groups]
+    top_k = max(layer.top_k for layer in source.layers)
+    width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
+    activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
+    logits = 4 * batch * text.vocab_size * 4
+    cache = kv.num_bytes(text, batch, context, dtype)
+    return CUBLAS_BYTES + STAGES * max(sizes) + activations * dtype.itemsize + logits + cache
+
+
+def _layout(source: Source) -> Layout | str:
+    """How the kernels read this model's experts, or why they cannot."""
+    config: Any = source.model.config
+    if config.is_encoder_decoder:
+        return "encoder-decoder models are not captured"
+    if len(source.groups) > 1:
+        return "its layers have experts of several shapes"
+    found = [layout_of(layer, source.store.specs(i)) for i, layer in enumerate(source.layers)]
+    return found[0] if len(set(found)) == 1 else "its layers have experts of several kinds"
+
+
+def _wanted(hidden_TH: Tensor, router: Any, top_k: int) -> Tensor:
+    """How many tokens each expert of a router would get, int64 [E]."""
+    logits_TE = torch.nn.functional.linear(hidden_TH, router.weight, getattr(router, "bias", None))
+    chosen = logits_TE.topk(min(top_k, logits_TE.shape[-1]), -1).indices
+    return torch.bincount(chosen.reshape(-1), minlength=logits_TE.shape[-1])

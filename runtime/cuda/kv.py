@@ -1,0 +1,109 @@
+"""The key/value cache of captured steps: transformers' StaticCache over storage of our own.
+
+Every batch size has its own cache object, since a captured step holds on to its tensors, but all
+share one storage, as large as the largest batch needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, StaticLayer
+
+PLAIN = {"full_attention", "sliding_attention"}
+"""Attention types that a cache of all positions and a mask can serve."""
+
+
+class Storage:
+    """Keys and values of all layers, for up to `batch` sequences of up to `context` tokens."""
+
+    def __init__(self, batch: int, context: int) -> None:
+        self.batch, self.context = batch, context
+        self._tensors: dict[tuple[int, str], Tensor] = {}
+
+    def view(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
+        """[batch, heads, context, width] for states `like` [*, heads, *, width]."""
+        if (layer, name) not in self._tensors:
+            _, heads, _, width = like.shape
+            shape = self.batch, heads, self.context, width
+            self._tensors[layer, name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self._tensors[layer, name][:batch]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+class SharedLayer(StaticLayer):
+    """A static layer whose keys and values are views of `storage`.
+
+    Sliding windows are kept whole; the step's mask hides what is out of the window.
+    """
+
+    def __init__(self, storage: Storage, index: int) -> None:
+        super().__init__(max_cache_len=storage.context)
+        self._storage, self._index = storage, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        self.keys = self._storage.view(self._index, "keys", key_states, self.batch_size)
+        self.values = self._storage.view(self._index, "values", value_states, self.batch_size)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.is_initialized = True
+        self.reset()  # another batch size may have left numbers that are not finite
+
+    def reset(self) -> None:
+        """Start a new sequence. What the storage holds is masked out, but must be finite."""
+        self.cumulative_length.zero_()
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys.zero_()
+            self.values.zero_()
+
+
+class SharedCache(Cache):
+    """The cache of one batch size."""
+
+    def __init__(self, storage: Storage, num_layers: int) -> None:
+        super().__init__(layers=[SharedLayer(storage, index) for index in range(num_layers)])
+
+    def set_length(self, length: int) -> None:
+        """Forget what lies beyond `length` tokens."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(length)
+
+
+def attention_types(config: Any) -> set[str]:
+    """The kinds of attention that the model's layers have."""
+    types = getattr(config, "layer_types", None)
+    if types:
+        return set(types)
+    windowed = getattr(config, "sliding_window", None) is not None
+    return {"sliding_attention" if windowed else "full_attention"}
+
+
+def unsupported(config: Any) -> str | None:
+    """Why a model's attention cannot run captured; None where it can."""
+    types = attention_types(config)
+    if not types <= PLAIN:
+        return f"it has layers of type {', '.join(sorted(types - PLAIN))}"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention implementation is {config._attn_implementation}, not sdpa or eager"
+    return None
+
+
+def num_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes of `Storage` for a model, from its configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "qk_head_dim", None) or width
+    values = getattr(config, "v_head_dim", None) or width
+    if hasattr(config, "kv_lora_rank"):  # latent attention caches every head, expanded
+        heads = config.num_attention_heads
+    layers = config.num_hidden_layers
+    return layers * batch * context * heads * (keys + values) * dtype.itemsize

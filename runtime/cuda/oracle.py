@@ -1,0 +1,145 @@
+"""The predictor beside the steps: a thread that turns tokens and routes into values on the device.
+
+A step never waits for it. Whatever arrives while the step runs serves its later layers; what comes
+too late serves the next. When the predictor raises or stays silent, the steps go on without it.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from routing.topology import NO_EXPERT
+from runtime.cuda.books import Books
+from runtime.forecaster import Forecaster
+from runtime.policies import Forecast, Policy
+from runtime.stats import Stats
+
+SILENT_AFTER = 2.0
+"""Seconds without an answer after which the predictor counts as hanging..."""
+SILENT_PER_TOKEN = 0.01
+"""... and so many more for each token that it was asked about."""
+
+
+class Job(NamedTuple):
+    """What the predictor is told about: the tokens about to run, and what the last step used."""
+
+    token_ids_BT: np.ndarray
+    positions_BT: np.ndarray
+    routes_LBK: np.ndarray | None
+    is_new: bool
+    """Whether new sequences start with these tokens."""
+
+
+class Oracle:
+    """Owns the forecaster, and moves the policy on while steps run captured."""
+
+    def __init__(
+        self,
+        forecaster: Forecaster,
+        policy: Policy,
+        books: Books,
+        stats: Stats,
+    ) -> None:
+        self._forecaster, self._policy, self._books = forecaster, policy, books
+        self._stats = stats
+        self.failure: str | None = None
+        device = books.clock.device
+        keys = len(books.before)
+        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        """Probabilities of use in the running step, and in the one after it."""
+        self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
+        self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
+        self._stream = torch.cuda.Stream(device)
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._work, name="expertflow-oracle", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Hand over what is known; returns at once."""
+        if self.failure is None and time.perf_counter() > self._deadline:
+            self.failure = f"the predictor has not answered for over {SILENT_AFTER:g} s"
+        if self.failure is None:
+            self._jobs.put(job)
+
+    def close(self) -> None:
+        """End the thread, unless it hangs."""
+        self._jobs.put(None)
+        self._thread.join(SILENT_AFTER)
+
+    def _work(self) -> None:
+        while self.failure is None and (jobs := self._take()):
+            num_tokens = sum(job.token_ids_BT.size for job in jobs)
+            self._deadline = time.perf_counter() + SILENT_AFTER + SILENT_PER_TOKEN * num_tokens
+            try:
+                self._answer(jobs)
+            except Exception as error:  # a broken predictor must not stop the model
+                self.failure = f"the predictor failed: {type(error).__name__}: {error!s:.200}"
+            self._deadline = math.inf
+
+    def _take(self) -> list[Job]:
+        """All that waits, from the start of the newest sequences on; empty when it is over."""
+        waiting = [self._jobs.get()]
+        while not self._jobs.empty():
+            waiting.append(self._jobs.get())
+        ended = None in waiting
+        jobs = [] if ended else [job for job in waiting if job is not None]
+        starts = [index for index, job in enumerate(jobs) if job.is_new]
+        return jobs[starts[-1] :] if starts else jobs
+
+    def _answer(self, jobs: list[Job]) -> None:
+        """Predict for all tokens of `jobs` in one go: more than one where the model was faster."""
+        start = time.perf_counter()
+        for job in jobs:
+            self._remember(job)
+        tokens_BT = np.concatenate([job.token_ids_BT for job in jobs], 1)
+        positions_BT = np.concatenate([job.positions_BT for job in jobs], 1)
+        self._inform(jobs[0], len(tokens_BT))
+        forecast = self._forecaster.forecast(tokens_BT, positions_BT)
+        if self.failure is None:  # it may have been given up meanwhile
+            self._policy.begin_step(forecast)
+            self._publish(forecast)
+        self._stats.add_time("predict", time.perf_counter() - start)
+
+    def _remember(self, job: Job) -> None:
+        """What the last step used, for the policy's memory."""
+        if job.is_new or job.routes_LBK is None:
+            return
+        for layer, routes_BK in enumerate(job.routes_LBK):
+            used = np.unique(routes_BK)
+            self._policy.touch(layer, used[used != NO_EXPERT])
+
+    def _inform(self, job: Job, batch_size: int) -> None:
+        """What the last step used, for the predictor's input, and for the count of its recall."""
+        if job.is_new or batch_size != self._forecaster.batch_size:
+            self._forecaster.reset(batch_size)
+        elif job.routes_LBK is not None:
+            routes_BLK = np.ascontiguousarray(job.routes_LBK.swapaxes(0, 1))
+            self._forecaster.observe(routes_BLK)
+            if self._forecaster.this_BLE is not None and job.token_ids_BT.shape[1] == 1:
+                self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)
+
+    def begin_step(self) -> None:
+        """Start a step from what is known: what was foreseen for the step after the last one."""
+        self._books.before.copy_(self._books.after)
+        self.likely.copy_(self._next_likely)
+
+    def _publish(self, forecast: Forecast) -> None:
+        """Send the values and probabilities, without waiting for the step that reads them."""
+        table = self._policy.table()
+        assert table is not None
+        self._stream.synchronize()  # the last copies have left the pinned memory
+        rows = *table, forecast.this_LE, forecast.next_LE
+        pinned = *self._values_host, *self._chances_host
+        device = self._books.before, self._books.after, self.likely, self._next_likely
+        with torch.cuda.stream(self._stream):
+            for row, host, tensor in zip(rows, pinned, device, strict=True):
+                host.copy_(torch.from_numpy(row.reshape(-1)))
+                tensor.copy_(host, non_blocking=True)

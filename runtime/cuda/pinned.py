@@ -1,0 +1,83 @@
+"""Pinned host memory: pages that the GPU can read, on the right node, without the slow allocation.
+
+`pin_memory()` takes its pages one by one under the driver (measured: 6 s for 8 GiB); registering
+pages that were touched before takes a tenth of that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class PinnedMemory:
+    """Tensors in pinned memory, all given back at `close`."""
+
+    def __init__(self) -> None:
+        self._registered: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A pinned tensor, zero. Raises MemoryError where the machine has no more to pin."""
+        tensor = torch.empty(shape, dtype=dtype)
+        tensor.zero_()  # touch
+        self.register(tensor)
+        return tensor
+
+    def register(self, tensor: Tensor) -> None:
+        """Pin the pages of a tensor that has been written."""
+        error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+        if int(error) != 0:
+            raise MemoryError(
+                f"{tensor.nbytes} bytes of host memory could not be pinned ({error}); free memory "
+                "or raise the limit of locked memory (ulimit -l)"
+            )
+        self._registered.append(tensor)
+
+    def close(self) -> None:
+        """Unpin everything. Waits for whatever still reads it."""
+        if self._registered:
+            torch.cuda.synchronize()
+        while self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr())
+
+
+@contextmanager
+def near_gpu() -> Iterator[None]:
+    """On a machine of several NUMA nodes, allocate on the node of the current GPU.
+
+    Linux gives a page to the node of the thread that touches it first, so this thread moves there.
+    """
+    cores = _cores_of_gpu()
+    before = os.sched_getaffinity(0) if cores else set()
+    if cores & before:
+        os.sched_setaffinity(0, cores & before)
+    try:
+        yield
+    finally:
+        if cores & before:
+            os.sched_setaffinity(0, before)
+
+
+def _cores_of_gpu() -> set[int]:
+    """Cores of the GPU's NUMA node; empty on a machine of one node, or where Linux does not say."""
+    if len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) < 2:
+        return set()
+    gpu: object = torch.cuda.get_device_properties(torch.cuda.current_device())
+    domain, bus, device = (getattr(gpu, f"pci_{part}_id") for part in ("domain", "bus", "device"))
+    address = f"{domain:04x}:{bus:02x}:{device:02x}.0"
+    listing = Path("/sys/bus/pci/devices") / address / "local_cpulist"
+    return parse_cores(listing.read_text()) if listing.is_file() else set()
+
+
+def parse_cores(text: str) -> set[int]:
+    """The kernel's list of cores, like "0-7,16-23"."""
+    cores: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cores |= set(range(int(first), int(last or first) + 1))
+    return cores

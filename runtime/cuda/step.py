@@ -1,0 +1,130 @@
+"""One decode step of the model as one CUDA graph.
+
+The model's own forward runs between static tensors: token ids, positions, the attention mask over
+the whole cache. The graph also chooses the next token greedily, feeds it to itself, and advances
+position and mask, so that the host only has to replay it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.cuda.experts import ExpertsCall
+from runtime.cuda.kv import SharedCache, attention_types
+
+WARM_UPS = 2
+"""Eager runs before the capture: Triton compiles, cuBLAS takes its workspace."""
+
+
+class DecodeStep:
+    """The captured step of `batch` sequences.
+
+    forward: the model's forward, compiled or not. experts: what its expert layers call. stream:
+        where it is captured.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        config: Any,
+        cache: SharedCache,
+        experts: ExpertsCall,
+        *,
+        batch: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._forward, self._config = forward, config
+        self.cache, self.experts = cache, experts
+        self._dtype, self._stream = dtype, stream
+        self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._length = torch.zeros(1, dtype=torch.int64, device=device)
+        self._real_BC = torch.ones(batch, context, dtype=torch.bool, device=device)
+        self._columns_C = torch.arange(context, device=device)
+        self.logits_BV: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.outcome: Tensor | None = None
+        """int32: [B] best logits (the bits of float32), [B] next tokens, the ledger."""
+
+    def start(self, length: int, positions_B: Tensor, real_BT: Tensor | None) -> None:
+        """Take over after a prefill of `length` tokens a row; real_BT is False for padding."""
+        self._length.fill_(length)
+        self._positions_B1.copy_(positions_B[:, None])
+        self._real_BC.fill_(True)
+        if real_BT is not None:
+            self._real_BC[:, : real_BT.shape[1]] = real_BT
+        self.cache.set_length(length)
+
+    def __call__(self) -> None:
+        """Run one step for the tokens in `ids_B1`. Only enqueues; captures at the first call."""
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        self._graph.replay()
+
+    def _capture(self) -> None:
+        """Warm up and capture. To the cache's books the warm-up is real steps, to nothing else."""
+        state = self.ids_B1, self._positions_B1, self._length
+        saved = [tensor.clone() for tensor in state]
+        length = int(self._length)
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(WARM_UPS):
+                self._run()
+                self._restore(state, saved, length)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with capture, torch.no_grad():
+            self._run()
+        self._restore(state, saved, length)
+        self._graph = graph
+
+    def _restore(self, state: tuple[Tensor, ...], saved: list[Tensor], length: int) -> None:
+        for tensor, before in zip(state, saved, strict=True):
+            tensor.copy_(before)
+        self.cache.set_length(length)
+
+    def _run(self) -> None:
+        self.experts.begin_step()
+        output = self._forward(
+            input_ids=self.ids_B1,
+            position_ids=self._positions_B1,
+            attention_mask=self._masks(),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.logits_BV = output.logits[:, -1]
+        best_B, next_B = self.logits_BV.float().max(-1)
+        self.ids_B1.copy_(next_B[:, None])
+        self._positions_B1.add_(1)
+        self._length.add_(1)
+        parts = best_B.view(torch.int32), next_B.to(torch.int32), self.experts.ledger
+        self.outcome = torch.cat(parts)
+
+    def _masks(self) -> Tensor | dict[str, Tensor]:
+        """What each row's new token may see, in the form its attention implementation takes."""
+        seen_BC = self._real_BC & (self._columns_C <= self._length)
+        types = attention_types(self._config)
+        if len(types) == 1:
+            return self._as_mask(seen_BC, *types)
+        return {kind: self._as_mask(seen_BC, kind) for kind in types}
+
+    def _as_mask(self, seen_BC: Tensor, kind: str) -> Tensor:
+        if kind == "sliding_attention":
+            seen_BC = seen_BC & (self._columns_C > self._length - self._config.sliding_window)
+        mask_B11C = seen_BC[:, None, None]
+        if self._config._attn_implementation == "eager":
+            lowest = torch.finfo(self._dtype).min
+            return torch.zeros_like(mask_B11C, dtype=self._dtype).masked_fill(~mask_B11C, lowest)
+        return mask_B11C

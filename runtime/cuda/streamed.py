@@ -1,0 +1,205 @@
+"""Experts streamed into slots: the host gives the order, the copy engine and the compute overlap.
+
+Runs every forward pass that is not a captured step: prefill, and all steps of models, layouts and
+generation modes that have no kernels. The needed experts of a layer cross the link once, residents
+are computed first, and each missing one as soon as it has arrived. While a long prompt's layer
+computes, the experts that the next layer's router will want are already on their way.
+
+    copy engine     | missing of layer l | likely of layer l + 1 |
+    landing stream    | unpack into slots, one behind the copies |
+    compute stream  | residents of l | arrived of l ... | attention of l + 1 | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.cache import ExpertCache, Lookup
+from runtime.cuda.host import HostTier
+from runtime.cuda.layout import Layout, as_model
+from runtime.cuda.record import Record
+from runtime.policies import Policy
+from runtime.stats import Stats, format_bytes
+
+STAGES = 3
+"""Packed records on their way: one lands, one arrives, one waits."""
+GROUP = 4
+"""Missing experts that run together: enough for one launch to pay, few enough not to wait."""
+
+
+class StreamedPool:
+    """Slots for records on a GPU, filled on a stream of their own.
+
+    layout: how the records are oriented, where the kernels can run the experts; else None.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        num_slots: int,
+        device: torch.device,
+        host: HostTier,
+        policy: Policy,
+        stats: Stats,
+        layout: Layout | None = None,
+    ) -> None:
+        self.cache = ExpertCache(stats.num_layers, stats.num_experts, num_slots, policy)
+        self.record, self.num_slots, self.device = record, num_slots, device
+        self.slots_SN = slots(num_slots, record, device)
+        self._views = record.views(self.slots_SN)
+        self._host, self._stats, self._layout = host, stats, layout
+        self._copies, self._landing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._staging = staging(record, device) if host.packed else []
+        self._landed: list[Any] = [None] * len(self._staging)
+        self._turn = 0
+        self._arrived: dict[int, torch.cuda.Event] = {}
+        self._ahead: tuple[int, Tensor] | None = None
+        self._early: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield each of the distinct `experts` (ascending) of `layer` with its parameters, as
+        `serve_groups` does.
+        """
+        for group in self.serve_groups(layer, experts):
+            for expert, slot in group:
+                parameters = {name: view[slot] for name, view in self._views.items()}
+                layout = self._layout
+                yield expert, parameters if layout is None else as_model(parameters, layout)
+
+    def serve_groups(self, layer: int, experts: list[int]) -> Iterator[list[tuple[int, int]]]:
+        """Yield the distinct `experts` (ascending) of `layer` in groups of (expert, slot).
+
+        Residents first, then the missing in the order of their arrival; the current stream waits
+        for them. A group is good until the next is asked for. After an error the cache starts
+        empty.
+        """
+        needed = np.array(experts, np.int64)
+        ahead, self._ahead = self._ahead, None
+        wanted = None if ahead is None else ahead[1].cpu().numpy()
+        try:
+            self._judge(layer, needed)
+            for lookup in self.cache.waves(layer, needed):
+                self._stats.count(layer, lookup, self._host.link_bytes(layer))
+                self._start_copies(layer, lookup)
+                if ahead is not None and wanted is not None and len(needed) < self.num_slots:
+                    self._prefetch(ahead[0], wanted, layer * self.cache.num_experts + needed)
+                yield from self._arrivals(lookup)
+        except GeneratorExit:  # the caller stopped: whatever is resident has arrived, or will
+            raise
+        except BaseException:
+            self.clear()
+            raise
+
+    def _arrivals(self, lookup: Lookup) -> Iterator[list[tuple[int, int]]]:
+        pairs = list(zip(lookup.experts.tolist(), lookup.slots.tolist(), strict=True))
+        there = [pair for pair in pairs if pair[1] not in self._arrived]
+        coming = [slot for slot in self._arrived if slot in set(lookup.slots.tolist())]
+        expert_in = {slot: expert for expert, slot in pairs}
+        if there:
+            yield there
+        for start in range(0, len(coming), GROUP):
+            group = coming[start : start + GROUP]
+            stream = torch.cuda.current_stream(self.device)
+            for slot in group:
+                stream.wait_event(self._arrived.pop(slot))
+            yield [(expert_in[slot], slot) for slot in group]
+
+    def plan_ahead(self, layer: int, wanted_E: Tensor) -> None:
+        """With the next `serve`, start copying experts of `layer` too.
+
+        wanted_E: int [E], for how many tokens; the most wanted come first, those of a single token
+        are too uncertain.
+        """
+        self._ahead = layer, wanted_E
+
+    def _prefetch(self, layer: int, wanted_E: np.ndarray, pinned: np.ndarray) -> None:
+        likely = np.flatnonzero(wanted_E > 1)
+        likely = likely[np.argsort(-wanted_E[likely], kind="stable")]
+        lookup = self.cache.admit(layer, likely, pinned)
+        self._start_copies(layer, lookup)
+        self._early = layer, lookup.experts
+        num_bytes = len(lookup.experts) * self._host.link_bytes(layer)
+        self._stats.bytes_loaded += num_bytes
+        self._stats.bytes_prefetched += num_bytes
+        self._stats.prefetches += len(lookup.experts)
+
+    def _judge(self, layer: int, needed: np.ndarray) -> None:
+        """Book which of the experts that were sent ahead for `layer` it needs."""
+        (early_layer, early), self._early = self._early, (-1, np.zeros(0, np.int64))
+        if early_layer == layer:
+            num_used = int(np.isin(early, needed).sum())
+            self._stats.prefetches_used += num_used
+            self._stats.bytes_wasted += (len(early) - num_used) * self._host.link_bytes(layer)
+
+    def _start_copies(self, layer: int, lookup: Lookup) -> None:
+        missing = np.flatnonzero(lookup.missed)
+        if not len(missing):
+            return
+        with self._stats.timer("load"):
+            self._landing.wait_stream(torch.cuda.current_stream(self.device))  # slots in use
+            for i in missing:
+                slot = int(lookup.slots[i])
+                self._arrived[slot] = self._bring(layer, int(lookup.experts[i]), slot)
+
+    def _bring(self, layer: int, expert: int, slot: int) -> torch.cuda.Event:
+        """Start one copy. Packed records go through a ring of staging buffers, so that the next is
+        under way while one is unpacked.
+        """
+        if not self._staging:
+            with torch.cuda.stream(self._landing):
+                self._host.copy_record(layer, expert, (self.slots_SN[slot],))
+            return self._landing.record_event()
+        stage = self._turn = (self._turn + 1) % len(self._staging)
+        if self._landed[stage] is not None:
+            self._copies.wait_event(self._landed[stage])
+        with torch.cuda.stream(self._copies):
+            self._host.copy_record(layer, expert, self._staging[stage])
+        self._landing.wait_event(self._copies.record_event())
+        with torch.cuda.stream(self._landing):
+            self._host.land_record(layer, expert, self._staging[stage], self.slots_SN, slot)
+        event = self._landed[stage] = self._landing.record_event()
+        return event
+
+    def settle(self) -> None:
+        """Make the current stream wait for every copy under way."""
+        torch.cuda.current_stream(self.device).wait_stream(self._landing)
+        self._arrived.clear()
+
+    def close(self) -> None:
+        """Give the device memory back, whoever still holds this pool."""
+        self.slots_SN = torch.empty(0, dtype=torch.int16)
+        self._views, self._staging = {}, []
+        self._arrived.clear()
+
+    def clear(self) -> None:
+        """Start with an empty cache, after something went wrong."""
+        self.settle()
+        self.cache.clear()
+
+
+def slots(num_slots: int, record: Record, device: torch.device) -> Tensor:
+    """The slots, int16 [S, N]. Raises ValueError where the device has no room for them."""
+    try:
+        return torch.zeros(num_slots, record.units, dtype=torch.int16, device=device)
+    except torch.OutOfMemoryError as error:
+        free, _ = torch.cuda.mem_get_info(device)
+        raise ValueError(
+            f"{num_slots} expert slots need {format_bytes(2 * num_slots * record.units)} on "
+            f"{device}, where {format_bytes(free)} are free; give a smaller memory="
+        ) from error
+
+
+def staging(record: Record, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Buffers for packed records on their way, (low, high) each."""
+    return [
+        (
+            torch.empty(record.units, dtype=torch.uint8, device=device),
+            torch.empty(record.units // 2, dtype=torch.uint8, device=device),
+        )
+        for _ in range(STAGES)
+    ]

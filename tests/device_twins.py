@@ -1,0 +1,102 @@
+"""The GPU engine's parts on the CPU: records and books in ordinary memory, kernels interpreted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.arena import Spec
+from runtime.cache import ExpertCache
+from runtime.cuda.books import Books
+from runtime.cuda.experts import ExpertsCall
+from runtime.cuda.host import LayerRecords
+from runtime.cuda.layout import Layout, activate
+from runtime.cuda.packing import pack
+from runtime.cuda.record import CHUNK, Record
+from runtime.policies import Policy
+
+
+class Twin:
+    """Layers of random experts with slots, books and an experts call, all on the CPU."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        num_layers: int = 2,
+        num_experts: int = 12,
+        top_k: int = 3,
+        num_slots: int = 8,
+        batch: int = 1,
+        packed: bool = False,
+        **layout: Any,
+    ) -> None:
+        given: dict[str, Any] = {"hidden": 40, "width": 24}
+        given |= {"activation": "silu", "alternating": False}
+        given |= {"transposed": False, "has_bias": False, "dtype": torch.float32}
+        self.layout = Layout(**(given | layout))
+        self.packed = packed
+        self.record = Record(self._specs())
+        shape = num_layers, num_experts, self.record.units
+        self.records = torch.zeros(shape, dtype=torch.int16)
+        for view in self.record.views(self.records).values():
+            view.copy_(torch.randn(view.shape) * 0.3)
+        self.layers = [self._layer(records) for records in self.records]
+        self.cache = ExpertCache(num_layers, num_experts, num_slots, policy)
+        self.books = Books(self.cache, num_layers, torch.device("cpu"))
+        self.books.upload()
+        self.slots_SN = torch.zeros(num_slots, self.record.units, dtype=torch.int16)
+        host: Any = self
+        self.call = ExpertsCall(
+            batch, top_k, self.layout, self.record, self.slots_SN, host, self.books
+        )
+
+    def _specs(self) -> dict[str, Spec]:
+        shape = self.layout
+        shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * shape.width, shape.hidden)}
+        shapes["down_proj"] = shape.hidden, shape.width
+        if shape.has_bias:
+            shapes |= {"gate_up_proj_bias": (2 * shape.width,), "down_proj_bias": (shape.hidden,)}
+        return {name: Spec(size, shape.dtype) for name, size in shapes.items()}
+
+    def _layer(self, records_EN: Tensor) -> LayerRecords:
+        nothing = torch.zeros(1, dtype=torch.int32)
+        if not self.packed:
+            return LayerRecords(records_EN, nothing, nothing, nothing, nothing, nothing)
+        packed = pack(records_EN.view(-1, CHUNK))
+        assert packed is not None
+        low, high = (part.view(len(records_EN), -1) for part in packed[:2])
+        starts = torch.nn.functional.pad(packed.counts_D.cumsum(0), (1, 0)).to(torch.int32)
+        return LayerRecords(low, high, packed.base_D, starts, packed.units_P, packed.bits_P)
+
+    def fetched(self) -> list[int]:
+        """Experts that the last call of each layer had to fetch."""
+        return self.call.read(self.call.ledger.numpy()).num_fetched_L.tolist()
+
+    def expected(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The experts call, straight from the weights, in float32."""
+        views = self.record.views(self.records[layer])
+        parameters = {name: view.float() for name, view in views.items()}
+        y = torch.zeros(x.shape, dtype=torch.float32)
+        for token in range(len(x)):
+            for expert, weight in zip(ids[token].tolist(), weights[token].float(), strict=True):
+                if 0 <= expert < len(self.records[layer]):
+                    y[token] += weight * self._run(parameters, expert, x[token].float())
+        return y
+
+    def _run(self, parameters: dict[str, Tensor], expert: int, x_H: Tensor) -> Tensor:
+        h = parameters["gate_up_proj"][expert] @ x_H
+        if self.layout.has_bias:
+            h = h + parameters["gate_up_proj_bias"][expert]
+        h = activate(h, self.layout.activation, self.layout.alternating)
+        y = parameters["down_proj"][expert] @ h
+        return y + parameters["down_proj_bias"][expert] if self.layout.has_bias else y
+
+
+def routes(rng: np.random.Generator, batch: int, num_experts: int, top_k: int) -> Tensor:
+    """Random routes, int64 [B, K], each token's experts distinct."""
+    rows = [rng.permutation(num_experts)[:top_k] for _ in range(batch)]
+    return torch.from_numpy(np.stack(rows))

@@ -1,0 +1,306 @@
+"""Records, layouts, books and counts of the GPU engine, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+pytest.importorskip("triton")
+
+from routing.layers import MoELayer, find_moe_layers
+from runtime.arena import Spec, Specs
+from runtime.cache import FREE, ExpertCache
+from runtime.cuda.books import Books
+from runtime.cuda.layout import Layout, activate, as_model, layout_of, stored_specs
+from runtime.cuda.pinned import parse_cores
+from runtime.cuda.record import ALIGNMENT, CHUNK, Record
+from runtime.policies import LFU, LRU, Forecast, PredictedReuse
+from runtime.stats import Stats
+from runtime.store import ModuleStore
+from tests.tiny import tiny_model
+
+LAYERS, EXPERTS = 3, 6
+
+# ---------------------------------------------------------------------- records
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 70), min_size=1, max_size=2).map(tuple),
+            st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_parameters_lie_in_a_record_aligned_one_after_the_other(shapes: list[Any]) -> None:
+    record = Record({f"p{index}": Spec(*shape) for index, shape in enumerate(shapes)})
+    end = 0
+    for name, field in record.fields.items():
+        assert field.start % ALIGNMENT == 0
+        assert end <= field.start < end + ALIGNMENT
+        assert record.start(name) * field.dtype.itemsize == field.start * 2
+        end = field.start + field.units
+    assert record.units % CHUNK == 0
+    assert record.num_chunks == -(-end // CHUNK)
+
+
+def test_views_of_records_are_the_parameters_themselves() -> None:
+    specs = {"weight": Spec((3, 5), torch.float32), "bias": Spec((7,), torch.bfloat16)}
+    record = Record(specs)
+    records = torch.zeros(4, record.units, dtype=torch.int16)
+    views = record.views(records)
+    assert {name: view.shape for name, view in views.items()} == {
+        "weight": (4, 3, 5),
+        "bias": (4, 7),
+    }
+    views["weight"].copy_(torch.randn(4, 3, 5))
+    views["bias"].copy_(torch.randn(4, 7))
+    assert torch.equal(record.views(records[2])["weight"], views["weight"][2])
+    assert torch.equal(record.views(records)["bias"], views["bias"])
+    assert (records[:, record.fields["bias"].start + 7 :] == 0).all()
+
+
+def test_only_records_of_bfloat16_alone_are_packed() -> None:
+    bf16, fp16 = Spec((2,), torch.bfloat16), Spec((2,), torch.float16)
+    assert Record({"a": bf16, "b": bf16}).is_bf16
+    assert not Record({"a": bf16, "b": fp16}).is_bf16
+    assert Record({"a": bf16}).start("a_bias") == 0
+
+
+# ---------------------------------------------------------------------- layouts
+
+
+def described(model: Any) -> tuple[MoELayer, Specs]:
+    layers = find_moe_layers(model)
+    return layers[0], ModuleStore(layers).specs(0)
+
+
+def plain(**changes: Any) -> Layout:
+    given: dict[str, Any] = {
+        "hidden": 32,
+        "width": 24,
+        "activation": "silu",
+        "dtype": torch.float32,
+    }
+    given |= {"alternating": False, "transposed": False, "has_bias": False}
+    return Layout(**(given | changes))
+
+
+OSS = {"activation": "clamped_swiglu", "alternating": True, "transposed": True, "has_bias": True}
+CASES: dict[str, tuple[str, dict[str, Any], Layout]] = {
+    "olmoe": ("olmoe", {}, plain()),
+    "mixtral": ("mixtral", {}, plain()),
+    "qwen3_moe": ("qwen3_moe", {}, plain()),
+    "gpt_oss": ("gpt_oss", {}, plain(**OSS)),
+    "gelu": ("mixtral", {"hidden_act": "gelu"}, plain(activation="gelu")),
+    "tanh gelu": ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}, plain(activation="gelu_tanh")),
+    "relu": ("mixtral", {"hidden_act": "relu"}, plain(activation="relu")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_models_experts_are_recognised(name: str) -> None:
+    kind, overrides, layout = CASES[name]
+    assert layout_of(*described(tiny_model(kind, **overrides))) == layout
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_number_format_belongs_to_the_layout(dtype: torch.dtype) -> None:
+    assert layout_of(*described(tiny_model("olmoe").to(dtype))) == plain(dtype=dtype)
+
+
+def refusal(model: Any, **changes: Any) -> str:
+    layer, specs = described(model)
+    for name, value in changes.items():
+        setattr(layer.module, name, value)
+    found = layout_of(layer, specs)
+    assert isinstance(found, str)
+    return found
+
+
+def test_experts_that_no_kernel_runs_are_refused_with_the_reason() -> None:
+    assert "no kernel" in refusal(tiny_model("switch_transformers"))
+    assert "float64" in refusal(tiny_model("olmoe").to(torch.float64))
+    assert "activation" in refusal(tiny_model("mixtral", hidden_act="tanh"))
+    assert "plain gated" in refusal(tiny_model("olmoe"), has_gate=False)
+    assert "plain gated" in refusal(tiny_model("olmoe"), has_post_expert_norm=True)
+
+
+def test_an_experts_class_whose_gate_fails_is_refused() -> None:
+    def broken(_: Any) -> Any:
+        raise RuntimeError("a gate of another shape")
+
+    assert "activation" in refusal(tiny_model("olmoe"), _apply_gate=broken)
+
+
+def test_transposed_weights_are_stored_the_other_way_round_and_handed_out_as_the_models() -> None:
+    layer, specs = described(tiny_model("gpt_oss"))
+    layout = layout_of(layer, specs)
+    assert isinstance(layout, Layout)
+    stored = stored_specs(specs, layout)
+    assert stored["gate_up_proj"].shape == (48, 32)
+    assert stored["down_proj"].shape == (32, 24)
+    assert stored["gate_up_proj_bias"] == specs["gate_up_proj_bias"]
+    tensors = {name: torch.zeros(spec.shape) for name, spec in stored.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in as_model(tensors, layout).items()}
+    assert shapes == {name: spec.shape for name, spec in specs.items()}
+    assert stored_specs(specs, None) is specs
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss"])
+def test_the_known_activations_are_the_models_own(kind: str) -> None:
+    layer, specs = described(tiny_model(kind))
+    layout = layout_of(layer, specs)
+    assert isinstance(layout, Layout)
+    gate_up = torch.randn(5, 48) * 6
+    ours = activate(gate_up, layout.activation, layout.alternating)
+    own: Any = layer.module
+    torch.testing.assert_close(ours, own._apply_gate(gate_up))
+
+
+# ---------------------------------------------------------------------- books
+
+
+def keys_of(layer: int, *experts: int) -> set[int]:
+    return {layer * EXPERTS + expert for expert in experts}
+
+
+def residents(cache: ExpertCache) -> set[int]:
+    return set(cache.key_of_slot.tolist()) - {FREE}
+
+
+@pytest.mark.parametrize("policy", [LRU, LFU])
+def test_books_come_back_from_the_device_as_they_went(policy: Any) -> None:
+    cache = ExpertCache(LAYERS, EXPERTS, 7, policy(LAYERS, EXPERTS))
+    for layer, experts in [(0, [1, 4]), (1, [0, 3]), (2, [2, 5]), (0, [1, 2])]:
+        list(cache.waves(layer, np.array(experts)))
+    before = [cache.slot_of_key.copy(), cache.key_of_slot.copy(), cache.policy.values.copy()]
+    clock = getattr(cache.policy, "clock", None)
+    books = Books(cache, LAYERS, torch.device("cpu"))
+    books.upload()
+    books.check_integrity()
+    cache.clear()
+    cache.policy.values.fill(-1)
+    books.download()
+    cache.check_integrity()
+    after = [cache.slot_of_key, cache.key_of_slot, cache.policy.values]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert getattr(cache.policy, "clock", None) == clock
+    assert not books.on_device
+
+
+def test_books_that_are_on_the_host_are_not_taken_from_the_device() -> None:
+    cache = ExpertCache(LAYERS, EXPERTS, 7, LRU(LAYERS, EXPERTS))
+    books = Books(cache, LAYERS, torch.device("cpu"))
+    list(cache.waves(0, np.array([1, 4])))
+    books.download()
+    assert residents(cache) == keys_of(0, 1, 4)
+
+
+def test_a_policy_that_computes_ahead_goes_to_the_device_as_a_table() -> None:
+    policy = PredictedReuse(LAYERS, EXPERTS, horizon=2)
+    drawn = np.random.default_rng(0).random((len(Forecast._fields), LAYERS, EXPERTS), np.float32)
+    policy.begin_step(Forecast(*drawn))
+    books = Books(ExpertCache(LAYERS, EXPERTS, 4, policy), LAYERS, torch.device("cpu"))
+    books.upload()
+    before, after = policy.table()
+    assert np.array_equal(books.before.numpy(), before)
+    assert np.array_equal(books.after.numpy(), after)
+    policy.touch(1, np.array([3]))
+    row = slice(EXPERTS, 2 * EXPERTS)
+    assert np.array_equal(policy.values[row], books.after.numpy()[row])
+
+
+def test_books_that_contradict_each_other_are_noticed() -> None:
+    cache = ExpertCache(LAYERS, EXPERTS, 4, LRU(LAYERS, EXPERTS))
+    list(cache.waves(0, np.array([1, 4])))
+    books = Books(cache, LAYERS, torch.device("cpu"))
+    books.upload()
+    books.key_of_slot[3] = books.key_of_slot[0]
+    with pytest.raises(AssertionError):
+        books.check_integrity()
+
+
+@given(
+    st.integers(1, 9),
+    st.sets(st.integers(0, EXPERTS - 1)),
+    st.sets(st.integers(0, EXPERTS - 1)),
+    st.sets(st.integers(0, EXPERTS - 1), max_size=4),
+)
+def test_experts_admitted_ahead_never_push_out_what_must_stay(
+    num_slots: int, first: set[int], likely: set[int], pinned: set[int]
+) -> None:
+    """Admitted in the given order, as many as there is room for, only those that are missing."""
+    cache = ExpertCache(LAYERS, EXPERTS, num_slots, LRU(LAYERS, EXPERTS))
+    list(cache.waves(0, np.array(sorted(first), np.int64)))
+    list(cache.waves(1, np.array(sorted(likely)[:2], np.int64)))
+    before, stay = residents(cache), keys_of(0, *pinned)
+    order = np.array(sorted(likely, reverse=True), np.int64)
+    lookup = cache.admit(1, order, np.array(sorted(stay), np.int64))
+    cache.check_integrity()
+    missing = [expert for expert in order.tolist() if EXPERTS + expert not in before]
+    held = len((stay | keys_of(1, *likely)) & before)
+    assert lookup.experts.tolist() == missing[: max(num_slots - held, 0)]
+    assert lookup.missed.all()
+    assert residents(cache) >= (stay & before) | keys_of(1, *lookup.experts.tolist())
+    assert (cache.key_of_slot[lookup.slots] == EXPERTS + lookup.experts).all()
+    assert lookup.num_evicted == len(before - residents(cache))
+
+
+@given(st.lists(st.integers(-1, LAYERS * EXPERTS - 1), min_size=5, max_size=5))
+def test_a_cache_takes_over_books_that_were_kept_elsewhere(owners: list[int]) -> None:
+    key_of_slot = np.array([k if owners.index(k) == i else FREE for i, k in enumerate(owners)])
+    cache = ExpertCache(LAYERS, EXPERTS, 5, LRU(LAYERS, EXPERTS))
+    list(cache.waves(0, np.array([0, 1, 2])))
+    cache.adopt(key_of_slot)
+    cache.check_integrity()
+    assert cache.key_of_slot.tolist() == key_of_slot.tolist()
+    list(cache.waves(2, np.arange(5)))
+    cache.check_integrity()
+    assert residents(cache) == keys_of(2, *range(5))
+
+
+# ---------------------------------------------------------------------- host and counts
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        ("0-3\n", {0, 1, 2, 3}),
+        ("0-1,8-9", {0, 1, 8, 9}),
+        ("5", {5}),
+        ("1,3-3", {1, 3}),
+        ("\n", set()),
+    ],
+)
+def test_linuxs_list_of_cores_is_read(text: str, cores: set[int]) -> None:
+    assert parse_cores(text) == cores
+
+
+def test_prefetches_of_a_step_are_booked_as_used_late_or_wasted() -> None:
+    layers = [MoELayer(str(i), nn.Identity(), "fused", "decoder", 8, 2) for i in range(5)]
+    stats = Stats(layers=layers, num_slots=10, policy="lru")
+    stats.count_step(np.full(5, 2), np.array([2, 1, 0, 1, 0]), 100, num_tokens=1)
+    none, whole, half, wrong = 0.0, 1.0, 0.5, 0.25
+    stats.count_prefetch(
+        np.array([none, whole, half, wrong, none]),
+        used_L=np.array([False, True, True, False, False]),
+        chosen_L=np.array([False, True, True, True, False]),
+        slot_bytes=100,
+    )
+    assert stats.misses_L.tolist() == [2, 1, 0, 1, 0]
+    assert stats.late_L.tolist() == [0, 0, 1, 0, 0]
+    assert stats.hits_L.tolist() == [0, 1, 1, 1, 2]
+    assert (stats.prefetches, stats.prefetches_used) == (3, 2)
+    assert stats.bytes_prefetched == 175
+    assert stats.bytes_wasted == 25
+    assert stats.bytes_loaded == 4 * 100 + 2 * 100 + 25  # misses, prefetched and late, wasted
+    assert stats.hit_rate == 5 / 10

@@ -1,0 +1,88 @@
+"""The kernels outside of captured steps, by Triton's interpreter: many tokens, embedding, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from routing.layers import Routes
+from routing.topology import NO_EXPERT
+from runtime.cuda import dense
+from runtime.cuda.grouped import run_grouped, tiles_of
+from runtime.policies import LRU
+from tests.device_twins import Twin, routes
+
+EXPERTS, TOP_K = 6, 2
+OSS = {"activation": "clamped_swiglu", "alternating": True, "has_bias": True}
+
+
+class Arriving:
+    """A pool whose experts arrive in the given order, two at a time, in the same two slots."""
+
+    def __init__(self, twin: Twin, order: list[int]) -> None:
+        self._records, self._order = twin.records, order
+        self.record, self.slots_SN = twin.record, twin.slots_SN
+
+    def serve_groups(self, layer: int, experts: list[int]) -> Iterator[list[tuple[int, int]]]:
+        coming = [expert for expert in self._order if expert in experts]
+        for start in range(0, len(coming), 2):
+            group = [(expert, slot) for slot, expert in enumerate(coming[start : start + 2])]
+            for expert, slot in group:
+                self.slots_SN[slot] = self._records[layer, expert]
+            yield group
+            self.slots_SN.fill_(-1)  # NaN: nobody may look again
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "options"),
+    [(7, {}), (40, {}), (7, OSS), (7, {"dtype": torch.float16, "activation": "gelu"})],
+    ids=["few", "several tiles", "gpt-oss", "gelu in fp16"],
+)
+def test_many_tokens_compute_what_float32_does_in_any_order_of_arrival(
+    num_tokens: int, options: dict[str, Any]
+) -> None:
+    twin = Twin(LRU(1, EXPERTS), num_layers=1, num_experts=EXPERTS, num_slots=2, **options)
+    x_TH = torch.randn(num_tokens, 40).to(twin.layout.dtype)
+    experts_TK = routes(np.random.default_rng(0), num_tokens, EXPERTS, TOP_K)
+    experts_TK[1, 0] = NO_EXPERT
+    weights_TK = torch.rand(num_tokens, TOP_K).to(twin.layout.dtype)
+    outputs = []
+    for order in (list(range(EXPERTS)), [4, 1, 5, 0, 3, 2]):
+        pool: Any = Arriving(twin, order)
+        outputs.append(run_grouped(pool, twin.layout, 0, x_TH, Routes(experts_TK, weights_TK)))
+    assert torch.equal(*outputs)
+    expected = twin.expected(0, x_TH, experts_TK, weights_TK)
+    error = (outputs[0].float() - expected).abs().max() / expected.abs().max()
+    assert error < (1e-5 if twin.layout.dtype == torch.float32 else 3e-3)
+
+
+def test_tiles_cover_every_row_once() -> None:
+    tiles = list(tiles_of([(slice(0, 5), 9), (slice(5, 42), 3), (slice(42, 58), 1)], 16))
+    covered = [row for first, count, _ in tiles for row in range(first, first + count)]
+    assert covered == list(range(58))
+    assert all(count <= 16 for _, count, _ in tiles)
+    assert [slot for _, _, slot in tiles] == [9, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("width", [40, 64])
+def test_an_embedding_on_the_host_gives_its_rows(width: int) -> None:
+    embedding = nn.Embedding(50, width)
+    ids = torch.randint(50, (2, 3))
+    assert torch.equal(dense.embed(embedding, ids), embedding(ids))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, dense.MOST_ROWS + 1)])
+@torch.no_grad()
+def test_a_head_on_the_host_gives_its_logits(shape: tuple[int, int], bias: bool) -> None:
+    """Also for more tokens than one launch serves, and a vocabulary of no whole tiles."""
+    linear = nn.Linear(40, 50, bias=bias)
+    x = torch.randn(*shape, 40)
+    torch.testing.assert_close(dense.head(linear, x), linear(x), rtol=1e-5, atol=1e-5)
