@@ -85,6 +85,32 @@ class LFU(Policy):
         self.values[layer * self.num_experts + experts] += 1.0
 
 
+class LeastStale(Policy):
+    """What was not used for the most steps goes first; of equals, what has its turn furthest off.
+
+    After SpecMD's eviction by staleness (arXiv 2602.03921), as we read it.
+    """
+
+    name = "least-stale"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._last_LE = np.zeros((num_layers, num_experts))
+        self._step = 0
+
+    def begin_step(self, forecast: Forecast | None) -> None:
+        self._step += 1
+        num_layers = len(self._last_LE)
+        turn_L1 = np.arange(num_layers)[:, None]
+        self.values = (2 * num_layers * (self._last_LE + 1) - turn_L1).reshape(-1)
+
+    def touch(self, layer: int, experts: np.ndarray) -> None:
+        self._last_LE[layer, experts] = self._step
+        num_layers = len(self._last_LE)
+        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        self.values[row] = 2 * num_layers * self._last_LE[layer] + num_layers - layer
+
+
 class PredictedReuse(Policy):
     """Probabilistic Belady: an expert's value is its expected discounted next use.
 

@@ -229,7 +229,7 @@ def loads(name: str, calls: Calls, num_slots: int) -> int:
 
 
 def bypass_loads(calls: Calls, num_slots: int) -> int:
-    simulation = BypassSimulation(calls, *SHAPE, num_slots)
+    simulation = BypassSimulation(make_policy("belady", calls), *SHAPE, num_slots)
     for call in calls:
         simulation.step(None, [call])
     return simulation.loads

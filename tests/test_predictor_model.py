@@ -255,3 +255,8 @@ def test_training_starts_from_the_base_rate():
     probability = predict(predictor.eval(), random_windows(4, 8)).this_BTLE.sigmoid().mean()
     assert probability.item() == pytest.approx(TOP_K / NUM_EXPERTS, abs=0.05)
     assert predictor.heads.out_features == len(HEADS) * NUM_LAYERS * NUM_EXPERTS
+
+
+def test_attention_heads_that_cannot_share_keys_and_values_evenly_are_refused():
+    with pytest.raises(ValueError, match="4 attention heads cannot share 3"):
+        CausalSettings(attention_heads=4, kv_heads=3)
