@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
 # make test   format, lint, types, tests, notebook
+# make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md
 # make test-gpu   the tests that need a CUDA device, with the python3 of that machine as it is
 #
 # The first two need python3 (3.11 to 3.13, with venv) only, and install the rest into .venv on first
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: demo test test-gpu lint types tests notebooks clean
+.PHONY: demo test test-gpu lint types tests notebooks compatibility clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m exports.demo $(DEMO_ARGS)
@@ -38,6 +39,9 @@ notebooks: $(INSTALLED)
 ifneq ($(NOTEBOOKS),)
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks/
 endif
+
+compatibility: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility_table
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py expertflow.py expertflow.pth expertflow.start
 	$(PYTHON) -m venv $(VENV)

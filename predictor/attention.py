@@ -1,9 +1,12 @@
 """Sliding-window attention with rotary positions, all of it driven by explicit positions.
 
-Symbols: B rows, T new tokens, P cached tokens, S keys, D width, N heads, C channels of a head.
+Symbols: B rows, T new tokens, P cached tokens, S keys, D width, M key/value heads, G query heads
+that share one of them, C channels of a head. The nodes are chosen for a decode step in onnxruntime,
+where each costs about a microsecond whatever it does.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,10 +18,11 @@ ROTARY_BASE = 10_000.0
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding, [B, 1, T, C / 2]."""
+    """Cosines and sines of the rotary embedding, [B, 1, T, C]."""
 
     cos: Tensor
     sin: Tensor
+    """Negative for the first half of the channels."""
 
 
 def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rotation:
@@ -27,14 +31,14 @@ def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rota
     angles = positions_BT[:, None, :, None].float() * torch.exp(
         steps * (-math.log(ROTARY_BASE) / channels)
     )
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+    cos, sin = angles.cos(), angles.sin()
+    return Rotation(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
 def rotate(x_BNTC: Tensor, rotation: Rotation) -> Tensor:
     """Turn the two halves of each head's channels as pairs."""
     first, second = x_BNTC.chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x_BNTC * rotation.cos + torch.cat((second, first), dim=-1) * rotation.sin
 
 
 def sliding_mask(query_positions_BT: Tensor, key_positions_BS: Tensor, window: int) -> Tensor:
@@ -48,44 +52,78 @@ def sliding_mask(query_positions_BT: Tensor, key_positions_BS: Tensor, window: i
     return hidden.float() * HIDDEN_SCORE
 
 
-class Past(NamedTuple):
-    """One block's cached keys and values, and the mask that hides them from new tokens."""
+class RMSNorm(nn.Module):
+    """x / rms(x), scaled a channel (arXiv 1910.07467), in the form that onnxruntime fuses."""
 
-    keys_BNPC: Tensor
-    values_BNPC: Tensor
-    mask_B1TP: Tensor
+    EPSILON = 1e-6
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        root = torch.sqrt(exact.square().mean(-1, keepdim=True) + self.EPSILON)
+        return (exact / root).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Past(NamedTuple):
+    """One block's cached keys and values."""
+
+    keys_BMPC: Tensor
+    values_BMPC: Tensor
 
 
 class Attention(nn.Module):
-    """Sliding-window causal attention. Masks are added to the scores; they come from positions."""
+    """Sliding-window causal attention. Masks are added to the scores; they come from positions.
 
-    def __init__(self, width: int, heads: int) -> None:
+    `heads` query heads in groups share `kv_heads` keys and values (arXiv 2305.13245): what is
+    cached, and read at every step, shrinks with them.
+    """
+
+    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.kv_heads = kv_heads
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * (width // heads), bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask_B1TT: Tensor, past: Past | None
+        self, x_BTD: Tensor, rotation: Rotation, mask_B1TS: Tensor, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """The block's update [B, T, D], and the new tokens' keys and values [2, B, N, T, C]."""
-        qkv_JBNTC = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        queries, keys, values = qkv_JBNTC.unbind(0)
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if past is None:
-            mixed = F.scaled_dot_product_attention(queries, keys, values, mask_B1TT)
-        else:
-            mixed = _attend_with_past(queries, keys, values, mask_B1TT, past)
-        return self.out(mixed.transpose(1, 2).flatten(2)), torch.stack((keys, values))
+        """The block's update [B, T, D], and the new tokens' keys and values [2, B, M, T, C].
+
+        The mask is over the past's keys and then the new ones.
+        """
+        num_heads, num_kv = self.heads, self.kv_heads
+        heads_BTNC = self.qkv(x_BTD).unflatten(-1, (num_heads + 2 * num_kv, -1))
+        heads_BNTC = heads_BTNC.transpose(1, 2)
+        turned, values_BMTC = heads_BNTC.split((num_heads + num_kv, num_kv), dim=1)
+        queries, keys_BMTC = rotate(turned, rotation).split((num_heads, num_kv), dim=1)
+        attend = _attend if past is None else partial(_attend_with_past, past=past)
+        mixed_BNTC = attend(queries, keys_BMTC, values_BMTC, mask_B1TS)
+        return self.out(mixed_BNTC.transpose(1, 2).flatten(2)), torch.stack(
+            (keys_BMTC, values_BMTC)
+        )
+
+
+def _attend(queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tensor) -> Tensor:
+    groups = queries_BNTC.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    return F.scaled_dot_product_attention(queries_BNTC, keys, values, mask_B1TT)
 
 
 def _attend_with_past(
-    queries: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tensor, past: Past
+    queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TS: Tensor, past: Past
 ) -> Tensor:
     """Join the scores, not the keys: the past is never copied."""
-    queries = queries * queries.shape[-1] ** -0.5
-    num_past = past.keys_BNPC.shape[2]
-    old_scores = queries @ past.keys_BNPC.transpose(-1, -2) + past.mask_B1TP
-    new_scores = queries @ keys.transpose(-1, -2) + mask_B1TT
-    weights = torch.cat((old_scores, new_scores), dim=-1).softmax(-1)
-    return weights[..., :num_past] @ past.values_BNPC + weights[..., num_past:] @ values
+    num_kv, num_past, channels = keys.shape[1], past.keys_BMPC.shape[2], keys.shape[-1]
+    grouped = queries_BNTC.unflatten(1, (num_kv, -1))
+    groups = grouped.shape[2]
+    queries = grouped.flatten(2, 3) * channels**-0.5  # [B, M, G * T, C]
+    old_scores = queries @ past.keys_BMPC.transpose(-1, -2)
+    new_scores = queries @ keys.transpose(-1, -2)
+    scores = torch.cat((old_scores, new_scores), dim=-1).unflatten(2, (groups, -1))
+    weights = (scores + mask_B1TS[:, :, None]).softmax(-1).flatten(2, 3)
+    mixed = weights[..., :num_past] @ past.values_BMPC + weights[..., num_past:] @ values
+    return mixed.unflatten(2, (groups, -1)).flatten(1, 2)

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from predictor.attention import Attention, Past, Rotation, rotation_of, sliding_mask
+from predictor.attention import Attention, Past, RMSNorm, Rotation, rotation_of, sliding_mask
 from predictor.interface import (
+    HEADS,
     Cache,
     Predictions,
     PredictorSettings,
@@ -32,6 +33,8 @@ class CausalSettings(PredictorSettings):
     """Transformer blocks."""
     attention_heads: int = 4
     """Attention heads of a block; they divide the width."""
+    kv_heads: int = 2
+    """Heads of keys and values, shared by groups of attention heads; they divide these."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP over the width of the hidden states."""
     embedding_rank: int = 256
@@ -44,6 +47,12 @@ class CausalSettings(PredictorSettings):
             raise ValueError(
                 f"width {self.width} does not split into {self.attention_heads} attention heads "
                 "of even size; change predictor.width or predictor.attention_heads"
+            )
+
+        if self.attention_heads % self.kv_heads:
+            raise ValueError(
+                f"{self.attention_heads} attention heads cannot share {self.kv_heads} heads of "
+                "keys and values evenly; change predictor.attention_heads or predictor.kv_heads"
             )
 
     def build(self, shape: Shape) -> "CausalPredictor":
@@ -60,9 +69,9 @@ class Block(nn.Module):
         super().__init__()
         width = settings.width
         hidden = int(settings.mlp_ratio * width)
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
-        self.attention = Attention(width, settings.attention_heads)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(width, settings.attention_heads, settings.kv_heads)
+        self.mlp_norm = RMSNorm(width)
         mlp_out = nn.Linear(hidden, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), mlp_out)
         self.dropout = nn.Dropout(settings.dropout)
@@ -71,15 +80,15 @@ class Block(nn.Module):
             nn.init.normal_(branch.weight, std=std)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask_B1TT: Tensor, past: Past | None
+        self, x_BTD: Tensor, rotation: Rotation, mask_B1TS: Tensor, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TT, past)
+        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TS, past)
         x_BTD = x_BTD + self.dropout(update)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), present
 
 
 class CausalPredictor(RoutePredictor):
-    """Token embedding + route-history embedding, transformer blocks, three heads."""
+    """Token embedding + route-history embedding, transformer blocks, the heads."""
 
     kind = "causal"
     graph_inputs: ClassVar[dict[str, dict[int, str]]] = {
@@ -89,7 +98,7 @@ class CausalPredictor(RoutePredictor):
         "past": {2: "batch", 4: "past"},
         "past_positions": {0: "batch", 1: "past"},
     }
-    graph_outputs = ("this", "next", "horizon", "present")
+    graph_outputs = (*HEADS, "present")
 
     def __init__(self, shape: Shape, settings: CausalSettings) -> None:
         super().__init__(shape, width=settings.width)
@@ -101,7 +110,7 @@ class CausalPredictor(RoutePredictor):
         self.unknown_history_D = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.blocks))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -127,11 +136,14 @@ class CausalPredictor(RoutePredictor):
             self.embedding_VR.weight.zero_()
             self.embedding_VR.weight[:, : reduced_VR.shape[1]] = reduced_VR
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.blocks.parameters() if p.dim() == 2]
+
     @property
     def cache(self) -> Cache:
         settings = self.settings
         channels = settings.width // settings.attention_heads
-        return Cache(settings.blocks, settings.attention_heads, channels)
+        return Cache(settings.blocks, settings.kv_heads, channels)
 
     def forward(self, batch: Windows) -> Predictions:
         mask_B1TT = sliding_mask(batch.positions_BT, batch.positions_BT, self.shape.window)
@@ -144,10 +156,11 @@ class CausalPredictor(RoutePredictor):
         """One graph for a prefill and for a step: `past` may be empty and lie in any order."""
         token_ids_BT, routes_BTLK, positions_BT, past, past_positions_BP = inputs
         window = self.shape.window
-        old_mask_B1TP = sliding_mask(positions_BT, past_positions_BP, window)
-        pasts = [Past(past[i, 0], past[i, 1], old_mask_B1TP) for i in range(len(self.blocks))]
-        mask_B1TT = sliding_mask(positions_BT, positions_BT, window)
-        x_BTD, presents = self.run_blocks(token_ids_BT, routes_BTLK, positions_BT, mask_B1TT, pasts)
+        key_positions_BS = torch.cat((past_positions_BP, positions_BT), dim=1)
+        mask_B1TS = sliding_mask(positions_BT, key_positions_BS, window)
+        cached = past.flatten(0, 1).unbind(0)  # one copy: slices of slices would be two
+        pasts = [Past(*pair) for pair in zip(cached[::2], cached[1::2], strict=True)]
+        x_BTD, presents = self.run_blocks(token_ids_BT, routes_BTLK, positions_BT, mask_B1TS, pasts)
         return (*self.read_out(x_BTD), torch.stack(presents))
 
     def run_blocks(
@@ -155,17 +168,17 @@ class CausalPredictor(RoutePredictor):
         token_ids_BT: Tensor,
         routes_BTLK: Tensor,
         positions_BT: Tensor,
-        mask_B1TT: Tensor,
+        mask_B1TS: Tensor,
         pasts: list[Past] | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [B, T, D] after the last norm, and each block's new keys and values."""
         x_BTD = self.project_embedding(self.embedding_VR(token_ids_BT))
         x_BTD = self.dropout(x_BTD + self.embed_history(routes_BTLK))
         rotation = rotation_of(positions_BT, self.cache.head_dim, x_BTD.dtype)
-        mask_B1TT = mask_B1TT.to(x_BTD.dtype)
+        mask_B1TS = mask_B1TS.to(x_BTD.dtype)
         presents = []
         for i, block in enumerate(self.blocks):
-            x_BTD, present = block(x_BTD, rotation, mask_B1TT, pasts[i] if pasts else None)
+            x_BTD, present = block(x_BTD, rotation, mask_B1TS, pasts[i] if pasts else None)
             presents.append(present)
         return self.norm(x_BTD), presents
 

@@ -11,10 +11,15 @@ from predictor.interface import HEADS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = {"this": "#3b6ea5", "next": "#d9822b", "horizon": "#4f8a5b"}
-LABELS = {"this": "this token", "next": "next token", "horizon": "next H tokens"}
-SCORES = {"this": "recall", "next": "recall", "horizon": "precision"}
-"""The horizon has more than K answers: its recall@K stays low however good it is."""
+COLORS = {"this": "#3b6ea5", "next": "#d9822b", "horizon": "#4f8a5b", "far": "#7a5fb0"}
+LABELS = {
+    "this": "this token",
+    "next": "next token",
+    "horizon": "next H tokens",
+    "far": "next 4 H tokens",
+}
+SCORES = {"this": "recall", "next": "recall", "horizon": "precision", "far": "precision"}
+"""A horizon has more than K answers: its recall@K stays low however good it is."""
 
 
 def read_series(metrics_csv: Path, column: str) -> tuple[list[int], list[float]]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import lightning as L
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from predictor.interface import Shape, Windows
@@ -41,6 +42,7 @@ class TraceData(L.LightningDataModule):
         test_fraction: Share of the documents that tests.
         max_eval_tokens: Validate and test on at most this many tokens each.
         seed: Order and cuts of the training rows.
+        num_workers: Processes that make training rows beside the training.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TraceData(L.LightningDataModule):
         test_fraction: float = 0.05,
         max_eval_tokens: int = 100_000,
         seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         if not 0 < val_fraction + test_fraction < 1:
@@ -72,6 +75,7 @@ class TraceData(L.LightningDataModule):
         self.fractions = (val_fraction, test_fraction)
         self.max_eval_tokens = max_eval_tokens
         self.seed = seed
+        self.num_workers = num_workers
         self.provenance = [reader.provenance for reader in self.readers]
         self.shape = Shape.of(self.readers[0].topology, stack, window=window, horizon=horizon)
         self._indices = self._split()
@@ -109,7 +113,14 @@ class TraceData(L.LightningDataModule):
             shuffle=split == "train",
             seed=self.seed,
         )
-        return DataLoader(rows, batch_size=None)
+        workers = self.num_workers if split == "train" else 0
+        return DataLoader(
+            rows,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def train_dataloader(self) -> DataLoader[Windows]:
         return self._loader("train")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from predictor.checkpoint import Trained, load_checkpoint
 from predictor.interface import HEADS
 from predictor.parity import check_parity
+from predictor.quantization import quantize
 from routing.cli import run
 
 OPSET = 20
@@ -38,7 +39,7 @@ class ExportSettings:
     out: Path
     """ONNX file to write; an existing one is replaced."""
     int8: bool = False
-    """Quantise the weights to int8 (dynamic quantisation): a smaller and faster file."""
+    """Store the weights in int8: a smaller and faster file."""
 
 
 class Graph(nn.Module):
@@ -62,7 +63,7 @@ def export(settings: ExportSettings) -> None:
         result = exact
         if settings.int8:
             result = Path(scratch) / "int8.onnx"
-            quantize(exact, result)
+            write_quantized(exact, result)
         parity = check_parity(trained.predictor, result, exact=not settings.int8)
         os.replace(result, settings.out)
     size = settings.out.stat().st_size / 2**20
@@ -129,24 +130,14 @@ def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:
     }
 
 
-def quantize(source: Path, target: Path) -> None:
-    """Dynamic int8 quantisation of all weight matrices, the embedding included."""
+def write_quantized(source: Path, target: Path) -> None:
+    """The exported file again with int8 weights, saying so in its metadata."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    prepared = source.with_name("prepared.onnx")
+    model = onnx.load(str(source))
+    meta = json.loads({p.key: p.value for p in model.metadata_props}[METADATA_KEY])
     with _quiet():
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantize_dynamic(
-            str(prepared),
-            str(target),
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
-    original, model = onnx.load(str(source)), onnx.load(str(target))
-    meta = json.loads({p.key: p.value for p in original.metadata_props}[METADATA_KEY])
+        model = quantize(model)
     entry = {METADATA_KEY: json.dumps(meta | {"quantization": "int8"})}
     onnx.helper.set_model_props(model, entry)
     onnx.save(model, str(target))

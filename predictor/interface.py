@@ -1,6 +1,6 @@
-"""What every route predictor has in common: its batch, its three heads, its targets, its graph.
+"""What every route predictor has in common: its batch, its heads, its targets, its graph.
 
-Symbols: B rows, T tokens, L MoE layers, E experts a layer, K experts a token, D width, J = 3 heads.
+Symbols: B rows, T tokens, L MoE layers, E experts a layer, K experts a token, D width, J heads.
 """
 
 from abc import ABC, abstractmethod
@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from routing.topology import NO_EXPERT, Topology
 
-HEADS = ("this", "next", "horizon")
-"""What the three heads predict, in order; also the names of the ONNX graph's outputs."""
+HEADS = ("this", "next", "horizon", "far")
+"""What the heads predict, in order; also the names of the ONNX graph's outputs."""
+
+FAR = 4
+"""The last head looks ahead FAR times as many tokens as the third."""
 
 PADDING = -1
 """The position of a token that is not there."""
@@ -31,6 +34,11 @@ class Shape:
     """A token sees the `window` newest tokens up to and including itself."""
     horizon: int
     """How many tokens ahead the third head looks (H)."""
+
+    @property
+    def far(self) -> int:
+        """How many tokens ahead the last head looks."""
+        return FAR * self.horizon
 
     @classmethod
     def of(cls, topology: Topology, stack: str, *, window: int, horizon: int) -> Self:
@@ -85,6 +93,7 @@ class Predictions(NamedTuple):
     this_BTLE: Tensor  # experts of this token
     next_BTLE: Tensor  # experts of the next token, whose id is not known yet
     horizon_BTLE: Tensor  # experts used at least once by the next H tokens
+    far_BTLE: Tensor  # experts used at least once by the next FAR * H tokens
 
 
 class Target(NamedTuple):
@@ -100,6 +109,7 @@ class Targets(NamedTuple):
     this: Target
     next: Target
     horizon: Target
+    far: Target
 
 
 class Cache(NamedTuple):
@@ -123,20 +133,20 @@ def following(values_BT: Tensor) -> Tensor:
 
 
 def targets(batch: Windows, shape: Shape) -> Targets:
-    """The three targets of a batch.
+    """The targets of a batch.
 
-    The next and horizon heads have no target at the last token of a document. Near a document's end
+    All heads but the first have no target at the last token of a document. Near a document's end
     the horizon is the tokens that are left. Where the row ends before the horizon does, there is no
     horizon target, because the document may go on in the next row.
     """
     used_BTLE = multi_hot(batch.experts_BTLK, shape.num_experts)
     continues_BT = batch.continues_BT
     last_BT = _last_of_document(continues_BT)
-    ahead_BTLE, complete_BT = _used_ahead(used_BTLE, last_BT, shape.horizon)
+    ahead = [_used_ahead(used_BTLE, last_BT, count) for count in (shape.horizon, shape.far)]
     return Targets(
         Target(used_BTLE, batch.valid_BT),
         Target(following(used_BTLE), continues_BT),
-        Target(ahead_BTLE, continues_BT & complete_BT),
+        *(Target(ahead_BTLE, continues_BT & known_BT) for ahead_BTLE, known_BT in ahead),
     )
 
 
@@ -191,6 +201,10 @@ class RoutePredictor(nn.Module, ABC):
         """The tokens that the loss and the metrics are on."""
         return batch.valid_BT
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices between hidden states, which Muon may train; none by default."""
+        return []
+
     @property
     @abstractmethod
     def cache(self) -> Cache | None:
@@ -205,7 +219,7 @@ class RoutePredictor(nn.Module, ABC):
         """The ONNX graph: takes `graph_inputs` and returns `graph_outputs`, both in order."""
 
     def read_out(self, hidden_BTD: Tensor) -> Predictions:
-        """The three heads, calibrated. The last step is float32 whatever the hidden states are."""
+        """The heads, calibrated. The last step is float32 whatever the hidden states are."""
         shape = self.shape
         logits_BTX = self.heads(hidden_BTD).float()
         sizes = (len(HEADS), shape.num_layers, shape.num_experts)

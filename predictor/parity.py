@@ -12,7 +12,7 @@ from predictor.interface import HEADS, Cache, RoutePredictor, Windows
 from predictor.session import open_session
 from routing.topology import NO_EXPERT
 
-MAX_ERROR = 1e-4
+MAX_ERROR = 3e-4
 """Of an exact file's logits, absolute up to 1 and relative above."""
 MIN_OVERLAP = 0.9
 """Of a quantised file's top-k with the exact model's on random tokens, harder than any text."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from predictor.interface import HEADS
+from predictor.interface import FAR, HEADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,7 @@ TITLES = {
     "this": "this token's experts",
     "next": "the next token's experts, its id unknown",
     "horizon": "experts used by the next {horizon} tokens",
+    "far": "experts used by the next {far} tokens",
 }
 PANELS = (("this", "recall"), ("next", "recall"), ("horizon", "precision"))
 """Head and metric of each panel. The horizon has more than K answers: its recall@K stays low."""
@@ -87,7 +88,7 @@ def print_report(report: dict[str, Any], results: Sequence[Result], stack: Stack
     console = Console()
     console.print(f"{report['tokens']:,} held-out tokens of {report['trace']}, {stack}")
     for head in HEADS:
-        title = TITLES[head].format(horizon=report["horizon"])
+        title = TITLES[head].format(horizon=report["horizon"], far=FAR * report["horizon"])
         console.print(_head_table(title, head, results, stack))
     console.print(_layer_table(results, stack))
     if report["files"]:
@@ -152,7 +153,7 @@ def plot_layers(results: Sequence[Result], stack: Stack, horizon: int, png: Path
     panels = figure.subplots(1, len(PANELS))
     for axes, (head, metric) in zip(panels, PANELS, strict=True):
         _plot_panel(axes, results, head, metric)
-        axes.set_title(TITLES[head].format(horizon=horizon), fontsize=10)
+        axes.set_title(TITLES[head].format(horizon=horizon, far=FAR * horizon), fontsize=10)
         axes.set(xlabel="MoE layer", ylabel=f"{metric}@{stack.top_k}", ylim=(0, 1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

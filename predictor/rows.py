@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from predictor.interface import PADDING, Shape, Windows
 from routing.shards import PROMPT, Document, TraceReader, signed_experts
@@ -44,7 +44,11 @@ class Documents(Sequence[Document]):
 
 
 class Rows(IterableDataset[Windows]):
-    """Batches of packed rows; with `shuffle` in a new order, and cut elsewhere, at every pass."""
+    """Batches of packed rows; with `shuffle` in a new order, and cut elsewhere, at every pass.
+
+    Workers of one loader take turns at the batches of the same pass, so that their number changes
+    nothing. They must outlive a pass, or every pass would be the first.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,9 @@ class Rows(IterableDataset[Windows]):
         self._passes += 1
         rows = self.pack(generator)
         order = generator.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
-        for batch in range(len(self)):
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in range(first, len(self), stride):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self.stack([rows[row] for row in chosen])
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torchmetrics import MetricCollection
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 
 from predictor.baselines import Baseline, fit_baselines
 from predictor.data import split_of

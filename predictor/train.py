@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from predictor.calibration import calibrate
-from predictor.checkpoint import read_checkpoint
+from predictor.checkpoint import load_checkpoint, read_checkpoint
 from predictor.curves import plot_curves
 from predictor.data import TraceData
 from predictor.module import CHECKPOINT_KEY, RouteModule
@@ -41,6 +41,12 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("topology", "stack", "window", "horizon"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--start_from",
+            type=str | None,
+            default=None,
+            help="Checkpoint (predictor.ckpt) of a predictor of this shape to train further.",
+        )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.set_defaults(
@@ -78,6 +84,9 @@ class TrainCLI(LightningCLI):
             "traces": self.datamodule.provenance,
             "torch": str(torch.__version__),
         }
+        start = self._get(self.config, "start_from")
+        if start:
+            start_from(Path(start), self.model)
 
     def after_fit(self) -> None:
         """Back to the best weights; calibrate them, measure them on the test split, keep them."""
@@ -95,15 +104,30 @@ class TrainCLI(LightningCLI):
         print(json.dumps({"checkpoint": str(root / CHECKPOINT), **_summary(model.report)}))
 
 
-def require_resumable(path: Path, ours: dict[str, Any]) -> None:
-    """Raise ValueError unless the checkpoint is of this predictor and holds the optimizer."""
-    checkpoint = read_checkpoint(path)
-    theirs = json.loads(checkpoint[CHECKPOINT_KEY])
+def start_from(path: Path, module: RouteModule) -> None:
+    """Take over the weights of a finished training, say to adapt them to other text.
+
+    Raises ValueError unless the checkpoint is of this predictor.
+    """
+    trained = load_checkpoint(path)
+    require_same(path, json.loads(read_checkpoint(path)[CHECKPOINT_KEY]), module.describe())
+    module.predictor.load_state_dict(trained.predictor.state_dict())
+    module.provenance["started_from"] = trained.provenance
+
+
+def require_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise ValueError unless both describe the same predictor of the same model."""
     for key in ("kind", "topology", "stack", "window", "horizon", "settings"):
         if json.loads(json.dumps(ours[key])) != theirs[key]:
             raise ValueError(
-                f"{path} cannot be resumed: its {key} is {theirs[key]}, here it is {ours[key]}"
+                f"{path} does not fit: its {key} is {theirs[key]}, here it is {ours[key]}"
             )
+
+
+def require_resumable(path: Path, ours: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint is of this predictor and holds the optimizer."""
+    checkpoint = read_checkpoint(path)
+    require_same(path, json.loads(checkpoint[CHECKPOINT_KEY]), ours)
     if "optimizer_states" not in checkpoint:
         raise ValueError(
             f"{path} holds weights only and cannot be resumed; name the run's checkpoints/last.ckpt"
@@ -123,6 +147,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no checkpoint is ever unpickled
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`__len__` could be inaccurate.*")  # see Rows
     with friendly_errors(PROG):
         TrainCLI(
             RouteModule,

@@ -1,57 +1,41 @@
 """The MoE layers of a Hugging Face model: where they are, and what the experts call says.
 
 transformers 5 gives nearly every MoE the same call, `experts(hidden_TH, ids_TK, weights_TK)`, so
-discovery, recording and offloading all hang on that one call. Two layouts are handled:
-
-    kind     experts container                                  called with
-    fused    one module, parameters with a leading E dimension  hidden_TH, ids_TK, weights_TK
-    switch   ModuleDict `expert_0` ... `expert_{E-1}`           hidden_TH, onehot_T1E, weights_T1
+discovery, recording and offloading all hang on that one call. `routing.containers` has the layouts.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from routing.topology import NO_EXPERT
+from routing.containers import CONTAINERS, MoELayer, Routes
+
+__all__ = ["MoELayer", "Routes", "by_stack", "find_moe_layers", "read_call", "read_routes"]
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+TOP_K = {"switch": 1, "nllb": 2}
+"""Of the kinds whose routers do not say it."""
+
+KINDS = {
+    "SwitchTransformersExperts": "switch",
+    "NllbMoeExperts": "nllb",
+    "DbrxExperts": "dbrx",
+    "Llama4TextExperts": "llama4",
+    "JetMoeMoE": "jetmoe",
+    "LongcatFlashExperts": "longcat",
+}
+"""Classes that are not simply fused."""
 
 UNSUPPORTED = {
-    "DbrxExperts": "all experts share two-dimensional weights",
-    "LongcatFlashExperts": "some of its experts have no parameters",
-    "Llama4TextExperts": "its experts are called densely, without expert ids",
-    "JetMoeParallelExperts": "its experts are called with counts, without expert ids",
-    "AriaGroupedExpertsGemm": "its experts are called with counts, without expert ids",
-    "NllbMoeExperts": "its experts forward in transformers runs experts other than those routed to",
+    "DogeCDMoE": "its experts are single rows of embeddings, too small to be worth moving",
+    "FP8Experts": "its experts are quantised; load it with dequantize=True",
+    "Mxfp4GptOssExperts": "its experts are quantised; load it with Mxfp4Config(dequantize=True)",
 }
 """Experts classes that are refused by name, and why."""
-
-
-class MoELayer(NamedTuple):
-    """One MoE layer of a live model."""
-
-    name: str
-    """Module path of the experts container."""
-    module: nn.Module
-    kind: str
-    """"fused" or "switch"."""
-    stack: str
-    """"encoder" or "decoder"."""
-    num_experts: int
-    top_k: int
-
-
-class Routes(NamedTuple):
-    """What one experts call was asked to do."""
-
-    experts_TK: Tensor
-    """int64; NO_EXPERT where a token was dropped by capacity or sent to a parameter-free expert."""
-    weights_TK: Tensor
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -71,9 +55,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.ModuleDict):
-        return "switch" if type(module).__name__ == "SwitchTransformersExperts" else None
-    return "fused" if _is_fused(module) else None
+    name = type(module).__name__
+    if name == "AriaExperts" and hasattr(module, "fc1"):
+        return "aria"
+    return KINDS.get(name) or ("fused" if _is_fused(module) else None)
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -93,16 +78,16 @@ def _describe(model: nn.Module, name: str, module: nn.Module, kind: str) -> MoEL
         module=module,
         kind=kind,
         stack="encoder" if encoder else "decoder",
-        num_experts=len(module) if isinstance(module, nn.ModuleDict) else len(module.down_proj),  # type: ignore[arg-type]
-        top_k=1 if kind == "switch" else _top_k(model, name),
+        num_experts=CONTAINERS[kind].num_experts(module),
+        top_k=TOP_K.get(kind) or _top_k(model, name),
     )
 
 
 def _top_k(model: nn.Module, name: str) -> int:
-    """Top-k is the router's: look beside the experts first, then in the configuration."""
-    block = model.get_submodule(name.rpartition(".")[0])
+    """Top-k is the router's: look in and beside the experts first, then in the configuration."""
+    module, block = (model.get_submodule(path) for path in (name, name.rpartition(".")[0]))
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    for owner in (block, *block.children(), config):
+    for owner in (*module.children(), block, *block.children(), config):
         for attribute in TOP_K_NAMES:
             value = getattr(owner, attribute, None)
             if isinstance(value, int):
@@ -113,41 +98,29 @@ def _top_k(model: nn.Module, name: str) -> int:
 
 
 def read_routes(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
-    """Expert ids and weights from the arguments of `layer`'s experts call.
+    """The router's decision for every token, from the arguments of `layer`'s experts call.
 
     Read here and never from router logits: selection bias and group limits make the top-k of the
     logits differ from the experts that run.
     """
-    return read_call(layer, args, kwargs)[1]
+    return layer.container.routes(layer, bound_call(layer, args, kwargs))
 
 
 def read_call(
     layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Routes]:
-    """The hidden states [T, H] of `layer`'s experts call, and its routes."""
-    hidden, index, weights = bound_call(layer, args, kwargs)
-    return hidden, _routes(layer, index, weights)
+    """The hidden states [..., H] of `layer`'s experts call, and what it computes for each row."""
+    arguments = bound_call(layer, args, kwargs)
+    hidden: Tensor = arguments[0]
+    return hidden, layer.container.rows(layer, arguments)
 
 
-def _routes(layer: MoELayer, index: Tensor, weights: Tensor) -> Routes:
-    if layer.kind == "switch":
-        chosen_TE = index[:, 0]
-        experts_T = torch.where(chosen_TE.sum(-1) > 0, chosen_TE.argmax(-1), NO_EXPERT)
-        return Routes(experts_T[:, None], weights)
-    return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
-
-
-def bound_call(
-    layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts call's hidden states, ids and weights, as the model gave them."""
-    if len(args) >= 3:
-        return args[0], args[1], args[2]
+def bound_call(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the experts call as the model gave them, in the order of its signature."""
+    if not kwargs:
+        return args
     signature = inspect.signature(type(layer.module).forward)
-    hidden, index, weights = list(signature.bind(layer.module, *args, **kwargs).arguments.values())[
-        1:4
-    ]
-    return hidden, index, weights
+    return tuple(signature.bind(layer.module, *args, **kwargs).arguments.values())[1:]
 
 
 def by_stack(layers: list[MoELayer]) -> Iterator[tuple[str, list[MoELayer]]]:

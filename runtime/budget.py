@@ -48,30 +48,47 @@ def slots_per_group(memory: float | int, source: Source, *, off_device: int = 0)
 
     A fraction counts experts; bytes pay for the model's other weights first. Several groups share
     by the bytes of their experts. off_device: bytes of the other weights that stay in host memory.
-    Raises ValueError when a group would get fewer slots than a
-    layer's top-k.
+    Raises ValueError when a group would get fewer slots than a layer's top-k.
     """
-    sizes = [expert_bytes(group.specs) for group in source.groups]
-    counts = [sum(source.layers[i].num_experts for i in group.layers) for group in source.groups]
-    least = [max(source.layers[i].top_k for i in group.layers) for group in source.groups]
-    total, fixed = (
-        sum(a * b for a, b in zip(sizes, counts, strict=True)),
-        source.fixed_bytes - off_device,
-    )
+    counts, least = _counts(source), _least(source)
+    total, fixed = total_expert_bytes(source), source.fixed_bytes - off_device
     fraction = memory if isinstance(memory, float) else (memory - fixed) / total
     slots = [min(int(count * fraction + 1e-9), count) for count in counts]
     if any(got < need for got, need in zip(slots, least, strict=True)):
-        need = max(k / count for k, count in zip(least, counts, strict=True))
-        size = _round_up(fixed + need * total + sum(sizes))
         raise ValueError(
             f"memory={_say(memory)} leaves {max(min(slots), 0)} expert slots, but a token needs "
-            f"{max(least)} in one layer; give at least {math.ceil(need * 1e4) / 1e4} (a fraction "
-            f"of the experts) or {size}"
+            f"{max(least)} in one layer; give at least "
+            f"{math.ceil(_least_fraction(source) * 1e4) / 1e4} (a fraction of the experts) or "
+            f"{round_up(least_bytes(source) - off_device)}"
         )
     return slots
 
 
-def _round_up(num_bytes: float) -> str:
+def total_expert_bytes(source: Source) -> int:
+    """Bytes of all experts of all layers."""
+    sizes = [expert_bytes(group.specs) for group in source.groups]
+    return sum(size * count for size, count in zip(sizes, _counts(source), strict=True))
+
+
+def least_bytes(source: Source) -> float:
+    """The smallest budget: other weights, and slots for the top-k of one layer of each group."""
+    spare = sum(expert_bytes(group.specs) for group in source.groups)
+    return source.fixed_bytes + _least_fraction(source) * total_expert_bytes(source) + spare
+
+
+def _counts(source: Source) -> list[int]:
+    return [sum(source.layers[i].num_experts for i in group.layers) for group in source.groups]
+
+
+def _least(source: Source) -> list[int]:
+    return [max(source.layers[i].top_k for i in group.layers) for group in source.groups]
+
+
+def _least_fraction(source: Source) -> float:
+    return max(k / count for k, count in zip(_least(source), _counts(source), strict=True))
+
+
+def round_up(num_bytes: float) -> str:
     """A size that `parse_memory` reads as at least `num_bytes`."""
     unit = next((name for name in ("Gi", "Mi") if num_bytes >= 10 * UNITS[name.upper()]), "Ki")
     return f"{math.ceil(num_bytes / UNITS[unit.upper()] * 10) / 10}{unit}B"

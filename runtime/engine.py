@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer, bound_call, read_call
+from routing.layers import MoELayer, bound_call, read_call, read_routes
 from routing.topology import NO_EXPERT
 from runtime.cache import FREE
 from runtime.experts import run_experts
@@ -261,7 +261,7 @@ class Engine:
             return self._gpu.run_captured(index, *bound_call(layer, args, kwargs))
         hidden_TH, routes = read_call(layer, args, kwargs)
         if self._forecaster is not None:
-            self._routes[index] = routes.experts_TK.cpu().numpy()
+            self._routes[index] = read_routes(layer, args, kwargs).experts_TK.cpu().numpy()
         if self._gpu is not None:
             return self._gpu.run_layer(layer, index, hidden_TH, routes)
         return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))

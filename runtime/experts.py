@@ -9,6 +9,7 @@ between cache sizes and policies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,22 @@ Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 """Given distinct expert ids, yields each with its parameters, resident for the moment."""
 
 
-def run_experts(layer: MoELayer, hidden_TH: Tensor, routes: Routes, slots: Slots) -> Tensor:
-    """The experts call of `layer`, with parameters from `slots`. Returns [T, H]."""
-    num_tokens, top_k = routes.experts_TK.shape
+def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -> Tensor:
+    """The experts call of `layer` on hidden states [..., H], with parameters from `slots`."""
+    num_rows, top_k = routes.experts_TK.shape
     order_P, spans = sort_rows(routes.experts_TK)
-    rows_PH = hidden_TH[order_P // top_k]
-    outputs_PH = torch.zeros_like(rows_PH)
-    run = run_switch if layer.kind == "switch" else run_fused
+    rows_PH = hidden.flatten(0, -2)[order_P // top_k]
+    outputs_PH = rows_PH.clone() if layer.kind == "longcat" else torch.zeros_like(rows_PH)
+    run = RUN[layer.kind]
     for expert, parameters in slots(list(spans)):
         span = spans[expert]
         outputs_PH[span] = run(layer.module, rows_PH[span], parameters)
     outputs_TKH = torch.empty_like(outputs_PH).index_copy_(0, order_P, outputs_PH)
-    outputs_TKH = outputs_TKH.view(num_tokens, top_k, -1)
-    return (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden_TH.dtype)
+    outputs_TKH = outputs_TKH.view(num_rows, top_k, -1)
+    summed_TH = (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden.dtype)
+    if layer.kind == "jetmoe":
+        summed_TH += layer.module.get_parameter("bias")
+    return summed_TH.view_as(hidden)
 
 
 def sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
@@ -83,7 +87,47 @@ def _own_forward(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tenso
         module.num_experts = num_experts
 
 
-def run_switch(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-    """One Switch expert, unweighted: the first expert's module with other parameters."""
+def _longcat(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    gate, up = F.linear(rows_NH, parameters["gate_up_proj"]).chunk(2, dim=-1)
+    return F.linear(module.act_fn(gate) * up, parameters["down_proj"])
+
+
+def _dbrx(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    output: Tensor = module.mlp(
+        rows_NH, *(parameters[f"mlp.{name}"] for name in ("w1", "v1", "w2"))
+    )
+    return output
+
+
+def _aria(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    gate, up = (rows_NH @ parameters["fc1.weight"]).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ parameters["fc2.weight"]
+
+
+def _jetmoe(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    gate, up = F.linear(rows_NH, parameters["input_linear.weight"]).chunk(2, dim=-1)
+    return F.linear(module.activation(gate) * up, parameters["output_linear.weight"])
+
+
+def _llama4(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    gate, up = (rows_NH @ parameters["gate_up_proj"]).chunk(2, dim=-1)
+    return (up * module.act_fn(gate)) @ parameters["down_proj"]
+
+
+def _module(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """One expert that is a module: the first expert's module with other parameters."""
     template = module["expert_0"]  # type: ignore[index]
     return torch.func.functional_call(template, parameters, (rows_NH,))
+
+
+RUN = {
+    "fused": run_fused,
+    "longcat": _longcat,
+    "dbrx": _dbrx,
+    "aria": _aria,
+    "jetmoe": _jetmoe,
+    "llama4": _llama4,
+    "switch": _module,
+    "nllb": _module,
+}
+"""One expert of each kind, unweighted, on the rows routed to it."""

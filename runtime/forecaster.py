@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from routing.topology import NO_EXPERT
-from runtime.onnx_file import OUTPUTS, PredictorFile
-from runtime.policies import Forecast
+from runtime.onnx_file import PredictorFile
+from runtime.policies import FAR, Forecast
 
 PADDING = -1
 
@@ -54,31 +54,26 @@ class Forecaster:
         used by any = 1 - product of (1 - p).
         """
         unused_LE = np.ones((), np.float32)
-        for chunk in self._chunks(token_ids_BT, positions_BT):
-            this, following, horizon, valid_BT = chunk
-            unused_LE = unused_LE * _unused(this, valid_BT)
-        self.this_BLE = this[:, -1]
-        last_B1 = valid_BT[:, -1:]
-        return Forecast(
-            this_LE=1.0 - unused_LE,
-            next_LE=1.0 - _unused(following[:, -1:], last_B1),
-            horizon_LE=1.0 - _unused(horizon[:, -1:], last_B1),
-        )
+        for heads, valid_BT in self._chunks(token_ids_BT, positions_BT):
+            unused_LE = unused_LE * _unused(heads[0], valid_BT)
+        self.this_BLE = heads[0][:, -1]
+        later = [_unused(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
+        if len(later) == 2:  # no head for the far horizon: as if every H tokens were alike
+            later.append(later[-1] ** FAR)
+        return Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
 
     def _chunks(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         run = self._run_cached if self.file.cached else self._run_window
         start = 0
         while start < token_ids_BT.shape[1]:
             span = slice(start, start + self.file.window - self._prompt.shape[-1])
             positions = positions_BT[:, span]
-            yield *run(token_ids_BT[:, span], positions), positions != PADDING
+            yield run(token_ids_BT[:, span], positions), positions != PADDING
             start = span.stop
 
-    def _run_cached(
-        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run_cached(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> list[np.ndarray]:
         batch, length = token_ids_BT.shape
         routes = np.full((batch, length, *self._last_routes_BLK.shape[1:]), NO_EXPERT, np.int64)
         routes[:, 0] = self._last_routes_BLK
@@ -90,11 +85,9 @@ class Forecaster:
             "past": self._past,
             "past_positions": self._past_positions,
         }
-        this, following, horizon, present = self.file.session.run(
-            ["this", "next", "horizon", "present"], feeds
-        )
+        *heads, present = self.file.session.run([*self.file.outputs, "present"], feeds)
         self._remember(present, positions_BT)
-        return this, following, horizon
+        return heads
 
     def _remember(self, present: np.ndarray, positions_BT: np.ndarray) -> None:
         length, window = positions_BT.shape[1], self.file.window
@@ -103,9 +96,7 @@ class Forecaster:
         self._past_positions[:, entries] = positions_BT
         self._next_entry = (self._next_entry + length) % window
 
-    def _run_window(
-        self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _run_window(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> list[np.ndarray]:
         """A stateless predictor runs again over the prompt's end and the newest tokens.
 
         The first pass after `reset` brings the prompt, whose end keeps half the window.
@@ -125,8 +116,8 @@ class Forecaster:
             self._prompt = _last(tokens, self.file.window // 2)
         else:
             self._newest = np.concatenate([newest, tokens], -1)
-        this, following, horizon = self.file.session.run(list(OUTPUTS), feeds)
-        return this[:, -length:], following[:, -length:], horizon[:, -length:]
+        heads = self.file.session.run(list(self.file.outputs), feeds)
+        return [head[:, -length:] for head in heads]
 
 
 def _last(array: np.ndarray, count: int) -> np.ndarray:

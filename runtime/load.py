@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+HOSTS = ("file", "memory")
+
+
 def load(
     model: str | Path | nn.Module,
     predictor: str | Path | None = None,
@@ -34,6 +37,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     replay: str | Path | Iterable[tuple[int, np.ndarray]] | None = None,
+    host: str = "file",
     context: int = 2048,
     batch: int = 1,
     prefetch: bool = False,
@@ -54,6 +58,9 @@ def load(
     dtype: of a model loaded from a path; "auto" is the checkpoint's.
     tokenizer: checked against the predictor's; a directory's own is found by itself.
     replay: for "belady", a trace directory of exactly the calls to come, or the calls themselves.
+    host: where the experts of a path live when they are not in a slot: "file" reads each where it
+        lies (the system keeps in memory what it has room for), "memory" reads all of them now. On a
+        GPU they always end in pinned memory.
     context, batch: on a GPU, the longest sequence (prompt and generated tokens) and the most
         sequences that are decoded as captured CUDA graphs; the key/value cache is that large.
     prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle.
@@ -65,7 +72,7 @@ def load(
     """
     budget, target = parse_memory(memory), _device(device, model)
     file = None if predictor is None else open_predictor(predictor)
-    source = _open(model, tokenizer, dtype)
+    source = _open(model, tokenizer, dtype, host if target.type == "cpu" else "file")
     if file is not None:
         source.topology.require_match(
             file.topology, ours="the model", theirs=f"the predictor {predictor}"
@@ -104,10 +111,14 @@ def _load_on_gpu(
     Engine(source, policy, gpu.pools, stats, forecaster, target, gpu)
 
 
-def _open(model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype) -> Source:
+def _open(
+    model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype, host: str
+) -> Source:
+    if host not in HOSTS:
+        raise ValueError(f"host={host!r} is not one of {', '.join(HOSTS)}")
     if isinstance(model, nn.Module):
         return from_module(model, tokenizer)
-    return from_path(model, tokenizer, dtype)
+    return from_path(model, tokenizer, dtype, in_memory=host == "memory")
 
 
 def _policy(name: str | None, source: Source, file: PredictorFile | None, replay: Any) -> Policy:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from routing.architecture import model_class
 from routing.layers import MoELayer, find_moe_layers
 from routing.topology import Topology, topology_of
 from runtime.arena import Specs
-from runtime.checkpoint import CheckpointFiles, CheckpointStore
+from runtime.checkpoint import CheckpointStore, FileStore
+from runtime.files import CheckpointFiles
+from runtime.mapping import Mapping
+from runtime.memory_store import MemoryStore
+from runtime.prepared import BLOCKS, RESIDENT, VARIANT, PreparedStore, is_prepared
+from runtime.skeleton import read_weights, stripped, unstrip
 from runtime.store import ExpertStore, ModuleStore, expert_parameters
+
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", BLOCKS]
+"""Of a model on the Hub."""
 
 
 class Group(NamedTuple):
@@ -49,7 +57,7 @@ class Source(NamedTuple):
     @property
     def fixed_bytes(self) -> int:
         """Bytes of the weights other than routed experts, each shared tensor once."""
-        experts = {id(p) for layer in self.layers for _, p in expert_parameters(layer)}
+        experts = {id(p) for layer in self.layers for p in expert_parameters(layer).values()}
         others = {id(p): p for p in self.model.parameters() if id(p) not in experts}
         return sum(p.numel() * p.element_size() for p in others.values())
 
@@ -63,31 +71,82 @@ def from_module(model: nn.Module, tokenizer: Any) -> Source:
     return Source(model, topology, layers, ModuleStore(layers))
 
 
-def from_path(path: str | Path, tokenizer: Any, dtype: str | torch.dtype) -> Source:
-    """A checkpoint directory (or hub id), built without its experts where their layout is fused.
+def from_path(
+    path: str | Path, tokenizer: Any, dtype: str | torch.dtype, *, in_memory: bool = False
+) -> Source:
+    """A checkpoint directory (or hub id), built without its experts.
+
+    in_memory: read all experts now, instead of each when it is missed.
 
     Raises ValueError for a directory without a usable configuration or weights.
     """
-    directory = _directory(path)
-    stock_class, config = _architecture(directory)
-    with torch.device("meta"):
-        stock = stock_class(config)
+    directory = find_directory(path)
+    stock = Stock.of(directory)
     tokenizer = tokenizer or _tokenizer(directory)
-    topology = topology_of(stock, tokenizer)
-    stock_layers = find_moe_layers(stock)
-    CheckpointFiles(directory)  # refuse a missing or truncated file before anything is built
-    if any(layer.kind != "fused" for layer in stock_layers):
-        model = _read(stock_class, directory, dtype)
-        layers = find_moe_layers(model)
-        return Source(model, topology, layers, ModuleStore(layers))
-    classes = {type(layer.module) for layer in stock_layers}
-    with _stripped(classes):
-        model = _read(stock_class, directory, dtype)
-    layers = [layer._replace(module=_unstrip(model, layer)) for layer in stock_layers]
-    return Source(model, topology, layers, CheckpointStore(directory, stock, layers, model.dtype))
+    topology = topology_of(stock.model, tokenizer)
+    variant = VARIANT if is_prepared(directory) else None
+    open_store = store_opener(directory, stock)
+    with stripped(stock.layers):
+        model = read_weights(type(stock.model), directory, dtype, variant)
+    layers = [layer._replace(module=unstrip(model, layer)) for layer in stock.layers]
+    store = open_store(layers, model.dtype)
+    return Source(model, topology, layers, MemoryStore(store) if in_memory else store)
 
 
-def _directory(path: str | Path) -> Path:
+def sketch(path: str | Path) -> Source:
+    """What `from_path` makes of a directory or hub id, on the meta device: sizes, but no weights.
+
+    Raises ValueError as `from_path` does.
+    """
+    directory = find_directory(path)
+    stock = Stock.of(directory)
+    config: Any = stock.model.config
+    dtype = config.dtype or config.get_text_config().dtype
+    store = store_opener(directory, stock)(stock.layers, dtype)
+    stock.model.to(next(iter(store.specs(0).values())).dtype)
+    return Source(stock.model, topology_of(stock.model), stock.layers, store)
+
+
+def store_opener(directory: Path, stock: Stock) -> Callable[..., FileStore]:
+    """Looks at the files of `directory`; what it returns makes a store of layers and a dtype.
+
+    Raises ValueError for files that are missing, damaged, or not this model's.
+    """
+    if is_prepared(directory):
+        CheckpointFiles(directory, RESIDENT)
+        return partial(PreparedStore, directory, stock.layers)
+    _refuse_tied(stock)
+    files = CheckpointFiles(directory)
+    return partial(CheckpointStore, files, Mapping(files, stock.model), stock.layers)
+
+
+def _refuse_tied(stock: Stock) -> None:
+    for layer in stock.layers:
+        for path in expert_parameters(layer):
+            if f"{layer.name}.{path}" in stock.model.all_tied_weights_keys:  # type: ignore[operator]
+                raise ValueError(
+                    f"{type(stock.model).__name__} shares the experts of {layer.name} with another "
+                    "layer: load it whole, and pass the model instead of its directory"
+                )
+
+
+class Stock(NamedTuple):
+    """The model of a checkpoint directory on the meta device: shapes and names, no weights."""
+
+    model: nn.Module
+    layers: list[MoELayer]
+
+    @classmethod
+    def of(cls, directory: Path) -> Stock:
+        """Raises ValueError for a configuration that cannot be used."""
+        stock_class, config = _architecture(directory)
+        with torch.device("meta"):
+            model = stock_class(config)
+        return cls(model, find_moe_layers(model))
+
+
+def find_directory(path: str | Path) -> Path:
+    """A directory as it is, or a hub id's, fetched. Raises ValueError where there is neither."""
     directory = Path(path)
     if directory.is_dir():
         return directory
@@ -96,9 +155,7 @@ def _directory(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"])
-        )
+        return Path(snapshot_download(str(path), allow_patterns=FETCHED))
     except Exception as error:  # the hub client raises many kinds, none of them ours to tell apart
         raise ValueError(
             f"{path} is neither a directory nor a model the hub hands out ({_brief(error)})"
@@ -114,11 +171,13 @@ def _architecture(directory: Path) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(directory)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be used: {_brief(error)}") from error
-    name = (config.architectures or ["?"])[0]
-    stock_class = getattr(transformers, name, None)
-    if stock_class is None:
-        raise ValueError(f"{directory / 'config.json'}: transformers has no architecture {name}")
-    return stock_class, config
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        raise ValueError(f"{directory} is quantised ({_brief(quantization)}): not supported")
+    try:
+        return model_class(config), config
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -133,65 +192,6 @@ def _tokenizer(directory: Path) -> Any:
         raise ValueError(f"the tokenizer in {directory} cannot be used: {_brief(error)}") from error
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: object) -> str:
     """The message of another library, in one line of bearable length."""
     return f"{' '.join(str(error).split()):.300}"
-
-
-def _read(stock_class: Any, directory: Path, dtype: str | torch.dtype) -> Any:
-    """`from_pretrained` that refuses what the library would fill with random numbers."""
-    with _errors_only():
-        model, found = stock_class.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    for name in sorted(found["missing_keys"]):
-        raise ValueError(f"{directory} has no weights for {name}")
-    for name, shape, expected in sorted(found["mismatched_keys"]):
-        raise ValueError(
-            f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
-        )
-    return model
-
-
-@contextmanager
-def _stripped(classes: set[type[nn.Module]]) -> Iterator[None]:
-    """While active, the modeling modules build these experts classes without their parameters."""
-    try:
-        for experts_class in classes:
-            setattr(
-                sys.modules[experts_class.__module__], experts_class.__name__, _strip(experts_class)
-            )
-        yield
-    finally:
-        for experts_class in classes:
-            setattr(sys.modules[experts_class.__module__], experts_class.__name__, experts_class)
-
-
-def _strip(experts_class: type[nn.Module]) -> type[nn.Module]:
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        with torch.device("meta"):
-            experts_class.__init__(self, *args, **kwargs)
-        for name in list(self._parameters):
-            del self._parameters[name]
-            setattr(self, name, torch.empty(0))  # transformers' weight initialisation looks at it
-
-    return type(experts_class.__name__, (experts_class,), {"__init__": __init__})
-
-
-def _unstrip(model: nn.Module, layer: MoELayer) -> nn.Module:
-    module = model.get_submodule(layer.name)
-    module.__class__ = type(layer.module)
-    return module
-
-
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Keep transformers from listing every expert tensor that it did not load."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

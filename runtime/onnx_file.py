@@ -19,6 +19,8 @@ INPUTS = {
     False: ("token_ids", "positions", "prompt_lengths"),
 }
 OUTPUTS = ("this", "next", "horizon")
+FAR = "far"
+"""An output that older predictors do not have."""
 
 
 class PredictorFile(NamedTuple):
@@ -33,6 +35,8 @@ class PredictorFile(NamedTuple):
     """H, the tokens that the horizon head looks ahead."""
     cached: bool
     """True when single steps run on a key/value cache; else the last `window` tokens run again."""
+    outputs: tuple[str, ...]
+    """The heads: OUTPUTS, and FAR where the file has it."""
     cache_shape: tuple[int, int, int]
     """(blocks, heads, head_dim) of the key/value cache."""
 
@@ -78,6 +82,7 @@ def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> Pr
     if min(int(meta["window"]), int(meta["horizon"])) < 1:
         raise ValueError(f"window {meta['window']} and horizon {meta['horizon']} are not positive")
     topology = Topology.from_json(meta["topology"])
+    has_far = any(node.name == FAR for node in session.get_outputs())
     return PredictorFile(
         session=session,
         topology=topology,
@@ -85,6 +90,7 @@ def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> Pr
         window=int(meta["window"]),
         horizon=int(meta["horizon"]),
         cached=bool(meta["cache"]),
+        outputs=(*OUTPUTS, FAR) if has_far else OUTPUTS,
         cache_shape=(int(meta["blocks"]), int(meta["heads"]), int(meta["head_dim"]))
         if meta["cache"]
         else (0, 0, 0),

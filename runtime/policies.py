@@ -16,6 +16,10 @@ Calls = Sequence[tuple[int, np.ndarray]]
 """Expert calls in order: (layer, distinct experts int64 [N])."""
 
 
+FAR = 4
+"""A forecast's far horizon over its near one, H."""
+
+
 class Forecast(NamedTuple):
     """Probabilities, float32 [L, E], that an expert is used by any sequence of the batch."""
 
@@ -25,6 +29,8 @@ class Forecast(NamedTuple):
     """in the step after it"""
     horizon_LE: np.ndarray
     """at least once within the next H steps"""
+    far_LE: np.ndarray
+    """at least once within the next FAR * H steps"""
 
 
 class Policy(ABC):
@@ -79,54 +85,103 @@ class LFU(Policy):
         self.values[layer * self.num_experts + experts] += 1.0
 
 
+class LeastStale(Policy):
+    """What was not used for the most steps goes first; of equals, what has its turn furthest off.
+
+    After SpecMD's eviction by staleness (arXiv 2602.03921), as we read it.
+    """
+
+    name = "least-stale"
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__(num_layers, num_experts)
+        self._last_LE = np.zeros((num_layers, num_experts))
+        self._step = 0
+
+    def begin_step(self, forecast: Forecast | None) -> None:
+        self._step += 1
+        num_layers = len(self._last_LE)
+        turn_L1 = np.arange(num_layers)[:, None]
+        self.values = (2 * num_layers * (self._last_LE + 1) - turn_L1).reshape(-1)
+
+    def touch(self, layer: int, experts: np.ndarray) -> None:
+        self._last_LE[layer, experts] = self._step
+        num_layers = len(self._last_LE)
+        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        self.values[row] = 2 * num_layers * self._last_LE[layer] + num_layers - layer
+
+
 class PredictedReuse(Policy):
     """Probabilistic Belady: an expert's value is its expected discounted next use.
 
-    Time runs in layers: layer l of this step is l layers after the step's start, and a use d layers
-    away is worth DISCOUNT ** (d / L). With p1 and p2 the probabilities of use in this step and in
-    the next (the predictor's heads), and q the probability of use in any one later step, the first
-    use from now on is worth
+    Belady's rule keeps what is used soonest; with the next use T uncertain, keep what has the
+    largest E[G ** T]: a use a step away is worth G = DISCOUNT of one now, two steps away G ** 2.
+    Time runs in layers: layer l of this step is l layers after the step's start, L layers are a
+    step. With p the probability of use in this step (the predictor's first head), the value is
 
-        v(l, e) = g^l * (p1 + (1 - p1) * g^L * r)     while layer l of this step is still to run
-        v(l, e) = g^l * g^L * r                       once it ran
-        r = p2 + (1 - p2) * G * q / (1 - (1 - q) * G)
+        v(l, e) = g^l * (p + (1 - p) * G * r)         while layer l of this step is still to run
+        v(l, e) = g^l * G * r                         once it ran;  g = G ** (1 / L)
 
-    with g = DISCOUNT ** (1 / L) and G = g^L = DISCOUNT: the last fraction is the sum over
-    first uses at steps 2, 3, ... of a geometric law, each discounted by G a step. A common factor
-    g^now drops out of every comparison, so the vector only changes where a layer runs. q blends the
-    predictor's horizon head (q = 1 - (1 - pH) ^ (1 / H)) with the uses that the cache has seen, an
-    exponential mean over steps: the horizon knows the text, the memory knows the session.
+    where r = E[G ** (T - 1)] over the steps T = 1, 2, ... after this one. The other heads give the
+    distribution of T at three points, F(1), F(H) and F(FAR * H). By the law of total expectation
+    over the intervals between them, T taken as uniform within each,
+
+        r = F(1) + w1 * (F(H) - F(1)) + w2 * (F(FAR * H) - F(H)) + (1 - F(FAR * H)) * t
+
+    with w1, w2 the means of G ** (d - 1) over the steps d of an interval. Beyond the far horizon
+    speaks what the cache has seen: q, an exponential mean of the uses over MEMORY, as the chance of
+    use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
+
+    A common factor g^now drops out of every comparison, so that the values only change where a
+    layer runs: two vectors over all keys, before and after, describe a whole step. Admission is a
+    comparison in the same vector: a missed expert is worth a slot when its value *after* its layer
+    ran exceeds the lowest resident's; else it can be streamed through (`runtime.simulation`).
     """
 
     name = "predicted"
     needs_forecast = True
-    DISCOUNT = 0.8
+    DISCOUNT = 0.85
     MEMORY = 0.98
-    MEMORY_WEIGHT = 0.1
 
     def __init__(self, num_layers: int, num_experts: int, *, horizon: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._horizon = horizon
-        self._used_LE = np.zeros((num_layers, num_experts))
+        self._used_LE = np.zeros((num_layers, num_experts), np.float32)
         self._after_LE = np.zeros((num_layers, num_experts))
-        self._layer_discount_L1 = self.DISCOUNT ** (np.arange(num_layers)[:, None] / num_layers)
+        discount, far = self.DISCOUNT, FAR * horizon
+        powers = discount ** np.arange(far, dtype=np.float32)
+        near = powers[1:horizon].mean() if horizon > 1 else 1.0
+        self._weights = np.float32(near), np.float32(powers[horizon:].mean())
+        self._beyond = np.float32(discount**far)
+        self._layer_discount_L1 = np.float32(discount) ** (
+            np.arange(num_layers, dtype=np.float32)[:, None] / num_layers
+        )
 
     def begin_step(self, forecast: Forecast | None) -> None:
         self._used_LE *= self.MEMORY
         seen_LE = np.minimum(self._used_LE * (1 - self.MEMORY), 1.0)
-        if forecast is None:
-            p1_LE, r_LE = seen_LE, self._later(seen_LE, seen_LE)
-        else:
-            horizon_LE = 1.0 - (1.0 - forecast.horizon_LE) ** (1.0 / self._horizon)
-            later_LE = (1 - self.MEMORY_WEIGHT) * horizon_LE + self.MEMORY_WEIGHT * seen_LE
-            p1_LE, r_LE = forecast.this_LE, self._later(forecast.next_LE, later_LE)
-        self._after_LE = self._layer_discount_L1 * self.DISCOUNT * r_LE
-        now_LE = self._layer_discount_L1 * p1_LE + (1 - p1_LE) * self._after_LE
-        self.values = now_LE.reshape(-1).astype(np.float64)
+        later_LE = seen_LE / (1 - (1 - seen_LE) * self.DISCOUNT)
+        now_LE = seen_LE if forecast is None else forecast.this_LE
+        if forecast is not None:
+            later_LE = self._later(forecast, later_LE)
+        after_LE = self._layer_discount_L1 * later_LE
+        after_LE *= self.DISCOUNT
+        before_LE = self._layer_discount_L1 * now_LE + (1 - now_LE) * after_LE
+        self._after_LE = after_LE.astype(np.float64)
+        self.values = before_LE.astype(np.float64).reshape(-1)
 
-    def _later(self, p2_LE: np.ndarray, q_LE: np.ndarray) -> np.ndarray:
-        discount = self.DISCOUNT
-        return p2_LE + (1 - p2_LE) * discount * q_LE / (1 - (1 - q_LE) * discount)
+    def _later(self, forecast: Forecast, beyond_LE: np.ndarray) -> np.ndarray:
+        """The formula's r; the heads are made to grow with the horizon, as they ought to."""
+        near, far = self._weights
+        next_LE = forecast.next_LE
+        horizon_LE = np.maximum(forecast.horizon_LE, next_LE)
+        far_LE = np.maximum(forecast.far_LE, horizon_LE)
+        later_LE: np.ndarray = (
+            (1 - near) * next_LE
+            + (near - far) * horizon_LE
+            + far * far_LE
+            + (1 - far_LE) * (self._beyond * beyond_LE)
+        )
+        return later_LE
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
         self._used_LE[layer, experts] += 1.0

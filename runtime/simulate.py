@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
 from routing.shards import GENERATED, Document, TraceReader
@@ -24,6 +24,7 @@ COLORS = {
     "lfu": "#3b6ea5",
     "predicted": "#d9822b",
     "belady": "#4f8a5b",
+    "predicted+bypass": "#e8b98a",
     "belady+bypass": "#a5c9a9",
 }
 
@@ -48,11 +49,31 @@ class SimulateSettings:
     """Write the results to this JSON file."""
     plot: Path | None = None
     """Draw hit rates over cache sizes into this picture file."""
+    all: bool = False
+    """Compare every way to predict as well, with prefetching on a modelled link."""
+    fit_trace: Path | None = None
+    """With --all: trace to fit the predictors on that need no training."""
+    fit_tokens: int = 50_000
+    """With --all: tokens of it to fit on."""
+    more_predictors: list[Path] = field(default_factory=list)
+    """With --all: further ONNX predictors, say the paper's."""
+    expert_mb: float = 12.6
+    """With --all: size of an expert, in MB."""
+    link_gb_s: float = 55.0
+    """With --all: bandwidth of the link that experts cross, in GB/s."""
+    layer_ms: float = 0.2
+    """With --all: time to compute a layer whose experts are at hand."""
 
     def __post_init__(self) -> None:
         bad = [share for share in self.residency if not 0 < share <= 1]
         if bad or not self.residency:
             raise ValueError(f"residency {bad or 'without a value'}: give fractions in (0, 1]")
+        if self.all and self.fit_trace is None:
+            raise ValueError("--all needs --fit_trace, a trace to fit the simple predictors on")
+
+    def predictors(self) -> list[Path]:
+        """All ONNX files."""
+        return [*filter(None, [self.predictor]), *self.more_predictors]
 
 
 def main(settings: SimulateSettings) -> None:
@@ -75,6 +96,9 @@ def main(settings: SimulateSettings) -> None:
             f"{settings.trace} is of an encoder-decoder model: only decoders are simulated"
         )
     documents = _documents(reader, settings)
+    if settings.all:
+        _compare_all(settings, reader, documents)
+        return
     decode_all = settings.decode_all or not any((d.phase_T == GENERATED).any() for d in documents)
     num_experts = reader.stack.num_experts
     steps = [
@@ -88,9 +112,20 @@ def main(settings: SimulateSettings) -> None:
     title = f"{num_tokens} tokens of {len(documents)} documents, {reader.topology.model_type}"
     Console().print(_table(results, title))
     if settings.json is not None:
-        _write_json(settings.json, settings, results)
+        _write_json(settings.json, settings, [asdict(result) for result in results])
     if settings.plot is not None:
         _plot(settings.plot, results, title)
+
+
+def _compare_all(
+    settings: SimulateSettings, reader: TraceReader, documents: list[Document]
+) -> None:
+    from runtime.comparison_table import as_json, compare
+
+    outcomes, remarks = compare(settings, reader, documents)
+    print("\n".join(remarks))
+    if settings.json is not None:
+        _write_json(settings.json, settings, as_json(outcomes))
 
 
 def _documents(reader: TraceReader, settings: SimulateSettings) -> list[Document]:
@@ -126,11 +161,11 @@ def _table(results: Sequence[Result], title: str) -> object:
     return table
 
 
-def _write_json(path: Path, settings: SimulateSettings, results: Sequence[Result]) -> None:
+def _write_json(path: Path, settings: SimulateSettings, results: Sequence[dict[str, Any]]) -> None:
     document = {
         "command": ["python", "-m", "runtime.simulate", *sys.argv[1:]],
         "settings": {key: str(value) for key, value in asdict(settings).items()},
-        "results": [asdict(result) for result in results],
+        "results": list(results),
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -148,7 +183,7 @@ def _plot(path: Path, results: Sequence[Result], title: str) -> None:
             marker="o",
             label=policy,
             color=COLORS[policy],
-            linestyle="--" if policy.startswith("belady") else "-",
+            linestyle="--" if policy.startswith("belady") or "+" in policy else "-",
         )
     axes.set(xlabel="share of all experts resident", ylabel="hit rate", ylim=(0, 1))
     axes.set_title(title, fontsize=9)

@@ -7,8 +7,9 @@ rates are those of a live run over the same tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from runtime.policies import (
     Forecast,
     Policy,
     PredictedReuse,
-    link_next_uses,
 )
 from runtime.replay import Step
 
@@ -61,31 +61,32 @@ class Simulation:
 
 
 class BypassSimulation:
-    """The optimum with bypass: after each call keep what is used soonest, be it new or old."""
+    """A policy that may stream an expert through: after each call what is worth most stays, be it
+    new or old. With `Belady` it is the optimum.
+    """
 
-    name = "belady+bypass"
-
-    def __init__(self, calls: Calls, num_layers: int, num_experts: int, slots: int) -> None:
-        self._next_uses = iter(link_next_uses(calls, num_layers, num_experts))
-        self._values = np.full((num_layers, num_experts), -np.inf)
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
+        self.name = f"{policy.name}+bypass"
+        self.num_slots = num_slots
+        self._policy = policy
         self._resident = np.zeros((num_layers, num_experts), bool)
-        self.num_slots = slots
         self.requests, self.loads = 0, 0
 
-    def step(self, _: Forecast | None, calls: Calls) -> None:
+    def step(self, forecast: Forecast | None, calls: Calls) -> None:
         """Serve the expert calls of one forward pass."""
+        self._policy.begin_step(forecast)
         for layer, experts in calls:
+            self._policy.touch(layer, experts)
             self.loads += int(np.count_nonzero(~self._resident[layer, experts]))
             self.requests += len(experts)
             self._resident[layer, experts] = True
-            self._values[layer, experts] = next(self._next_uses)
             self._shrink()
 
     def _shrink(self) -> None:
         held = np.flatnonzero(self._resident)
         excess = len(held) - self.num_slots
         if excess > 0:
-            values = self._values.reshape(-1)[held]
+            values = self._policy.values[held]
             self._resident.reshape(-1)[held[np.argpartition(values, excess)[:excess]]] = False
 
 
@@ -116,12 +117,14 @@ def _start(
     shape: tuple[int, int], share: float, calls: Calls, predictor: PredictorFile | None
 ) -> list[Simulation | BypassSimulation]:
     num_slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
-    policies: list[Policy] = [LRU(*shape), LFU(*shape)]
+    policies: list[Callable[[], Policy]] = [partial(Belady, *shape, calls=calls)]
     if predictor is not None:
-        policies.append(PredictedReuse(*shape, horizon=predictor.horizon))
-    policies.append(Belady(*shape, calls=calls))
-    simulations = [Simulation(policy, *shape, num_slots) for policy in policies]
-    return [*simulations, BypassSimulation(calls, *shape, num_slots)]
+        policies.insert(0, partial(PredictedReuse, *shape, horizon=predictor.horizon))
+    plain: list[Callable[[], Policy]] = [partial(LRU, *shape), partial(LFU, *shape), *policies]
+    return [
+        *(Simulation(policy(), *shape, num_slots) for policy in plain),
+        *(BypassSimulation(policy(), *shape, num_slots) for policy in policies),
+    ]
 
 
 def _forecasts(steps: Sequence[Step], predictor: PredictorFile | None) -> Iterator[Forecast | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class ModuleStore(ExpertStore):
 
     def __init__(self, layers: list[MoELayer]) -> None:
         self._layers = layers
-        self._parameters = [dict(expert_parameters(layer)) for layer in layers]
+        self._names = [layer.container.names(layer.module) for layer in layers]
+        self._parameters = [expert_parameters(layer) for layer in layers]
         self._released: dict[int, list[tuple[int, ...]]] = {}
 
     def specs(self, layer: int) -> Specs:
@@ -59,15 +60,7 @@ class ModuleStore(ExpertStore):
         }
 
     def _expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        parameters = self._parameters[layer]
-        if self._layers[layer].kind == "fused":
-            return {name: tensor[expert] for name, tensor in parameters.items()}
-        prefix = f"expert_{expert}."
-        return {
-            name.removeprefix(prefix): tensor
-            for name, tensor in parameters.items()
-            if name.startswith(prefix)
-        }
+        return expert_part(self._layers[layer], self._names[layer], self._parameters[layer], expert)
 
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
@@ -106,9 +99,22 @@ class ModuleStore(ExpertStore):
         self._layers[layer].module.get_submodule(owner)._parameters[name] = parameter
 
 
-def expert_parameters(layer: MoELayer) -> list[tuple[str, nn.Parameter]]:
+def expert_parameters(layer: MoELayer) -> dict[str, nn.Parameter]:
     """The parameters of a container that belong to its experts, by path within it."""
-    if layer.kind == "switch":
-        return [(n, p) for n, p in layer.module.named_parameters() if n.startswith("expert_")]
-    own = layer.module.named_parameters(recurse=False)
-    return [(n, p) for n, p in own if len(p) == layer.num_experts]
+    container = layer.container
+    names = container.names(layer.module)
+    paths = dict.fromkeys(
+        container.path(name, expert) for expert in range(layer.num_experts) for name in names
+    )
+    return {path: layer.module.get_parameter(path) for path in paths}
+
+
+def expert_part(
+    layer: MoELayer, names: list[str], parameters: Mapping[str, Tensor], expert: int
+) -> dict[str, Tensor]:
+    """Views of one expert's parameters, by name; `parameters` are by path."""
+    container = layer.container
+    return {
+        name: container.part(parameters[container.path(name, expert)], expert, layer.num_experts)
+        for name in names
+    }

@@ -1,6 +1,6 @@
 """The GPU engine without a GPU: streams and pinning that do nothing, steps that run uncaptured.
 
-Everything else is the engine's own: books, kernels (interpreted), records, loop, predictor's thread.
+Everything else is the engine's own: books, kernels (interpreted), records, loop, predictor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def load_fake(
-    model: Any, predictor: Any = None, *, memory: float = 0.25, policy: str | None = None,
+    model: Any,
+    predictor: Any = None,
+    *,
+    memory: float = 0.25,
+    policy: str | None = None,
     **options: Any,
 ) -> Any:
     """`runtime.load` for a GPU, on the CPU, under `fake_cuda`."""

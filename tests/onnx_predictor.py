@@ -5,9 +5,11 @@ With `onehot(x)` the indicator of x % E, the logits of token i in layer l are
     with a cache    this     (l + 1) * sum over visible tokens j of onehot(token_j), i included
                     next     (l + 1) * onehot(token_i)
                     horizon  (l + 1) * sum over the given routes of token i of onehot(route)
+                    far      twice the horizon
     stateless       this     as above, over the tokens that were fed
                     next     (l + 1) * prompt length
                     horizon  (l + 1) * number of tokens fed
+                    far      twice the horizon
 
 and token j is visible to token i when it is no padding and 0 <= position_i - position_j < window.
 """
@@ -95,7 +97,9 @@ def write_predictor(
         following, later = _lengths(graph, onehot_BTE)
     for name, value in (("this", counts), ("next", following)):
         graph("Mul", graph.unsqueeze(value, 2), scale_L1, to=name)
-    graph("Mul", later if cache else graph.unsqueeze(later, 2), scale_L1, to="horizon")
+    later = later if cache else graph.unsqueeze(later, 2)
+    graph("Mul", later, scale_L1, to="horizon")
+    graph("Mul", later, graph("Add", scale_L1, scale_L1), to="far")
     model = _model(graph, topology, cache, set(without))
     meta = _metadata(topology, window, horizon, cache) if metadata is None else metadata
     helper.set_model_props(model, {"expertflow": meta})
@@ -126,7 +130,8 @@ def _model(graph: Graph, topology: Topology, cache: bool, without: set[str]) -> 
         "positions": (INT, ["B", "T"]),
     }
     outputs: dict[str, tuple[int, list[Any]]] = {
-        name: (FLOAT, ["B", "T", layers, num_experts]) for name in ("this", "next", "horizon")
+        name: (FLOAT, ["B", "T", layers, num_experts])
+        for name in ("this", "next", "horizon", "far")
     }
     if cache:
         inputs["routes"] = (INT, ["B", "T", layers, stack.top_k])

@@ -36,5 +36,5 @@ def make_policy(name: str, calls: Iterable[tuple[int, np.ndarray]]) -> Policy:
 def random_forecast(seed: int) -> Forecast:
     """Random probabilities, zeros and ones among them."""
     random = np.random.default_rng(seed)
-    drawn = random.uniform(-0.2, 1.2, (3, LAYERS, NUM_EXPERTS)).clip(0, 1).astype(np.float32)
+    drawn = random.uniform(-0.2, 1.2, (4, LAYERS, NUM_EXPERTS)).clip(0, 1).astype(np.float32)
     return Forecast(*drawn)

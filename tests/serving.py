@@ -64,5 +64,5 @@ def job(number: int, use_K: np.ndarray | None = None, **request: Any) -> Job:
     made = Job(Request(prompt=[0], **request), [0], None, number)
     if use_K is not None:
         unused = 1 - use_K[None].astype(np.float32)
-        made.outlook = Outlook(unused, unused, unused, use_K[None], use_K[None])
+        made.outlook = Outlook(unused, np.stack([unused] * 3), use_K[None], use_K[None])
     return made

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from predictor.causal import CausalPredictor
 from predictor.checkpoint import load_checkpoint
-from predictor.export import ExportSettings, export, quantize
+from predictor.export import ExportSettings, export, write_quantized
 from predictor.interface import HEADS, PredictorSettings, RoutePredictor, Shape
 from predictor.module import RouteModule
 from predictor.parity import check_parity
@@ -44,7 +44,9 @@ def write_checkpoint(path: Path, settings: PredictorSettings, weights: RoutePred
 
 def calibrated() -> CausalPredictor:
     predictor = tiny_predictor(window=6)
-    predictor.set_calibration(torch.tensor([2.0, 0.9, 0.5]), torch.tensor([0.3, -1.0, 0.0]))
+    predictor.set_calibration(
+        torch.tensor([2.0, 0.9, 0.5, 0.7]), torch.tensor([0.3, -1.0, 0.0, 0.1])
+    )
     return predictor
 
 
@@ -104,12 +106,12 @@ def test_the_graph_has_exactly_the_contracts_names_types_and_axes(exported):
         "token_ids": ("tensor(int64)", ["batch", "tokens"]),
         "routes": ("tensor(int64)", ["batch", "tokens", 3, 2]),
         "positions": ("tensor(int64)", ["batch", "tokens"]),
-        "past": ("tensor(float)", [2, 2, "batch", 2, "past", 8]),
+        "past": ("tensor(float)", [2, 2, "batch", 1, "past", 8]),
         "past_positions": ("tensor(int64)", ["batch", "past"]),
     }
     logits = ("tensor(float)", ["batch", "tokens", 3, 8])
     assert outputs == dict.fromkeys(HEADS, logits) | {
-        "present": ("tensor(float)", [2, 2, "batch", 2, "tokens", 8])
+        "present": ("tensor(float)", [2, 2, "batch", 1, "tokens", 8])
     }
     (domain,) = [entry for entry in onnx.load(exported).opset_import if entry.domain == ""]
     assert domain.version == 20
@@ -135,7 +137,7 @@ def test_the_metadata_say_all_that_the_runtime_needs(exported):
         "horizon": 3,
         "cache": True,
         "blocks": 2,
-        "heads": 2,
+        "heads": 1,
         "head_dim": 8,
         "quantization": "none",
         "metrics": METRICS,
@@ -155,7 +157,7 @@ def test_the_runtime_accepts_the_file(exported):
 
     file = open_predictor(exported)
     assert file.topology == TOPOLOGY and file.cached
-    assert (file.window, file.horizon, file.cache_shape) == (6, 3, (2, 2, 8))
+    assert (file.window, file.horizon, file.cache_shape) == (6, 3, (2, 1, 8))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 0), (2, 9, 0), (1, 1, 6), (3, 1, 6), (2, 4, 5)])
@@ -185,9 +187,13 @@ def test_padding_in_a_batch_changes_no_other_token(exported):
 
 def test_int8_keeps_the_metadata_and_most_of_the_top_k(exported, checkpoint, tmp_path):
     small = tmp_path / "small.onnx"
-    quantize(exported, small)
+    write_quantized(exported, small)
     assert metadata_of(small) == metadata_of(exported) | {"quantization": "int8"}
-    assert any("Integer" in node.op_type for node in onnx.load(small).graph.node)
+    graph = onnx.load(small).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 2 * 4 + 3, "4 matrices a block, 2 inputs and the heads"
+    matrices = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert all(min(t.dims, default=1) == 1 or len(t.dims) < 2 for t in matrices)
     predictor = load_checkpoint(checkpoint).predictor
     inputs = predictor.random_inputs(2, 9, 6)
     (got,) = session_of(small).run(["this"], {name: x.numpy() for name, x in inputs.items()})

@@ -32,15 +32,18 @@ Open = Callable[..., PredictorFile]
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """`opened(window=..., cache=...)`: a predictor of TOPOLOGY, made once."""
-    made: dict[tuple[int, bool], PredictorFile] = {}
+    """`opened(window=..., cache=..., far=...)`: a predictor of TOPOLOGY, made once."""
+    made: dict[tuple[int, bool, bool], PredictorFile] = {}
 
-    def predictor(window: int = WINDOW, cache: bool = True) -> PredictorFile:
-        if (window, cache) not in made:
-            path = tmp_path_factory.mktemp("onnx") / "predictor.onnx"
-            write_predictor(path, TOPOLOGY, window=window, cache=cache)
-            made[window, cache] = open_predictor(path)
-        return made[window, cache]
+    def predictor(window: int = WINDOW, cache: bool = True, far: bool = True) -> PredictorFile:
+        if (window, cache, far) not in made:
+            path, without = (
+                tmp_path_factory.mktemp("onnx") / "predictor.onnx",
+                () if far else ("far",),
+            )
+            write_predictor(path, TOPOLOGY, window=window, cache=cache, without=without)
+            made[window, cache, far] = open_predictor(path)
+        return made[window, cache, far]
 
     return predictor
 
@@ -196,6 +199,13 @@ def test_routes_decide_the_prediction_of_the_next_step_alone(opened: Open) -> No
     logits_LE = np.array([[0, 1, 0, 1, 0], [0, 0, 0, 2, 0]], np.float32)
     np.testing.assert_allclose(known.horizon_LE, used_by_any(logits_LE), atol=1e-6)
     np.testing.assert_allclose(unknown.horizon_LE, 0.5, atol=1e-6)
+    np.testing.assert_allclose(known.far_LE, used_by_any(2 * logits_LE), atol=1e-6)
+
+
+def test_without_a_far_head_every_h_tokens_count_as_alike(opened: Open) -> None:
+    forecaster = start(opened(far=False))
+    made = forecaster.forecast(tokens(0, 1, 2), np.array([[0, 1]]))
+    np.testing.assert_allclose(made.far_LE, 1 - (1 - made.horizon_LE) ** 4, atol=1e-6)
 
 
 def test_routes_are_given_to_the_first_token_of_a_prompt_longer_than_the_window_once(

@@ -1,4 +1,4 @@
-"""The whole GPU engine on the CPU: kernels interpreted, streams that do nothing, steps uncaptured."""
+"""The whole GPU engine on the CPU: interpreted kernels, streams that do nothing, no capture."""
 
 from __future__ import annotations
 
@@ -58,6 +58,16 @@ def test_tokens_are_stock_whatever_is_resident(model: Any, options: dict[str, An
     assert torch.equal(generate(engine.detach()), want)
 
 
+def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:
+    want = generate(model, max_new_tokens=6)
+    end = int(want[0, 10])
+    load_fake(model, memory=0.5)
+    ended = generate(model, max_new_tokens=6, eos_token_id=end)
+    assert torch.equal(ended, want[:, : ended.shape[1]])
+    assert ended.shape[1] < want.shape[1]
+    assert torch.equal(generate(model, max_new_tokens=6), want)
+
+
 def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> None:
     want = generate(model, rows=3)
     load_fake(model, memory=0.5, batch=4)
@@ -89,6 +99,13 @@ def test_what_is_not_captured_runs_all_the_same_and_says_why(
     assert reason in model.expertflow.decode_path
     assert generate(model).shape == (1, 9 + NEW)
     assert model.expertflow.decode_path == "graph"
+
+
+def test_sequences_that_can_need_more_experts_than_fit_run_uncaptured(model: Any) -> None:
+    want = generate(model, rows=3)
+    load_fake(model, memory=3 / 32 + 1e-6, batch=4)
+    with pytest.warns(UserWarning, match="8 slots"):
+        assert torch.equal(generate(model, rows=3), want)
 
 
 def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Recomputing:
         self._next_B = output.logits[:, -1].argmax(-1)
         return output.logits[:, -1]
 
-    def step(self, tokens_B: Tensor | None) -> Outcome:
+    def step(self, tokens_B: Tensor | None, more: bool) -> Outcome:
         self.given.append(tokens_B is not None)
         tokens_B = self._next_B if tokens_B is None else tokens_B
         self._ids_BT = torch.cat([self._ids_BT, tokens_B[:, None]], 1)

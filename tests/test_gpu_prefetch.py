@@ -241,7 +241,6 @@ def test_a_batch_prefetches_for_any_of_its_tokens() -> None:
     assert (twin.ledger.prefetched_L[1], twin.ledger.used_L[1]) == (6, 1)
 
 
-@pytest.mark.xfail(reason="a predictor whose every expert is resident is judged by expert 0")
 def test_a_predictor_with_nothing_to_choose_from_is_not_judged() -> None:
     twin = Prefetching({5: 0.9}, num_slots=24)
     for layer in range(2):

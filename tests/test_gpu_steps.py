@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from runtime.cuda import kv
 from runtime.cuda.kv import SharedCache, Storage
 from runtime.cuda.step import DecodeStep
+from tests.fake_cuda import Stream
 from tests.tiny import tiny_model
 
 CONTEXT = 24
@@ -46,9 +47,10 @@ def make(name: str) -> Any:
 def step_of(model: Any, storage: Storage, batch: int) -> DecodeStep:
     experts: Any = StockExperts()
     cache = SharedCache(storage, model.config.num_hidden_layers)
+    stream: Any = Stream()
     return DecodeStep(
         model.forward, model.config, cache, experts, batch=batch, context=storage.context,
-        dtype=model.dtype, device=torch.device("cpu"),
+        dtype=model.dtype, device=torch.device("cpu"), stream=stream,
     )  # fmt: skip
 
 
@@ -194,16 +196,7 @@ def poison(storage: Storage) -> None:
         tensor.fill_(float("nan"))
 
 
-@pytest.mark.parametrize(
-    "seen_before",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(reason="a batch size's first use does not clear the storage"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("seen_before", [True, False])
 def test_numbers_that_were_not_finite_do_not_outlive_their_sequence(seen_before: bool) -> None:
     """A NaN that one batch size left in the storage must not reach another."""
     model, storage = make("olmoe"), Storage(2, CONTEXT)

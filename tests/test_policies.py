@@ -127,12 +127,12 @@ def test_lfu_forgets_old_uses_by_a_factor_a_step() -> None:
 
 
 def forecast(**heads: dict[int, float]) -> Forecast:
-    """`this`, `next`, `horizon` give probabilities by key; all others are 0."""
-    planes = np.zeros((3, LAYERS * NUM_EXPERTS), np.float32)
-    for plane, name in zip(planes, ("this", "next", "horizon"), strict=True):
+    """`this`, `next`, `horizon`, `far` give probabilities by key; all others are 0."""
+    planes = np.zeros((4, LAYERS * NUM_EXPERTS), np.float32)
+    for plane, name in zip(planes, ("this", "next", "horizon", "far"), strict=True):
         for key, probability in heads.get(name, {}).items():
             plane[key] = probability
-    return Forecast(*planes.reshape(3, *SHAPE))
+    return Forecast(*planes.reshape(4, *SHAPE))
 
 
 def predicted(prediction: Forecast | None) -> PredictedReuse:
@@ -142,11 +142,11 @@ def predicted(prediction: Forecast | None) -> PredictedReuse:
 
 
 def test_predicted_keeps_what_this_step_needs_over_the_next_step_over_later_over_never() -> None:
-    policy = predicted(forecast(this={1: 1.0}, next={2: 1.0}, horizon={3: 1.0}))
-    assert order(policy.values, 1, 2, 3, 4) == [4, 3, 2, 1]
+    policy = predicted(forecast(this={1: 1.0}, next={2: 1.0}, horizon={3: 1.0}, far={4: 1.0}))
+    assert order(policy.values, 1, 2, 3, 4, 5) == [5, 4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("head", ["this", "next", "horizon"])
+@pytest.mark.parametrize("head", ["this", "next", "horizon", "far"])
 def test_predicted_keeps_the_likelier_over_the_less_likely(head: str) -> None:
     policy = predicted(forecast(**{head: {1: 0.9, 2: 0.1, 3: 0.5}}))
     assert order(policy.values, 1, 2, 3) == [2, 3, 1]
@@ -229,7 +229,7 @@ def loads(name: str, calls: Calls, num_slots: int) -> int:
 
 
 def bypass_loads(calls: Calls, num_slots: int) -> int:
-    simulation = BypassSimulation(calls, *SHAPE, num_slots)
+    simulation = BypassSimulation(make_policy("belady", calls), *SHAPE, num_slots)
     for call in calls:
         simulation.step(None, [call])
     return simulation.loads

@@ -250,3 +250,12 @@ def test_a_model_without_a_token_embedding_is_refused(tmp_path):
     save_file({"layers.0.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no token embedding"):
         read_embedding(tmp_path)
+
+
+def test_the_number_of_workers_changes_no_batch_of_any_pass(trace):
+    alone, shared = data(trace).train_dataloader(), data(trace, num_workers=2).train_dataloader()
+    passes = [[sorted(batch.token_ids_BT.sum(1).tolist()) for batch in alone] for _ in range(2)]
+    assert passes[0] != passes[1], "every pass cuts the documents elsewhere"
+    for expected in passes:
+        found = [sorted(batch.token_ids_BT.sum(1).tolist()) for batch in shared]
+        assert sorted(found) == sorted(expected)

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predictor.causal import CausalPredictor, CausalSettings, truncated_svd
-from predictor.interface import PADDING, Predictions, Windows, following, multi_hot, targets
+from predictor.interface import (
+    HEADS,
+    PADDING,
+    Predictions,
+    Windows,
+    following,
+    multi_hot,
+    targets,
+)
 from routing.topology import NO_EXPERT
 from tests.predicting import (
     NUM_EXPERTS,
@@ -165,11 +173,14 @@ def test_an_empty_cache_is_no_cache():
 def test_calibration_is_applied_to_each_head():
     predictor, row = tiny_predictor(), random_windows(1, 3)
     before = predict(predictor, row)
-    predictor.set_calibration(torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.0, -1.0, 3.0]))
+    predictor.set_calibration(
+        torch.tensor([2.0, 1.0, 0.5, 1.0]), torch.tensor([0.0, -1.0, 3.0, 0.0])
+    )
     after = predict(predictor, row)
     torch.testing.assert_close(after.this_BTLE, before.this_BTLE * 2)
     torch.testing.assert_close(after.next_BTLE, before.next_BTLE - 1)
     torch.testing.assert_close(after.horizon_BTLE, before.horizon_BTLE * 0.5 + 3)
+    torch.testing.assert_close(after.far_BTLE, before.far_BTLE)
 
 
 @settings(max_examples=40, deadline=None)
@@ -180,7 +191,8 @@ def test_targets_are_what_the_tokens_ahead_in_the_same_document_use(lengths, pad
         parts.append(random_windows(1, length, first=first))
         first += length + 10
     row = joined(*parts, padding(1, pad)) if pad else joined(*parts)
-    found = targets(row, shape(window=10, horizon=horizon))
+    sizes = shape(window=10, horizon=horizon)
+    found = targets(row, sizes)
     used_TLE = multi_hot(row.experts_BTLK, NUM_EXPERTS)[0]
     num_tokens, start = len(used_TLE), 0
     for length in lengths:
@@ -189,12 +201,14 @@ def test_targets_are_what_the_tokens_ahead_in_the_same_document_use(lengths, pad
             assert found.this.valid_BT[0, t]
             assert torch.equal(found.this.used_BTLE[0, t], used_TLE[t])
             assert bool(found.next.valid_BT[0, t]) == (t + 1 < stop)
-            cut_by_row = stop == num_tokens and t + horizon >= num_tokens
-            assert bool(found.horizon.valid_BT[0, t]) == (t + 1 < stop and not cut_by_row)
             if t + 1 < stop:
                 assert torch.equal(found.next.used_BTLE[0, t], used_TLE[t + 1])
-                ahead_LE = used_TLE[t + 1 : min(t + 1 + horizon, stop)].any(0)
-                assert torch.equal(found.horizon.used_BTLE[0, t], ahead_LE)
+            for count, target in ((horizon, found.horizon), (sizes.far, found.far)):
+                cut_by_row = stop == num_tokens and t + count >= num_tokens
+                assert bool(target.valid_BT[0, t]) == (t + 1 < stop and not cut_by_row)
+                if t + 1 < stop:
+                    ahead_LE = used_TLE[t + 1 : min(t + 1 + count, stop)].any(0)
+                    assert torch.equal(target.used_BTLE[0, t], ahead_LE)
         start = stop
     assert not any(target.valid_BT[0, start:].any() for target in found)
 
@@ -240,4 +254,9 @@ def test_training_starts_from_the_base_rate():
     predictor = CausalSettings(width=32, blocks=1).build(shape())
     probability = predict(predictor.eval(), random_windows(4, 8)).this_BTLE.sigmoid().mean()
     assert probability.item() == pytest.approx(TOP_K / NUM_EXPERTS, abs=0.05)
-    assert predictor.heads.out_features == 3 * NUM_LAYERS * NUM_EXPERTS
+    assert predictor.heads.out_features == len(HEADS) * NUM_LAYERS * NUM_EXPERTS
+
+
+def test_attention_heads_that_cannot_share_keys_and_values_evenly_are_refused():
+    with pytest.raises(ValueError, match="4 attention heads cannot share 3"):
+        CausalSettings(attention_heads=4, kv_heads=3)

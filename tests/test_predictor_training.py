@@ -124,6 +124,29 @@ def test_an_interrupted_run_goes_on_from_its_last_checkpoint(trace, tmp_path, ru
     assert resumed["epoch"] == 2
 
 
+def test_the_learning_rate_falls_to_nothing_within_the_time_of_a_run(trace, tmp_path):
+    train(trace, tmp_path, "--trainer.max_epochs=10000", "--trainer.max_time=00:00:00:02")
+    (last,) = tmp_path.rglob("last.ckpt")
+    (schedule,) = torch.load(last, weights_only=True)["lr_schedulers"]
+    assert schedule["_last_lr"][0] < 0.05 * schedule["base_lrs"][0]
+
+
+def test_training_can_start_from_a_finished_predictor(trace, tmp_path, run):
+    start = run / "predictor.ckpt"
+    options = ("--trainer.max_steps=1", "--model.learning_rate=1e-9", f"--start_from={start}")
+    after = load_checkpoint(train(trace, tmp_path, *options))
+    before = load_checkpoint(start)
+    for name, weight in before.predictor.named_parameters():
+        torch.testing.assert_close(after.predictor.get_parameter(name), weight, atol=1e-6, rtol=0)
+    assert after.provenance["started_from"] == before.provenance
+
+
+def test_a_finished_predictor_of_other_sizes_is_no_start(trace, tmp_path, capsys, run):
+    start = f"--start_from={run / 'predictor.ckpt'}"
+    said = fails(capsys, trace, tmp_path, start, "--model.predictor.width=32")
+    assert "settings" in said and said.count("\n") == 1
+
+
 def test_the_embedding_can_start_from_the_traced_models(trace, tmp_path):
     from safetensors.torch import save_file
 

@@ -253,7 +253,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(
     for text in (*POLICIES, "belady+bypass", "share of", "25 %", "50 %", "62 tokens of 4"):
         assert text in result.stdout
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [r["residency"] for r in written["results"]] == [0.25] * 5 + [0.5] * 5
+    assert [r["residency"] for r in written["results"]] == [0.25] * 6 + [0.5] * 6
     for row in written["results"]:
         assert row["hit_rate"] == pytest.approx(1 - row["loads"] / row["requests"])
         assert row["loads_per_token"] == pytest.approx(row["loads"] / 62)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ from torch import Tensor
 
 import runtime
 from routing.layers import MoELayer, find_moe_layers
+from runtime.files import read_header
 from runtime.loader import from_module, from_path
-from runtime.store import ExpertStore, ModuleStore, expert_parameters
+from runtime.store import ExpertStore, ModuleStore, expert_parameters, expert_part
 from tests.tiny import KINDS, save_tiny, tiny_model
 
 FUSED = [kind for kind in KINDS if kind != "switch_transformers"]
@@ -26,7 +28,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fused, in shards": {"save_original_format": False, "max_shard_size": "60KB"},
 }
 CASES = [(kind, "in memory") for kind in KINDS] + [
-    (kind, layout) for kind in FUSED for layout in LAYOUTS
+    (kind, layout) for kind in KINDS for layout in LAYOUTS
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -74,10 +76,8 @@ def opened(saved: Callable[[str, str], Path]) -> Open:
 
 def expert_of(layer: MoELayer, expert: int) -> dict[str, Tensor]:
     """The stock model's parameters of one expert."""
-    if layer.kind == "switch":
-        module: Any = layer.module
-        return dict(module[f"expert_{expert}"].named_parameters())
-    return {name: tensor[expert] for name, tensor in expert_parameters(layer)}
+    names = layer.container.names(layer.module)
+    return expert_part(layer, names, expert_parameters(layer), expert)
 
 
 # ---------------------------------------------------------------------- the contract
@@ -272,6 +272,13 @@ def test_a_truncated_file_is_refused_by_its_name(kind: str, keep: int, tmp_path:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert "model.safetensors is missing or damaged" in refused(directory)
+
+
+def test_the_tensor_in_which_a_file_is_cut_is_named(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, "olmoe") / "model.safetensors"
+    entry = read_header(path)[EXPERT["olmoe"]]
+    os.truncate(path, entry.start + 7)
+    assert f"cut in {EXPERT['olmoe']}" in refused(tmp_path)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor.interface import PADDING, Predictions, Shape, Windows
+from predictor.interface import HEADS, PADDING, Predictions, Shape, Windows
 from predictor.module import RouteModule
 from predictor.t5 import T5Predictor, T5Settings
 from tests.predicting import NUM_EXPERTS, NUM_LAYERS, TOPOLOGY, VOCAB_SIZE, random_windows, shape
@@ -51,7 +51,7 @@ def test_it_has_the_papers_number_of_parameters() -> None:
     heads = sum(p.numel() for p in paper.heads.parameters())
     # 7.21 MiB in bfloat16, the size that the paper states for T5's vocabulary
     assert sum(p.numel() for p in paper.parameters()) - heads == 3_782_144
-    assert heads == 3 * 32 * 6 * 32  # no bias
+    assert heads == len(HEADS) * 32 * 6 * 32  # no bias
 
 
 def test_a_generated_token_reads_the_prompt_and_the_generated_tokens_before_it(predictor, batch):

@@ -67,20 +67,16 @@ def collect(settings: CollectSettings) -> None:
 def load_model(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode on its device, and its tokenizer. Raises ValueError or OSError."""
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoTokenizer
+
+    from routing.architecture import model_class
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
     if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
         raise ValueError(f"--model {settings.model}: there is no such directory")
     config = AutoConfig.from_pretrained(settings.model)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = auto.from_pretrained(settings.model, dtype=settings.dtype)
+    model = model_class(config).from_pretrained(settings.model, dtype=settings.dtype)
     model.eval().to(settings.device)
     return model, AutoTokenizer.from_pretrained(settings.model)
 
@@ -103,7 +99,7 @@ def _trace(
     prompts: Iterable[Prompt], runner: Runner, writer: TraceWriter, settings: CollectSettings
 ) -> list[int]:
     """Write every document that is not yet in the trace; how many tokens each cut one has lost."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     done = writer.num_documents
     if done:

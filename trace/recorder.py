@@ -77,6 +77,9 @@ class Recorder:
 
     def _record(self, layers: list[MoELayer], batch_size: int) -> Record:
         top_k = max(layer.top_k for layer in layers)
+        for layer in layers:
+            if not self._calls[layer.name]:
+                raise ValueError(f"{layer.name} saw no tokens: it is for another kind of input")
         joined = [_join(self._calls[layer.name], batch_size, top_k) for layer in layers]
         for layer, routes in zip(layers, joined, strict=True):
             self._calls[layer.name].clear()

@@ -47,15 +47,20 @@ class Runner:
         self.weights = weights
 
     @property
+    def _token_config(self) -> Any:
+        """Names the special tokens; a model that does not generate has but one configuration."""
+        return getattr(self.model, "generation_config", self.model.config)
+
+    @property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        ids = self.model.generation_config.eos_token_id
+        ids = self._token_config.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
     @property
     def pad_id(self) -> int:
         """Any token serves: padding is masked out."""
-        configured = self.model.generation_config.pad_token_id
+        configured = self._token_config.pad_token_id
         return configured if configured is not None else (self.end_ids or [0])[0]
 
     @torch.inference_mode()

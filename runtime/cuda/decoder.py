@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ from runtime.stats import Stats
 
 LARGEST_BATCH = 32
 """Sequences: beyond, decode kernels would compute more than they load."""
+
+
+NOT_FINITE = "the model's logits are NaN: a weight or an activation is not finite"
 
 
 class Outcome(NamedTuple):
@@ -74,14 +78,33 @@ class Decoder:
         self._steps: dict[int, DecodeStep] = {}
         self._forward: Any = torch.compile(model.forward) if compile else model.forward
         self._running: ExpertsCall | None = None
-        self._outcome_host: Tensor | None = None
+        self._flying: deque[tuple[DecodeStep, int, Tensor, torch.cuda.Event]] = deque()
+        """Steps under way: each with its sequences, and the host's copy of its outcome."""
+        self._spare: list[Tensor] = []
+        self._num_free = 0
+        self._captures = torch.cuda.Stream(pool.device)  # cuBLAS keeps a workspace for each stream
         DECODERS[id(model)] = self
 
     def step_for(self, num_rows: int) -> DecodeStep:
-        bucket = next(size for size in _buckets(self.batch) if size >= num_rows)
+        """The step for so many sequences, made at first use; what was under way is forgotten."""
+        self.drain()
+        self._spare.clear()  # outcomes of another batch size are of another length
+        bucket = self._bucket(num_rows)
         if bucket not in self._steps:
             self._steps[bucket] = self._build(bucket)
         return self._steps[bucket]
+
+    def _bucket(self, num_rows: int) -> int:
+        return next(size for size in _buckets(self.batch) if size >= num_rows)
+
+    def most_experts(self, num_rows: int) -> int:
+        """Slots that one layer's call of so many sequences can need."""
+        return min(self.books.num_experts, self._bucket(num_rows) * self._top_k)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the pool."""
+        return self._pool.num_slots
 
     def _build(self, bucket: int) -> DecodeStep:
         experts = ExpertsCall(
@@ -89,25 +112,54 @@ class Decoder:
             self.books, prefetch=self._prefetch, routers=self._routers,
             forecast=None if self.oracle is None else self.oracle.likely,
         )  # fmt: skip
-        if experts.max_used > self._pool.num_slots:
-            raise ValueError(
-                f"{bucket} sequences can need {experts.max_used} experts of a layer at once, but "
-                f"there are {self._pool.num_slots} slots; give more memory or fewer sequences"
-            )
         return DecodeStep(
             self._forward, self._config, SharedCache(self._storage, self._config.num_hidden_layers),
             experts, batch=bucket, context=self.context, dtype=self._model.dtype,
-            device=self._pool.device,
+            device=self._pool.device, stream=self._captures,
         )  # fmt: skip
 
-    def run(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> Outcome:
-        """Predict, schedule, run, account: one decode step."""
+    def run(
+        self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None, more: bool = False
+    ) -> Outcome:
+        """Predict, schedule, run, account: one decode step, for the given tokens [B] or for those
+        that the last step chose by itself.
+
+        more: another such step follows. It is enqueued at once, and runs while this one is
+        accounted for.
+        """
         start = time.perf_counter()
+        if not self._flying:
+            self._launch(step, num_rows, tokens_B)
+        if more and self._runs_ahead:
+            self._launch(step, num_rows, None)
+        outcome = self._account(*self._flying.popleft())
+        if more:
+            self._announce()
+        self._stats.add_time("step", time.perf_counter() - start)
+        return outcome
+
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether a step can be scheduled before the routes of the last one are known."""
+        return self.oracle is not None or self._policy.table() is None
+
+    def _launch(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> None:
+        """Enqueue one step and the copy of its outcome to the host."""
         if tokens_B is not None:
             self._tokens_B = tokens_B.cpu().numpy()
             padding = len(step.ids_B1) - num_rows
             step.ids_B1[:, 0] = torch.cat([tokens_B, tokens_B[-1:].expand(padding)])
         self._schedule()
+        self._replay(step)
+        assert step.outcome is not None
+        pinned = self._spare.pop() if self._spare else pinned_like(step.outcome)
+        pinned.copy_(step.outcome, non_blocking=True)
+        arrival = torch.cuda.current_stream().record_event()
+        self._flying.append((step, num_rows, pinned, arrival))
+        if tokens_B is not None:
+            self._announce()
+
+    def _replay(self, step: DecodeStep) -> None:
         self._running = step.experts
         try:
             step()
@@ -120,16 +172,19 @@ class Decoder:
             ) from error
         finally:
             self._running = None
-        self._announce()
-        outcome = self._account(step, num_rows)
-        self._stats.add_time("step", time.perf_counter() - start)
-        return outcome
+
+    def drain(self) -> None:
+        """Let steps that nobody asks for any more come to their end."""
+        while self._flying:
+            *_, arrival = self._flying.pop()
+            arrival.synchronize()
 
     def _schedule(self) -> None:
         """Bring the values on the device up to the step that is about to run."""
         if not self.books.on_device:
             self._pool.settle()
             self.books.upload()
+            self._num_free = self._pool.num_slots - self._pool.cache.num_resident
         if self.oracle is not None and self.oracle.failure is None:
             self.oracle.begin_step()
             return
@@ -145,16 +200,17 @@ class Decoder:
         self.oracle.submit(job)
         self.positions_B = self.positions_B + 1
 
-    def _account(self, step: DecodeStep, num_rows: int) -> Outcome:
-        """Wait for the step, count what it did."""
-        assert step.outcome is not None and step.logits_BV is not None
-        bucket = len(step.ids_B1)
-        outcome = self._to_host(step.outcome)
+    def _account(
+        self, step: DecodeStep, num_rows: int, pinned: Tensor, arrival: torch.cuda.Event
+    ) -> Outcome:
+        """Wait for a step, count what it did."""
+        assert step.logits_BV is not None
+        arrival.synchronize()
+        outcome, bucket = pinned.numpy().copy(), len(step.ids_B1)
+        self._spare.append(pinned)
         best_B = outcome[:num_rows].view(np.float32)
         if np.isnan(best_B).any():
-            raise FloatingPointError(
-                "the model's logits are NaN: a weight or an activation is not finite"
-            )
+            raise FloatingPointError(NOT_FINITE)
         tokens_B = outcome[bucket : bucket + num_rows]
         ledger = step.experts.read(outcome[2 * bucket :])
         self._count(ledger, num_rows)
@@ -165,13 +221,6 @@ class Decoder:
         if self.oracle is None or self.oracle.failure is not None:
             self._touch(self.routes_LBK)
         return Outcome(tokens_B.tolist(), step.logits_BV[:num_rows])
-
-    def _to_host(self, outcome: Tensor) -> np.ndarray:
-        if self._outcome_host is None or len(self._outcome_host) != len(outcome):
-            self._outcome_host = torch.empty_like(outcome, device="cpu").pin_memory()
-        self._outcome_host.copy_(outcome, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        return self._outcome_host.numpy().copy()
 
     def _touch(self, routes_LBK: np.ndarray) -> None:
         """Keep a table policy on the host up to date, where no predictor does."""
@@ -187,6 +236,9 @@ class Decoder:
         was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
         num_missed_L = ledger.num_fetched_L - was_early_L
         link_bytes = self._host.link_bytes(0)
+        num_missed = int(num_missed_L.sum())
+        self._stats.evictions += max(num_missed - self._num_free, 0)
+        self._num_free = max(self._num_free - num_missed, 0)
         self._stats.count_step(ledger.num_used_L, num_missed_L, link_bytes, num_rows)
         if self._prefetch:
             share_L = ledger.chunks_L / self._pool.record.num_chunks
@@ -211,11 +263,17 @@ class Decoder:
 
     def close(self) -> None:
         """Give back graphs, buffers and the predictor's thread."""
+        self.drain()
         if self.oracle is not None:
             self.oracle.close()
         self._steps.clear()
         self._storage = Storage(self.batch, self.context)
         self._forward = None
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """A pinned tensor on the host, of the same shape."""
+    return torch.empty_like(tensor, device="cpu").pin_memory()
 
 
 def _buckets(batch: int) -> list[int]:

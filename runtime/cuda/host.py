@@ -64,7 +64,7 @@ class HostTier(ExpertStore):
             with near_gpu():
                 self._fill()
         except BaseException:
-            self._give_back(len(self.layers))
+            self._give_back()
             self._memory.close()
             raise
 
@@ -135,6 +135,7 @@ class HostTier(ExpertStore):
             for expert in range(len(low)):
                 low[expert].copy_(self._on_device(records, expert))
             self.layers.append(self._raw(low))
+            self._let_go(records)
         self.packed = False
 
     # ------------------------------------------------------------------ reading
@@ -144,7 +145,7 @@ class HostTier(ExpertStore):
         return {name: Spec(field.shape, field.dtype) for name, field in fields}
 
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
-        raise NotImplementedError("records go into slots: read_record")
+        raise NotImplementedError("records are brought whole: copy_record, land_record")
 
     def copy_record(self, layer: int, expert: int, into: tuple[Tensor, ...]) -> None:
         """Send one record over the link, on the current stream: to low and high (uint8 [N] and
@@ -187,21 +188,30 @@ class HostTier(ExpertStore):
     def restore(self, layer: int) -> None:
         self._store.restore(layer)
 
-    def _give_back(self, num_layers: int) -> None:
-        """Make the store's own tensors again, an expert at a time."""
-        for layer in range(num_layers):
+    def _give_back(self) -> None:
+        """Make the store's own tensors again, an expert at a time, and let go of each layer's
+        records: both copies of a large model would not fit in memory.
+        """
+        for layer in reversed(range(len(self.layers))):
+            records = self.layers[layer]
             if self._store.is_released(layer):
-                self._store.refill(layer, partial(self._read_one, layer))
+                self._store.refill(layer, partial(self._read_one, layer, records))
+            del self.layers[layer]
+            self._let_go(records)
 
-    def _read_one(self, layer: int, expert: int) -> dict[str, Tensor]:
-        record_N = self._on_device(self.layers[layer], expert)
+    def _read_one(self, layer: int, records: LayerRecords, expert: int) -> dict[str, Tensor]:
+        record_N = self._on_device(records, expert)
         return self._as_model(self._records[layer].views(record_N))
+
+    def _let_go(self, records: LayerRecords) -> None:
+        torch.cuda.synchronize()  # the last copy out of them
+        self._memory.release(records.low)
+        self._memory.release(records.high)
 
     def close(self) -> None:
         """Give the experts back to the store and unpin. Nothing may be reading."""
-        self._give_back(len(self.layers))
+        self._give_back()
         self._memory.close()
-        self.layers.clear()
 
 
 def _copy(records: LayerRecords, expert: int, into: tuple[Tensor, ...]) -> None:

@@ -54,6 +54,7 @@ class SharedLayer(StaticLayer):
         self.values = self._storage.view(self._index, "values", value_states, self.batch_size)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
+        self.reset()  # another batch size may have left numbers that are not finite
 
     def reset(self) -> None:
         """Start a new sequence. What the storage holds is masked out, but must be finite."""

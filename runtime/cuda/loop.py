@@ -41,12 +41,13 @@ def takes_over(config: GenerationConfig) -> str | None:
 
 
 def decode(
-    prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[[Tensor | None], Any]
+    prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[[Tensor | None, bool], Any]
 ) -> Any:
     """Generate after `prompt`.
 
-    prefill: runs the prompt, returns logits [B, V]. step: runs one step for the given tokens [B],
-    or for those that the last step chose by itself (None), and returns it as an `Outcome`.
+    prefill: runs the prompt, returns logits [B, V]. step(tokens, more): runs one step for the given
+    tokens [B], or for those that the last step chose by itself (None), and returns its `Outcome`;
+    `more` says that another step of its own tokens will follow, unless a sequence ends.
     """
     is_plain = (
         not prompt.config.do_sample
@@ -79,9 +80,10 @@ def _greedy(prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[..., A
         columns.append(tokens_B)
         if prompt.streamer is not None:
             prompt.streamer.put(torch.tensor(tokens_B))
-        if all(finished) or prompt.input_ids_BT.shape[1] + len(columns) >= longest:
+        length = prompt.input_ids_BT.shape[1] + len(columns)
+        if all(finished) or length >= longest:
             break
-        tokens_B, given_B = step(given_B).tokens_B, None
+        tokens_B, given_B = step(given_B, length + 1 < longest).tokens_B, None
     new_BT = torch.tensor(columns, device=prompt.input_ids_BT.device).T
     return torch.cat([prompt.input_ids_BT, new_BT], -1)
 
@@ -104,7 +106,7 @@ def _general(prompt: Prompt, prefill: Callable[[], Tensor], step: Callable[..., 
         unfinished_B = unfinished_B & ~prompt.criteria(input_ids_BT, None)
         if not unfinished_B.any():
             return input_ids_BT
-        logits_BV = step(tokens_B).logits_BV
+        logits_BV = step(tokens_B, False).logits_BV
 
 
 def _choose(scores_BV: Tensor, sample: bool) -> Tensor:

@@ -103,8 +103,9 @@ class Oracle:
         positions_BT = np.concatenate([job.positions_BT for job in jobs], 1)
         self._inform(jobs[0], len(tokens_BT))
         forecast = self._forecaster.forecast(tokens_BT, positions_BT)
-        self._policy.begin_step(forecast)
-        self._publish(forecast)
+        if self.failure is None:  # it may have been given up meanwhile
+            self._policy.begin_step(forecast)
+            self._publish(forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
 
     def _remember(self, job: Job) -> None:

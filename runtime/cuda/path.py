@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from routing.layers import MoELayer
-from runtime.cuda.decoder import Decoder
+from runtime.cuda.decoder import NOT_FINITE, Decoder
 from runtime.cuda.kv import unsupported
 from runtime.cuda.loop import Prompt, decode, takes_over
 from runtime.cuda.step import DecodeStep
@@ -74,6 +74,10 @@ class CapturedPath:
             self.why = f"{num_rows} sequences at once, load(..., batch={self.decoder.batch})"
         elif longest > self.decoder.context:
             self.why = f"up to {longest} tokens, load(..., context={self.decoder.context})"
+        elif (needed := self.decoder.most_experts(num_rows)) > self.decoder.num_slots:
+            self.why = (
+                f"they can need {needed} slots at once, and there are {self.decoder.num_slots}"
+            )
         if self.why is not None:
             self._complain()
             return type(model)._sample(
@@ -89,9 +93,11 @@ class CapturedPath:
             streamer,
         )
         step = self.decoder.step_for(num_rows)
-        return decode(
-            prompt, partial(self._prefill, prompt, step), partial(self.decoder.run, step, num_rows)
-        )
+        run = partial(self.decoder.run, step, num_rows)
+        try:
+            return decode(prompt, partial(self._prefill, prompt, step), run)
+        finally:
+            self.decoder.drain()
 
     # ------------------------------------------------------------------ prefill
 
@@ -107,6 +113,8 @@ class CapturedPath:
             prompt.input_ids_BT[rows], is_first_iteration=True, **kwargs
         )
         logits_BV = self._model(**inputs, return_dict=True).logits[:, -1]
+        if logits_BV.isnan().any():
+            raise FloatingPointError(NOT_FINITE)
         length = prompt.input_ids_BT.shape[1]
         positions = kwargs.get("position_ids")
         next_B = rows * 0 + length if positions is None else positions[:, -1] + 1

@@ -19,7 +19,7 @@ class PinnedMemory:
     """Tensors in pinned memory, all given back at `close`."""
 
     def __init__(self) -> None:
-        self._registered: list[Tensor] = []
+        self._registered: dict[int, Tensor] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A pinned tensor, zero. Raises MemoryError where the machine has no more to pin."""
@@ -36,14 +36,19 @@ class PinnedMemory:
                 f"{tensor.nbytes} bytes of host memory could not be pinned ({error}); free memory "
                 "or raise the limit of locked memory (ulimit -l)"
             )
-        self._registered.append(tensor)
+        self._registered[tensor.data_ptr()] = tensor
+
+    def release(self, tensor: Tensor) -> None:
+        """Unpin one tensor, where it is pinned. Nothing may be reading it."""
+        if self._registered.pop(tensor.data_ptr(), None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
     def close(self) -> None:
         """Unpin everything. Waits for whatever still reads it."""
         if self._registered:
             torch.cuda.synchronize()
-        while self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered.pop().data_ptr())
+        for tensor in list(self._registered.values()):
+            self.release(tensor)
 
 
 @contextmanager

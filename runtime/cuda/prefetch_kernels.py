@@ -58,6 +58,12 @@ def router_probabilities(
     return 1.0 - unused_E
 
 
+@triton.jit
+def favourite(chances_E):
+    """The most likely expert; -1 where none can be."""
+    return tl.where(tl.max(chances_E, axis=0) > 0.0, tl.argmax(chances_E, axis=0), -1)
+
+
 @triton.jit(do_not_specialize=["layer", "num_tokens", "S"])
 def pick(
     x, router, bias, forecast, trust, first_choices, prefetched, prefetched_slot,
@@ -83,11 +89,11 @@ def pick(
             x, router, bias, num_tokens, H, E, K, HAS_BIAS, BLOCK_E, BLOCK_H
         )
         routed_E = tl.where(missing_E, routed_E, 0.0)
-        tl.store(first_choices, tl.argmax(routed_E, axis=0))
+        tl.store(first_choices, favourite(routed_E))
         best_E = routed_E * tl.load(trust)
     if HAS_FORECAST:
         likely_E = tl.load(forecast + layer * E + experts_E, mask=missing_E, other=0.0)
-        tl.store(first_choices + 1, tl.argmax(likely_E, axis=0))
+        tl.store(first_choices + 1, favourite(likely_E))
         best_E = tl.maximum(best_E, likely_E * tl.load(trust + 1))
     choice = tl.argmax(best_E, axis=0)
     slot = FREE

@@ -23,7 +23,8 @@ WARM_UPS = 2
 class DecodeStep:
     """The captured step of `batch` sequences.
 
-    forward: the model's forward, compiled or not. experts: what its expert layers call.
+    forward: the model's forward, compiled or not. experts: what its expert layers call. stream:
+        where it is captured.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class DecodeStep:
         context: int,
         dtype: torch.dtype,
         device: torch.device,
+        stream: torch.cuda.Stream,
     ) -> None:
         self._forward, self._config = forward, config
         self.cache, self.experts = cache, experts
-        self._dtype = dtype
+        self._dtype, self._stream = dtype, stream
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._length = torch.zeros(1, dtype=torch.int64, device=device)
@@ -72,7 +74,7 @@ class DecodeStep:
         state = self.ids_B1, self._positions_B1, self._length
         saved = [tensor.clone() for tensor in state]
         length = int(self._length)
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(WARM_UPS):

@@ -15,7 +15,7 @@ import numpy as np
 from routing.topology import NO_EXPERT
 from runtime.forecaster import PADDING
 from runtime.onnx_file import PredictorFile
-from runtime.policies import Forecast
+from runtime.policies import FAR, Forecast
 
 
 class Outlook(NamedTuple):
@@ -23,10 +23,8 @@ class Outlook(NamedTuple):
 
     this_LE: np.ndarray
     """by the pending tokens"""
-    next_LE: np.ndarray
-    """by the token after them"""
-    horizon_LE: np.ndarray
-    """within the horizon after them"""
+    later_HLE: np.ndarray
+    """by the token after them, within the horizon after them, and within the far horizon"""
     logits_LE: np.ndarray
     """Of the last pending token, for scoring the prediction."""
     habit_LE: np.ndarray
@@ -71,12 +69,11 @@ class Oracle:
         unused_LE, habit_LE = np.ones((), np.float32), np.zeros((), np.float32)
         for start in range(0, len(token_ids), len(history.positions)):
             chunk = np.array([token_ids[start : start + len(history.positions)]], np.int64)
-            this, following, horizon = self._run([history], chunk, self._no_routes(chunk.shape))
+            this, *later = self._run([history], chunk, self._no_routes(chunk.shape))
             unused_TLE = _unused(this[0])
             unused_LE = unused_LE * unused_TLE.prod(0)
             habit_LE = habit_LE + (1 - unused_TLE).sum(0) / len(token_ids)
-        after = _unused(following[0, -1]), _unused(horizon[0, -1])
-        return Outlook(unused_LE, *after, this[0, -1], habit_LE)
+        return Outlook(unused_LE, _later([head[0, -1] for head in later]), this[0, -1], habit_LE)
 
     def step(
         self,
@@ -87,10 +84,16 @@ class Oracle:
     ) -> list[Outlook]:
         """Predict for one new token of each sequence, given the routes of the one before it."""
         token_ids_B1 = np.array(token_ids, np.int64)[:, None]
-        this, following, horizon = self._run(histories, token_ids_B1, routes_BLK[:, None])
-        unused = [_unused(head[:, 0]) for head in (this, following, horizon)]
-        rows = zip(*unused, this[:, 0], [old.habit_LE for old in before], strict=True)
-        return [Outlook._make(row) for row in rows]
+        this, *later = self._run(histories, token_ids_B1, routes_BLK[:, None])
+        return [
+            Outlook(
+                _unused(this[index, 0]),
+                _later([head[index, 0] for head in later]),
+                this[index, 0],
+                old.habit_LE,
+            )
+            for index, old in enumerate(before)
+        ]
 
     def _no_routes(self, shape: tuple[int, ...]) -> np.ndarray:
         stack = self.file.stack
@@ -98,7 +101,7 @@ class Oracle:
 
     def _run(
         self, histories: Sequence[History], token_ids_BT: np.ndarray, routes: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> list[np.ndarray]:
         count = token_ids_BT.shape[1]
         starts_B1 = np.array([[history.length] for history in histories])
         past, past_positions = _stack(histories)
@@ -109,11 +112,10 @@ class Oracle:
             "past": past,
             "past_positions": past_positions,
         }
-        names = ["this", "next", "horizon", "present"]
-        this, following, horizon, present = self.file.session.run(names, feeds)
+        *heads, present = self.file.session.run([*self.file.outputs, "present"], feeds)
         for index, history in enumerate(histories):
             history.add(present[:, :, index], count)
-        return this, following, horizon
+        return heads
 
 
 def _stack(histories: Sequence[History]) -> tuple[np.ndarray, np.ndarray]:
@@ -132,11 +134,14 @@ def join(outlooks: Sequence[Outlook]) -> Forecast | None:
     """What any of the sequences uses; None where nothing is predicted."""
     if not outlooks:
         return None
-    return Forecast(
-        this_LE=1 - np.prod([outlook.this_LE for outlook in outlooks], axis=0),
-        next_LE=1 - np.prod([outlook.next_LE for outlook in outlooks], axis=0),
-        horizon_LE=1 - np.prod([outlook.horizon_LE for outlook in outlooks], axis=0),
-    )
+    this_LE = 1 - np.prod([outlook.this_LE for outlook in outlooks], axis=0)
+    return Forecast(this_LE, *(1 - np.prod([outlook.later_HLE for outlook in outlooks], axis=0)))
+
+
+def _later(heads: Sequence[np.ndarray]) -> np.ndarray:
+    """The heads that look ahead; without one for the far horizon, every H tokens are alike."""
+    unused = [_unused(logits_LE) for logits_LE in heads]
+    return np.stack(unused if len(unused) == 3 else [*unused, unused[-1] ** FAR])
 
 
 def _unused(logits: np.ndarray) -> np.ndarray:

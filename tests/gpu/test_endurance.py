@@ -32,7 +32,7 @@ STEPS = int(os.environ.get("EXPERTFLOW_GPU_STEPS", "10000"))
 """Decode steps of the endurance test."""
 ROUNDS = int(os.environ.get("EXPERTFLOW_GPU_ROUNDS", "100"))
 """Times that a model is offloaded and given back."""
-SEQUENCE = 250
+SEQUENCE = min(250, STEPS)
 """Tokens generated at a time."""
 
 

@@ -104,6 +104,26 @@ def test_a_streamer_gets_every_token(options: dict[str, Any]) -> None:
     assert collector.ended
 
 
+class Checking(BaseStreamer):
+    """Looks at every slot after each token, while the next step may be under way."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def put(self, _: Tensor) -> None:
+        check_slots(self._model)
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_looking_at_the_slots_between_steps_disturbs_nothing(prefetch: bool) -> None:
+    with offloaded(tiny_model("olmoe"), prefetch=prefetch) as model:
+        for _ in range(2):
+            tokens = generate(model, streamer=Checking(model))
+            assert torch.equal(tokens, stock_tokens("olmoe", 1))
+
+
 def test_sampling_repeats_with_its_seed_whatever_is_resident() -> None:
     drawn = []
     for memory in (1.0, 0.25):

@@ -1,0 +1,64 @@
+"""Weights of an exported graph as int8 blocks: a smaller file and a faster step.
+
+onnxruntime's MatMulNBits multiplies by blocks of BLOCK weights that share a scale and quantises
+what comes in by itself, in one node; at batch 1, where a step reads every weight once, the time is
+that of the bytes.
+"""
+
+from typing import Any
+
+import numpy as np
+
+BITS = 8
+BLOCK = 64
+INT8_PRODUCTS = 4
+"""onnxruntime's `accuracy_level` for products of int8 by int8."""
+
+
+def quantize(model: Any) -> Any:
+    """The ONNX model with every constant matrix and the token embedding in int8."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        bits=BITS,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=INT8_PRODUCTS,
+        op_types_to_quantize=("MatMul",),
+    )
+    quantizer.process()
+    result = quantizer.model.model
+    quantize_embedding(result.graph)
+    return result
+
+
+def quantize_embedding(graph: Any) -> None:
+    """Store the table that a Gather of token ids reads as int8 rows with a scale each."""
+    from onnx import helper, numpy_helper
+
+    tables = {tensor.name: tensor for tensor in graph.initializer}
+    index, gather = next(
+        (i, node)
+        for i, node in enumerate(graph.node)
+        if node.op_type == "Gather" and node.input[0] in tables and node.input[1] == "token_ids"
+    )
+    table, (name,) = tables[gather.input[0]], gather.output
+    rows_VR = numpy_helper.to_array(table)
+    scale_V1 = np.maximum(np.abs(rows_VR).max(1, keepdims=True) / 127, 1e-12).astype(np.float32)
+    stored = {
+        f"{name}_int8": np.round(rows_VR / scale_V1).astype(np.int8),
+        f"{name}_scale": scale_V1,
+    }
+    graph.initializer.remove(table)
+    graph.initializer.extend(numpy_helper.from_array(x, key) for key, x in stored.items())
+    graph.node.remove(gather)
+    for offset, node in enumerate(
+        (
+            helper.make_node("Gather", [f"{name}_int8", "token_ids"], [f"{name}_row"]),
+            helper.make_node("Gather", [f"{name}_scale", "token_ids"], [f"{name}_by"]),
+            helper.make_node("Cast", [f"{name}_row"], [f"{name}_float"], to=1),
+            helper.make_node("Mul", [f"{name}_float", f"{name}_by"], [name]),
+        )
+    ):
+        graph.node.insert(index + offset, node)

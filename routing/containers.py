@@ -1,0 +1,212 @@
+"""The layouts of experts containers: which parameters are whose, and what a call says.
+
+    kind     parameters of the experts                      called with
+    fused    a leading E dimension                          hidden_TH, ids_TK, weights_TK
+    longcat  the same; ids from E on hand hidden through    hidden_TH, ids_TK, weights_TK
+    dbrx     matrices of E blocks, one above the other      hidden_BTH, ids_TK, weights_TK
+    aria     a leading E dimension, in two modules          hidden_TH, router_logits_TE
+    jetmoe   the same; the block routes by itself           hidden_BTH
+    llama4   a leading E dimension; called densely          each expert's scaled hidden, [E x T, H]
+    switch   modules `expert_0` ... `expert_{E-1}`          hidden_TH, onehot_T1E, weights_T1
+    nllb     modules `expert_0` ... `expert_{E-1}`          hidden_TH, top1_TE, gates_TE
+
+Aria has the layout "aria" under transformers 5.17 and is fused in later ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from routing.topology import NO_EXPERT
+
+
+class Routes(NamedTuple):
+    """Experts and their weights, K for every row."""
+
+    experts_TK: Tensor
+    """int64; NO_EXPERT where a token was dropped by capacity or sent to a parameter-free expert."""
+    weights_TK: Tensor
+
+
+class MoELayer(NamedTuple):
+    """One MoE layer of a live model."""
+
+    name: str
+    """Module path of the experts container."""
+    module: nn.Module
+    """The experts container."""
+    kind: str
+    """A key of `CONTAINERS`."""
+    stack: str
+    """"encoder" or "decoder"."""
+    num_experts: int
+    top_k: int
+
+    @property
+    def container(self) -> Container:
+        """How the layer's parameters and calls are laid out."""
+        return CONTAINERS[self.kind]
+
+
+class Container:
+    """The fused layout. The others say where they differ."""
+
+    holders: tuple[str, ...] = ("",)
+    """The modules in the container that hold the experts' parameters, and nothing else."""
+
+    def num_experts(self, module: Any) -> int:
+        """E, the experts that have parameters."""
+        return len(module.down_proj)
+
+    def names(self, module: nn.Module) -> list[str]:
+        """The parameters of one expert, by their path without the expert's number."""
+        return [
+            f"{holder}.{name}" if holder else name
+            for holder in self.holders
+            for name, _ in module.get_submodule(holder).named_parameters(recurse=False)
+        ]
+
+    def path(self, name: str, expert: int) -> str:
+        """Where in the container the parameter `name` of an expert lies: here, with all others'."""
+        return name
+
+    def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
+        """One expert's view of the parameter at `path`."""
+        return tensor[expert]
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        """What the call computes, by row of its hidden states."""
+        _, index, weights = arguments
+        return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
+
+    def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        """The router's decision, by token."""
+        return self.rows(layer, arguments)
+
+
+class Dbrx(Container):
+    """DBRX: w1, v1 and w2 [E x F, H]."""
+
+    holders = ("mlp",)
+
+    def num_experts(self, module: Any) -> int:
+        return int(module.num_experts)
+
+    def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
+        return tensor.unflatten(0, (num_experts, -1))[expert]
+
+
+class Longcat(Container):
+    """LongCat-Flash: the rows that `gate_up_proj` has for parameter-free experts are never used."""
+
+
+class Aria(Container):
+    """Aria under transformers 5.17: takes the router's logits."""
+
+    holders = ("fc1", "fc2")
+
+    def num_experts(self, module: Any) -> int:
+        return int(module.config.moe_num_experts)
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        experts: Any = layer.module
+        return Routes(*experts.route_tokens_to_experts(arguments[1]))
+
+
+class JetMoe(Container):
+    """JetMoE's feed-forward block. Its router gives pairs (token, expert) sorted by expert."""
+
+    holders = ("input_linear", "output_linear")
+
+    def num_experts(self, module: Any) -> int:
+        return int(module.input_linear.num_experts)
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        block: Any = layer.module
+        hidden_TH = arguments[0].flatten(0, -2)
+        order_P, _, gates_P, counts, _ = block.router(hidden_TH)
+        numbers = torch.arange(len(counts), device=order_P.device)
+        sorted_P = numbers.repeat_interleave(torch.tensor(counts, device=order_P.device))
+        experts_P = torch.empty_like(order_P).index_copy_(0, order_P, sorted_P)
+        weights_P = torch.empty_like(gates_P).index_copy_(0, order_P, gates_P)
+        return Routes(experts_P.view(len(hidden_TH), -1), weights_P.view(len(hidden_TH), -1))
+
+
+class Llama4(Container):
+    """Llama 4 hands every expert every token, scaled by its score: by zero unless it was chosen."""
+
+    def num_experts(self, module: Any) -> int:
+        return int(module.num_experts)
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        chosen_ET = self._chosen(layer, arguments[0])
+        numbers_E1 = torch.arange(len(chosen_ET), device=chosen_ET.device)[:, None]
+        experts_N1 = torch.where(chosen_ET, numbers_E1, NO_EXPERT).view(-1, 1)
+        return Routes(experts_N1, arguments[0].new_ones(len(experts_N1), 1))
+
+    def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        """Weights are 1: the scores scale the hidden states before they get here."""
+        chosen_TK, experts_TK = self._chosen(layer, arguments[0]).T.int().topk(layer.top_k, dim=-1)
+        experts_TK = torch.where(chosen_TK > 0, experts_TK, NO_EXPERT)
+        return Routes(experts_TK, arguments[0].new_ones(experts_TK.shape))
+
+    def _chosen(self, layer: MoELayer, hidden_NH: Tensor) -> Tensor:
+        return (hidden_NH != 0).any(-1).view(layer.num_experts, -1)
+
+
+class Switch(Container):
+    """Switch Transformers: top-1, with tokens beyond an expert's capacity dropped."""
+
+    def num_experts(self, module: Any) -> int:
+        return sum(name.startswith("expert_") for name, _ in module.named_children())
+
+    def names(self, module: nn.Module) -> list[str]:
+        return [name for name, _ in module.get_submodule("expert_0").named_parameters()]
+
+    def path(self, name: str, expert: int) -> str:
+        return f"expert_{expert}.{name}"
+
+    def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
+        return tensor
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        _, onehot_T1E, weights_T1 = arguments
+        chosen_TE = onehot_T1E[:, 0]
+        experts_T = torch.where(chosen_TE.sum(-1) > 0, chosen_TE.argmax(-1), NO_EXPERT)
+        return Routes(experts_T[:, None], weights_T1)
+
+
+class Nllb(Switch):
+    """NLLB-MoE: top-2, and a defect of transformers (5.17 to 5.23 at least) that `rows` repeats.
+
+    Its experts call takes the one-hot mask of the first choice for a list of expert ids, and so
+    runs only two experts: 1, weighted by the gate of the first choice, and 0, by the second's.
+    """
+
+    def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        experts: Any = layer.module
+        _, top1_TE, gates_TE = arguments
+        first_T, all_T = (top1_TE * gates_TE).sum(-1), gates_TE.sum(-1)
+        weights_TK = torch.stack([first_T, all_T - first_T], dim=-1)
+        experts_TK = torch.tensor([1, 0], device=top1_TE.device).expand(len(top1_TE), 2)
+        return Routes(experts_TK, weights_TK * (1 - experts.moe_token_dropout))
+
+    def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
+        weights_TK, experts_TK = arguments[2].topk(layer.top_k, dim=-1)
+        return Routes(torch.where(weights_TK > 0, experts_TK, NO_EXPERT), weights_TK)
+
+
+CONTAINERS: dict[str, Container] = {
+    "fused": Container(),
+    "longcat": Longcat(),
+    "dbrx": Dbrx(),
+    "aria": Aria(),
+    "jetmoe": JetMoe(),
+    "llama4": Llama4(),
+    "switch": Switch(),
+    "nllb": Nllb(),
+}
+"""By the kind of an MoE layer."""

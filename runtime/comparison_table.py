@@ -1,0 +1,168 @@
+"""`python -m runtime.simulate --all`: fits the rivals, compares all, prints, says what prefetching
+is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from routing.shards import Document, TraceReader
+from runtime.comparison import (
+    Contender,
+    Outcome,
+    decode_steps,
+    file_forecasts,
+    other_replays,
+    outcome,
+    predicting,
+    rival_forecasts,
+    without_forecast,
+)
+from runtime.onnx_file import PredictorFile, open_predictor
+from runtime.replay import Step, document_steps, sample_documents
+from runtime.rivals import fit_rivals
+from runtime.timeline import Machine
+
+if TYPE_CHECKING:
+    from runtime.simulate import SimulateSettings
+
+COLUMNS = (
+    "",
+    "this",
+    "next",
+    "hits",
+    "MB/token",
+    "ms/token",
+    "priced",
+    "greedy",
+    "useful MB",
+    "wasted MB",
+    "timely",
+)
+WORTH_IT = 0.005
+"""Share of a token's time below which prefetching stays off: it also costs what is not modelled."""
+
+
+def compare(
+    settings: SimulateSettings, reader: TraceReader, documents: Sequence[Document]
+) -> tuple[list[Outcome], list[str]]:
+    """Run everything and print a table for each cache size. Also returns the closing remarks.
+
+    Raises ValueError for a trace or predictor of another model.
+    """
+    shape = reader.stack.num_layers, reader.stack.num_experts
+    decoded = [_steps(document, shape[1]) for document in documents]
+    contenders = list(_contenders(settings, reader, decoded, shape))
+    calls = [list(step.calls()) for step in decode_steps(decoded)]
+    machine = Machine(expert_ms=settings.expert_mb / settings.link_gb_s, layer_ms=settings.layer_ms)
+    outcomes, remarks = [], []
+    for share in settings.residency:
+        rows = [outcome(contender, calls, shape, share, machine) for contender in contenders]
+        print_table(rows, other_replays(calls, shape, share), settings, share)
+        remarks += [remark(row) for row in rows if row.saving is not None]
+        outcomes += rows
+    return outcomes, remarks
+
+
+def _steps(document: Document, num_experts: int) -> list[Step]:
+    return list(document_steps(document, num_experts, decode_all=True))
+
+
+def _contenders(
+    settings: SimulateSettings,
+    reader: TraceReader,
+    decoded: list[list[Step]],
+    shape: tuple[int, int],
+) -> Iterator[Contender]:
+    steps = decode_steps(decoded)
+    yield from without_forecast(shape, [c for step in steps for c in step.calls()], len(steps))
+    files = {path.stem: _opened(path, reader) for path in settings.predictors()}
+    horizon = next(iter(files.values())).horizon if files else 4
+    for rival in fit_rivals(_fit_documents(settings, reader), shape[1], horizon):
+        forecasts = list(rival_forecasts(rival, decoded, shape[1]))
+        yield predicting(rival.name, forecasts, decoded, shape, horizon)
+    for name, file in files.items():
+        forecasts = list(file_forecasts(file, decoded))
+        yield predicting(name, forecasts, decoded, shape, file.horizon)
+
+
+def _opened(path: Path, reader: TraceReader) -> PredictorFile:
+    file = open_predictor(path)
+    reader.topology.require_match(
+        file.topology, ours=f"the trace {reader.directory}", theirs=f"the predictor {path}"
+    )
+    return file
+
+
+def _fit_documents(settings: SimulateSettings, reader: TraceReader) -> list[list[Step]]:
+    assert settings.fit_trace is not None
+    fit = TraceReader(settings.fit_trace)
+    reader.topology.require_match(
+        fit.topology,
+        ours=f"the trace {reader.directory}",
+        theirs=f"the trace {settings.fit_trace}",
+    )
+    chosen = sample_documents(
+        fit, max_tokens=settings.fit_tokens, document_tokens=settings.document_tokens
+    )
+    return [_steps(document, fit.stack.num_experts) for document in chosen]
+
+
+def print_table(
+    rows: Sequence[Outcome],
+    others: Sequence[tuple[str, float]],
+    settings: SimulateSettings,
+    share: float,
+) -> None:
+    """One cache size: a row for each contender."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine = (
+        f"{settings.expert_mb:g} MB an expert, {settings.link_gb_s:g} GB/s, "
+        f"{settings.layer_ms:g} ms a layer"
+    )
+    table = Table(title=f"{share:.4g} of all experts resident; {machine}", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*_cells(row, settings.expert_mb))
+    for name, hit_rate in others:
+        table.add_row(name, "", "", f"{hit_rate:.3f}")
+    Console(width=120).print(table)
+
+
+def _cells(row: Outcome, expert_mb: float) -> list[str]:
+    def number(value: float | None, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    has_plan = row.saving is not None
+    useful = row.timely + row.late
+    return [
+        row.name,
+        number(row.recall_this),
+        number(row.recall_next),
+        number(row.hit_rate),
+        number(row.loads_per_token * expert_mb, 0),
+        *(number(row.ms_per_token.get(plan), 2) for plan in ("none", "priced", "greedy")),
+        number(useful * expert_mb if has_plan else None, 1),
+        number(row.wasted * expert_mb if has_plan else None, 1),
+        number(row.timely / useful if useful else None, 2),
+    ]
+
+
+def remark(row: Outcome) -> str:
+    """The verdict on prefetching by one contender's forecasts."""
+    assert row.saving is not None
+    verdict = "on" if row.saving >= WORTH_IT else "off"
+    return (
+        f"{row.name} at {row.residency:.4g}: prefetch {verdict}, the priced plan changes a token's "
+        f"time by {-row.saving:+.1%}"
+    )
+
+
+def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The same as plain data."""
+    return [vars(row) | {"saving": row.saving} for row in outcomes]

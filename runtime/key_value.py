@@ -1,0 +1,48 @@
+"""How large a key/value cache gets: asked of the model itself, on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routing.layers import MoELayer
+
+
+def cache_bytes(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> int | None:
+    """Bytes of the key/value cache of one sequence of `num_tokens`, recurrent states included.
+
+    model: on the meta device, so the forward pass that fills the cache costs nothing; its experts
+    are skipped. None where the architecture's own code cannot run without data.
+    """
+    token_ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    decoder = {"decoder_input_ids": token_ids} if model.config.is_encoder_decoder else {}  # type: ignore[union-attr]
+    for layer in layers:
+        layer.module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    try:
+        with torch.no_grad():
+            output = model(input_ids=token_ids, use_cache=True, **decoder)
+        return tensor_bytes(output["past_key_values"])
+    except (RuntimeError, NotImplementedError, KeyError, ValueError):
+        return None
+    finally:
+        for layer in layers:
+            del layer.module.forward
+
+
+def tensor_bytes(cache: Any) -> int:
+    """Of all tensors of the cache's layers."""
+    found: dict[int, Tensor] = {}
+    stack = [cache]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor):
+            found[id(item)] = item
+        elif isinstance(item, (list, tuple)):
+            stack += item
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif type(item).__module__.startswith("transformers.cache_utils"):
+            stack += vars(item).values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
