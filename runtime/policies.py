@@ -12,6 +12,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from routing.topology import NO_EXPERT
+
 Calls = Sequence[tuple[int, np.ndarray]]
 """Expert calls in order: (layer, distinct experts int64 [N])."""
 
@@ -49,6 +51,14 @@ class Policy(ABC):
     @abstractmethod
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
+
+    def touch_routes(self, routes: Iterable[np.ndarray]) -> None:
+        """A whole step: for each layer the experts that it used (int, any shape), NO_EXPERT for
+        none.
+        """
+        for layer, experts in enumerate(routes):
+            used = np.unique(experts)
+            self.touch(layer, used[used != NO_EXPERT])
 
     def table(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The step about to run as two vectors, float64 [L * E]: the values of each layer's

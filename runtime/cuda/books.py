@@ -40,6 +40,11 @@ class Books:
         rules = {LRU: CLOCK, LFU: COUNT}
         return int(rules.get(type(self._cache.policy), TABLE).value)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether the values come from the host, as the policy's table."""
+        return self.rule == TABLE.value
+
     def begin_step(self) -> None:
         """What a rule does once a step, captured with it."""
         if self.rule == COUNT.value:
@@ -69,7 +74,7 @@ class Books:
             return
         policy = self._cache.policy
         self._cache.adopt(self.key_of_slot.cpu().numpy())
-        if self.rule != TABLE.value:
+        if not self.is_table:
             policy.values[:] = self.values.cpu().numpy()
         if isinstance(policy, LRU):
             policy.clock = int(self.clock)

@@ -141,7 +141,7 @@ class Decoder:
     @property
     def _runs_ahead(self) -> bool:
         """Whether a step can be scheduled before the routes of the last one are known."""
-        return self.oracle is not None or self._policy.table() is None
+        return self.oracle is not None or not self.books.is_table
 
     def _launch(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> None:
         """Enqueue one step and the copy of its outcome to the host."""
@@ -224,11 +224,9 @@ class Decoder:
 
     def _touch(self, routes_LBK: np.ndarray) -> None:
         """Keep a table policy on the host up to date, where no predictor does."""
-        if self._policy.table() is None:
+        if not self.books.is_table:
             return
-        for layer, routes_BK in enumerate(routes_LBK):
-            used = np.unique(routes_BK)
-            self._policy.touch(layer, used[used != NO_EXPERT])
+        self._policy.touch_routes(routes_LBK)
         if self._policy.needs_forecast:
             self._policy.begin_step(None)
 

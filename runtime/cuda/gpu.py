@@ -169,11 +169,6 @@ class GpuEngine:
             self.decoder.books.check_integrity()
             self.decoder.books.download()
 
-    @property
-    def store(self) -> HostTier:
-        """Where the experts are now."""
-        return self._host
-
     def close(self) -> None:
         """Give back everything on the device, and the experts to the store they came from."""
         torch.cuda.synchronize()

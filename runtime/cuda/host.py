@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.arena import Spec, Specs
 from runtime.cuda.packing import pack
 from runtime.cuda.pinned import PinnedMemory, near_gpu
 from runtime.cuda.record import CHUNK, Record
@@ -39,7 +38,7 @@ class LayerRecords(NamedTuple):
     patch_bits: Tensor
 
 
-class HostTier(ExpertStore):
+class HostTier:
     """All experts of all layers, pinned.
 
     record: of one expert, of each layer (layers of one shape share theirs). transposed: whether the
@@ -140,13 +139,6 @@ class HostTier(ExpertStore):
 
     # ------------------------------------------------------------------ reading
 
-    def specs(self, layer: int) -> Specs:
-        fields = self._records[layer].fields.items()
-        return {name: Spec(field.shape, field.dtype) for name, field in fields}
-
-    def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
-        raise NotImplementedError("records are brought whole: copy_record, land_record")
-
     def copy_record(self, layer: int, expert: int, into: tuple[Tensor, ...]) -> None:
         """Send one record over the link, on the current stream: to low and high (uint8 [N] and
         [N / 2]) where packed, else straight to its slot (int16 [N]).
@@ -181,12 +173,6 @@ class HostTier(ExpertStore):
         return self._records[layer].units * (3 if self.packed else 4) // 2
 
     # ------------------------------------------------------------------ giving back
-
-    def take(self, layer: int) -> None:
-        self._store.take(layer)
-
-    def restore(self, layer: int) -> None:
-        self._store.restore(layer)
 
     def _give_back(self) -> None:
         """Make the store's own tensors again, an expert at a time, and let go of each layer's

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from routing.topology import NO_EXPERT
 from runtime.cuda.books import Books
 from runtime.forecaster import Forecaster
 from runtime.policies import Forecast, Policy
@@ -98,7 +97,8 @@ class Oracle:
         """Predict for all tokens of `jobs` in one go: more than one where the model was faster."""
         start = time.perf_counter()
         for job in jobs:
-            self._remember(job)
+            if not job.is_new and job.routes_LBK is not None:
+                self._policy.touch_routes(job.routes_LBK)
         tokens_BT = np.concatenate([job.token_ids_BT for job in jobs], 1)
         positions_BT = np.concatenate([job.positions_BT for job in jobs], 1)
         self._inform(jobs[0], len(tokens_BT))
@@ -107,14 +107,6 @@ class Oracle:
             self._policy.begin_step(forecast)
             self._publish(forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
-
-    def _remember(self, job: Job) -> None:
-        """What the last step used, for the policy's memory."""
-        if job.is_new or job.routes_LBK is None:
-            return
-        for layer, routes_BK in enumerate(job.routes_LBK):
-            used = np.unique(routes_BK)
-            self._policy.touch(layer, used[used != NO_EXPERT])
 
     def _inform(self, job: Job, batch_size: int) -> None:
         """What the last step used, for the predictor's input, and for the count of its recall."""
