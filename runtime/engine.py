@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer, bound_call, read_call, read_routes
-from routing.topology import NO_EXPERT
+from routing.layers import bound_call, read_call, read_routes
 from runtime.cache import FREE
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
@@ -27,6 +26,7 @@ from runtime.loader import Source
 from runtime.onnx_file import PredictorFile
 from runtime.policies import Forecast, Policy
 from runtime.pool import Pool
+from runtime.predicted_stack import PredictedStack
 from runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -56,13 +56,15 @@ class Engine:
         self.model = source.model
         self.topology = source.topology
         self._layers = source.layers
-        self._store = source.store if gpu is None else gpu.store
+        self._store = source.store
         self._policy = policy
         self._pools = pools
         self._stats = stats
         self._forecaster = forecaster
         self._gpu = gpu
-        self._rows = _predicted_rows(source.layers, forecaster)
+        self._stack = None
+        if forecaster is not None:
+            self._stack = PredictedStack(source.layers, forecaster.file.stack)
         self._routes: dict[int, np.ndarray] = {}
         self._inputs: StepInputs | None = None
         self._packed: tuple[Forecast | None] | None = None
@@ -152,7 +154,7 @@ class Engine:
         shape = (self._stats.num_layers, self._stats.num_experts)
         layers = [pool.cache.slot_of_key.reshape(shape)[i] for i, pool in enumerate(self._pools)]
         resident_LE = np.array(layers) != FREE
-        return resident_LE if self._rows is None else resident_LE[self._rows]
+        return resident_LE if self._stack is None else resident_LE[self._stack.rows]
 
     def run_packed(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].
@@ -165,19 +167,10 @@ class Engine:
             logits: Tensor = self.model(**inputs).logits
         finally:
             self._packed = None
-        return logits, self._routes_TLK(inputs["input_ids"].shape[1])
-
-    def _routes_TLK(self, num_tokens: int) -> np.ndarray:
-        if self._forecaster is None:
-            return np.zeros((num_tokens, 0, 0), np.int64)
-        stack = self._forecaster.file.stack
-        routes_TLK = np.full((num_tokens, stack.num_layers, stack.top_k), NO_EXPERT, np.int64)
-        rows = range(len(self._layers)) if self._rows is None else self._rows
-        for row, index in enumerate(rows):
-            experts = self._routes.get(index)
-            if experts is not None and len(experts) == num_tokens:
-                routes_TLK[:, row, : experts.shape[1]] = experts
-        return routes_TLK
+        num_tokens = inputs["input_ids"].shape[1]
+        if self._stack is None:
+            return logits, np.zeros((num_tokens, 0, 0), np.int64)
+        return logits, self._stack.routes(self._routes, num_tokens)
 
     # ------------------------------------------------------------------ attach
 
@@ -232,10 +225,10 @@ class Engine:
         self._policy.begin_step(None)
 
     def _predict(self, inputs: StepInputs) -> Forecast | None:
-        if self._forecaster is None or inputs.token_ids_BT is None:
+        if self._forecaster is None or self._stack is None or inputs.token_ids_BT is None:
             return None
         if self._packed is not None:
-            return self._packed[0] and self._spread(self._packed[0])
+            return self._packed[0] and self._stack.spread(self._packed[0])
         if self._gpu is not None and self._gpu.announce(inputs):
             return None
         with self._stats.timer("predict"):
@@ -243,17 +236,7 @@ class Engine:
             if inputs.past_length == 0 or batch != self._forecaster.batch_size:
                 self._forecaster.reset(batch)
             forecast = self._forecaster.forecast(inputs.token_ids_BT, inputs.positions_BT)
-        return self._spread(forecast)
-
-    def _spread(self, forecast: Forecast) -> Forecast:
-        """Put the predicted stack's rows among those of all MoE layers (zero elsewhere)."""
-        if self._rows is None:
-            return forecast
-        shape = (self._stats.num_layers, self._stats.num_experts)
-        spread = [np.zeros(shape, np.float32) for _ in forecast]
-        for whole, part in zip(spread, forecast, strict=True):
-            whole[self._rows] = part
-        return Forecast(*spread)
+        return self._stack.spread(forecast)
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
@@ -277,9 +260,9 @@ class Engine:
 
     def _learn(self, forecaster: Forecaster, inputs: StepInputs) -> None:
         """Give the predictor the true routes of each sequence's last token, and score it."""
-        assert inputs.token_ids_BT is not None
+        assert inputs.token_ids_BT is not None and self._stack is not None
         batch, length = inputs.token_ids_BT.shape
-        routes_BLK = self._routes_TLK(batch * length)[length - 1 :: length]
+        routes_BLK = self._stack.routes(self._routes, batch * length)[length - 1 :: length]
         if self._gpu is not None and self._gpu.remember(routes_BLK):
             return
         forecaster.observe(routes_BLK)
@@ -291,11 +274,3 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise ValueError(
         "an offloaded model would be saved without its experts; save model.expertflow.detach()"
     )
-
-
-def _predicted_rows(layers: list[MoELayer], forecaster: Forecaster | None) -> list[int] | None:
-    """Indices of the predicted stack's layers; None where it is all of them."""
-    if forecaster is None or len(layers) == forecaster.file.stack.num_layers:
-        return None
-    stack = forecaster.file.stack
-    return [index for index, layer in enumerate(layers) if layer.stack == stack.name]
