@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ class Peak:
     """The most anonymous memory of this process while the block runs, in bytes above its start."""
 
     def __enter__(self) -> Peak:
+        gc.collect()  # garbage freed only during the block would hide as much of what it allocates
         self.start = self.most = anonymous_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
