@@ -31,6 +31,14 @@ def parse_memory(memory: float | int | str) -> float | int:
     )
 
 
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes, from a number of them or a text like "2GiB". Raises ValueError for anything else."""
+    value: Any = _parse_text(size) if isinstance(size, str) else size
+    if isinstance(value, int) and value is not True and value > 0:
+        return value
+    raise ValueError(f"{name}={size!r} is no size: give bytes, or text like '256MiB'")
+
+
 def _parse_text(text: str) -> float | int | None:
     match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([KMGT]I?)?(B?)\s*", text, re.IGNORECASE)
     try:

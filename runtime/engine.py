@@ -27,6 +27,7 @@ from runtime.onnx_file import PredictorFile
 from runtime.policies import Forecast, Policy
 from runtime.pool import Pool
 from runtime.predicted_stack import PredictedStack
+from runtime.recorder import Recorder
 from runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Engine:
         forecaster: Forecaster | None,
         device: torch.device,
         gpu: GpuEngine | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model = source.model
         self.topology = source.topology
@@ -62,9 +64,11 @@ class Engine:
         self._stats = stats
         self._forecaster = forecaster
         self._gpu = gpu
+        self.recorder = recorder
         self._stack = None
-        if forecaster is not None:
-            self._stack = PredictedStack(source.layers, forecaster.file.stack)
+        if forecaster is not None or recorder is not None:
+            stack = source.topology.stack() if forecaster is None else forecaster.file.stack
+            self._stack = PredictedStack(source.layers, stack)
         self._routes: dict[int, np.ndarray] = {}
         self._inputs: StepInputs | None = None
         self._packed: tuple[Forecast | None] | None = None
@@ -159,8 +163,8 @@ class Engine:
     def run_packed(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].
 
-        Returns the logits, and the routes [T, L, K] of the predicted stack (without a predictor
-        [T, 0, 0]), NO_EXPERT where there is none.
+        Returns the logits, and the routes [T, L, K] of the predicted stack, NO_EXPERT where there
+        is none ([T, 0, 0] with neither a predictor nor a recorder).
         """
         self._packed = (forecast,)
         try:
@@ -177,6 +181,8 @@ class Engine:
     def _attach(self, device: torch.device) -> None:
         before = next(self.model.parameters()).device
         self._undo.append(lambda: self.model.to(before))
+        if self.recorder is not None:
+            self._undo.append(self.recorder.close)
         if self._gpu is not None:
             self._undo.append(self._gpu.close)
         for module in self.model.modules():
@@ -216,7 +222,8 @@ class Engine:
     def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._step_start = time.perf_counter()
         self._routes.clear()
-        self._inputs = read_inputs(self.model, args, kwargs)
+        mask_BT = None if self._gpu is None else self._gpu.mask_BT
+        self._inputs = read_inputs(self.model, args, kwargs, mask_BT)
         if self._gpu is not None:
             self._gpu.begin_forward()
         self._policy.begin_step(self._predict(self._inputs))
@@ -243,7 +250,7 @@ class Engine:
         if self._gpu is not None and self._gpu.is_capturing:
             return self._gpu.run_captured(index, *bound_call(layer, args, kwargs))
         hidden_TH, routes = read_call(layer, args, kwargs)
-        if self._forecaster is not None:
+        if self._stack is not None:
             self._routes[index] = read_routes(layer, args, kwargs).experts_TK.cpu().numpy()
         if self._gpu is not None:
             return self._gpu.run_layer(layer, index, hidden_TH, routes)
@@ -252,8 +259,11 @@ class Engine:
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None
-        if self._forecaster is not None and inputs.token_ids_BT is not None and not self._packed:
-            self._learn(self._forecaster, inputs)
+        if inputs.token_ids_BT is not None and not self._packed:
+            if self._forecaster is not None:
+                self._learn(self._forecaster, inputs)
+            if self.recorder is not None:
+                self._record(self.recorder, inputs)
         self._stats.steps += 1
         self._stats.tokens += inputs.num_tokens
         self._stats.seconds["step"] += time.perf_counter() - self._step_start
@@ -268,6 +278,15 @@ class Engine:
         forecaster.observe(routes_BLK)
         if length == 1 and forecaster.this_BLE is not None:
             self._stats.count_recall(forecaster.this_BLE, routes_BLK)
+
+    def _record(self, recorder: Recorder, inputs: StepInputs) -> None:
+        assert inputs.token_ids_BT is not None and self._stack is not None
+        tokens_BT, rows = inputs.token_ids_BT, slice(self._gpu and self._gpu.num_rows)
+        routes_NLK = self._stack.routes(self._routes, tokens_BT.size)
+        routes_BTLK = routes_NLK.reshape(*tokens_BT.shape, *routes_NLK.shape[1:])
+        recorder.extend(
+            tokens_BT[rows], inputs.positions_BT[rows], inputs.past_length, routes_BTLK[rows]
+        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:

@@ -25,13 +25,27 @@ class StepInputs(NamedTuple):
     """Tokens to run that are not padding."""
 
 
-def read_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepInputs:
-    """Read token ids, positions and history length of the (decoder's) step."""
+def end_tokens(model: Any) -> frozenset[int]:
+    """The ids with which the model ends a sequence."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def read_inputs(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mask_BT: Tensor | None = None,
+) -> StepInputs:
+    """Read token ids, positions and history length of the (decoder's) step.
+
+    mask_BT: zero for padding, where the call itself has a mask of another form.
+    """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     prefix = "decoder_" if model.config.is_encoder_decoder else ""  # type: ignore[union-attr]
     token_ids = kwargs.get(f"{prefix}input_ids")
-    mask = kwargs.get(f"{prefix}attention_mask")
+    mask = kwargs.get(f"{prefix}attention_mask") if mask_BT is None else mask_BT
     past_length = _past_length(kwargs.get("past_key_values"))
     shape = _shape(token_ids, kwargs.get(f"{prefix}inputs_embeds"))
     positions_BT = _positions(shape, mask, past_length)

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.budget import parse_memory, slots_per_group
+from runtime.budget import parse_memory, parse_size, slots_per_group
 from runtime.engine import Engine
 from runtime.forecaster import Forecaster
+from runtime.inputs import end_tokens
 from runtime.loader import Source, from_module, from_path
 from runtime.onnx_file import PredictorFile, open_predictor
 from runtime.policies import POLICIES, Belady, Policy, PredictedReuse
 from runtime.pool import build_pools
+from runtime.recorder import LIMIT, Recorder
 from runtime.replay import trace_calls
 from runtime.stats import Stats
 
@@ -42,6 +44,8 @@ def load(
     batch: int = 1,
     prefetch: bool = False,
     compile: bool = False,
+    record: str | Path | None = None,
+    record_limit: int | str = LIMIT,
 ) -> Any:
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
@@ -66,6 +70,9 @@ def load(
     prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle.
     compile: on a GPU, fuse the model's own operations with torch.compile; the first token of each
         batch size then waits for the compiler, tens of seconds for a large model.
+    record: a directory that keeps the token ids and routes of everything that runs, as a trace to
+        train the predictor further with. Off by default: the text can be read back from it.
+    record_limit: bytes ("256MiB") at which recording into the directory ends.
 
     Raises ValueError, naming the thing and the mend, when something does not fit together; the
     model is then as it was.
@@ -79,14 +86,15 @@ def load(
         )
     chosen = _policy(policy, source, file, replay)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
+    recorder = None if record is None else _recorder(record, record_limit, source)
     if target.type == "cuda":
         options = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
-        _load_on_gpu(source, budget, target, chosen, forecaster, options)
+        _load_on_gpu(source, budget, target, chosen, forecaster, options, recorder)
         return source.model
     slots = slots_per_group(budget, source)
     stats = Stats(layers=source.layers, num_slots=sum(slots), policy=chosen.name)
     pools = build_pools(source, slots, target, chosen, stats)
-    Engine(source, chosen, pools, stats, forecaster, target)
+    Engine(source, chosen, pools, stats, forecaster, target, recorder=recorder)
     return source.model
 
 
@@ -97,6 +105,7 @@ def _load_on_gpu(
     policy: Policy,
     forecaster: Forecaster | None,
     options: dict[str, Any],
+    recorder: Recorder | None = None,
 ) -> None:
     from runtime.cuda.gpu import GpuEngine, fit
 
@@ -108,7 +117,14 @@ def _load_on_gpu(
     gpu = GpuEngine(source, slots, target, policy, stats, **options)
     if forecaster is not None:
         gpu.predict_with(forecaster, policy, stats)
-    Engine(source, policy, gpu.pools, stats, forecaster, target, gpu)
+    if recorder is not None:
+        gpu.record_with(recorder)
+    Engine(source, policy, gpu.pools, stats, forecaster, target, gpu, recorder)
+
+
+def _recorder(directory: str | Path, limit: int | str, source: Source) -> Recorder:
+    num_bytes = parse_size(limit, "record_limit")
+    return Recorder(directory, source.topology, limit=num_bytes, eos_ids=end_tokens(source.model))
 
 
 def _open(

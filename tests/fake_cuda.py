@@ -17,6 +17,7 @@ from runtime.cuda.step import DecodeStep
 from runtime.load import _load_on_gpu, _policy
 from runtime.loader import from_module
 from runtime.onnx_file import open_predictor
+from runtime.recorder import Recorder
 
 
 class Stream:
@@ -70,5 +71,7 @@ def load_fake(
     chosen = _policy(policy, source, file, options.pop("replay", None))
     settings = {"context": 48, "batch": 1, "prefetch": False, "compile": False} | options
     forecaster = None if file is None else Forecaster(file)
-    _load_on_gpu(source, memory, torch.device("cpu"), chosen, forecaster, settings)
+    folder = settings.pop("record", None)
+    recorder = None if folder is None else Recorder(folder, source.topology)
+    _load_on_gpu(source, memory, torch.device("cpu"), chosen, forecaster, settings, recorder)
     return model

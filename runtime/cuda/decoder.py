@@ -22,6 +22,7 @@ from runtime.cuda.step import DecodeStep
 from runtime.cuda.streamed import StreamedPool
 from runtime.loader import Source
 from runtime.policies import Policy
+from runtime.recorder import Recorder
 from runtime.stats import Stats
 
 LARGEST_BATCH = 32
@@ -70,6 +71,7 @@ class Decoder:
         self._top_k = max(layer.top_k for layer in source.layers)
         self.books = Books(pool.cache, len(source.layers), pool.device)
         self.oracle: Oracle | None = None
+        self.recorder: Recorder | None = None
         self.routes_LBK: np.ndarray | None = None
         """True routes of each sequence's last token, int64."""
         self.positions_B: np.ndarray = np.zeros(0, np.int64)
@@ -214,10 +216,12 @@ class Decoder:
         tokens_B = outcome[bucket : bucket + num_rows]
         ledger = step.experts.read(outcome[2 * bucket :])
         self._count(ledger, num_rows)
-        self._tokens_B = tokens_B.astype(np.int64)
         self.routes_LBK = np.where(
             ledger.routes_LBK < self.books.num_experts, ledger.routes_LBK, NO_EXPERT
         )[:, :num_rows].astype(np.int64)
+        if self.recorder is not None:
+            self.recorder.follow(self._tokens_B, self.routes_LBK.swapaxes(0, 1))
+        self._tokens_B = tokens_B.astype(np.int64)
         if self.oracle is None or self.oracle.failure is not None:
             self._touch(self.routes_LBK)
         return Outcome(tokens_B.tolist(), step.logits_BV[:num_rows])

@@ -26,6 +26,7 @@ from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
 from runtime.loader import Source
 from runtime.policies import Policy
+from runtime.recorder import Recorder
 from runtime.stats import Stats
 
 CUBLAS_BYTES = 64 << 20
@@ -104,6 +105,21 @@ class GpuEngine:
         """Why decode steps are not captured; None where they are."""
         return self._why if self.path is None else self.path.why
 
+    @property
+    def num_rows(self) -> int | None:
+        """Sequences of the running generation, rows beyond being padding; None: all rows."""
+        return None if self.path is None else self.path.num_rows
+
+    @property
+    def mask_BT(self) -> Tensor | None:
+        """Zero for the padding of the prompt that runs, before it became a mask of attention."""
+        return None if self.path is None else self.path.mask_BT
+
+    def record_with(self, recorder: Recorder) -> None:
+        """Let the routes of captured steps be recorded."""
+        if self.decoder is not None:
+            self.decoder.recorder = recorder
+
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:
         """Let a predictor run beside the captured steps."""
         if self.decoder is not None:
@@ -131,17 +147,17 @@ class GpuEngine:
         oracle = None if self.decoder is None else self.decoder.oracle
         if oracle is None or inputs.token_ids_BT is None:
             return False
-        assert self.path is not None and self.decoder is not None
-        is_new, rows = inputs.past_length == 0, slice(self.path.num_rows)
+        assert self.decoder is not None
+        is_new, rows = inputs.past_length == 0, slice(self.num_rows)
         routes = None if is_new else self.decoder.routes_LBK
         oracle.submit(Job(inputs.token_ids_BT[rows], inputs.positions_BT[rows], routes, is_new))
         return True
 
     def remember(self, routes_BLK: np.ndarray) -> bool:
         """Keep the true routes of each sequence's last token for the predictor's thread."""
-        if self.path is None or self.decoder is None or self.decoder.oracle is None:
+        if self.decoder is None or self.decoder.oracle is None:
             return False
-        self.decoder.routes_LBK = routes_BLK[: self.path.num_rows].swapaxes(0, 1)
+        self.decoder.routes_LBK = routes_BLK[: self.num_rows].swapaxes(0, 1)
         return True
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:

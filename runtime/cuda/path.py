@@ -29,6 +29,8 @@ class CapturedPath:
         self._config: Any = model.config.get_text_config(decoder=True)
         self.num_rows: int | None = None
         """Sequences of the running generation; None: as many as a forward pass has."""
+        self.mask_BT: Tensor | None = None
+        """The mask of the prompt that runs; None between prompts."""
         self.why: str | None = "nothing has been generated yet"
 
     # ------------------------------------------------------------------ generate
@@ -112,7 +114,11 @@ class CapturedPath:
         inputs = self._model.prepare_inputs_for_generation(
             prompt.input_ids_BT[rows], is_first_iteration=True, **kwargs
         )
-        logits_BV = self._model(**inputs, return_dict=True).logits[:, -1]
+        self.mask_BT = kwargs.get("attention_mask")
+        try:
+            logits_BV = self._model(**inputs, return_dict=True).logits[:, -1]
+        finally:
+            self.mask_BT = None
         if logits_BV.isnan().any():
             raise FloatingPointError(NOT_FINITE)
         length = prompt.input_ids_BT.shape[1]

@@ -6,6 +6,8 @@ import math
 import time
 from typing import Any
 
+import numpy as np
+
 from runtime.serving.outlook import History, Outlook
 from runtime.serving.request import Delta, Finish, Request, Result
 from runtime.serving.sampler import Sampler
@@ -32,6 +34,8 @@ class Job:
         """Later requests that were admitted before this one."""
         self.skipped = 0
         """Steps in a row that ran without this sequence."""
+        self.routes: list[np.ndarray] = []
+        """int64 [T, L, K] of the tokens that ran, step by step, where they are recorded."""
         self.history: History | None = None
         self.outlook: Outlook | None = None
         """What the predictor says of the pending tokens; None without a predictor."""

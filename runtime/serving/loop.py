@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from runtime.engine import Engine
+from runtime.inputs import end_tokens
 from runtime.serving.intake import Intake
 from runtime.serving.job import Job
 from runtime.serving.kv import Layout, RowCache, Span
@@ -67,7 +68,7 @@ class Loop:
         self.num_steps, self.num_generated, self.num_prefilled = 0, 0, 0
         self.seconds = 0.0
         self._num_arrived = 0
-        self._eos_ids = _eos_ids(engine.model)
+        self._eos_ids = end_tokens(engine.model)
 
     # ------------------------------------------------------------------ what others call
 
@@ -218,6 +219,8 @@ class Loop:
             job, completes, decoded = part.job, part.completes, part.job.is_ready
             at += part.num_tokens
             job.num_cached += part.num_tokens
+            if self._engine.recorder is not None:
+                job.routes.append(routes_TLK[at - part.num_tokens + 1 : at + 1])
             self.num_prefilled += 0 if decoded else part.num_tokens
             if completes:
                 ended = self._choose(job, logits_NV[row])
@@ -262,9 +265,7 @@ class Loop:
         if job.row >= 0:
             self._cache.release(job.row)
         (self.active if job in self.active else self.waiting).remove(job)
+        if self._engine.recorder is not None and job.routes:
+            tokens_T, routes_TLK = np.array(job.token_ids), np.concatenate(job.routes)
+            self._engine.recorder.add(tokens_T[: len(routes_TLK)], routes_TLK, job.num_prompt)
         return job.result(finish, error)
-
-
-def _eos_ids(model: Any) -> frozenset[int]:
-    ids = model.generation_config.eos_token_id
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
