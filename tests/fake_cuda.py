@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runtime.cuda import experts, pinned
-from runtime.cuda.step import DecodeStep
+from runtime.cuda.step import Step
 from runtime.load import _load_on_gpu, _policy
 from runtime.loader import from_module
 from runtime.onnx_file import open_predictor
@@ -49,7 +49,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     patch.setattr(pinned.PinnedMemory, "register", lambda self, tensor: None)
     patch.setattr(pinned, "_cores_of_gpu", set)
-    patch.setattr(DecodeStep, "__call__", DecodeStep._run)
+    patch.setattr(Step, "__call__", Step._run)
     patch.setattr(experts, "FETCHERS", 2)
     patch.setattr(experts, "PREFETCHERS", 2)
     yield

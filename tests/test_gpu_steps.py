@@ -154,12 +154,11 @@ def test_a_step_that_is_taken_back_leaves_no_trace() -> None:
     step = step_of(model, Storage(2, CONTEXT), 2)
     undisturbed = by_steps(step, model, *prompt(2, 7), 1)[:, -1]
     by_steps(step, model, *prompt(2, 7), 0)
-    state = step.ids_B1, step._positions_B1, step._length
-    saved = [tensor.clone() for tensor in state]
+    saved = [tensor.clone() for tensor in step.state]
     with torch.no_grad():
         for _ in range(2):
             step._run()
-            step._restore(state, saved, 7)
+            step._restore(saved)
         step._run()
     assert step.logits_BV is not None
     assert torch.equal(step.logits_BV, undisturbed)

@@ -147,17 +147,17 @@ class GpuEngine:
         oracle = None if self.decoder is None else self.decoder.oracle
         if oracle is None or inputs.token_ids_BT is None:
             return False
-        assert self.decoder is not None
+        assert self.path is not None
         is_new, rows = inputs.past_length == 0, slice(self.num_rows)
-        routes = None if is_new else self.decoder.routes_LBK
+        routes = None if is_new else self.path.generation.routes_LBK
         oracle.submit(Job(inputs.token_ids_BT[rows], inputs.positions_BT[rows], routes, is_new))
         return True
 
     def remember(self, routes_BLK: np.ndarray) -> bool:
         """Keep the true routes of each sequence's last token for the predictor's thread."""
-        if self.decoder is None or self.decoder.oracle is None:
+        if self.path is None or self.path.decoder.oracle is None:
             return False
-        self.decoder.routes_LBK = routes_BLK[: self.num_rows].swapaxes(0, 1)
+        self.path.generation.routes_LBK = routes_BLK[: self.num_rows].swapaxes(0, 1)
         return True
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
@@ -188,6 +188,8 @@ class GpuEngine:
     def close(self) -> None:
         """Give back everything on the device, and the experts to the store they came from."""
         torch.cuda.synchronize()
+        if self.path is not None:
+            self.path.generation.drain()
         if self.decoder is not None:
             self.decoder.close()
         for pool in self._pools.values():

@@ -36,6 +36,37 @@ class Job(NamedTuple):
     """Whether new sequences start with these tokens."""
 
 
+class Board:
+    """What was last foreseen, on the device: values in the books, and probabilities of use."""
+
+    def __init__(self, books: Books) -> None:
+        device, keys = books.clock.device, len(books.before)
+        self._books = books
+        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        """In the running step, and in the one after it."""
+        self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
+        self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
+        self._stream = torch.cuda.Stream(device)
+
+    def begin_step(self) -> None:
+        """Start a step from what is known: what was foreseen for the step after the last one."""
+        self._books.before.copy_(self._books.after)
+        self.likely.copy_(self._next_likely)
+
+    def publish(self, policy: Policy, forecast: Forecast) -> None:
+        """Send the values and probabilities, without waiting for the step that reads them."""
+        table = policy.table()
+        assert table is not None
+        self._stream.synchronize()  # the last copies have left the pinned memory
+        rows = *table, forecast.this_LE, forecast.next_LE
+        pinned = *self._values_host, *self._chances_host
+        device = self._books.before, self._books.after, self.likely, self._next_likely
+        with torch.cuda.stream(self._stream):
+            for row, host, tensor in zip(rows, pinned, device, strict=True):
+                host.copy_(torch.from_numpy(row.reshape(-1)))
+                tensor.copy_(host, non_blocking=True)
+
+
 class Oracle:
     """Owns the forecaster, and moves the policy on while steps run captured."""
 
@@ -46,16 +77,9 @@ class Oracle:
         books: Books,
         stats: Stats,
     ) -> None:
-        self._forecaster, self._policy, self._books = forecaster, policy, books
-        self._stats = stats
+        self._forecaster, self._policy, self._stats = forecaster, policy, stats
         self.failure: str | None = None
-        device = books.clock.device
-        keys = len(books.before)
-        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
-        """Probabilities of use in the running step, and in the one after it."""
-        self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
-        self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
-        self._stream = torch.cuda.Stream(device)
+        self.board = Board(books)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._deadline = math.inf
         self._thread = threading.Thread(target=self._work, name="expertflow-oracle", daemon=True)
@@ -105,7 +129,7 @@ class Oracle:
         forecast = self._forecaster.forecast(tokens_BT, positions_BT)
         if self.failure is None:  # it may have been given up meanwhile
             self._policy.begin_step(forecast)
-            self._publish(forecast)
+            self.board.publish(self._policy, forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
 
     def _inform(self, job: Job, batch_size: int) -> None:
@@ -117,21 +141,3 @@ class Oracle:
             self._forecaster.observe(routes_BLK)
             if self._forecaster.this_BLE is not None and job.token_ids_BT.shape[1] == 1:
                 self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)
-
-    def begin_step(self) -> None:
-        """Start a step from what is known: what was foreseen for the step after the last one."""
-        self._books.before.copy_(self._books.after)
-        self.likely.copy_(self._next_likely)
-
-    def _publish(self, forecast: Forecast) -> None:
-        """Send the values and probabilities, without waiting for the step that reads them."""
-        table = self._policy.table()
-        assert table is not None
-        self._stream.synchronize()  # the last copies have left the pinned memory
-        rows = *table, forecast.this_LE, forecast.next_LE
-        pinned = *self._values_host, *self._chances_host
-        device = self._books.before, self._books.after, self.likely, self._next_likely
-        with torch.cuda.stream(self._stream):
-            for row, host, tensor in zip(rows, pinned, device, strict=True):
-                host.copy_(torch.from_numpy(row.reshape(-1)))
-                tensor.copy_(host, non_blocking=True)

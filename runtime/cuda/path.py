@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.generation.configuration_utils import GenerationMode
 
 from routing.layers import MoELayer
-from runtime.cuda.decoder import NOT_FINITE, Decoder
+from runtime.cuda.decoder import Decoder
+from runtime.cuda.generation import NOT_FINITE, Generation
 from runtime.cuda.kv import unsupported
 from runtime.cuda.loop import Prompt, decode, takes_over
 from runtime.cuda.step import DecodeStep
@@ -26,6 +27,7 @@ class CapturedPath:
 
     def __init__(self, model: Any, decoder: Decoder) -> None:
         self._model, self.decoder = model, decoder
+        self.generation = Generation(decoder)
         self._config: Any = model.config.get_text_config(decoder=True)
         self.num_rows: int | None = None
         """Sequences of the running generation; None: as many as a forward pass has."""
@@ -94,12 +96,12 @@ class CapturedPath:
             generation_config,
             streamer,
         )
-        step = self.decoder.step_for(num_rows)
-        run = partial(self.decoder.run, step, num_rows)
+        step = self.generation.step_for(num_rows)
+        run = partial(self.generation.run, step, num_rows)
         try:
             return decode(prompt, partial(self._prefill, prompt, step), run)
         finally:
-            self.decoder.drain()
+            self.generation.drain()
 
     # ------------------------------------------------------------------ prefill
 
@@ -126,7 +128,7 @@ class CapturedPath:
         next_B = rows * 0 + length if positions is None else positions[:, -1] + 1
         mask = kwargs.get("attention_mask")
         step.start(length, next_B, None if mask is None else mask.bool())
-        self.decoder.positions_B = next_B[:num_rows].cpu().numpy()
+        self.generation.positions_B = next_B[:num_rows].cpu().numpy()
         return logits_BV[:num_rows]
 
 

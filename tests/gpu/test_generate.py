@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda.step import DecodeStep
+from runtime.cuda.step import Step
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
@@ -232,9 +232,9 @@ def test_logits_are_as_close_to_float32_as_the_librarys_bfloat16(batch: int) -> 
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_a_step_never_waits_for_the_device(prefetch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, watched = DecodeStep.__call__, []
+    run, watched = Step.__call__, []
 
-    def watch(step: DecodeStep) -> None:
+    def watch(step: Step) -> None:
         if step._graph is None:
             run(step)
             return
@@ -245,7 +245,7 @@ def test_a_step_never_waits_for_the_device(prefetch: bool, monkeypatch: pytest.M
             torch.cuda.set_sync_debug_mode("default")
         watched.append(step)
 
-    monkeypatch.setattr(DecodeStep, "__call__", watch)
+    monkeypatch.setattr(Step, "__call__", watch)
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=prefetch) as model:
         generate(model, eos_token_id=NEVER)
         generate(model, 2, eos_token_id=NEVER)

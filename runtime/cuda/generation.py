@@ -1,0 +1,140 @@
+"""Sequences that are generated together, step by step: predict, schedule, run, account."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.cuda.decoder import Decoder, Flight
+from runtime.cuda.kv import SharedCache
+from runtime.cuda.oracle import Job
+from runtime.cuda.step import DecodeStep
+
+NOT_FINITE = "the model's logits are NaN: a weight or an activation is not finite"
+
+
+class Outcome(NamedTuple):
+    """What a step gave."""
+
+    tokens_B: list[int]
+    """The greedy choice."""
+    logits_BV: Tensor
+
+
+class Generation:
+    """The steps after a prompt, one captured step for each batch size that was asked for."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.routes_LBK: np.ndarray | None = None
+        """True routes of each sequence's last token, int64."""
+        self.positions_B: np.ndarray = np.zeros(0, np.int64)
+        """Of the tokens that run next."""
+        self._tokens_B: np.ndarray = np.zeros(0, np.int64)
+        self._flying: deque[Flight] = deque()
+
+    def step_for(self, num_rows: int) -> DecodeStep:
+        """The step for so many sequences, made at first use; what was under way is forgotten."""
+        self.drain()
+        bucket = self.decoder.bucket(num_rows)
+        step = self.decoder.steps.get((DecodeStep, bucket)) or self._build(bucket)
+        assert isinstance(step, DecodeStep)
+        return step
+
+    def _build(self, bucket: int) -> DecodeStep:
+        decoder = self.decoder
+        cache = SharedCache(decoder.storage, decoder.config.num_hidden_layers)
+        step = DecodeStep(
+            decoder.forward, decoder.config, cache, decoder.experts_for(bucket), batch=bucket,
+            context=decoder.context, dtype=decoder.dtype, device=decoder.device,
+            stream=decoder.captures,
+        )  # fmt: skip
+        decoder.steps[DecodeStep, bucket] = step
+        return step
+
+    def run(
+        self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None, more: bool = False
+    ) -> Outcome:
+        """One decode step, for the given tokens [B] or for those that the last step chose.
+
+        more: another such step follows. It is enqueued at once, and runs while this one is
+        accounted for.
+        """
+        start = time.perf_counter()
+        if not self._flying:
+            self._launch(step, num_rows, tokens_B)
+        if more and self._runs_ahead:
+            self._launch(step, num_rows, None)
+        outcome = self._account(self._flying.popleft())
+        if more:
+            self._announce()
+        self.decoder.stats.add_time("step", time.perf_counter() - start)
+        return outcome
+
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether a step can be scheduled before the routes of the last one are known."""
+        return self.decoder.oracle is not None or not self.decoder.books.is_table
+
+    def _launch(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> None:
+        """Enqueue one step and the copy of its outcome to the host."""
+        if tokens_B is not None:
+            self._tokens_B = tokens_B.cpu().numpy()
+            padding = step.batch - num_rows
+            step.ids_B1[:, 0] = torch.cat([tokens_B, tokens_B[-1:].expand(padding)])
+        self._schedule()
+        self._flying.append(self.decoder.enqueue(step, num_rows))
+        if tokens_B is not None:
+            self._announce()
+
+    def _schedule(self) -> None:
+        """Bring the values on the device up to the step that is about to run."""
+        decoder = self.decoder
+        decoder.take_over()
+        if decoder.oracle is not None and decoder.oracle.failure is None:
+            decoder.oracle.board.begin_step()
+            return
+        table = decoder.policy.table()
+        if table is not None:
+            decoder.books.write_table(*table)
+
+    def _announce(self) -> None:
+        """Tell the predictor what runs now. The step is on its way already."""
+        if self.decoder.oracle is None:
+            return
+        job = Job(self._tokens_B[:, None], self.positions_B[:, None], self.routes_LBK, False)
+        self.decoder.oracle.submit(job)
+        self.positions_B = self.positions_B + 1
+
+    def _account(self, flight: Flight) -> Outcome:
+        """Wait for a step, and tell the recorder and the policy of it."""
+        landing = self.decoder.land(flight)
+        if np.isnan(landing.best_B).any():
+            raise FloatingPointError(NOT_FINITE)
+        self.routes_LBK = landing.routes_LBK
+        if self.decoder.recorder is not None:
+            self.decoder.recorder.follow(self._tokens_B, landing.routes_LBK.swapaxes(0, 1))
+        self._tokens_B = landing.tokens_B
+        self._touch(landing.routes_LBK)
+        assert flight.step.logits_BV is not None
+        return Outcome(landing.tokens_B.tolist(), flight.step.logits_BV[: flight.num_rows])
+
+    def _touch(self, routes_LBK: np.ndarray) -> None:
+        """Keep a table policy on the host up to date, where no predictor does."""
+        decoder = self.decoder
+        predicts = decoder.oracle is not None and decoder.oracle.failure is None
+        if predicts or not decoder.books.is_table:
+            return
+        decoder.policy.touch_routes(routes_LBK)
+        if decoder.policy.needs_forecast:
+            decoder.policy.begin_step(None)
+
+    def drain(self) -> None:
+        """Let steps that nobody asks for any more come to their end."""
+        while self._flying:
+            self._flying.pop().arrival.synchronize()
