@@ -90,13 +90,16 @@ class Loop:
         self._look_ahead()
         missing_K = self._missing_K()
         self._admit(missing_K)
-        parts = [*self._decoding(missing_K), *self._chunks()]
-        if parts:
+        decoding, prompts = self._decoding(missing_K), self._chunks()
+        if parts := [*decoding, *prompts]:
             logits_NV, routes_TLK = self._run(parts)
             results += self._advance(parts, logits_NV, routes_TLK)
             self.num_steps += 1
         self.finished.update(result.finish for result in results)
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if decoding and not prompts:
+            self.scheduler.ordering.observe(len(decoding), seconds)
+        self.seconds += seconds
         return results
 
     def cancel_all(self) -> list[Result]:
