@@ -83,6 +83,11 @@ class Loop:
     def is_idle(self) -> bool:
         return not (self.waiting or self.active) and self._inbox.empty()
 
+    @property
+    def key_value_bytes(self) -> int:
+        """Of all rows."""
+        return self._cache.nbytes
+
     def step(self) -> list[Result]:
         """Run one step; returns the requests that ended."""
         start = time.perf_counter()
@@ -154,7 +159,7 @@ class Loop:
                 self._foresee(job)
 
     def _foresee(self, job: Job) -> None:
-        if self._oracle is None or job.outlook is not None:
+        if self._oracle is None or job.history is not None:
             return
         with self._engine.stats().timer("predict"):
             job.history = History(self._oracle.file, job.limit)
@@ -164,14 +169,15 @@ class Loop:
         return (~self._engine.resident_LE).astype(np.float32).reshape(-1)
 
     def _admit(self, missing_K: np.ndarray) -> None:
-        if not (self.waiting and self._cache.num_free):
-            return
         free = self._cache.num_free
-        for job in self.scheduler.admit(self.waiting, self.active, free, missing_K):
+        admitted = self.scheduler.admit(self.waiting, self.active, free, missing_K) if free else []
+        for job in admitted:
             self._foresee(job)
             job.row = self._cache.take()
             self.waiting.remove(job)
             self.active.append(job)
+        for job in self.waiting:
+            job.forget()
 
     def _decoding(self, missing_K: np.ndarray) -> list[Part]:
         ready = [job for job in self.active if job.is_ready]

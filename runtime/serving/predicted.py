@@ -95,9 +95,9 @@ def cheapest(unused_NK: np.ndarray, weight_K: np.ndarray, count: int) -> list[in
 
 def _habit(job: Job) -> np.ndarray:
     assert job.outlook is not None
-    return job.outlook.habit_LE.reshape(-1)
+    return job.outlook.habit_LE.reshape(-1).astype(np.float32, copy=False)
 
 
 def _pending(job: Job) -> np.ndarray:
     assert job.outlook is not None
-    return job.outlook.this_LE.reshape(-1)
+    return job.outlook.this_LE.reshape(-1).astype(np.float32, copy=False)
