@@ -4,9 +4,10 @@
 
 Prompts of all domains in random order, with outputs of varied length, are served at equal expert
 slots, equal decode batch and equal prompt chunk. Everything counts: scheduler, predictor, prefill.
-Every arm must generate the same tokens. An arm is named SCHEDULER or SCHEDULER/POLICY or
-SCHEDULER/POLICY/ROWS. Arrivals are all at once, or Poisson at `--rate` requests a second. The arms
-run side by side, a step each in turn, on one thread; times are CPU seconds, see `Lane`.
+Every arm must generate the same tokens. An arm is SCHEDULER, or SCHEDULER,KEY=VALUE,... with a
+`policy`, a share of `extra` experts, or fields of `ServeSettings`. Arrivals are all at once, or
+Poisson at `--rate` requests a second. The arms run side by side, a step each in turn, on one
+thread; times are CPU seconds, see `benchmarks.lane`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.lane import Arm, Lane
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ class ServingSettings:
     """Folder of .txt files, one a domain; documents are divided by lines `<|endoftext|>`."""
     arms: list[str] = field(
         default_factory=lambda: [
-            "fifo/lru",
+            "fifo,policy=lru",
             "fifo",
             "paper",
             "domain-oracle",
-            "predicted/predicted/8",
+            "predicted,rows=8",
             "predicted",
         ]
     )
@@ -66,8 +67,10 @@ class ServingSettings:
     """Sequences that decode together."""
     rows: int = 32
     """Sequences in flight, where the scheduler has a choice."""
-    chunk: int = 256
+    chunk: int = 512
     """Prompt tokens that join a step at the most."""
+    lookahead: int = 256
+    """Waiting requests that admission chooses from."""
     dtype: str = "float32"
     """Number format of the model."""
     seed: int = 0
@@ -86,7 +89,7 @@ def main(settings: ServingSettings) -> None:
     requests = workload(settings)
     rows: list[dict[str, Any]] = []
     for residency in settings.residency:
-        lanes = [Lane(settings, requests, arm, residency) for arm in settings.arms]
+        lanes = [Lane(settings, requests, Arm.parse(arm), residency) for arm in settings.arms]
         while waiting := [lane for lane in lanes if not lane.is_done]:
             for lane in waiting:
                 lane.turn()
@@ -139,103 +142,6 @@ def _prompts(
         yield ids[: int(random.integers(settings.prompt_tokens[0], longest + 1))]
 
 
-class Lane:
-    """One arm: its own copy of the model, its own loop and its own clock, in CPU seconds.
-
-    The lanes take turns, a step each, so that all meet the same load from other programs; and a
-    CPU second is the same whoever else wants the processor. Arrivals are in this clock too.
-    """
-
-    def __init__(
-        self, settings: ServingSettings, requests: Sequence[Request], arm: str, residency: float
-    ) -> None:
-        import runtime
-        from runtime.serving.loop import Loop
-        from runtime.serving.settings import ServeSettings
-
-        scheduler, policy, rows = (*arm.split("/"), *("", "predicted", "")[arm.count("/") + 1 :])
-        predictor = settings.predictor if policy == "predicted" else None
-        model = runtime.load(
-            settings.model,
-            predictor,
-            memory=residency,
-            policy=policy,
-            dtype=settings.dtype,
-            device="cpu",
-        )
-        self.arm, self.residency = arm, residency
-        self.engine = model.expertflow
-        options = ServeSettings(
-            scheduler=scheduler,
-            batch=settings.batch,
-            rows=int(rows or settings.rows),
-            chunk=settings.chunk,
-            lookahead=256,
-            context=settings.prompt_tokens[1] + settings.output_tokens[1],
-        )
-        self.loop = Loop(self.engine, None, options)
-        random = np.random.default_rng(settings.seed)
-        gaps = random.exponential(1 / settings.rate, len(requests)) if settings.rate else 0.0
-        due = np.cumsum(np.broadcast_to(gaps, len(requests)))
-        self._coming = list(zip(due.tolist(), requests, strict=True))[::-1]
-        self._due = {request.id: at for at, request in self._coming}
-        self.clock, self.busy = 0.0, 0.0
-        self.latency: dict[str, float] = {}
-        self.first: dict[str, float] = {}
-        self.tokens: dict[str, tuple[int, ...]] = {}
-
-    @property
-    def is_done(self) -> bool:
-        return not self._coming and self.loop.is_idle
-
-    def turn(self) -> None:
-        """Submit what is due and run one step."""
-        if self.loop.is_idle and self._coming:
-            self.clock = max(self.clock, self._coming[-1][0])
-        while self._coming and self._coming[-1][0] <= self.clock:
-            self.loop.submit(self._coming.pop()[1])
-        start = time.process_time()
-        results = self.loop.step()
-        seconds = time.process_time() - start
-        self.clock += seconds
-        self.busy += seconds
-        started = (job.request.id for job in self.loop.active if job.num_generated)
-        for id in (*started, *(result.id for result in results)):
-            self.first.setdefault(id, self.clock - self._due[id])
-        for result in results:
-            self.latency[result.id] = self.clock - self._due[result.id]
-            self.tokens[result.id] = result.token_ids
-
-    def measure(self) -> dict[str, Any]:
-        """What there is to say once all requests ended."""
-        loop, stats = self.loop, self.engine.stats()
-        payoff = getattr(loop.scheduler.ordering, "payoff", None)
-        latency, first = (list(times.values()) for times in (self.latency, self.first))
-        return {
-            "arm": self.arm,
-            "residency": self.residency,
-            "cpu_seconds": self.busy,
-            "wall_seconds": loop.seconds,
-            "steps": loop.num_steps,
-            "generated": loop.num_generated,
-            "prefilled": loop.num_prefilled,
-            "loads": stats.misses,
-            "bytes_per_token": stats.bytes_loaded / loop.num_generated,
-            "hit_rate": stats.hit_rate,
-            "recall": stats.recall,
-            "tokens_per_cpu_second": loop.num_generated / self.busy,
-            "tokens_per_wall_second": loop.num_generated / loop.seconds,
-            "p50": float(np.percentile(latency, 50)),
-            "p99": float(np.percentile(latency, 99)),
-            "first_token_p50": float(np.percentile(first, 50)),
-            "first_token_p99": float(np.percentile(first, 99)),
-            "scheduler_share": loop.scheduler.seconds / loop.seconds,
-            "predictor_share": stats.seconds["predict"] / loop.seconds,
-            "load_share": stats.seconds["load"] / loop.seconds,
-            "rested": 0 if payoff is None else payoff.times_rested,
-        }
-
-
 def _keep(settings: ServingSettings, row: dict[str, Any]) -> None:
     print(json.dumps(row), file=sys.stderr)
     if settings.out is not None:
@@ -253,8 +159,8 @@ def _print(settings: ServingSettings, rows: Sequence[dict[str, Any]]) -> None:
         title=f"{settings.requests} requests, {arrivals}, batch {settings.batch}",
         title_justify="left",
     )
-    heads = "resident arm KiB/token vs tok/CPU-s vs tok/s vs p50 p99 vs"
-    for head in f"{heads} scheduler predictor loads rested tokens".split():
+    heads = "resident arm KiB/token vs tok/CPU-s vs tok/s vs p50 p99 vs first-p99"
+    for head in f"{heads} scheduler predictor loads KV-MiB outlook-MiB rested tokens".split():
         table.add_column(head, justify="right")
     for row in rows:
         base = _base(rows, row)
@@ -270,13 +176,16 @@ def _print(settings: ServingSettings, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['p50']:.1f} s",
             f"{row['p99']:.1f} s",
             f"{row['p99'] / base['p99']:.2f}x",
+            f"{row['first_token_p99']:.1f} s",
             f"{row['scheduler_share']:.2%}",
             f"{row['predictor_share']:.1%}",
             f"{row['load_share']:.1%}",
+            f"{row['key_value_bytes'] / 2**20:.1f}",
+            f"{row['outlook_bytes'] / 2**20:.1f}",
             str(row["rested"]),
             "identical" if row["identical"] else "DIFFERENT",
         )
-    console = Console(width=190)
+    console = Console(width=230)
     console.print(f"{platform.machine()}; python -m benchmarks.serving {shlex.join(sys.argv[1:])}")
     console.print(table)
 

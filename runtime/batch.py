@@ -1,6 +1,8 @@
 """Continue every prompt of a data set: `python -m runtime.batch`.
 
 python -m runtime.batch --model DIR --predictor P.onnx --dataset prompts.jsonl --out out.jsonl
+
+With `--workers N` the rows go to N engines over the hosts of a Ray cluster (`runtime.workers`).
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from routing.cli import run
 from runtime.serving.settings import ServeSettings
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from runtime.serving.journal import Journal
     from runtime.serving.request import Request, Result
     from runtime.serving.rows import Row
+    from runtime.workers import Crew
 
 PROG = "python -m runtime.batch"
 
@@ -54,11 +58,29 @@ class BatchSettings(ServeSettings):
     """A row's own random numbers come from this plus its index."""
     stop: list[str] = field(default_factory=list)
     """Generation ends before the first of these."""
+    workers: int = 0
+    """Ray actors to spread the rows over, each with the model: on the cluster that RAY_ADDRESS
+    names, else on this machine. 0 serves them here. Needs the extra `ray`.
+    """
+    worker_cpus: int = 1
+    """Cores of a worker."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("workers", 0), ("worker_cpus", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+
+
+class Served(NamedTuple):
+    """A result and the hit rate, so far, of the engine that gave it."""
+
+    result: Result
+    hit_rate: float
 
 
 def main(settings: BatchSettings) -> None:
     """Serve every row that has no result yet, then put the results in order."""
-    import runtime
     from runtime.serving.journal import Journal
     from runtime.serving.rows import read_rows
 
@@ -66,28 +88,69 @@ def main(settings: BatchSettings) -> None:
     if num_rows == 0:
         raise ValueError(f"the data set {settings.dataset} has no rows")
     with Journal(settings.out, _identity(settings, digest)) as journal:
-        tokenizer = _tokenizer(settings.model)
-        model = runtime.load(
-            settings.model,
-            settings.predictor,
-            memory=settings.memory,
-            device="cpu",
-            dtype=settings.dtype,
-            tokenizer=tokenizer,
-        )
-        num_bad = _serve(settings, model.expertflow, tokenizer, journal, num_rows)
+        tokenizer = read_tokenizer(settings.model)
+        with closing(_crew(settings, tokenizer)) as crew:
+            num_bad = _serve(settings, crew, tokenizer, journal, num_rows)
+            report = crew.report()
         journal.finish()
     print(f"{settings.out}: {num_rows} results, {num_bad} of them errors", file=sys.stderr)
-    print(model.expertflow.report(), file=sys.stderr)
+    print(report, file=sys.stderr)
+
+
+def _crew(settings: BatchSettings, tokenizer: Any) -> Alone | Crew:
+    if not settings.workers:
+        return Alone(settings, tokenizer)
+    from runtime.workers import Crew
+
+    return Crew(settings)
+
+
+class Alone:
+    """One engine, in this process."""
+
+    def __init__(self, settings: BatchSettings, tokenizer: Any) -> None:
+        self._engine = load_engine(settings, tokenizer)
+        self._options = serve_settings(settings) | {"tokenizer": tokenizer}
+
+    def serve(self, requests: Iterator[Request]) -> Iterator[Served]:
+        """Results as they end."""
+        for result in self._engine.serve(requests, **self._options):
+            yield Served(result, self._engine.stats().hit_rate)
+
+    def report(self) -> str:
+        """One line about the run so far."""
+        return self._engine.report()
+
+    def close(self) -> None:
+        self._engine.detach()
+
+
+def load_engine(settings: BatchSettings, tokenizer: Any) -> Engine:
+    """The model with its experts offloaded. Raises ValueError or OSError."""
+    import runtime
+
+    engine: Engine = runtime.load(
+        settings.model,
+        settings.predictor,
+        memory=settings.memory,
+        device="cpu",
+        dtype=settings.dtype,
+        tokenizer=tokenizer,
+    ).expertflow
+    return engine
+
+
+def serve_settings(settings: BatchSettings) -> dict[str, Any]:
+    """What `engine.serve` is told."""
+    return {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
 
 
 def _serve(
-    settings: BatchSettings, engine: Engine, tokenizer: Any, journal: Journal, num_rows: int
+    settings: BatchSettings, crew: Alone | Crew, tokenizer: Any, journal: Journal, num_rows: int
 ) -> int:
     from tqdm import tqdm
 
-    options = {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
-    num_bad = 0
+    num_bad = num_tokens = 0
     with tqdm(total=num_rows, initial=len(journal.done), unit="row", desc="batch") as bar:
 
         def keep(index: int, result: dict[str, Any]) -> None:
@@ -96,15 +159,12 @@ def _serve(
             if "error" in result:
                 num_bad += 1
                 bar.write(f"row {index}: {result['error']}", file=sys.stderr)
-            stats = engine.stats()
-            bar.set_postfix_str(
-                f"{stats.tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tok/s, "
-                f"hit rate {stats.hit_rate:.1%}"
-            )
             bar.update()
 
-        requests = _requests(settings, tokenizer, journal, keep)
-        for result in engine.serve(requests, tokenizer=tokenizer, **options):
+        for result, hit_rate in crew.serve(_requests(settings, tokenizer, journal, keep)):
+            num_tokens += result.num_prompt + len(result.token_ids)
+            rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:.1f} tok/s, hit rate {hit_rate:.1%}")
             keep(int(result.id), _describe(result))
     return num_bad
 
@@ -155,7 +215,8 @@ def _identity(settings: BatchSettings, digest: str) -> dict[str, Any]:
     return {"rows": digest} | {name: asdict(settings)[name] for name in names}
 
 
-def _tokenizer(model: str) -> Any:
+def read_tokenizer(model: str) -> Any:
+    """The tokenizer of `model`. Raises ValueError."""
     from transformers import AutoTokenizer
 
     try:

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from runtime.forecaster import Forecaster
 from runtime.onnx_file import open_predictor
+from runtime.serving.bursts import Bursts, StepTimes
 from runtime.serving.job import Job
+from runtime.serving.loop import Loop
 from runtime.serving.ordering import DomainOracle, Ordering
 from runtime.serving.outlook import History, Oracle, join
 from runtime.serving.paper import Paper, similarity, split
-from runtime.serving.payoff import Payoff
-from runtime.serving.predicted import Predicted, cheapest, expected_loads
+from runtime.serving.payoff import Payoff, expected_loads
+from runtime.serving.predicted import Predicted, cheapest
 from runtime.serving.request import Request
 from runtime.serving.scheduler import Scheduler, build_scheduler
 from runtime.serving.settings import ServeSettings
@@ -49,6 +51,10 @@ def make_ready(waiting: Job, row: int) -> Job:
     waiting.row = row
     waiting.token_ids.append(0)
     return waiting
+
+
+def predicted(burst: int = 1, batch: int = 4) -> Predicted:
+    return Predicted(lambda: 1.0, burst=burst, batch=batch)
 
 
 # ---------------------------------------------------------------------- bounds
@@ -108,10 +114,10 @@ def test_a_higher_priority_is_served_first() -> None:
 
 def test_a_held_back_burst_lets_an_urgent_request_through() -> None:
     use_K = np.full(4, 0.5)
-    scheduler = Scheduler(Predicted(lambda: 1.0), ServeSettings(batch=1, rows=8))
+    scheduler = Scheduler(predicted(burst=7, batch=1), ServeSettings(batch=1, rows=8))
     active = [make_ready(job(i, use_K), i) for i in range(2)]
     calm, urgent = job(2, use_K), job(3, use_K, priority=1)
-    assert scheduler.admit([calm, urgent], active, 6, np.ones(4, np.float32)) == [urgent]
+    assert scheduler.admit([calm, urgent], active, 1, np.ones(4, np.float32)) == [urgent]
 
 
 # ---------------------------------------------------------------------- predicted
@@ -125,21 +131,21 @@ def two_kinds(count: int) -> np.ndarray:
 
 def test_a_step_is_composed_of_sequences_that_use_the_same_experts() -> None:
     ready = [make_ready(job(i, use_K), i) for i, use_K in enumerate(two_kinds(8))]
-    chosen = Predicted(lambda: 1.0).compose(ready, [], 4, np.ones(8, np.float32))
+    chosen = predicted().compose(ready, [], 4, np.ones(8, np.float32))
     assert len({one.number % 2 for one in chosen}) == 1 and len(chosen) == 4
 
 
 def test_what_is_resident_costs_nothing() -> None:
     ready = [make_ready(job(i, use_K), i) for i, use_K in enumerate(two_kinds(8))]
     missing_K = np.array([1] * 4 + [0] * 4, np.float32)
-    chosen = Predicted(lambda: 1.0).compose(ready, [], 4, missing_K)
+    chosen = predicted().compose(ready, [], 4, missing_K)
     assert [one.number for one in chosen] == [1, 3, 5, 7]
 
 
 def test_admission_prefers_what_overlaps_with_the_running() -> None:
     jobs = [job(i, use_K) for i, use_K in enumerate(two_kinds(9))]
     active = [make_ready(jobs[8], 0)]
-    admitted = Predicted(lambda: 1.0).admit(jobs[:8], active, 3, np.ones(8, np.float32))
+    admitted = predicted().admit(jobs[:8], active, 3, np.ones(8, np.float32))
     assert all(one.number % 2 == 0 for one in admitted)
 
 
@@ -178,8 +184,6 @@ def test_choosing_goes_on_where_it_pays() -> None:
 
 
 def test_with_every_expert_resident_the_scheduler_falls_back_to_fifo(tmp_path: Path) -> None:
-    from runtime.serving.loop import Loop
-
     with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
         loop = Loop(engine, None, ServeSettings(batch=2, rows=8, context=64))
         for i in range(8):
@@ -188,6 +192,57 @@ def test_with_every_expert_resident_the_scheduler_falls_back_to_fifo(tmp_path: P
             loop.step()
         ordering = loop.scheduler.ordering
         assert isinstance(ordering, Predicted) and ordering.payoff.times_rested == 1
+
+
+# ---------------------------------------------------------------------- bursts
+
+
+def test_prompts_wait_for_each_other_and_a_lone_one_for_nobody() -> None:
+    bursts = Bursts(3, batch=4, seconds_per_load=lambda: 1.0)
+    assert bursts.holds_back(num_waiting=5, num_free=2, num_active=2)
+    assert not bursts.holds_back(num_waiting=5, num_free=3, num_active=1)
+    assert not bursts.holds_back(num_waiting=1, num_free=1, num_active=3)
+
+
+@pytest.mark.parametrize(("seconds_per_load", "rests"), [(1e-3, False), (1e-5, True)])
+def test_bursts_rest_where_empty_places_cost_more_than_shared_loads_save(
+    seconds_per_load: float, rests: bool
+) -> None:
+    bursts = Bursts(2, batch=4, seconds_per_load=lambda: seconds_per_load)
+    for num_sequences in (1, 4):
+        bursts.times.add(num_sequences, 0.4 + 0.1 * num_sequences)
+    unused_NK = np.full((2, 1000), 0.1)  # both use nearly all: 810 loads in common
+    for _ in range(Payoff.WINDOW):
+        assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3)
+        bursts.book(unused_NK, np.ones(1000))
+    assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3) is not rests
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    fixed=st.floats(0, 5),
+    each=st.floats(0, 5),
+    sizes=st.lists(st.integers(1, 9), min_size=2, max_size=9),
+)
+def test_the_fixed_part_of_a_step_is_found_once_sizes_differ(
+    fixed: float, each: float, sizes: list[int]
+) -> None:
+    times = StepTimes()
+    for size in sizes:
+        times.add(size, fixed + each * size)
+    expected = fixed if len(set(sizes)) > 1 else 0.0
+    assert times.fixed == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_parked_sequences_too_the_scheduler_falls_back_to_fifo(tmp_path: Path) -> None:
+    with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
+        loop = Loop(engine, None, ServeSettings(batch=2, rows=2, burst=2, context=64))
+        for i in range(80):
+            loop.submit(Request(prompt=[i + 2], max_tokens=1 + i % 2, ignore_eos=True))
+        while not loop.is_idle:
+            loop.step()
+        ordering = loop.scheduler.ordering
+        assert isinstance(ordering, Predicted) and ordering.bursts.payoff.times_rested == 1
 
 
 # ---------------------------------------------------------------------- references

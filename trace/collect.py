@@ -1,11 +1,14 @@
 """Record the routing of a mixture-of-experts model.
 
 python -m trace.collect --model DIR_OR_ID --dataset NAME_OR_FILES ... --out DIR
+
+With `--workers N` the batches go to N models over the hosts of a Ray cluster (`trace.workers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from trace.runner import Runner
     from trace.sources import Prompt
 
+    Run = Callable[
+        [Iterator[list[Prompt]]], Iterator[tuple[list[Prompt], list[dict[str, Document]]]]
+    ]
+    """Batches in, each with its documents traced out, in their order."""
+
 
 def collect(settings: CollectSettings) -> None:
     """Trace the data sets of `settings` into its directory, or what is left of them.
@@ -29,14 +37,13 @@ def collect(settings: CollectSettings) -> None:
     """
     from routing.topology import topology_of
     from routing.writer import TraceWriter
-    from trace.runner import Runner
     from trace.sources import read_texts, tokenize
 
     texts = read_texts(settings)
     first = next(texts, None)  # a mistake in the data sets shows before the model is loaded
     if first is None:
         raise ValueError(f"{', '.join(settings.dataset)}: no document with any text")
-    model, tokenizer = load_model(settings)
+    model, tokenizer = load(settings)
     writer = TraceWriter(
         settings.out,
         topology_of(model, tokenizer),
@@ -47,9 +54,7 @@ def collect(settings: CollectSettings) -> None:
     if writer.complete:
         print(f"{settings.out} is already complete: {writer.num_documents:,} documents")
         return
-    runner = Runner(
-        model, generate=settings.generate, sample=settings.sample, weights=settings.weights
-    )
+    runner = build_runner(model, settings)
     prompts = tokenize(
         chain([first], texts),
         tokenizer,
@@ -57,28 +62,62 @@ def collect(settings: CollectSettings) -> None:
         chat_template=settings.chat_template,
         answer=settings.generate > 0,
     )
-    with writer:
-        cuts = _trace(islice(prompts, settings.max_documents), runner, writer, settings)
+    with writer, _crew(settings, runner) as run:
+        cuts = _trace(islice(prompts, settings.max_documents), run, writer, settings)
     print(f"traced {writer.num_documents:,} documents into {settings.out}")
     if cuts:
         print(f"{len(cuts):,} of them were cut to fit: {sum(cuts):,} tokens left out")
 
 
-def load_model(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in eval mode on its device, and its tokenizer. Raises ValueError or OSError."""
+def load(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, which has no weights here where workers have them, and its tokenizer.
+
+    Raises ValueError or OSError.
+    """
+    from transformers import AutoTokenizer
+
+    if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
+        raise ValueError(f"--model {settings.model}: there is no such directory")
+    model = load_skeleton(settings) if settings.workers else load_model(settings)
+    return model, AutoTokenizer.from_pretrained(settings.model)
+
+
+def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
+
+    from routing.architecture import model_class
+
+    config = AutoConfig.from_pretrained(settings.model)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = model_class(config)(config)
+    return skeleton
+
+
+def load_model(settings: CollectSettings) -> PreTrainedModel:
+    """The model, in eval mode on its device. Raises ValueError or OSError."""
+    import torch
+    from transformers import AutoConfig
 
     from routing.architecture import model_class
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
-    if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
-        raise ValueError(f"--model {settings.model}: there is no such directory")
     config = AutoConfig.from_pretrained(settings.model)
-    model = model_class(config).from_pretrained(settings.model, dtype=settings.dtype)
-    model.eval().to(settings.device)
-    return model, AutoTokenizer.from_pretrained(settings.model)
+    model: PreTrainedModel = model_class(config).from_pretrained(
+        settings.model, dtype=settings.dtype
+    )
+    return model.eval().to(settings.device)  # type: ignore[arg-type]
+
+
+def build_runner(model: Any, settings: CollectSettings) -> Runner:
+    """What traces batches with `model`. Raises ValueError where it needs other settings."""
+    from trace.runner import Runner
+
+    return Runner(
+        model, generate=settings.generate, sample=settings.sample, weights=settings.weights
+    )
 
 
 def context(model: Any, settings: CollectSettings) -> int:
@@ -95,8 +134,27 @@ def context(model: Any, settings: CollectSettings) -> int:
     return min(settings.max_tokens, positions - settings.generate)
 
 
+def _crew(settings: CollectSettings, runner: Runner) -> AbstractContextManager[Run]:
+    if not settings.workers:
+        return _alone(runner, settings.seed)
+    from trace.workers import crew
+
+    return crew(settings)
+
+
+@contextmanager
+def _alone(runner: Runner, seed: int) -> Iterator[Run]:
+    """Runs batches in this process."""
+    from trace.recorder import Recorder
+
+    with Recorder(runner.model) as recorder:
+        yield lambda batches: (
+            (batch, runner.run(recorder, batch, seed=seed + batch[0].number)) for batch in batches
+        )
+
+
 def _trace(
-    prompts: Iterable[Prompt], runner: Runner, writer: TraceWriter, settings: CollectSettings
+    prompts: Iterable[Prompt], run: Run, writer: TraceWriter, settings: CollectSettings
 ) -> list[int]:
     """Write every document that is not yet in the trace; how many tokens each cut one has lost."""
     from tqdm.auto import tqdm
@@ -106,30 +164,36 @@ def _trace(
         print(f"resuming {settings.out} after {done:,} documents")
     cuts = []
     with tqdm(unit="tok", unit_scale=True, desc="tracing", smoothing=0.05) as progress:
-        for prompt, documents in _traced(prompts, runner, done, settings, progress):
+        for prompt, documents in _in_order(run(_batches(prompts, done, settings)), done):
+            progress.update(sum(len(document.token_ids_T) for document in documents.values()))
             writer.add(documents)
             if prompt.num_cut:
                 cuts.append(prompt.num_cut)
     return cuts
 
 
-def _traced(
-    prompts: Iterable[Prompt], runner: Runner, done: int, settings: CollectSettings, progress: Any
-) -> Iterator[tuple[Prompt, dict[str, Document]]]:
-    """Every document from number `done` on, in order, with its trace."""
+def _batches(
+    prompts: Iterable[Prompt], done: int, settings: CollectSettings
+) -> Iterator[list[Prompt]]:
+    """The batches that hold documents from number `done` on."""
     from trace.batches import WINDOW_BATCHES, batches, windows
-    from trace.recorder import Recorder
 
-    with Recorder(runner.model) as recorder:
-        for window in windows(prompts, WINDOW_BATCHES * settings.batch_tokens):
-            finished: dict[int, tuple[Prompt, dict[str, Document]]] = {}
-            for batch in batches(window, settings.batch_tokens, answer=settings.generate):
-                if max(prompt.number for prompt in batch) < done:
-                    continue
-                traced = runner.run(recorder, batch, seed=settings.seed + batch[0].number)
-                finished |= {p.number: (p, docs) for p, docs in zip(batch, traced, strict=True)}
-                progress.update(sum(len(d.token_ids_T) for docs in traced for d in docs.values()))
-            yield from (finished[number] for number in sorted(finished) if number >= done)
+    for window in windows(prompts, WINDOW_BATCHES * settings.batch_tokens):
+        for batch in batches(window, settings.batch_tokens, answer=settings.generate):
+            if max(prompt.number for prompt in batch) >= done:
+                yield batch
+
+
+def _in_order(
+    traced: Iterable[tuple[list[Prompt], list[dict[str, Document]]]], done: int
+) -> Iterator[tuple[Prompt, dict[str, Document]]]:
+    """Every document from number `done` on, each as soon as all before it are there."""
+    finished: dict[int, tuple[Prompt, dict[str, Document]]] = {}
+    for batch, documents in traced:
+        finished |= {p.number: (p, docs) for p, docs in zip(batch, documents, strict=True)}
+        while done in finished:
+            yield finished.pop(done)
+            done += 1
 
 
 if __name__ == "__main__":

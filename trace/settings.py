@@ -54,15 +54,21 @@ class CollectSettings:
     """Where the model runs: `cpu`, `cuda`, `cuda:1` ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the model; `auto` is the one it is stored in."""
+    workers: int = 0
+    """Ray actors to spread the batches over, each with the model: on the cluster that RAY_ADDRESS
+    names, else on this machine. The trace is the same. 0 runs them here. Needs the extra `ray`."""
+    worker_cpus: int = 1
+    """Cores of a worker."""
 
     def __post_init__(self) -> None:
         if not self.dataset:
             raise ValueError("--dataset names no data set")
-        for name in ("max_tokens", "batch_tokens", "shard_tokens"):
+        for name in ("max_tokens", "batch_tokens", "shard_tokens", "worker_cpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.generate < 0:
-            raise ValueError(f"--generate must not be negative, but is {self.generate}")
+        for name in ("generate", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"--max_documents must be at least 1, not {self.max_documents}")
 
@@ -72,7 +78,8 @@ class CollectSettings:
 
     def provenance(self) -> dict[str, Any]:
         """What decides the contents of the trace; resuming requires the same."""
-        free = ("out", "streaming", "batch_tokens", "shard_tokens", "device", "weights")
+        free = {"out", "streaming", "batch_tokens", "shard_tokens", "device", "weights"}
+        free |= {"workers", "worker_cpus"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 

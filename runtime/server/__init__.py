@@ -2,9 +2,10 @@
 
     settings   what the command line offers
     app        the routes
+    replicas   the same on a Ray cluster
     wire       requests and answers as OpenAI writes them
     guard      the bearer token and the limit on a body
     metrics    what Prometheus reads
 
-Needs the extra `serve`.
+Needs the extra `serve`; replicas need `ray`.
 """

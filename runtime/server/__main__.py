@@ -13,28 +13,21 @@ def main(settings: ServerSettings) -> None:
     try:
         import uvicorn
 
-        from runtime.server.app import build_app
+        from runtime.server.app import load_app
     except ModuleNotFoundError as missing:
         raise ValueError(
             f"the server needs {missing.name}: install moe-expertflow[serve]"
         ) from missing
-    from transformers import AutoTokenizer
-
-    import runtime
-
     token = settings.read_token()
-    model = runtime.load(
-        settings.model,
-        settings.predictor,
-        memory=settings.memory,
-        device="cpu",
-        dtype=settings.dtype,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
     if settings.host not in ("127.0.0.1", "::1", "localhost") and token is None:
         print(f"{PROG}: anyone who reaches {settings.host} can use this server: no token is asked")
+    if settings.replicas:
+        from runtime.server.replicas import start
+
+        start(settings)
+        return
     uvicorn.run(
-        build_app(model.expertflow, tokenizer, settings, token),
+        load_app(settings),
         host=settings.host,
         port=settings.port,
         timeout_graceful_shutdown=settings.grace,

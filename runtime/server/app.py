@@ -59,6 +59,24 @@ def build_app(
     return app
 
 
+def load_app(settings: ServerSettings) -> FastAPI:
+    """The application with its model loaded. Raises ValueError or OSError."""
+    from transformers import AutoTokenizer
+
+    import runtime
+
+    token = settings.read_token()
+    model = runtime.load(
+        settings.model,
+        settings.predictor,
+        memory=settings.memory,
+        device="cpu",
+        dtype=settings.dtype,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    return build_app(model.expertflow, tokenizer, settings, token)
+
+
 class Desk:
     """Takes requests in and gives answers out."""
 

@@ -35,8 +35,17 @@ class ServerSettings(ServeSettings):
     grace: int = 30
     """Seconds that running requests may take after the server was told to stop."""
 
+    replicas: int = 0
+    """Replicas of the server, each with the model, behind Ray Serve: on the cluster that
+    RAY_ADDRESS names, else on this machine. 0 serves in this process. Needs the extra `ray`.
+    """
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.replicas < 0:
+            raise ValueError(f"replicas={self.replicas} is negative")
+        if self.replicas and not self.port:
+            raise ValueError("port=0: Ray Serve takes no free port by itself, so name one")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} is not in 0 to 65535")
         for name in ("max_body", "max_queue"):

@@ -63,6 +63,11 @@ class Job:
         """Tokens still to run before the next can be chosen."""
         return len(self.token_ids) - self.num_cached
 
+    def forget(self) -> None:
+        """Keep of the prediction what admission asks for; the rest is made anew when admitted."""
+        if self.history is not None and self.outlook is not None:
+            self.history, self.outlook = None, self.outlook.brief()
+
     def accept(self, logits_V: Any, eos_ids: frozenset[int]) -> Finish | None:
         """Choose the next token; returns how the request ends, if it does."""
         token_id = self._sampler.choose(logits_V)

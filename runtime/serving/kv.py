@@ -125,6 +125,12 @@ class RowCache(Cache):
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all rows; 0 before the first step."""
+        stored = (tensor for layer in self.layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
     def take(self) -> int:
         """A free row."""
         return self._free.pop()

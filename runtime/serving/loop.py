@@ -84,6 +84,11 @@ class Loop:
     def is_idle(self) -> bool:
         return not (self.waiting or self.active) and self._inbox.empty()
 
+    @property
+    def key_value_bytes(self) -> int:
+        """Of all rows."""
+        return self._cache.nbytes
+
     def step(self) -> list[Result]:
         """Run one step; returns the requests that ended."""
         start = time.perf_counter()
@@ -91,13 +96,16 @@ class Loop:
         self._look_ahead()
         missing_K = self._missing_K()
         self._admit(missing_K)
-        parts = [*self._decoding(missing_K), *self._chunks()]
-        if parts:
+        decoding, prompts = self._decoding(missing_K), self._chunks()
+        if parts := [*decoding, *prompts]:
             logits_NV, routes_TLK = self._run(parts)
             results += self._advance(parts, logits_NV, routes_TLK)
             self.num_steps += 1
         self.finished.update(result.finish for result in results)
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if decoding and not prompts:
+            self.scheduler.ordering.observe(len(decoding), seconds)
+        self.seconds += seconds
         return results
 
     def cancel_all(self) -> list[Result]:
@@ -152,7 +160,7 @@ class Loop:
                 self._foresee(job)
 
     def _foresee(self, job: Job) -> None:
-        if self._oracle is None or job.outlook is not None:
+        if self._oracle is None or job.history is not None:
             return
         with self._engine.stats().timer("predict"):
             job.history = History(self._oracle.file, job.limit)
@@ -162,14 +170,15 @@ class Loop:
         return (~self._engine.resident_LE).astype(np.float32).reshape(-1)
 
     def _admit(self, missing_K: np.ndarray) -> None:
-        if not (self.waiting and self._cache.num_free):
-            return
         free = self._cache.num_free
-        for job in self.scheduler.admit(self.waiting, self.active, free, missing_K):
+        admitted = self.scheduler.admit(self.waiting, self.active, free, missing_K) if free else []
+        for job in admitted:
             self._foresee(job)
             job.row = self._cache.take()
             self.waiting.remove(job)
             self.active.append(job)
+        for job in self.waiting:
+            job.forget()
 
     def _decoding(self, missing_K: np.ndarray) -> list[Part]:
         ready = [job for job in self.active if job.is_ready]

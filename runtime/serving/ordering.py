@@ -23,8 +23,11 @@ class Ordering(ABC):
     looks_ahead: ClassVar[bool] = False
     """Whether waiting requests must have an outlook before they can be admitted."""
 
-    def holds_back(self, num_active: int, batch: int) -> bool:
-        """Whether to admit nobody now, so that prompts run together later."""
+    def observe(self, num_sequences: int, seconds: float) -> None:  # noqa: B027 - most do not care
+        """Told of every step without prompts: how many sequences it had, how long it took."""
+
+    def holds_back(self, num_waiting: int, num_free: int, num_active: int) -> bool:
+        """Whether to admit nobody now, so that prompts run together later. num_free: rows."""
         return False
 
     def admit(

@@ -1,8 +1,10 @@
 """Prediction for sequences that come and go: each keeps its own history.
 
-`runtime.forecaster` predicts for one batch that starts and ends together. Here a sequence's prompt
-is predicted once, when it may first be admitted, and every generated token once, right after it is
-chosen; so what the next step would use is known before the scheduler decides who joins it.
+`runtime.forecaster` predicts for one batch that starts and ends together. Here each generated token
+is predicted from right after it is chosen, so what the next step would use is known before the
+scheduler decides who joins it. A prompt is read when it may first be admitted, and again when it is
+admitted later: the predictor's keys and values of all who wait could take more memory than the
+resident experts.
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ class Outlook(NamedTuple):
     """Of the last pending token, for scoring the prediction."""
     habit_LE: np.ndarray
     """Probability that a token of this sequence uses the expert: the mean over its prompt."""
+
+    def brief(self) -> Outlook:
+        """What admission asks for, in half precision: many wait, and each should take few bytes."""
+        nothing = np.empty(0, np.float16)
+        this_LE, habit_LE = self.this_LE.astype(np.float16), self.habit_LE.astype(np.float16)
+        return Outlook(this_LE, nothing, nothing, habit_LE)
 
 
 class History:

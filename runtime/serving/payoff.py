@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 
 class Payoff:
     """Compares the time that choices take with the time of the loads they save.
@@ -43,3 +45,8 @@ class Payoff:
                 self._rest = self.REST
                 self.times_rested += 1
             self._choices, self._saved, self._spent = 0, 0.0, 0.0
+
+
+def expected_loads(unused_NK: np.ndarray, weight_K: np.ndarray) -> float:
+    """Expected number of experts, weighted by `weight_K`, that any of the rows uses."""
+    return float(weight_K @ (1 - unused_NK.prod(0)))

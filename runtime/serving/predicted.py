@@ -13,30 +13,44 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from runtime.serving.bursts import Bursts
 from runtime.serving.job import Job
 from runtime.serving.ordering import Fifo, Ordering
-from runtime.serving.payoff import Payoff
+from runtime.serving.payoff import Payoff, expected_loads
 
 
 class Predicted(Ordering):
     """Least expected loads; first come, first served while that does not pay.
 
     Admission groups requests by habit (the mean use of each expert over the prompt), a step is
-    composed by what the pending tokens use. Prompts are admitted in bursts: nearly every expert
-    crosses the link for a step with prompts in it, so as many as possible share one.
+    composed by what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
+    many wait: nearly every expert crosses the link for a step with prompts in it, so several share
+    one.
     """
 
     name = "predicted"
     looks_ahead = True
 
-    def __init__(self, seconds_per_load: Callable[[], float]) -> None:
+    def __init__(self, seconds_per_load: Callable[[], float], *, burst: int, batch: int) -> None:
         self.payoff = Payoff(seconds_per_load)
+        self.bursts = Bursts(burst, batch, seconds_per_load)
         self._fifo = Fifo()
 
-    def holds_back(self, num_active: int, batch: int) -> bool:
-        return num_active > batch and not self.payoff.resting
+    def observe(self, num_sequences: int, seconds: float) -> None:
+        self.bursts.times.add(num_sequences, seconds)
+
+    def holds_back(self, num_waiting: int, num_free: int, num_active: int) -> bool:
+        return self.bursts.holds_back(num_waiting, num_free, num_active)
 
     def admit(
+        self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
+    ) -> list[Job]:
+        admitted = self._choose(waiting, active, count, missing_K)
+        left_K = missing_K * np.prod([_pending(job) for job in active if job.is_ready], axis=0)
+        self.bursts.book(np.stack([_pending(job) for job in admitted]), left_K)
+        return admitted
+
+    def _choose(
         self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
     ) -> list[Job]:
         if len(waiting) <= count or self.payoff.resting:
@@ -79,16 +93,11 @@ def cheapest(unused_NK: np.ndarray, weight_K: np.ndarray, count: int) -> list[in
     return chosen
 
 
-def expected_loads(unused_NK: np.ndarray, weight_K: np.ndarray) -> float:
-    """Expected number of experts, weighted by `weight_K`, that any of the rows uses."""
-    return float(weight_K @ (1 - unused_NK.prod(0)))
-
-
 def _habit(job: Job) -> np.ndarray:
     assert job.outlook is not None
-    return job.outlook.habit_LE.reshape(-1)
+    return job.outlook.habit_LE.reshape(-1).astype(np.float32, copy=False)
 
 
 def _pending(job: Job) -> np.ndarray:
     assert job.outlook is not None
-    return job.outlook.this_LE.reshape(-1)
+    return job.outlook.this_LE.reshape(-1).astype(np.float32, copy=False)

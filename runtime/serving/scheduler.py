@@ -54,7 +54,7 @@ class Scheduler:
         others = [job for job in waiting if job not in admitted]
         if self.ordering.looks_ahead:
             others = [job for job in others if job.outlook is not None]
-        if self.ordering.holds_back(len(active) + len(admitted), self._settings.batch):
+        if self.ordering.holds_back(len(others), free - len(admitted), len(active)):
             most = max((job.request.priority for job in active), default=0)
             others = [job for job in others if job.request.priority > most]
         for same in by_priority(others, self._settings.lookahead):
@@ -103,4 +103,7 @@ def build_scheduler(
             f"scheduler={name!r} needs predictions: load the model with a predictor and the "
             "policy 'predicted', or take scheduler='fifo'"
         )
-    return Scheduler(Paper(top_k) if name == Paper.name else Predicted(seconds_per_load), settings)
+    if name == Paper.name:
+        return Scheduler(Paper(top_k), settings)
+    ordering = Predicted(seconds_per_load, burst=settings.num_burst, batch=settings.batch)
+    return Scheduler(ordering, settings)

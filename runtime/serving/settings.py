@@ -21,8 +21,13 @@ class ServeSettings:
     """
     context: int = 1024
     """Tokens of a sequence at the most, prompt and generated."""
-    chunk: int = 256
+    chunk: int = 512
     """Prompt tokens that join a step at the most."""
+    burst: int | None = None
+    """Prompts that predicted admission waits for, until so many rows are free, so that they share
+    a step; fewer where fewer requests wait. By default half of `batch`, or all rows beyond it if
+    those are more. 1 admits each as soon as there is a row.
+    """
     lookahead: int = 128
     """Waiting requests that admission chooses from."""
     patience: int = 256
@@ -39,5 +44,12 @@ class ServeSettings:
         for name in ("patience", "max_skips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if self.burst is not None and not 1 <= self.burst <= self.rows:
+            raise ValueError(f"burst={self.burst} is not in 1 to rows={self.rows}")
         if self.rows < self.batch:
             raise ValueError(f"rows={self.rows} are fewer than batch={self.batch}: raise rows")
+
+    @property
+    def num_burst(self) -> int:
+        """Prompts to admit together, where so many wait."""
+        return self.burst or max(1, self.batch // 2, self.rows - self.batch)

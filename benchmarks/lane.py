@@ -1,0 +1,141 @@
+"""One arm of `benchmarks.serving`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from benchmarks.serving import ServingSettings
+    from runtime.serving.job import Job
+    from runtime.serving.request import Request
+
+
+class Arm(NamedTuple):
+    """What one lane does differently."""
+
+    name: str
+    scheduler: str
+    policy: str
+    extra: float
+    """Share of the experts that is resident beyond what the table's residency says."""
+    options: dict[str, int]
+    """Fields of `ServeSettings`."""
+
+    @classmethod
+    def parse(cls, name: str) -> Arm:
+        """Read SCHEDULER,KEY=VALUE,... Raises ValueError."""
+        scheduler, *words = name.split(",")
+        given = dict(word.split("=") for word in words)
+        policy, extra = given.pop("policy", "predicted"), float(given.pop("extra", 0.0))
+        return cls(name, scheduler, policy, extra, {key: int(given[key]) for key in given})
+
+
+class Lane:
+    """One arm: its own copy of the model, its own loop and its own clock, in CPU seconds.
+
+    The lanes take turns, a step each, so that all meet the same load from other programs; and a
+    CPU second is the same whoever else wants the processor. Arrivals are in this clock too.
+    """
+
+    def __init__(
+        self, settings: ServingSettings, requests: Sequence[Request], arm: Arm, residency: float
+    ) -> None:
+        import runtime
+        from runtime.serving.loop import Loop
+        from runtime.serving.settings import ServeSettings
+
+        self.arm, self.residency = arm, residency
+        self.engine = runtime.load(
+            settings.model,
+            settings.predictor if arm.policy == "predicted" else None,
+            memory=residency + arm.extra,
+            policy=arm.policy,
+            dtype=settings.dtype,
+            device="cpu",
+        ).expertflow
+        shared = {name: getattr(settings, name) for name in ("batch", "rows", "chunk", "lookahead")}
+        options = ServeSettings(
+            scheduler=arm.scheduler,
+            context=settings.prompt_tokens[1] + settings.output_tokens[1],
+            **(shared | arm.options),
+        )
+        self.loop = Loop(self.engine, None, options)
+        random = np.random.default_rng(settings.seed)
+        gaps = random.exponential(1 / settings.rate, len(requests)) if settings.rate else 0.0
+        due = np.cumsum(np.broadcast_to(gaps, len(requests)))
+        self._coming = list(zip(due.tolist(), requests, strict=True))[::-1]
+        self._due = {request.id: at for at, request in self._coming}
+        self.clock, self.busy, self.outlook_bytes = 0.0, 0.0, 0
+        self.latency: dict[str, float] = {}
+        self.first: dict[str, float] = {}
+        self.tokens: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def is_done(self) -> bool:
+        return not self._coming and self.loop.is_idle
+
+    def turn(self) -> None:
+        """Submit what is due and run one step."""
+        if self.loop.is_idle and self._coming:
+            self.clock = max(self.clock, self._coming[-1][0])
+        while self._coming and self._coming[-1][0] <= self.clock:
+            self.loop.submit(self._coming.pop()[1])
+        start = time.process_time()
+        results = self.loop.step()
+        seconds = time.process_time() - start
+        self.clock += seconds
+        self.busy += seconds
+        jobs = *self.loop.waiting, *self.loop.active
+        self.outlook_bytes = max(self.outlook_bytes, sum(map(_outlook_bytes, jobs)))
+        started = (job.request.id for job in self.loop.active if job.num_generated)
+        for id in (*started, *(result.id for result in results)):
+            self.first.setdefault(id, self.clock - self._due[id])
+        for result in results:
+            self.latency[result.id] = self.clock - self._due[result.id]
+            self.tokens[result.id] = result.token_ids
+
+    def measure(self) -> dict[str, Any]:
+        """What there is to say once all requests ended."""
+        from runtime.serving.predicted import Predicted
+
+        loop, stats = self.loop, self.engine.stats()
+        ordering = loop.scheduler.ordering
+        rested = 0
+        if isinstance(ordering, Predicted):
+            rested = ordering.payoff.times_rested + ordering.bursts.payoff.times_rested
+        latency, first = (list(times.values()) for times in (self.latency, self.first))
+        return {
+            "arm": self.arm.name,
+            "residency": self.residency,
+            "cpu_seconds": self.busy,
+            "wall_seconds": loop.seconds,
+            "steps": loop.num_steps,
+            "generated": loop.num_generated,
+            "prefilled": loop.num_prefilled,
+            "loads": stats.misses,
+            "bytes_per_token": stats.bytes_loaded / loop.num_generated,
+            "hit_rate": stats.hit_rate,
+            "recall": stats.recall,
+            "tokens_per_cpu_second": loop.num_generated / self.busy,
+            "tokens_per_wall_second": loop.num_generated / loop.seconds,
+            "p50": float(np.percentile(latency, 50)),
+            "p99": float(np.percentile(latency, 99)),
+            "first_token_p50": float(np.percentile(first, 50)),
+            "first_token_p99": float(np.percentile(first, 99)),
+            "scheduler_share": loop.scheduler.seconds / loop.seconds,
+            "predictor_share": stats.seconds["predict"] / loop.seconds,
+            "load_share": stats.seconds["load"] / loop.seconds,
+            "key_value_bytes": loop.key_value_bytes,
+            "outlook_bytes": self.outlook_bytes,
+            "rested": rested,
+        }
+
+
+def _outlook_bytes(job: Job) -> int:
+    """Of the predictor's memory of a request, and of what it said."""
+    outlook = sum(array.nbytes for array in job.outlook or ())
+    return outlook + (0 if job.history is None else job.history.past.nbytes)
