@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from queue import Queue
 
     from runtime.cuda.gpu import GpuEngine
+    from runtime.cuda.kv import Storage
+    from runtime.cuda.rows import RowDecoder
     from runtime.cuda.streamed import StreamedPool
+    from runtime.serving.kv import RowCache
     from runtime.serving.request import Request, Result
 
 
@@ -148,17 +151,37 @@ class Engine:
         return None if self._forecaster is None else self._forecaster.file
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the model computes on a CUDA device."""
-        return self._gpu is not None
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def key_value_storage(self) -> Storage | None:
+        """The key/value cache that captured steps share, where there are any."""
+        decoder = None if self._gpu is None else self._gpu.decoder
+        return None if decoder is None else decoder.storage
+
+    def row_decoder(self, cache: RowCache) -> RowDecoder | None:
+        """Captured steps over the rows of `cache`, where the model's experts have kernels."""
+        return None if self._gpu is None else self._gpu.row_decoder(cache)
+
+    def seconds_per_load(self) -> float:
+        """What loading one expert takes; 0 where that is not known yet."""
+        return self._stats.seconds_per_load() if self._gpu is None else self._gpu.seconds_per_load
 
     @property
     def resident_LE(self) -> np.ndarray:
         """Bool [L, E]: the experts that are in slots, of the predicted stack where there is one."""
         shape = (self._stats.num_layers, self._stats.num_experts)
-        layers = [pool.cache.slot_of_key.reshape(shape)[i] for i, pool in enumerate(self._pools)]
-        resident_LE = np.array(layers) != FREE
+        tables = [pool.cache.slot_of_key for pool in self._pools]
+        if self._gpu is not None and self._gpu.slot_of_key is not None:
+            tables = [self._gpu.slot_of_key] * len(tables)
+        resident_LE = np.array([table.reshape(shape)[i] != FREE for i, table in enumerate(tables)])
         return resident_LE if self._stack is None else resident_LE[self._stack.rows]
+
+    def tracked(self, routes_TLK: np.ndarray) -> np.ndarray:
+        """Of routes of all layers, what `run_packed` would give."""
+        return routes_TLK[:, :0, :0] if self._stack is None else routes_TLK[:, self._stack.rows]
 
     def run_packed(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].

@@ -48,6 +48,9 @@ class Policy(ABC):
     def begin_step(self, forecast: Forecast | None) -> None:  # noqa: B027 - most need nothing
         """A forward pass is about to start; `forecast` is None where there is no prediction."""
 
+    def revise(self, forecast: Forecast) -> None:  # noqa: B027 - most need nothing
+        """A better forecast of the running step."""
+
     @abstractmethod
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
@@ -168,6 +171,9 @@ class PredictedReuse(Policy):
 
     def begin_step(self, forecast: Forecast | None) -> None:
         self._used_LE *= self.MEMORY
+        self.revise(forecast)
+
+    def revise(self, forecast: Forecast | None) -> None:
         seen_LE = np.minimum(self._used_LE * (1 - self.MEMORY), 1.0)
         later_LE = seen_LE / (1 - (1 - seen_LE) * self.DISCOUNT)
         now_LE = seen_LE if forecast is None else forecast.this_LE

@@ -307,7 +307,7 @@ def test_leaving_the_server_cancels_what_is_in_flight(engine: Engine) -> None:
 def test_when_a_step_fails_every_request_hears_of_it(engine: Engine) -> None:
     async def main() -> tuple[Result, str]:
         async with AsyncServer(engine, **SMALL) as server:
-            server.loop._run = _broken  # type: ignore[method-assign,assignment]
+            server.loop._runner.run = _broken  # type: ignore[method-assign,assignment]
             result = await server.complete(Request(prompt=[2], max_tokens=2))
             with pytest.raises(RuntimeError, match="out of memory"):
                 await server.complete(Request(prompt=[2], max_tokens=2))

@@ -75,7 +75,7 @@ class Decoder:
         compile: bool,
     ) -> None:
         model: Any = source.model
-        self._model = model
+        self.model = model
         self.config: Any = model.config.get_text_config(decoder=True)
         self._layout, self._pool, self._host = layout, pool, host
         self.policy, self.stats = policy, stats
@@ -106,7 +106,7 @@ class Decoder:
     @property
     def dtype(self) -> torch.dtype:
         """Number format of the model."""
-        dtype: torch.dtype = self._model.dtype
+        dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
@@ -187,7 +187,7 @@ class Decoder:
     def call(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts call of a layer inside a captured step, also while it is being compiled."""
         if torch.compiler.is_compiling():
-            return torch.ops.expertflow.experts(x, ids, weights, id(self._model), index)
+            return torch.ops.expertflow.experts(x, ids, weights, id(self.model), index)
         return self.run_layer(index, x, ids, weights)
 
     def run_layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from runtime.cuda.layout import Layout, layout_of, stored_specs
 from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
+from runtime.cuda.rows import RowDecoder
 from runtime.cuda.streamed import STAGES, StreamedPool
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
@@ -28,6 +29,9 @@ from runtime.loader import Source
 from runtime.policies import Policy
 from runtime.recorder import Recorder
 from runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from runtime.serving.kv import RowCache
 
 CUBLAS_BYTES = 64 << 20
 """cuBLAS keeps 32 MiB for each stream it works on: ours and the captured one."""
@@ -126,6 +130,23 @@ class GpuEngine:
             self.decoder.oracle = Oracle(forecaster, policy, self.decoder.books, stats)
 
     # ------------------------------------------------------------------ what Engine asks
+
+    def row_decoder(self, cache: RowCache) -> RowDecoder | None:
+        """Captured steps over the rows of `cache`; None where the experts have no kernels."""
+        return None if self.decoder is None else RowDecoder(self.decoder, cache)
+
+    @cached_property
+    def seconds_per_load(self) -> float:
+        """What one expert takes to cross the link, measured."""
+        return self._pools[0].seconds_per_load()
+
+    @property
+    def slot_of_key(self) -> np.ndarray | None:
+        """The device's table of slots, where it is the truth. Waits for the device."""
+        if self.decoder is None or not self.decoder.books.on_device:
+            return None
+        table: np.ndarray = self.decoder.books.slot_of_key.cpu().numpy()
+        return table
 
     @property
     def is_capturing(self) -> bool:

@@ -53,6 +53,14 @@ class Board:
         self._books.before.copy_(self._books.after)
         self.likely.copy_(self._next_likely)
 
+    def write(self, policy: Policy, forecast: Forecast) -> None:
+        """Values and probabilities for the steps that are enqueued from here on."""
+        table = policy.table()
+        assert table is not None
+        self._books.write_table(*table)
+        for chances_LE, tensor in zip(forecast, (self.likely, self._next_likely), strict=False):
+            tensor.copy_(torch.from_numpy(chances_LE.reshape(-1)), non_blocking=True)
+
     def publish(self, policy: Policy, forecast: Forecast) -> None:
         """Send the values and probabilities, without waiting for the step that reads them."""
         table = policy.table()

@@ -12,6 +12,7 @@ computes, the experts that the next layer's router will want are already on thei
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,8 @@ from runtime.stats import Stats, format_bytes
 
 STAGES = 3
 """Packed records on their way: one lands, one arrives, one waits."""
+PROBES = 16
+"""Records that are sent to measure the link."""
 GROUP = 4
 """Missing experts that run together: enough for one launch to pay, few enough not to wait."""
 
@@ -164,6 +167,16 @@ class StreamedPool:
             self._host.land_record(layer, expert, self._staging[stage], self.slots_SN, slot)
         event = self._landed[stage] = self._landing.record_event()
         return event
+
+    def seconds_per_load(self) -> float:
+        """What one expert of layer 0 takes to cross the link, which nothing else may use now."""
+        into = self._staging[0] if self._staging else (torch.empty_like(self.slots_SN[0]),)
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for probe in range(PROBES):
+            self._host.copy_record(0, probe % self.cache.num_experts, into)
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / PROBES
 
     def settle(self) -> None:
         """Make the current stream wait for every copy under way."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,12 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.cuda.kv import PLAIN, attention_types
+from runtime.cuda.kv import PLAIN, Storage, attention_types
+
+if TYPE_CHECKING:
+    from runtime.cuda.rows import Places
+    from runtime.engine import Engine
+    from runtime.serving.settings import ServeSettings
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -44,12 +50,11 @@ class Span(NamedTuple):
 class Layout:
     """Where each of a step's tokens belongs."""
 
-    def __init__(self, spans: Sequence[Span]) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans = spans
-        self.rows_T = torch.tensor([span.row for span in spans for _ in range(span.num_tokens)])
-        self.positions_T = torch.tensor(
-            [span.start + i for span in spans for i in range(span.num_tokens)]
-        )
+        rows = [span.row for span in spans for _ in range(span.num_tokens)]
+        positions = [span.start + i for span in spans for i in range(span.num_tokens)]
+        self.rows_T, self.positions_T = torch.tensor([rows, positions], device=device)
         self._masks: dict[tuple[Span, int | None], Tensor] = {}
 
     def mask(self, span: Span, window: int | None) -> Tensor | None:
@@ -58,24 +63,55 @@ class Layout:
         if span.num_tokens == 1 and (window is None or length <= window):
             return None
         if (span, window) not in self._masks:
-            query = torch.arange(span.start, length)[:, None]
-            key = torch.arange(length)[None]
+            positions = torch.arange(length, device=self.rows_T.device)
+            query, key = positions[span.start :, None], positions[None]
             seen = key <= query if window is None else (key <= query) & (key > query - window)
             self._masks[span, window] = seen[None, None]
         return self._masks[span, window]
+
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`function`, once a sequence: from queries [1, heads, T, width] and a layer's rows to
+        [1, T, heads, width].
+        """
+        outputs, at = [], 0
+        for span in self.spans:
+            length = span.start + span.num_tokens
+            mask = self.mask(span, kwargs.get("sliding_window"))
+            one = slice(span.row, span.row + 1)
+            seen = key[one, :, :length], value[one, :, :length]
+            queries = query[:, :, at : at + span.num_tokens]
+            outputs.append(function(module, queries, *seen, mask, **kwargs)[0])
+            at += span.num_tokens
+        return torch.cat(outputs, 1)
 
 
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, [R, heads, context, width]."""
 
-    def __init__(self, rows: RowCache) -> None:
+    def __init__(self, rows: RowCache, index: int) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._index = rows, index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        size = self._rows.num_rows, self._rows.context
-        self.keys, self.values = (_storage(*size, like) for like in (key_states, value_states))
+        self.keys, self.values = (
+            self._tensor("keys", key_states),
+            self._tensor("values", value_states),
+        )
         self.is_initialized = True
+
+    def _tensor(self, name: str, like: Tensor) -> Tensor:
+        rows = self._rows
+        if rows.storage is not None:
+            return rows.storage.view(self._index, name, like, rows.num_rows)
+        return like.new_empty(rows.num_rows, like.shape[1], rows.context, like.shape[-1])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -101,25 +137,24 @@ class RowLayer(CacheLayerMixin):
     """Its name in older versions of transformers."""
 
 
-def _storage(rows: int, context: int, like: Tensor) -> Tensor:
-    _, heads, _, width = like.shape
-    return like.new_empty(rows, heads, context, width)
-
-
 class RowCache(Cache):
-    """`num_rows` sequences of up to `context` tokens. Memory is touched as tokens come."""
+    """`num_rows` sequences of up to `context` tokens, in `storage` where the engine has one (which
+    it may be longer than); else memory is touched as tokens come.
+    """
 
-    def __init__(self, model: nn.Module, num_rows: int, context: int) -> None:
+    def __init__(
+        self, model: nn.Module, num_rows: int, context: int, storage: Storage | None = None
+    ) -> None:
         config: Any = model.config
         text = config.get_text_config()
         _require_plain(text)
-        self.num_rows, self.context = num_rows, context
-        self.layout = Layout(())
+        self.num_rows, self.context, self.storage = num_rows, context, storage
+        self.layout: Layout | Places
         self._free = list(range(num_rows - 1, -1, -1))
         self._configs = _configs(model)
         self._name = f"expertflow-rows-{id(self)}"
         self._inner = text._attn_implementation
-        super().__init__(layers=[RowLayer(self) for _ in range(text.num_hidden_layers)])
+        super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
 
     @property
     def num_free(self) -> int:
@@ -128,7 +163,8 @@ class RowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Of all rows; 0 before the first step."""
-        stored = (tensor for layer in self.layers for tensor in (layer.keys, layer.values))
+        layers: list[Any] = self.layers
+        stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
     def take(self) -> int:
@@ -140,7 +176,7 @@ class RowCache(Cache):
         self._free.append(row)
 
     @contextmanager
-    def attending(self, layout: Layout) -> Iterator[None]:
+    def attending(self, layout: Layout | Places) -> Iterator[None]:
         """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
         AttentionInterface.register(self._name, self._attend)
@@ -163,27 +199,46 @@ class RowCache(Cache):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """From queries [1, heads, T, width] and a layer's rows to [1, T, heads, width]."""
-        attend = self._function(module)
-        outputs, at = [], 0
-        for span in self.layout.spans:
-            length = span.start + span.num_tokens
-            mask = self.layout.mask(span, kwargs.get("sliding_window"))
-            if mask is not None and self._inner == "eager":
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
-                    ~mask, torch.finfo(query.dtype).min
-                )
-            one = slice(span.row, span.row + 1)
-            seen = key[one, :, :length], value[one, :, :length]
-            queries = query[:, :, at : at + span.num_tokens]
-            outputs.append(attend(module, queries, *seen, mask, **kwargs)[0])
-            at += span.num_tokens
-        return torch.cat(outputs, 1), None
+        """Attention by the layout, which knows the masks."""
+        function = self._function(module)
+        return self.layout.attend(function, module, query, key, value, **kwargs), None
 
     def _function(self, module: nn.Module) -> Attention:
-        if self._inner == "eager":
-            return sys.modules[type(module).__module__].eager_attention_forward
-        return ALL_ATTENTION_FUNCTIONS[self._inner]
+        if self._inner != "eager":
+            return ALL_ATTENTION_FUNCTIONS[self._inner]
+        return partial(_eager, sys.modules[type(module).__module__].eager_attention_forward)
+
+
+def _eager(
+    function: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Eager attention adds its mask."""
+    if mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
+    """Rows for `num_rows` sequences: of the engine's own key/value cache where it has one, as many
+    as there are. Raises ValueError where it is too small.
+    """
+    storage = engine.key_value_storage
+    if storage is not None:
+        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
+            if reserved < getattr(settings, name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
+                    f"much on a GPU; the model was loaded with {reserved}"
+                )
+        num_rows = min(num_rows, storage.batch)
+    return RowCache(engine.model, num_rows, settings.context, storage)
 
 
 def _configs(model: nn.Module) -> list[Any]:

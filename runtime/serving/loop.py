@@ -1,8 +1,8 @@
 """The server's loop: one forward pass after the other over whatever is in flight.
 
 A step: take what came in, admit, compose, run (pending tokens of the decoding sequences and chunks
-of prompts side by side), choose tokens, predict for them. On a GPU `_run` is where captured steps
-will take over: it gets rows, positions and tokens, and returns logits and routes.
+of prompts), choose tokens, predict for them. On a GPU the predictions are made while the next step
+runs, whose first layers and whose composition go by what was foreseen a token earlier.
 
 Who shares a step never decides a token: attention runs for each sequence alone, a token's experts
 are summed in their own order, and sampling has its own random numbers. What is left is rounding, as
@@ -16,51 +16,48 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from runtime.engine import Engine
 from runtime.inputs import end_tokens
 from runtime.serving.intake import Intake
 from runtime.serving.job import Job
-from runtime.serving.kv import Layout, RowCache, Span
-from runtime.serving.outlook import History, Oracle, Outlook, join
+from runtime.serving.kv import open_rows
+from runtime.serving.outlook import History, Oracle, Outlook
 from runtime.serving.request import Finish, Request, Result
+from runtime.serving.runner import CapturedRunner, Part, Runner
 from runtime.serving.scheduler import build_scheduler
 from runtime.serving.settings import ServeSettings
-
-
-class Part(NamedTuple):
-    """What a step runs of one job."""
-
-    job: Job
-    num_tokens: int
-
-    @property
-    def completes(self) -> bool:
-        """True when the next token can be chosen after this step."""
-        return self.num_tokens == self.job.num_pending
 
 
 class Loop:
     """Serves requests; `submit` and `cancel` may be called from any thread, the rest from one."""
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: ServeSettings) -> None:
-        if engine.model.config.is_encoder_decoder or engine.on_gpu:  # type: ignore[union-attr]
-            kind = "models on a GPU" if engine.on_gpu else "encoder-decoder models"
-            raise ValueError(f"serving does not handle {kind} yet; use model.generate")
+        if engine.model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            raise ValueError(
+                "serving does not handle encoder-decoder models yet; use model.generate"
+            )
         self._engine, self._settings = engine, settings
         self._intake = Intake(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor
         self._oracle = None if file is None else Oracle(file)
         top_k = None if file is None else file.stack.top_k
         self.scheduler = build_scheduler(
-            settings, top_k=top_k, seconds_per_load=engine.stats().seconds_per_load
+            settings, top_k=top_k, seconds_per_load=engine.seconds_per_load
         )
-        self._cache = RowCache(engine.model, self.scheduler.num_rows, settings.context)
+        self._cache = open_rows(engine, settings, self.scheduler.num_rows)
+        rows = engine.row_decoder(self._cache)
+        self._runner = (
+            Runner(engine, self._cache)
+            if rows is None
+            else CapturedRunner(engine, self._cache, rows)
+        )
+        self._owed: tuple[list[Job], np.ndarray] | None = None
+        """Sequences whose last token is still to be predicted for, and the routes before it."""
         self._inbox: SimpleQueue[Request | str] = SimpleQueue()
         self.waiting: list[Job] = []
         self.active: list[Job] = []
@@ -93,12 +90,13 @@ class Loop:
         """Run one step; returns the requests that ended."""
         start = time.perf_counter()
         results = self._take_inbox()
-        self._look_ahead()
+        if not (self._runner.overlaps and self.active):  # else while the step runs
+            self._look_ahead()
         missing_K = self._missing_K()
         self._admit(missing_K)
         decoding, prompts = self._decoding(missing_K), self._chunks()
         if parts := [*decoding, *prompts]:
-            logits_NV, routes_TLK = self._run(parts)
+            logits_NV, routes_TLK = self._runner.run(parts, self._renew)
             results += self._advance(parts, logits_NV, routes_TLK)
             self.num_steps += 1
         self.finished.update(result.finish for result in results)
@@ -193,31 +191,7 @@ class Loop:
                 left -= parts[-1].num_tokens
         return parts
 
-    # ------------------------------------------------------------------ run
-
-    @torch.no_grad()
-    def _run(self, parts: Sequence[Part]) -> tuple[Tensor, np.ndarray]:
-        """Logits [N, V] of the parts that complete, and routes [T, L, K] of all tokens."""
-        spans = [Span(job.row, job.num_cached, count) for job, count in parts]
-        tokens = [
-            token
-            for job, count in parts
-            for token in job.token_ids[job.num_cached : job.num_cached + count]
-        ]
-        lasts = np.cumsum([part.num_tokens for part in parts]) - 1
-        completing = [part.completes for part in parts]
-        layout = Layout(spans)
-        outlooks = [part.job.outlook for part in parts if part.job.outlook is not None]
-        with self._cache.attending(layout):
-            logits, routes_TLK = self._engine.run_packed(
-                join(outlooks),
-                input_ids=torch.tensor([tokens]),
-                position_ids=layout.positions_T[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=torch.from_numpy(lasts[completing]),
-            )
-        return logits[0], routes_TLK
+    # ------------------------------------------------------------------ account
 
     def _advance(
         self, parts: Sequence[Part], logits_NV: Tensor, routes_TLK: np.ndarray
@@ -249,12 +223,30 @@ class Loop:
         self.num_generated += 1
         return [] if finish is None else [self._end(job, finish)]
 
-    def _predict(self, jobs: Sequence[Job], routes_BLK: np.ndarray) -> None:
+    def _predict(self, jobs: list[Job], routes_BLK: np.ndarray) -> None:
+        """Score the predictions for the tokens that ran, and see to those for the chosen ones."""
         if self._oracle is None or not jobs:
             return
+        outlooks = [job.outlook for job in jobs if job.outlook is not None]
+        self._score(jobs, outlooks, routes_BLK)
+        if not self._runner.overlaps:
+            self._foretell(jobs, routes_BLK)
+            return
+        self._owed = jobs, routes_BLK
+        for job, outlook in zip(jobs, outlooks, strict=True):
+            job.outlook = outlook.stale()
+
+    def _renew(self) -> None:
+        """Make the predictions that are owed, and some of those that admission will want."""
+        if self._owed is not None:
+            owed, self._owed = self._owed, None
+            self._foretell(*owed)
+        self._look_ahead()
+
+    def _foretell(self, jobs: list[Job], routes_BLK: np.ndarray) -> None:
+        assert self._oracle is not None
         before = [job.outlook for job in jobs if job.outlook is not None]
         histories = [job.history for job in jobs if job.history is not None]
-        self._score(jobs, before, routes_BLK)
         with self._engine.stats().timer("predict"):
             newest = [job.token_ids[-1] for job in jobs]
             outlooks = self._oracle.step(histories, newest, routes_BLK, before)

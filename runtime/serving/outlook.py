@@ -32,6 +32,10 @@ class Outlook(NamedTuple):
     habit_LE: np.ndarray
     """Probability that a token of this sequence uses the expert: the mean over its prompt."""
 
+    def stale(self) -> Outlook:
+        """As the outlook of the token after the pending ones, whose id is not known to it."""
+        return self._replace(this_LE=self.later_HLE[0])
+
     def brief(self) -> Outlook:
         """What admission asks for, in half precision: many wait, and each should take few bytes."""
         nothing = np.empty(0, np.float16)

@@ -1,0 +1,174 @@
+"""Captured steps over any rows of the key/value cache: what `engine.serve` decodes with.
+
+    launch -> (the host predicts, revise) -> land
+
+The tokens of a step lie side by side, [1, B], each with its row and position; rows beyond the batch
+repeat the last one, which writes the same keys and values once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.cuda.attend_kernel import attend
+from runtime.cuda.decoder import Decoder, Flight
+from runtime.cuda.experts import ExpertsCall
+from runtime.cuda.step import Step
+from runtime.policies import Forecast
+
+
+class Places:
+    """Where the tokens of a captured step belong: static tensors that a graph reads."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
+        """Token ids, rows, positions."""
+        self.ids_1B, self.rows_T, self.positions_T = (
+            self.inputs_3B[:1],
+            self.inputs_3B[1],
+            self.inputs_3B[2],
+        )
+
+    def attend(
+        self, _: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
+        if kwargs.get("softcap") is not None:
+            raise ValueError("soft-capped attention is not captured")
+        width = query.shape[-1]
+        return attend(
+            query[0].transpose(0, 1), key, value, self.rows_T, self.positions_T,
+            scale=width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
+            window=kwargs.get("sliding_window"), sinks_H=kwargs.get("s_aux"),
+        )[None]  # fmt: skip
+
+
+class RowStep(Step):
+    """A captured step of `batch` tokens, each of its own sequence.
+
+    forward: the model's forward. attending: makes the cache and attention go by given `Places`.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        cache: Any,
+        attending: Callable[[Places], AbstractContextManager[None]],
+        experts: ExpertsCall,
+        *,
+        batch: int,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        super().__init__(experts, stream)
+        self._forward, self._cache, self._attending = forward, cache, attending
+        self._places = Places(batch, device)
+        self._pinned_3B = torch.zeros(3, batch, dtype=torch.int64).pin_memory()
+
+    @property
+    def batch(self) -> int:
+        return self._places.inputs_3B.shape[1]
+
+    def give(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> None:
+        """What runs next. The step before has ended, so nobody reads the pinned memory."""
+        last = len(tokens) - 1
+        order = [min(index, last) for index in range(self.batch)]
+        given_3N = torch.tensor([tokens, rows, positions])
+        self._pinned_3B.copy_(given_3N[:, order])
+        self._places.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
+
+    def forward(self) -> Tensor:
+        with self._attending(self._places):
+            output = self._forward(
+                input_ids=self._places.ids_1B,
+                position_ids=self._places.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        logits_BV: Tensor = output.logits[0]
+        return logits_BV
+
+    def advance(self, next_B: Tensor) -> None:
+        """Nothing: the host says which rows come next."""
+
+
+class Run(NamedTuple):
+    """A step under way."""
+
+    flight: Flight
+    start: float
+
+
+class RowDecoder:
+    """Runs captured steps over the rows of `cache`, a `runtime.serving.kv.RowCache`."""
+
+    def __init__(self, decoder: Decoder, cache: Any) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._steps: dict[int, RowStep] = {}
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many sequences can decode in one captured step."""
+        decoder = self._decoder
+        return num_rows <= decoder.batch and decoder.most_experts(num_rows) <= decoder.num_slots
+
+    def launch(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        forecast: Forecast | None,
+    ) -> Run:
+        """Enqueue one step: a token of each sequence, with its row and position."""
+        start, decoder = time.perf_counter(), self._decoder
+        step = self._step_for(len(tokens))
+        decoder.take_over()
+        decoder.policy.begin_step(forecast)
+        self._write(forecast)
+        step.give(tokens, rows, positions)
+        return Run(decoder.enqueue(step, len(tokens)), start)
+
+    def revise(self, forecast: Forecast | None) -> None:
+        """What is known better while the step runs; it serves the layers that are left."""
+        oracle, policy = self._decoder.oracle, self._decoder.policy
+        if forecast is not None and oracle is not None:
+            policy.revise(forecast)
+            oracle.board.publish(policy, forecast)
+
+    def land(self, run: Run) -> tuple[Tensor, np.ndarray]:
+        """Wait for a step: logits [B, V], and the routes [B, L, K] of all layers."""
+        landing = self._decoder.land(run.flight)
+        if self._decoder.books.is_table:
+            self._decoder.policy.touch_routes(landing.routes_LBK)
+        self._decoder.stats.add_time("step", time.perf_counter() - run.start)
+        logits_BV = run.flight.step.logits_BV
+        assert logits_BV is not None
+        return logits_BV[: run.flight.num_rows], landing.routes_LBK.swapaxes(0, 1)
+
+    def _write(self, forecast: Forecast | None) -> None:
+        """Bring the values on the device up to the step that is about to run."""
+        decoder = self._decoder
+        if forecast is not None and decoder.oracle is not None:
+            decoder.oracle.board.write(decoder.policy, forecast)
+        elif (table := decoder.policy.table()) is not None:
+            decoder.books.write_table(*table)
+
+    def _step_for(self, num_rows: int) -> RowStep:
+        bucket = self._decoder.bucket(num_rows)
+        if bucket not in self._steps:
+            self._steps[bucket] = self._build(bucket)
+        return self._steps[bucket]
+
+    def _build(self, bucket: int) -> RowStep:
+        decoder = self._decoder
+        return RowStep(
+            decoder.model.forward, self._cache, self._cache.attending, decoder.experts_for(bucket),
+            batch=bucket, device=decoder.device, stream=decoder.captures,
+        )  # fmt: skip

@@ -1,0 +1,115 @@
+"""Running a step's parts, and giving back logits and routes.
+
+Runner          all parts side by side in one forward pass
+CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.engine import Engine
+from runtime.policies import Forecast
+from runtime.serving.job import Job
+from runtime.serving.kv import Layout, RowCache, Span
+from runtime.serving.outlook import join
+
+if TYPE_CHECKING:
+    from runtime.cuda.rows import RowDecoder
+
+
+class Part(NamedTuple):
+    """What a step runs of one job."""
+
+    job: Job
+    num_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """True when the next token can be chosen after this step."""
+        return self.num_tokens == self.job.num_pending
+
+
+class Runner:
+    """One forward pass over everything."""
+
+    overlaps = False
+    """Whether predictions are made while a step runs, or before it."""
+
+    def __init__(self, engine: Engine, cache: RowCache) -> None:
+        self._engine, self._cache = engine, cache
+
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+        """Logits [N, V] of the parts that complete, and routes [T, L, K] of all tokens.
+
+        renew: brings the outlooks of the parts up to date, where `overlaps`.
+        """
+        return self._pack(parts)
+
+    @torch.no_grad()
+    def _pack(self, parts: Sequence[Part]) -> tuple[Tensor, np.ndarray]:
+        device = self._engine.device
+        layout = Layout([Span(job.row, job.num_cached, count) for job, count in parts], device)
+        tokens = [token for part in parts for token in _tokens(part)]
+        lasts = np.cumsum([part.num_tokens for part in parts]) - 1
+        completing = [part.completes for part in parts]
+        with self._cache.attending(layout):
+            logits, routes_TLK = self._engine.run_packed(
+                _forecast(parts),
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=layout.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(lasts[completing]).to(device),
+            )
+        return logits[0].cpu(), routes_TLK
+
+
+class CapturedRunner(Runner):
+    """Sequences that decode run in a captured step, while the host predicts for them."""
+
+    overlaps = True
+
+    def __init__(self, engine: Engine, cache: RowCache, rows: RowDecoder) -> None:
+        super().__init__(engine, cache)
+        self._rows = rows
+
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+        decoding = [part for part in parts if part.job.is_ready]
+        if not decoding or not self._rows.fits(len(decoding)):
+            renew()
+            return self._pack(parts)
+        logits_NV, routes_TLK = self._decode([part.job for part in decoding], renew)
+        prompts = parts[len(decoding) :]
+        if not prompts:
+            return logits_NV, routes_TLK
+        logits_MV, prompt_routes = self._pack(prompts)
+        return torch.cat([logits_NV, logits_MV]), np.concatenate([routes_TLK, prompt_routes])
+
+    @torch.no_grad()
+    def _decode(self, jobs: Sequence[Job], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+        parts = [Part(job, 1) for job in jobs]
+        run = self._rows.launch(
+            [job.token_ids[-1] for job in jobs],
+            [job.row for job in jobs],
+            [job.num_cached for job in jobs],
+            _forecast(parts),
+        )
+        renew()
+        self._rows.revise(_forecast(parts))
+        logits_NV, routes_NLK = self._rows.land(run)
+        return logits_NV.cpu(), self._engine.tracked(routes_NLK)
+
+
+def _tokens(part: Part) -> list[int]:
+    start = part.job.num_cached
+    return part.job.token_ids[start : start + part.num_tokens]
+
+
+def _forecast(parts: Sequence[Part]) -> Forecast | None:
+    return join([part.job.outlook for part in parts if part.job.outlook is not None])
