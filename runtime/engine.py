@@ -126,6 +126,13 @@ class Engine:
             return "the model is not on a CUDA device"
         return self._gpu.why or "graph"
 
+    @property
+    def prefetching(self) -> str:
+        """Whether decode steps prefetch; under prefetch="auto" with the times that decided it."""
+        if self._gpu is None:
+            return "prefetching is off: the model is not on a CUDA device"
+        return self._gpu.prefetching
+
     def detach(self) -> nn.Module:
         """Restore and return the original model, all experts in memory. Idempotent."""
         while self._undo:

@@ -42,7 +42,7 @@ def load(
     host: str = "file",
     context: int = 2048,
     batch: int = 1,
-    prefetch: bool = False,
+    prefetch: bool | str = False,
     compile: bool = False,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
@@ -67,7 +67,9 @@ def load(
         GPU they always end in pinned memory.
     context, batch: on a GPU, the longest sequence (prompt and generated tokens) and the most
         sequences that are decoded as captured CUDA graphs; the key/value cache is that large.
-    prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle.
+    prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle. "auto"
+        tries it for some hundred steps in turns with steps without it, keeps the faster way and
+        says so (`model.expertflow.prefetching`).
     compile: on a GPU, fuse the model's own operations with torch.compile; the first token of each
         batch size then waits for the compiler, tens of seconds for a large model.
     record: a directory that keeps the token ids and routes of everything that runs, as a trace to
@@ -77,6 +79,8 @@ def load(
     Raises ValueError, naming the thing and the mend, when something does not fit together; the
     model is then as it was.
     """
+    if prefetch not in (True, False, "auto"):
+        raise ValueError(f"prefetch={prefetch!r} is not one of True, False, 'auto'")
     budget, target = parse_memory(memory), _device(device, model)
     file = None if predictor is None else open_predictor(predictor)
     source = _open(model, tokenizer, dtype, host if target.type == "cpu" else "file")

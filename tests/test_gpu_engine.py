@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from routing.topology import topology_of
+from runtime.cuda import trial
 from tests.fake_cuda import fake_cuda, load_fake
 from tests.onnx_predictor import write_predictor
 from tests.tiny import PAD, tiny_model
@@ -56,6 +58,22 @@ def test_tokens_are_stock_whatever_is_resident(model: Any, options: dict[str, An
     engine.check_integrity()
     assert engine.stats().tokens == 9 + NEW - 1
     assert torch.equal(generate(engine.detach()), want)
+
+
+def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(trial, "SETTLING", 0)
+    monkeypatch.setattr(trial, "NEEDED", 3)
+    want = generate(model, max_new_tokens=9)
+    engine = load_fake(model, memory=0.5, prefetch="auto").expertflow
+    assert engine.prefetching == "prefetching is being tried"
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    assert engine.stats().prefetches > 0
+    assert re.fullmatch(r"prefetching is (on|off): .* with it, .* without", engine.prefetching)
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    engine.check_integrity()
 
 
 def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:

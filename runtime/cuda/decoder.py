@@ -23,11 +23,14 @@ from runtime.cuda.op import DECODERS
 from runtime.cuda.oracle import Oracle
 from runtime.cuda.step import Step
 from runtime.cuda.streamed import StreamedPool
+from runtime.cuda.trial import Trial
 from runtime.loader import Source
 from runtime.policies import Policy
 from runtime.recorder import Recorder
 from runtime.stats import Stats
 
+AUTO = "auto"
+"""Let a `Trial` find out whether to prefetch."""
 LARGEST_BATCH = 32
 """Sequences: beyond, decode kernels would compute more than they load."""
 
@@ -71,7 +74,7 @@ class Decoder:
         *,
         context: int,
         batch: int,
-        prefetch: bool,
+        prefetch: bool | str,
         compile: bool,
     ) -> None:
         model: Any = source.model
@@ -80,7 +83,10 @@ class Decoder:
         self._layout, self._pool, self._host = layout, pool, host
         self.policy, self.stats = policy, stats
         self.context, self.batch = context, min(batch, LARGEST_BATCH)
-        self._prefetch, self._routers = prefetch, routers
+        self.prefetch = prefetch is True
+        """Whether every step prefetches."""
+        self.trial = Trial() if prefetch == AUTO else None
+        self._routers = routers
         self._top_k = max(layer.top_k for layer in source.layers)
         self.books = Books(pool.cache, len(source.layers), pool.device)
         self.oracle: Oracle | None = None
@@ -118,11 +124,11 @@ class Decoder:
         """Slots of the pool."""
         return self._pool.num_slots
 
-    def experts_for(self, bucket: int) -> ExpertsCall:
+    def experts_for(self, bucket: int, *, prefetch: bool) -> ExpertsCall:
         """What the expert layers of a captured step of so many tokens call."""
         return ExpertsCall(
             bucket, self._top_k, self._layout, self._pool.record, self._pool.slots_SN, self._host,
-            self.books, prefetch=self._prefetch, routers=self._routers,
+            self.books, prefetch=prefetch, routers=self._routers,
             forecast=None if self.oracle is None else self.oracle.board.likely,
         )  # fmt: skip
 
@@ -142,7 +148,7 @@ class Decoder:
         outcome = flight.outcome.numpy().copy()
         self._spare[step.batch].append(flight.outcome)
         ledger = step.experts.read(outcome[2 * step.batch :])
-        self._count(ledger, num_rows)
+        self._count(ledger, num_rows, prefetched=step.experts.prefetches)
         routes_LBK = ledger.routes_LBK[:, :num_rows].astype(np.int64)
         return Landing(
             outcome[:num_rows].view(np.float32),
@@ -171,7 +177,7 @@ class Decoder:
             self.books.upload()
             self._num_free = self._pool.num_slots - self._pool.cache.num_resident
 
-    def _count(self, ledger: Ledger, num_rows: int) -> None:
+    def _count(self, ledger: Ledger, num_rows: int, *, prefetched: bool) -> None:
         was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
         num_missed_L = ledger.num_fetched_L - was_early_L
         link_bytes = self._host.link_bytes(0)
@@ -179,7 +185,7 @@ class Decoder:
         self.stats.evictions += max(num_missed - self._num_free, 0)
         self._num_free = max(self._num_free - num_missed, 0)
         self.stats.count_step(ledger.num_used_L, num_missed_L, link_bytes, num_rows)
-        if self._prefetch:
+        if prefetched:
             share_L = ledger.chunks_L / self._pool.record.num_chunks
             chosen_L = ledger.prefetched_L >= 0
             self.stats.count_prefetch(share_L, was_early_L, chosen_L, link_bytes)

@@ -93,7 +93,7 @@ class ExpertsCall:
         self._units_SN = slots_SN
         self._slots_SN = slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
-        self._prefetch = prefetch
+        self.prefetches = prefetch
         self._routers = routers or [None] * books.num_layers
         self._forecast = forecast
         self._blocks = Blocks.of(batch, layout)
@@ -138,7 +138,7 @@ class ExpertsCall:
         """Once a step, before its first layer."""
         self._pending = None, None
         self._books.begin_step()
-        if self._prefetch:
+        if self.prefetches:
             self._step.add_(1)
             self._progress.zero_()
 
@@ -151,7 +151,7 @@ class ExpertsCall:
         self._run_plan(layer, ids)
         if fetched is not None:
             torch.cuda.current_stream().wait_event(fetched)
-        has_next = self._prefetch and layer + 1 < self._books.num_layers
+        has_next = self.prefetches and layer + 1 < self._books.num_layers
         if has_next:
             picked = self._run_pick(layer + 1, x)
         self._run_gate_up(layer, x, FETCHERS)
@@ -169,7 +169,7 @@ class ExpertsCall:
             self._prefetched[layer:], self._slot[layer:], self._used[layer:],
             self._choices, self._trust, self._stop[layer:], self._step,
             layer, ids.numel(), len(books.key_of_slot),
-            E=books.num_experts, RULE=books.rule, PREFETCH=self._prefetch,
+            E=books.num_experts, RULE=books.rule, PREFETCH=self.prefetches,
             BLOCK_E=triton.next_power_of_2(books.num_experts),
             BLOCK_S=triton.next_power_of_2(len(books.key_of_slot)),
             BLOCK_P=triton.next_power_of_2(ids.numel()),
@@ -186,7 +186,7 @@ class ExpertsCall:
             self._prefetched[layer:], self._progress[layer], len(x),
             UNITS=self._record.units, UP=self._record.start("gate_up_proj"),
             UP_BIAS=self._record.start("gate_up_proj_bias"), PACKED=self._host.packed, CHUNK=CHUNK,
-            FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self._prefetch else 0,
+            FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
             H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
             ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
             BLOCK_I=blocks.rows, BLOCK_H=blocks.columns, num_warps=blocks.warps,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.decoder import Decoder, Flight
+from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.kv import SharedCache
 from runtime.cuda.oracle import Job
 from runtime.cuda.step import DecodeStep
@@ -42,20 +43,30 @@ class Generation:
         """The step for so many sequences, made at first use; what was under way is forgotten."""
         self.drain()
         bucket = self.decoder.bucket(num_rows)
-        step = self.decoder.steps.get((DecodeStep, bucket)) or self._build(bucket)
+        return self._captured(bucket, prefetch=self.decoder.prefetch)
+
+    def _captured(self, bucket: int, *, prefetch: bool) -> DecodeStep:
+        """With and without prefetching are two graphs over the same tensors."""
+        steps, key = self.decoder.steps, (DecodeStep, bucket, prefetch)
+        if key not in steps:
+            other = steps.get((DecodeStep, bucket, not prefetch))
+            experts = self.decoder.experts_for(bucket, prefetch=prefetch)
+            if isinstance(other, DecodeStep):
+                steps[key] = other.twin(experts)
+            else:
+                steps[key] = self._build(bucket, experts)
+        step = steps[key]
         assert isinstance(step, DecodeStep)
         return step
 
-    def _build(self, bucket: int) -> DecodeStep:
+    def _build(self, bucket: int, experts: ExpertsCall) -> DecodeStep:
         decoder = self.decoder
         cache = SharedCache(decoder.storage, decoder.config.num_hidden_layers)
-        step = DecodeStep(
-            decoder.forward, decoder.config, cache, decoder.experts_for(bucket), batch=bucket,
+        return DecodeStep(
+            decoder.forward, decoder.config, cache, experts, batch=bucket,
             context=decoder.context, dtype=decoder.dtype, device=decoder.device,
             stream=decoder.captures,
         )  # fmt: skip
-        decoder.steps[DecodeStep, bucket] = step
-        return step
 
     def run(
         self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None, more: bool = False
@@ -70,10 +81,14 @@ class Generation:
             self._launch(step, num_rows, tokens_B)
         if more and self._runs_ahead:
             self._launch(step, num_rows, None)
-        outcome = self._account(self._flying.popleft())
+        flight = self._flying.popleft()
+        outcome = self._account(flight)
         if more:
             self._announce()
-        self.decoder.stats.add_time("step", time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.decoder.stats.add_time("step", seconds)
+        if self.decoder.trial is not None:
+            self.decoder.trial.add(flight.step.experts.prefetches, seconds)
         return outcome
 
     @property
@@ -88,6 +103,9 @@ class Generation:
             padding = step.batch - num_rows
             step.ids_B1[:, 0] = torch.cat([tokens_B, tokens_B[-1:].expand(padding)])
         self._schedule()
+        trial = self.decoder.trial
+        if trial is not None and trial.prefetches():
+            step = self._captured(step.batch, prefetch=True)
         self._flying.append(self.decoder.enqueue(step, num_rows))
         if tokens_B is not None:
             self._announce()

@@ -55,7 +55,7 @@ class GpuEngine:
         *,
         context: int,
         batch: int,
-        prefetch: bool,
+        prefetch: bool | str,
         compile: bool,
         missing: int = 0,
     ) -> None:
@@ -123,6 +123,15 @@ class GpuEngine:
         """Let the routes of captured steps be recorded."""
         if self.decoder is not None:
             self.decoder.recorder = recorder
+
+    @property
+    def prefetching(self) -> str:
+        """Whether steps prefetch, and why."""
+        if self.decoder is None:
+            return "prefetching is off: no steps are captured"
+        if self.decoder.trial is not None:
+            return self.decoder.trial.verdict
+        return f"prefetching is {'on' if self.decoder.prefetch else 'off'}, as asked for"
 
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:
         """Let a predictor run beside the captured steps."""

@@ -7,6 +7,7 @@ position and mask, so that the host only has to replay it.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,12 @@ class DecodeStep(Step):
         layers: list[Any] = self.cache.layers
         lengths = (layer.cumulative_length for layer in layers)
         return self.ids_B1, self._positions_B1, self._length, *lengths
+
+    def twin(self, experts: ExpertsCall) -> DecodeStep:
+        """The same step with other kernels for its experts: either may run next."""
+        twin = copy.copy(self)
+        twin.experts, twin.logits_BV, twin.outcome, twin._graph = experts, None, None, None
+        return twin
 
     def start(self, length: int, positions_B: Tensor, real_BT: Tensor | None) -> None:
         """Take over after a prefill of `length` tokens a row; real_BT is False for padding."""
