@@ -38,7 +38,7 @@ class Replay:
         layers = find_moe_layers(model)
         top_k = max(layer.top_k for layer in layers)
         self._model = model
-        self._routers = [_router(model, layer.name) for layer in layers] if routes else []
+        self._routers = [router_of(model, layer.name) for layer in layers] if routes else []
         self._batch, self._length = batch, length
         self._tokens_BT = torch.zeros(batch, length, dtype=torch.int64, device=device)
         shape = len(self._routers), batch * length, top_k
@@ -100,6 +100,6 @@ class Replay:
         return logits_BTV
 
 
-def _router(model: nn.Module, experts_name: str) -> nn.Module:
+def router_of(model: nn.Module, experts_name: str) -> nn.Module:
     """The router beside an experts container: it returns (logits, weights [P, K], experts)."""
     return model.get_submodule(f"{experts_name.rpartition('.')[0]}.gate")

@@ -168,7 +168,8 @@ class RowDecoder:
 
     def _build(self, bucket: int) -> RowStep:
         decoder = self._decoder
+        experts = decoder.experts_for(bucket, prefetch=decoder.prefetch)
         return RowStep(
-            decoder.model.forward, self._cache, self._cache.attending,
-            decoder.experts_for(bucket, prefetch=decoder.prefetch), batch=bucket, device=decoder.device, stream=decoder.captures,
+            decoder.model.forward, self._cache, self._cache.attending, experts, batch=bucket,
+            device=decoder.device, stream=decoder.captures,
         )  # fmt: skip

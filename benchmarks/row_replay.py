@@ -1,0 +1,106 @@
+"""Recorded texts in place of a random model's own, for many requests at once.
+
+As `benchmarks.replay` for sequences that go on together: here each token's routes are looked up by
+the request that its row of the key/value cache belongs to, and its position, on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.replay import CHOSEN_LOGIT, router_of
+from routing.layers import find_moe_layers
+from runtime.serving.kv import RowCache
+from runtime.serving.runner import Part, Runner
+
+
+class Recorded(NamedTuple):
+    """What a request's tokens are, and what they used."""
+
+    token_ids_T: np.ndarray
+    """Prompt and output."""
+    experts_TLK: np.ndarray
+    """int16, NO_EXPERT for none."""
+
+
+class RowReplay:
+    """Tables for all requests, and which request each row has."""
+
+    def __init__(
+        self, model: Any, recorded: dict[str, Recorded], num_rows: int, device: torch.device
+    ) -> None:
+        self._model, self._recorded = model, recorded
+        self._routers = [router_of(model, layer.name) for layer in find_moe_layers(model)]
+        lengths = [len(one.token_ids_T) for one in recorded.values()]
+        self._starts = dict(zip(recorded, accumulate(lengths, initial=0), strict=False))
+        table = np.concatenate([one.experts_TLK for one in recorded.values()])
+        self._experts_NLK = torch.from_numpy(table).to(device)
+        self._start_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._step_LTK: Tensor | None = None
+        self.cache: RowCache | None = None
+        """The rows of the running loop."""
+
+    def place(self, row: int, request_id: str) -> None:
+        """`row` belongs to this request from now on."""
+        self._start_R[row] = self._starts[request_id]
+
+    def token(self, request_id: str, position: int) -> int:
+        """A token of a request."""
+        return int(self._recorded[request_id].token_ids_T[position])
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Meanwhile the routers say what was recorded; their weights are their own."""
+        embedding = self._model.get_input_embeddings()
+        embedding.forward = partial(self._embed, embedding.forward)
+        for layer, router in enumerate(self._routers):
+            router.forward = partial(self._route, layer, router.forward)
+        try:
+            yield
+        finally:
+            for module in (embedding, *self._routers):
+                module.__dict__.pop("forward", None)
+
+    def _embed(self, own: Any, token_ids: Tensor) -> Tensor:
+        assert self.cache is not None
+        layout = self.cache.layout
+        at_T = self._start_R.index_select(0, layout.rows_T) + layout.positions_T
+        self._step_LTK = self._experts_NLK.index_select(0, at_T).transpose(0, 1).long()
+        embedded: Tensor = own(token_ids)
+        return embedded
+
+    def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights_TK, _ = own(hidden)
+        assert self._step_LTK is not None
+        return logits, weights_TK, self._step_LTK[layer]
+
+
+class ReplayingRunner:
+    """A runner whose requests say the recorded text."""
+
+    def __init__(self, inner: Runner, replay: RowReplay) -> None:
+        self._inner, self._replay = inner, replay
+        self.overlaps = inner.overlaps
+
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+        """As `Runner.run`."""
+        for job, _ in parts:
+            if job.num_cached == 0:
+                self._replay.place(job.row, job.request.id)
+        logits_NV, routes_TLK = self._inner.run(parts, renew)
+        for logits_V, part in zip(logits_NV, filter(_completes, parts), strict=True):
+            said = part.job.num_cached + part.num_tokens
+            logits_V[self._replay.token(part.job.request.id, said)] = CHOSEN_LOGIT
+        return logits_NV, routes_TLK
+
+
+def _completes(part: Part) -> bool:
+    return part.completes
