@@ -41,18 +41,18 @@ def batch(tiny_directory: Directory, tmp_path: Path) -> Callable[..., bytes]:
     dataset = tmp_path / "rows.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"no": "prompt"}]))
 
-    def start(workers: int, **options: Any) -> bytes:
-        out = tmp_path / f"{workers}.jsonl"
+    def start(workers: int, out: str = "", **options: Any) -> bytes:
+        path = tmp_path / (out or f"{workers}.jsonl")
         small: dict[str, Any] = {"memory": "0.5", "context": 64, "batch": 2, "rows": 4}
         settings = BatchSettings(
             model=str(tiny_directory("olmoe")),
             dataset=str(dataset),
-            out=out,
+            out=path,
             workers=workers,
             **(small | options),
         )
         main(settings)
-        return out.read_bytes()
+        return path.read_bytes()
 
     return start
 
@@ -78,7 +78,7 @@ def test_what_is_in_the_partial_file_is_not_asked_of_a_worker_again(
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            batch(1)
+            batch(0, out="1.jsonl")
     assert batch(1) == batch(0)  # Journal.add asserts that no index comes twice
 
 
@@ -108,7 +108,7 @@ def test_a_trace_over_workers_is_the_trace_of_one_process(
     with monkeypatch.context() as patched:
         patched.setattr(TraceWriter, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            trace(model, data, tmp_path / "spread", sample=True, workers=1, **options)
+            trace(model, data, tmp_path / "spread", sample=True, **options)
     trace(model, data, tmp_path / "spread", sample=True, workers=2, **options)
     alone, spread = (TraceReader(tmp_path / name, verify=True) for name in ("alone", "spread"))
     assert_same_documents([*spread.documents()], [*alone.documents()])

@@ -128,7 +128,8 @@ class RowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Of all rows; 0 before the first step."""
-        stored = (tensor for layer in self.layers for tensor in (layer.keys, layer.values))
+        layers = (layer for layer in self.layers if isinstance(layer, RowLayer))
+        stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
     def take(self) -> int:
