@@ -17,6 +17,7 @@ from routing.writer import TraceWriter
 from runtime.batch import BatchSettings, main
 from runtime.server.settings import ServerSettings
 from runtime.serving.journal import Journal
+from runtime.workers import Crew
 from tests.serving import greedy
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.tracing import assert_same_documents, trace
@@ -80,6 +81,20 @@ def test_what_is_in_the_partial_file_is_not_asked_of_a_worker_again(
         with pytest.raises(KeyboardInterrupt):
             batch(0, out="1.jsonl")
     assert batch(1) == batch(0)  # Journal.add asserts that no index comes twice
+
+
+def test_what_a_dead_worker_held_goes_to_the_one_in_its_place(
+    batch: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(self: Crew, requests: Any) -> Any:
+        for number, served in enumerate(serve_all(self, requests)):
+            if number == 1:
+                ray.kill(self._workers[0], no_restart=False)
+            yield served
+
+    serve_all = Crew.serve
+    monkeypatch.setattr(Crew, "serve", serve)
+    assert batch(1, lookahead=3) == batch(0)
 
 
 def test_what_a_worker_raises_is_raised_here(batch: Callable[..., bytes]) -> None:
