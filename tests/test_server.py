@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
 import openai
 import pytest
+import torch
 import uvicorn
 
 from runtime.engine import Engine
@@ -156,6 +158,105 @@ def test_a_seed_repeats_and_a_stop_string_stops(client: openai.OpenAI) -> None:
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
+# ---------------------------------------------------------------------- several choices
+
+
+def test_n_choices_a_prompt_are_those_of_n_seeds(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 8}
+    single = [
+        client.completions.create(prompt=prompt, seed=seed, **asked).choices[0].text
+        for prompt in ("abc", "q")
+        for seed in (5, 6, 7)
+    ]
+    said = client.completions.create(prompt=["abc", "q"], seed=5, n=3, **asked)
+    assert [choice.index for choice in said.choices] == list(range(6))
+    assert [choice.text for choice in said.choices] == single
+    assert len(set(single[:3])) > 1
+    prompts = sum(len(tiny_tokenizer()(prompt).input_ids) for prompt in ("abc", "q"))
+    assert said.usage is not None and said.usage.prompt_tokens == prompts
+
+
+def test_streamed_choices_of_a_chat_each_say_who_speaks(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    asked |= {"n": 2, "seed": 3, "max_tokens": 6}
+    whole = client.chat.completions.create(**asked)
+    chunks = [*client.chat.completions.create(**asked, stream=True)]
+    for index in (0, 1):
+        deltas = [c.delta for chunk in chunks for c in chunk.choices if c.index == index]
+        assert deltas[0].role == "assistant"
+        text = "".join(delta.content or "" for delta in deltas)
+        assert text == whole.choices[index].message.content
+
+
+# ---------------------------------------------------------------------- log-probabilities
+
+
+def expected_logprobs(engine: Engine, text: str, max_tokens: int) -> torch.Tensor:
+    """Float [tokens, V]: of a greedy continuation, in one pass over all of it."""
+    ids = tiny_tokenizer()(text).input_ids
+    whole = [*ids, *greedy(engine.model, ids, max_tokens)]
+    with torch.no_grad():
+        logits: torch.Tensor = engine.model(input_ids=torch.tensor([whole])).logits[0]
+    return logits[len(ids) - 1 : -1].log_softmax(-1)
+
+
+def test_a_completions_logprobs_are_the_models(client: openai.OpenAI, engine: Engine) -> None:
+    expected_TV = expected_logprobs(engine, "abc", 6)
+    said = client.completions.create(
+        model="tiny", prompt="abc", max_tokens=6, temperature=0, logprobs=3
+    )
+    found = said.choices[0].logprobs
+    assert found is not None and found.tokens and found.token_logprobs and found.top_logprobs
+    np.testing.assert_allclose(found.token_logprobs, expected_TV.max(-1).values, atol=1e-4)
+    for top, values_V in zip(found.top_logprobs, expected_TV, strict=True):
+        np.testing.assert_allclose([*top.values()], values_V.topk(3).values[: len(top)], atol=1e-4)
+    assert "".join(found.tokens) == said.choices[0].text
+    text = said.choices[0].text
+    assert found.text_offset is not None
+    for token, offset in zip(found.tokens, found.text_offset, strict=True):
+        assert text[offset:].startswith(token)
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling_rules(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 1, "logprobs": 0}
+    calm, wild = (
+        client.completions.create(**asked, seed=1, temperature=t, extra_body={"top_k": 1})
+        for t in (0, 2.0)
+    )
+    assert calm.choices[0].logprobs == wild.choices[0].logprobs
+
+
+def test_a_chats_logprobs_come_whole_or_streamed(client: openai.OpenAI, engine: Engine) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    asked |= {"max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    expected_TV = expected_logprobs(engine, "user: hi\nassistant:", 5)
+    said = client.chat.completions.create(**asked).choices[0].logprobs
+    assert said is not None and said.content is not None
+    np.testing.assert_allclose(
+        [[top.logprob for top in token.top_logprobs] for token in said.content],
+        expected_TV.topk(2).values,
+        atol=1e-4,
+    )
+    assert all(
+        token.bytes is None or bytes(token.bytes).decode() == token.token for token in said.content
+    )
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs is not None
+        for token in choice.logprobs.content or []
+    ]
+    assert [one.token for one in streamed] == [one.token for one in said.content]
+
+
+def test_top_logprobs_without_logprobs_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], top_logprobs=2
+        )
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -165,8 +266,10 @@ def test_a_seed_repeats_and_a_stop_string_stops(client: openai.OpenAI) -> None:
         ({"model": "gpt"}, openai.NotFoundError, "there is no model gpt"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"max_tokens": 500}, openai.BadRequestError, "exceed the context of 200"),
-        ({"logprobs": 3}, openai.BadRequestError, "logprobs"),
-        ({"n": 2}, openai.BadRequestError, "n: "),
+        ({"logprobs": 9}, openai.BadRequestError, "logprobs"),
+        ({"n": 0}, openai.BadRequestError, "n: "),
+        ({"n": 40, "prompt": ["a", "b"]}, openai.BadRequestError, "at most 64"),
+        ({"echo": True}, openai.BadRequestError, "echo"),
         ({"prompt": []}, openai.BadRequestError, "empty"),
         ({"prompt": ["a"] * 65}, openai.BadRequestError, "at most 64"),
         ({"stop": ""}, openai.BadRequestError, "empty stop"),

@@ -212,7 +212,7 @@ def test_bursts_rest_where_empty_places_cost_more_than_shared_loads_save(
     for num_sequences in (1, 4):
         bursts.times.add(num_sequences, 0.4 + 0.1 * num_sequences)
     unused_NK = np.full((2, 1000), 0.1)  # both use nearly all: 810 loads in common
-    for _ in range(Payoff.WINDOW):
+    for _ in range(Bursts.WINDOW):
         assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3)
         bursts.book(unused_NK, np.ones(1000))
     assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3) is not rests
@@ -243,6 +243,20 @@ def test_without_parked_sequences_too_the_scheduler_falls_back_to_fifo(tmp_path:
             loop.step()
         ordering = loop.scheduler.ordering
         assert isinstance(ordering, Predicted) and ordering.bursts.payoff.times_rested == 1
+
+
+def test_while_the_scheduler_rests_no_prompt_is_read_ahead(tmp_path: Path) -> None:
+    with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
+        loop = Loop(engine, None, ServeSettings(batch=2, rows=2, context=64))
+        ordering = loop.scheduler.ordering
+        assert isinstance(ordering, Predicted)
+        for _ in range(Bursts.WINDOW):
+            ordering.bursts.payoff.add(0.0, 1.0)
+        for i in range(9):
+            loop.submit(Request(prompt=[i + 2], max_tokens=3, ignore_eos=True))
+        loop.step()
+        assert [one.number for one in loop.active] == [0, 1]
+        assert all(one.outlook is None for one in loop.waiting)
 
 
 # ---------------------------------------------------------------------- references

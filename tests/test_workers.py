@@ -17,6 +17,7 @@ from routing.writer import TraceWriter
 from runtime.batch import BatchSettings, main
 from runtime.server.settings import ServerSettings
 from runtime.serving.journal import Journal
+from runtime.workers import Crew
 from tests.serving import greedy
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.tracing import assert_same_documents, trace
@@ -41,18 +42,18 @@ def batch(tiny_directory: Directory, tmp_path: Path) -> Callable[..., bytes]:
     dataset = tmp_path / "rows.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, {"no": "prompt"}]))
 
-    def start(workers: int, **options: Any) -> bytes:
-        out = tmp_path / f"{workers}.jsonl"
+    def start(workers: int, out: str = "", **options: Any) -> bytes:
+        path = tmp_path / (out or f"{workers}.jsonl")
         small: dict[str, Any] = {"memory": "0.5", "context": 64, "batch": 2, "rows": 4}
         settings = BatchSettings(
             model=str(tiny_directory("olmoe")),
             dataset=str(dataset),
-            out=out,
+            out=path,
             workers=workers,
             **(small | options),
         )
         main(settings)
-        return out.read_bytes()
+        return path.read_bytes()
 
     return start
 
@@ -78,8 +79,22 @@ def test_what_is_in_the_partial_file_is_not_asked_of_a_worker_again(
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            batch(1)
+            batch(0, out="1.jsonl")
     assert batch(1) == batch(0)  # Journal.add asserts that no index comes twice
+
+
+def test_what_a_dead_worker_held_goes_to_the_one_in_its_place(
+    batch: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(self: Crew, requests: Any) -> Any:
+        for number, served in enumerate(serve_all(self, requests)):
+            if number == 1:
+                ray.kill(self._workers[0], no_restart=False)
+            yield served
+
+    serve_all = Crew.serve
+    monkeypatch.setattr(Crew, "serve", serve)
+    assert batch(1, lookahead=3) == batch(0)
 
 
 def test_what_a_worker_raises_is_raised_here(batch: Callable[..., bytes]) -> None:
@@ -108,7 +123,7 @@ def test_a_trace_over_workers_is_the_trace_of_one_process(
     with monkeypatch.context() as patched:
         patched.setattr(TraceWriter, "add", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            trace(model, data, tmp_path / "spread", sample=True, workers=1, **options)
+            trace(model, data, tmp_path / "spread", sample=True, **options)
     trace(model, data, tmp_path / "spread", sample=True, workers=2, **options)
     alone, spread = (TraceReader(tmp_path / name, verify=True) for name in ("alone", "spread"))
     assert_same_documents([*spread.documents()], [*alone.documents()])

@@ -108,7 +108,7 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
     model: PreTrainedModel = model_class(config).from_pretrained(
         settings.model, dtype=settings.dtype
     )
-    return model.eval().to(settings.device)  # type: ignore[arg-type]
+    return model.eval().to(settings.device)
 
 
 def build_runner(model: Any, settings: CollectSettings) -> Runner:

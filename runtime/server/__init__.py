@@ -4,6 +4,7 @@
     app        the routes
     replicas   the same on a Ray cluster
     wire       requests and answers as OpenAI writes them
+    logprobs   log-probabilities likewise
     guard      the bearer token and the limit on a body
     metrics    what Prometheus reads
 

@@ -103,7 +103,7 @@ class Desk:
 
     async def _answer(self, body: Body, http: Request) -> Response:
         asked = self._requests(body)
-        answer = Answer(body.kind, self._settings.model_name)
+        answer = Answer(body, self._tokenizer)
         if body.stream:
             events = self._events(answer, asked, body.wants_usage)
             first = await anext(events)  # so that a refusal is a status, not an event
@@ -153,17 +153,16 @@ class Desk:
             for index, request in enumerate(asked)
         ]
         results: list[Result] = []
-        opened = answer.opening() is None
+        opening = answer.opening()
         try:
             while len(results) < len(asked):
                 index, item = await items.get()
                 if isinstance(item, Result):
                     results.append(self._ended(item))
-                if not opened:
-                    opened = True
-                    yield _event(answer.opening())
-                if isinstance(item, Result) or item.text:
-                    yield _event(answer.piece(index, item))
+                for event in (*opening, answer.piece(index, item)):
+                    if event is not None:
+                        yield _event(event)
+                opening = []
             if usage:
                 yield _event(answer.closing(results))
             yield "data: [DONE]\n\n"

@@ -6,15 +6,17 @@ A field that is not understood is refused rather than ignored: an answer must no
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runtime.server.logprobs import of_chat, of_completion
 from runtime.serving.chat import render_chat
-from runtime.serving.request import Delta, Request, Result
+from runtime.serving.request import Delta, Logprob, Request, Result
 
-MAX_PROMPTS = 64
+MAX_CHOICES = 64
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop", "error": "stop"}
 Kind = Literal["text_completion", "chat.completion"]
 
@@ -38,19 +40,31 @@ class Sampling(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1)
     user: str | None = None
     priority: int = 0
     ignore_eos: bool = False
 
-    def options(self, max_tokens: int) -> dict[str, Any]:
-        """The fields of a `Request` other than its prompt."""
+    def requests_of(
+        self, prompts: list[Any], max_tokens: int, logprobs: int | None
+    ) -> list[Request]:
+        """`n` requests a prompt, each with a seed of its own where there is one."""
+        if len(prompts) * self.n > MAX_CHOICES:
+            raise ValueError(
+                f"{len(prompts)} prompts with n={self.n}: ask for at most {MAX_CHOICES} choices"
+            )
+        options = self._options() | {"max_tokens": max_tokens, "logprobs": logprobs}
+        seeds = [None if self.seed is None else self.seed + choice for choice in range(self.n)]
+        return [
+            Request(id=uuid4().hex, prompt=prompt, seed=seed, **options)
+            for prompt in prompts
+            for seed in seeds
+        ]
+
+    def _options(self) -> dict[str, Any]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        names = ("temperature", "top_p", "top_k", "seed", "priority", "ignore_eos")
-        return {name: getattr(self, name) for name in names} | {
-            "max_tokens": max_tokens,
-            "stop": tuple(stop),
-        }
+        names = ("temperature", "top_p", "top_k", "priority", "ignore_eos")
+        return {name: getattr(self, name) for name in names} | {"stop": tuple(stop)}
 
     @property
     def wants_usage(self) -> bool:
@@ -62,19 +76,17 @@ class CompletionBody(Sampling):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
     kind: ClassVar[Kind] = "text_completion"
 
     def requests(self, tokenizer: Any) -> list[Request]:
-        """One request a prompt."""
+        """`n` requests a prompt."""
         prompts: list[Any] = (
             self.prompt
             if isinstance(self.prompt, list) and not all(isinstance(i, int) for i in self.prompt)
             else [self.prompt]
         )
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"{len(prompts)} prompts in one request: send at most {MAX_PROMPTS}")
-        options = self.options(self.max_tokens)
-        return [Request(id=uuid4().hex, prompt=prompt, **options) for prompt in prompts]
+        return self.requests_of(prompts, self.max_tokens, self.logprobs)
 
 
 class ChatBody(Sampling):
@@ -83,13 +95,18 @@ class ChatBody(Sampling):
     messages: list[dict[str, Any]]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     kind: ClassVar[Kind] = "chat.completion"
 
     def requests(self, tokenizer: Any) -> list[Request]:
-        """The one request."""
+        """`n` requests."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
         max_tokens = self.max_completion_tokens or self.max_tokens or 128
         prompt = render_chat(tokenizer, self.messages)
-        return [Request(id=uuid4().hex, prompt=prompt, **self.options(max_tokens))]
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.requests_of([prompt], max_tokens, logprobs)
 
 
 Body = CompletionBody | ChatBody
@@ -98,35 +115,56 @@ Body = CompletionBody | ChatBody
 class Answer:
     """Builds the answer to one body, whole or in pieces."""
 
-    def __init__(self, kind: Kind, model: str) -> None:
-        self._kind = kind
-        prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
-        self._head = {"id": f"{prefix}-{uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, body: Body, tokenizer: Any) -> None:
+        self._kind, self._n, self._tokenizer = body.kind, body.n, tokenizer
+        prefix = "cmpl" if body.kind == "text_completion" else "chatcmpl"
+        name = f"{prefix}-{uuid4().hex}"
+        self._head = {"id": name, "created": int(time.time()), "model": body.model}
+        self._offsets: dict[int, int] = {}
 
     def whole(self, results: list[Result]) -> dict[str, Any]:
         choices = [
             self._said(index, result.text, whole=True)
-            | {"finish_reason": FINISH[result.finish], "logprobs": None}
+            | {"finish_reason": FINISH[result.finish]}
+            | {"logprobs": self._logprobs(index, result.logprobs)}
             for index, result in enumerate(results)
         ]
-        return self._head | {"object": self._kind, "choices": choices, "usage": usage(results)}
+        return self._head | {"object": self._kind, "choices": choices, "usage": self.usage(results)}
 
-    def opening(self) -> dict[str, Any] | None:
-        """What a streamed chat says first: who speaks."""
+    def opening(self) -> list[dict[str, Any]]:
+        """What a streamed chat says first: who speaks, in each choice."""
         if self._kind == "text_completion":
-            return None
+            return []
         delta = {"role": "assistant", "content": ""}
-        return self._piece([{"index": 0, "delta": delta, "finish_reason": None}])
+        return [
+            self._piece([{"index": index, "delta": delta, "finish_reason": None}])
+            for index in range(self._n)
+        ]
 
-    def piece(self, index: int, item: Delta | Result) -> dict[str, Any]:
-        """A piece of text, or the end of one choice."""
-        finish = FINISH[item.finish] if isinstance(item, Result) else None
-        text = "" if isinstance(item, Result) else item.text
-        return self._piece([self._said(index, text, whole=False) | {"finish_reason": finish}])
+    def piece(self, index: int, item: Delta | Result) -> dict[str, Any] | None:
+        """A piece of text, or the end of one choice; None where there is nothing to say."""
+        if isinstance(item, Result):
+            said = self._said(index, "", whole=False) | {"finish_reason": FINISH[item.finish]}
+            return self._piece([said | {"logprobs": None}])
+        if not item.text and item.logprob is None:
+            return None
+        logprobs = self._logprobs(index, () if item.logprob is None else (item.logprob,))
+        said = self._said(index, item.text, whole=False) | {"finish_reason": None}
+        return self._piece([said | {"logprobs": logprobs}])
 
     def closing(self, results: list[Result]) -> dict[str, Any]:
         """The usage, for who asked for it."""
-        return self._piece([]) | {"usage": usage(results)}
+        return self._piece([]) | {"usage": self.usage(results)}
+
+    def usage(self, results: list[Result]) -> dict[str, int]:
+        """Tokens in and out; a prompt counts once, however many choices it has."""
+        prompt = sum(result.num_prompt for result in results) // self._n
+        completion = sum(len(result.token_ids) for result in results)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
     def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = self._kind if self._kind == "text_completion" else f"{self._kind}.chunk"
@@ -139,16 +177,15 @@ class Answer:
             return {"index": index, "message": {"role": "assistant", "content": text}}
         return {"index": index, "delta": {"content": text} if text else {}}
 
-
-def usage(results: list[Result]) -> dict[str, int]:
-    """Tokens in and out."""
-    prompt = sum(result.num_prompt for result in results)
-    completion = sum(len(result.token_ids) for result in results)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
+        """Of one choice's newest tokens."""
+        if not logprobs:
+            return None
+        if self._kind == "chat.completion":
+            return of_chat(logprobs, self._tokenizer)
+        said = of_completion(logprobs, self._tokenizer, self._offsets.get(index, 0))
+        self._offsets[index] = said["text_offset"][-1] + len(said["tokens"][-1])
+        return said
 
 
 def error(message: str, kind: str = "invalid_request_error") -> dict[str, Any]:

@@ -42,11 +42,13 @@ class Bursts:
 
     An empty place of a decode step costs its share of what a step takes however few are in it; a
     burst saves the loads that its prompts have in common. Where the one outweighs the other over
-    `Payoff.WINDOW` bursts, nobody is held back for `Payoff.REST` steps.
+    `WINDOW` bursts, nobody is held back for `Payoff.REST` steps.
     """
 
+    WINDOW = 8
+
     def __init__(self, size: int, batch: int, seconds_per_load: Callable[[], float]) -> None:
-        self.payoff = Payoff(seconds_per_load)
+        self.payoff = Payoff(seconds_per_load, self.WINDOW)
         self.times = StepTimes()
         self._size, self._batch = size, batch
         self._steps_held, self._lost = 0, 0.0

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from runtime.serving.outlook import History, Outlook
-from runtime.serving.request import Delta, Finish, Request, Result
-from runtime.serving.sampler import Sampler
+from runtime.serving.request import Delta, Finish, Logprob, Request, Result
+from runtime.serving.sampler import Sampler, logprob_of
 from runtime.serving.text import TextStream
 
 
@@ -41,6 +41,7 @@ class Job:
         """What the predictor says of the pending tokens; None without a predictor."""
         self._sampler = Sampler(request)
         self._text = TextStream(tokenizer, request.stop)
+        self._logprobs: list[Logprob] = []
         self.arrived = time.perf_counter()
         self.first_token = math.nan
 
@@ -74,6 +75,8 @@ class Job:
         if self.num_generated == 0:
             self.first_token = time.perf_counter()
         self.token_ids.append(token_id)
+        if self.request.logprobs is not None:
+            self._logprobs.append(logprob_of(token_id, logits_V, self.request.logprobs))
         finish = self._add_text(token_id, eos_ids)
         if finish is None and self.num_generated == self.request.max_tokens:
             finish = "length"
@@ -86,7 +89,8 @@ class Job:
         if last:
             piece += self._text.finish()
         if self.request.on_token is not None:
-            self.request.on_token(Delta(self.request.id, token_id, piece))
+            logprob = self._logprobs[-1] if self._logprobs else None
+            self.request.on_token(Delta(self.request.id, token_id, piece, logprob))
         return "stop" if ended or self._text.stopped else None
 
     def result(self, finish: Finish, error: str = "") -> Result:
@@ -97,6 +101,7 @@ class Job:
             token_ids=tuple(self.token_ids[self.num_prompt :]),
             num_prompt=self.num_prompt,
             finish=finish,
+            logprobs=tuple(self._logprobs),
             error=error,
             arrived=self.arrived,
             first_token=self.first_token,

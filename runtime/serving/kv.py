@@ -163,7 +163,7 @@ class RowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Of all rows; 0 before the first step."""
-        layers: list[Any] = self.layers
+        layers = (layer for layer in self.layers if isinstance(layer, RowLayer))
         stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 

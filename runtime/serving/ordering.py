@@ -20,8 +20,11 @@ class Ordering(ABC):
     """Chooses jobs. All lists come in the order of arrival."""
 
     name: ClassVar[str]
-    looks_ahead: ClassVar[bool] = False
-    """Whether waiting requests must have an outlook before they can be admitted."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether waiting requests must have an outlook before they can be admitted."""
+        return False
 
     def observe(self, num_sequences: int, seconds: float) -> None:  # noqa: B027 - most do not care
         """Told of every step without prompts: how many sequences it had, how long it took."""

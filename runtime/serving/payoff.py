@@ -11,15 +11,15 @@ class Payoff:
     """Compares the time that choices take with the time of the loads they save.
 
     saved loads (expected, against first come first served) x measured seconds of one load. Where
-    that does not cover the choosing over `WINDOW` choices, choosing rests for `REST` steps and is
+    that does not cover the choosing over `window` choices, choosing rests for `REST` steps and is
     then tried again. With everything resident nothing is saved, so it rests.
     """
 
     WINDOW = 32
     REST = 512
 
-    def __init__(self, seconds_per_load: Callable[[], float]) -> None:
-        self._seconds_per_load = seconds_per_load
+    def __init__(self, seconds_per_load: Callable[[], float], window: int = WINDOW) -> None:
+        self._seconds_per_load, self._window = seconds_per_load, window
         self._choices, self._rest = 0, 0
         self._saved, self._spent = 0.0, 0.0
         self.times_rested = 0
@@ -40,7 +40,7 @@ class Payoff:
         self._saved += saved_loads
         self._spent += seconds
         self._choices += 1
-        if self._choices == self.WINDOW:
+        if self._choices == self._window:
             if self._saved * self._seconds_per_load() <= self._spent:
                 self._rest = self.REST
                 self.times_rested += 1

@@ -20,7 +20,7 @@ from runtime.serving.payoff import Payoff, expected_loads
 
 
 class Predicted(Ordering):
-    """Least expected loads; first come, first served while that does not pay.
+    """Least expected loads; first come, first served, and no look at prompts, while that rests.
 
     Admission groups requests by habit (the mean use of each expert over the prompt), a step is
     composed by what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
@@ -29,22 +29,29 @@ class Predicted(Ordering):
     """
 
     name = "predicted"
-    looks_ahead = True
 
     def __init__(self, seconds_per_load: Callable[[], float], *, burst: int, batch: int) -> None:
         self.payoff = Payoff(seconds_per_load)
         self.bursts = Bursts(burst, batch, seconds_per_load)
         self._fifo = Fifo()
 
+    @property
+    def looks_ahead(self) -> bool:
+        return not (self.payoff.resting or self.bursts.payoff.resting)
+
     def observe(self, num_sequences: int, seconds: float) -> None:
         self.bursts.times.add(num_sequences, seconds)
 
     def holds_back(self, num_waiting: int, num_free: int, num_active: int) -> bool:
+        if self.payoff.resting:
+            return False
         return self.bursts.holds_back(num_waiting, num_free, num_active)
 
     def admit(
         self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
     ) -> list[Job]:
+        if not self.looks_ahead or any(job.outlook is None for job in waiting):
+            return list(waiting[:count])
         admitted = self._choose(waiting, active, count, missing_K)
         left_K = missing_K * np.prod([_pending(job) for job in active if job.is_ready], axis=0)
         self.bursts.book(np.stack([_pending(job) for job in admitted]), left_K)
@@ -53,8 +60,8 @@ class Predicted(Ordering):
     def _choose(
         self, waiting: Sequence[Job], active: Sequence[Job], count: int, missing_K: np.ndarray
     ) -> list[Job]:
-        if len(waiting) <= count or self.payoff.resting:
-            return list(waiting[:count])
+        if len(waiting) <= count:
+            return list(waiting)
         chosen = [] if active else [waiting[0]]
         others = [job for job in waiting if job not in chosen]
         unused_NK = np.stack([1 - _habit(job) for job in others])

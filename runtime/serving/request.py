@@ -12,6 +12,18 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 _numbers = itertools.count()
 
 
+class Logprob(NamedTuple):
+    """How likely the model held a token to be: of its own distribution, before any sampling rule.
+
+    Natural logarithms.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Token ids and log-probabilities of as many likeliest tokens as were asked for."""
+
+
 class Delta(NamedTuple):
     """New text of a request: what its streaming callback gets."""
 
@@ -19,6 +31,7 @@ class Delta(NamedTuple):
     token_id: int
     text: str
     """May be empty: text that could become a stop string is held back."""
+    logprob: Logprob | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,8 @@ class Request:
     """Generation ends before the first of these; they are not part of the text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
+    logprobs: int | None = None
+    """Report each token's log-probability and those of so many likeliest; None reports nothing."""
     priority: int = 0
     """A higher one is served first; the bound on waiting holds for all."""
     label: str = ""
@@ -59,6 +74,8 @@ class Request:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} is negative; 0 takes all tokens")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs={self.logprobs} is negative; 0 is the chosen token's alone")
         if any(not text for text in self.stop):
             raise ValueError("an empty stop string would end every request at once")
 
@@ -73,6 +90,8 @@ class Result:
     """Generated, with the end-of-sequence token or the stop string's tokens."""
     num_prompt: int
     finish: Finish
+    logprobs: tuple[Logprob, ...] = ()
+    """Of each of `token_ids`, where the request asks for them."""
     error: str = ""
     """Why `finish` is "error"."""
     arrived: float = float("nan")

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.serving.request import Request
+from runtime.serving.request import Logprob, Request
 
 
 class Sampler:
@@ -41,3 +41,11 @@ class Sampler:
         seen: Any = torch.empty(1, 0, dtype=torch.int64)  # which none of the warpers looks at
         scores_1V: Any = self._warpers(seen, logits_V[None].float().cpu())
         return int(torch.multinomial(scores_1V.softmax(-1)[0], 1, generator=self._random))
+
+
+def logprob_of(token_id: int, logits_V: Tensor, count: int) -> Logprob:
+    """The log-probability of a token, and the `count` highest. logits_V: float [V]."""
+    logprobs_V = logits_V.float().log_softmax(-1)
+    values, ids = logprobs_V.topk(min(count, len(logprobs_V)))
+    top = zip(ids.tolist(), values.tolist(), strict=True)
+    return Logprob(token_id, float(logprobs_V[token_id]), tuple(top))
