@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from benchmarks.serving import ServingSettings
+    from runtime.engine import Engine
     from runtime.serving.job import Job
     from runtime.serving.request import Request
+    from runtime.serving.settings import ServeSettings
 
 
 class Arm(NamedTuple):
@@ -35,37 +35,29 @@ class Arm(NamedTuple):
 
 
 class Lane:
-    """One arm: its own copy of the model, its own loop and its own clock, in CPU seconds.
+    """One arm: an engine, its own loop and its own clock. Arrivals are in this clock too.
 
-    The lanes take turns, a step each, so that all meet the same load from other programs; and a
-    CPU second is the same whoever else wants the processor. Arrivals are in this clock too.
+    rate: Poisson arrivals a second, 0 for all at once. now: what the clock goes by.
     """
 
     def __init__(
-        self, settings: ServingSettings, requests: Sequence[Request], arm: Arm, residency: float
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        arm: Arm,
+        residency: float,
+        options: ServeSettings,
+        *,
+        rate: float,
+        seed: int,
+        now: Callable[[], float],
     ) -> None:
-        import runtime
         from runtime.serving.loop import Loop
-        from runtime.serving.settings import ServeSettings
 
-        self.arm, self.residency = arm, residency
-        self.engine = runtime.load(
-            settings.model,
-            settings.predictor if arm.policy == "predicted" else None,
-            memory=residency + arm.extra,
-            policy=arm.policy,
-            dtype=settings.dtype,
-            device="cpu",
-        ).expertflow
-        shared = {name: getattr(settings, name) for name in ("batch", "rows", "chunk", "lookahead")}
-        options = ServeSettings(
-            scheduler=arm.scheduler,
-            context=settings.prompt_tokens[1] + settings.output_tokens[1],
-            **(shared | arm.options),
-        )
-        self.loop = Loop(self.engine, None, options)
-        random = np.random.default_rng(settings.seed)
-        gaps = random.exponential(1 / settings.rate, len(requests)) if settings.rate else 0.0
+        self.arm, self.residency, self.engine, self._now = arm, residency, engine, now
+        self.loop = Loop(engine, None, options)
+        random = np.random.default_rng(seed)
+        gaps = random.exponential(1 / rate, len(requests)) if rate else 0.0
         due = np.cumsum(np.broadcast_to(gaps, len(requests)))
         self._coming = list(zip(due.tolist(), requests, strict=True))[::-1]
         self._due = {request.id: at for at, request in self._coming}
@@ -84,9 +76,9 @@ class Lane:
             self.clock = max(self.clock, self._coming[-1][0])
         while self._coming and self._coming[-1][0] <= self.clock:
             self.loop.submit(self._coming.pop()[1])
-        start = time.process_time()
+        start = self._now()
         results = self.loop.step()
-        seconds = time.process_time() - start
+        seconds = self._now() - start
         self.clock += seconds
         self.busy += seconds
         jobs = *self.loop.waiting, *self.loop.active
@@ -111,7 +103,7 @@ class Lane:
         return {
             "arm": self.arm.name,
             "residency": self.residency,
-            "cpu_seconds": self.busy,
+            "busy_seconds": self.busy,
             "wall_seconds": loop.seconds,
             "steps": loop.num_steps,
             "generated": loop.num_generated,
@@ -120,7 +112,7 @@ class Lane:
             "bytes_per_token": stats.bytes_loaded / loop.num_generated,
             "hit_rate": stats.hit_rate,
             "recall": stats.recall,
-            "tokens_per_cpu_second": loop.num_generated / self.busy,
+            "tokens_per_busy_second": loop.num_generated / self.busy,
             "tokens_per_wall_second": loop.num_generated / loop.seconds,
             "p50": float(np.percentile(latency, 50)),
             "p99": float(np.percentile(latency, 99)),

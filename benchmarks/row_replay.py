@@ -10,34 +10,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.recorded_requests import Recorded
 from benchmarks.replay import CHOSEN_LOGIT, router_of
 from routing.layers import find_moe_layers
 from runtime.serving.kv import RowCache
 from runtime.serving.runner import Part, Runner
 
 
-class Recorded(NamedTuple):
-    """What a request's tokens are, and what they used."""
-
-    token_ids_T: np.ndarray
-    """Prompt and output."""
-    experts_TLK: np.ndarray
-    """int16, NO_EXPERT for none."""
-
-
 class RowReplay:
-    """Tables for all requests, and which request each row has."""
+    """Tables for all requests, and which request each row has.
+
+    model: not offloaded yet, since its experts are looked for.
+    """
 
     def __init__(
         self, model: Any, recorded: dict[str, Recorded], num_rows: int, device: torch.device
     ) -> None:
         self._model, self._recorded = model, recorded
+        assert not hasattr(model, "expertflow")
         self._routers = [router_of(model, layer.name) for layer in find_moe_layers(model)]
         lengths = [len(one.token_ids_T) for one in recorded.values()]
         self._starts = dict(zip(recorded, accumulate(lengths, initial=0), strict=False))
@@ -73,7 +69,8 @@ class RowReplay:
         assert self.cache is not None
         layout = self.cache.layout
         at_T = self._start_R.index_select(0, layout.rows_T) + layout.positions_T
-        self._step_LTK = self._experts_NLK.index_select(0, at_T).transpose(0, 1).long()
+        step_TLK = self._experts_NLK.index_select(0, at_T)
+        self._step_LTK = step_TLK.transpose(0, 1).long()
         embedded: Tensor = own(token_ids)
         return embedded
 

@@ -226,6 +226,15 @@ def test_duplicates_add_up_and_ids_of_nobody_add_nothing(batch: int) -> None:
     assert (y[1:] == 0).all()
 
 
+def test_arguments_in_any_order_of_memory_compute_the_same() -> None:
+    twin = Twin(LRU(LAYERS, EXPERTS), num_slots=9, batch=2)
+    given = inputs(twin, 2, 0)
+    expected = twin.call(0, *given)
+    turned = [tensor.t().contiguous().t() for tensor in given]
+    assert not any(tensor.is_contiguous() for tensor in turned)
+    assert torch.equal(twin.call(0, *turned), expected)
+
+
 def test_an_expert_that_is_not_finite_spoils_only_the_tokens_that_go_there() -> None:
     twin = Twin(LRU(LAYERS, EXPERTS), num_slots=6, batch=2)
     twin.record.views(twin.records)["down_proj"][0, 4] = float("nan")

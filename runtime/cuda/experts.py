@@ -144,6 +144,7 @@ class ExpertsCall:
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Experts `ids` (int64 [B, K], ids outside 0 .. E-1 are of none) of x [B, H]: [B, H]."""
+        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         picked, fetched = self._pending
         self._pending = None, None
         if picked is not None:

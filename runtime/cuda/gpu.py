@@ -67,6 +67,7 @@ class GpuEngine:
         self._pools: dict[int, StreamedPool] = {}
         self.decoder: Decoder | None = None
         self.path: CapturedPath | None = None
+        self._rows: RowDecoder | None = None
         groups, records = source.groups, self._records(source)
         self._dense = HostDense(source.model, missing)
         try:
@@ -142,7 +143,11 @@ class GpuEngine:
 
     def row_decoder(self, cache: RowCache) -> RowDecoder | None:
         """Captured steps over the rows of `cache`; None where the experts have no kernels."""
-        return None if self.decoder is None else RowDecoder(self.decoder, cache)
+        if self.decoder is None:
+            return None
+        if self._rows is None or not self._rows.take_on(cache):
+            self._rows = RowDecoder(self.decoder, cache)
+        return self._rows
 
     @cached_property
     def seconds_per_load(self) -> float:
@@ -220,6 +225,7 @@ class GpuEngine:
         torch.cuda.synchronize()
         if self.path is not None:
             self.path.generation.drain()
+        self._rows = None
         if self.decoder is not None:
             self.decoder.close()
         for pool in self._pools.values():

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,9 @@ from runtime.cuda.decoder import Decoder, Flight
 from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.step import Step
 from runtime.policies import Forecast
+
+if TYPE_CHECKING:
+    from runtime.serving.kv import RowCache
 
 
 class Places:
@@ -51,16 +53,12 @@ class Places:
 
 
 class RowStep(Step):
-    """A captured step of `batch` tokens, each of its own sequence.
-
-    forward: the model's forward. attending: makes the cache and attention go by given `Places`.
-    """
+    """A captured step of `batch` tokens, each of its own sequence. forward: the model's."""
 
     def __init__(
         self,
         forward: Callable[..., Any],
-        cache: Any,
-        attending: Callable[[Places], AbstractContextManager[None]],
+        cache: RowCache,
         experts: ExpertsCall,
         *,
         batch: int,
@@ -68,7 +66,7 @@ class RowStep(Step):
         stream: torch.cuda.Stream,
     ) -> None:
         super().__init__(experts, stream)
-        self._forward, self._cache, self._attending = forward, cache, attending
+        self._forward, self._cache = forward, cache
         self._places = Places(batch, device)
         self._pinned_3B = torch.zeros(3, batch, dtype=torch.int64).pin_memory()
 
@@ -85,7 +83,7 @@ class RowStep(Step):
         self._places.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
 
     def forward(self) -> Tensor:
-        with self._attending(self._places):
+        with self._cache.attending(self._places):
             output = self._forward(
                 input_ids=self._places.ids_1B,
                 position_ids=self._places.positions_T[None],
@@ -108,11 +106,18 @@ class Run(NamedTuple):
 
 
 class RowDecoder:
-    """Runs captured steps over the rows of `cache`, a `runtime.serving.kv.RowCache`."""
+    """Runs captured steps over the rows of a `runtime.serving.kv.RowCache`."""
 
-    def __init__(self, decoder: Decoder, cache: Any) -> None:
+    def __init__(self, decoder: Decoder, cache: RowCache) -> None:
         self._decoder, self._cache = decoder, cache
         self._steps: dict[int, RowStep] = {}
+
+    def take_on(self, cache: RowCache) -> bool:
+        """Go on with the rows of another cache; False where they are not the same memory."""
+        if cache.num_rows != self._cache.num_rows:
+            return False
+        self._cache = cache  # for steps that are captured from here on
+        return True
 
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step."""
@@ -170,6 +175,6 @@ class RowDecoder:
         decoder = self._decoder
         experts = decoder.experts_for(bucket, prefetch=decoder.prefetch)
         return RowStep(
-            decoder.model.forward, self._cache, self._cache.attending, experts, batch=bucket,
+            decoder.model.forward, self._cache, experts, batch=bucket,
             device=decoder.device, stream=decoder.captures,
         )  # fmt: skip

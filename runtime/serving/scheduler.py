@@ -31,8 +31,7 @@ class Scheduler:
     @property
     def num_rows(self) -> int:
         """Sequences in flight at the most."""
-        rows = {Fifo.name: self._settings.batch, Paper.name: 2 * self._settings.batch}
-        return rows.get(self.ordering.name, self._settings.rows)
+        return num_rows(self._settings, self.ordering.name)
 
     def admit(
         self, waiting: Sequence[Job], active: Sequence[Job], free: int, missing_K: np.ndarray
@@ -77,6 +76,12 @@ class Scheduler:
             job.skipped = 0 if job in chosen else job.skipped + 1
         self.seconds += time.perf_counter() - start
         return chosen
+
+
+def num_rows(settings: ServeSettings, scheduler: str) -> int:
+    """Sequences in flight at the most under a scheduler of that name."""
+    rows = {Fifo.name: settings.batch, Paper.name: 2 * settings.batch}
+    return rows.get(scheduler, settings.rows)
 
 
 def by_priority(jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:

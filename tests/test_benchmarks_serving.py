@@ -1,0 +1,98 @@
+"""benchmarks.serving_gpu: every request says and uses what was recorded, whatever runs beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import runtime
+from benchmarks.lane import Arm
+from benchmarks.recorded_requests import Recorded, recorded_requests
+from benchmarks.row_replay import ReplayingRunner, RowReplay
+from routing.shards import TraceReader, signed_experts
+from routing.writer import TraceWriter
+from runtime.engine import Engine
+from runtime.serving.loop import Loop
+from runtime.serving.request import Request
+from runtime.serving.runner import CapturedRunner
+from runtime.serving.settings import ServeSettings
+from tests.fake_cuda import fake_cuda, load_fake
+from tests.test_shards import PROVENANCE, a_document, a_topology
+from tests.tiny import tiny_model
+
+SMALL: dict[str, Any] = {"batch": 2, "rows": 3, "context": 24, "chunk": 7, "scheduler": "fifo"}
+
+
+def workload(count: int) -> tuple[list[Request], dict[str, Recorded]]:
+    random, requests, recorded = np.random.default_rng(4), [], {}
+    for number in range(count):
+        tokens_T = random.integers(2, 256, 9 + number)
+        experts_TLK = np.argsort(random.random((len(tokens_T), 4, 8)))[..., :2].astype(np.int16)
+        recorded[str(number)] = Recorded(tokens_T, experts_TLK)
+        prompt = tokens_T[:6].tolist()
+        requests.append(
+            Request(id=str(number), prompt=prompt, ignore_eos=True, max_tokens=len(tokens_T) - 6)
+        )
+    return requests, recorded
+
+
+def assert_replayed(engine: Engine, replay: RowReplay, folder: Path) -> None:
+    requests, recorded = workload(4)
+    with replay.installed():
+        loop: Any = Loop(engine, None, ServeSettings(**SMALL))
+        replay.cache, loop._runner = loop._cache, ReplayingRunner(loop._runner, replay)
+        for request in requests:
+            loop.submit(request)
+        results = []
+        while not loop.is_idle:
+            results += loop.step()
+    engine.detach()
+    for result in results:
+        assert result.token_ids == tuple(recorded[result.id].token_ids_T[6:].tolist())
+    ran = {len(d.token_ids_T): d for d in TraceReader(folder).documents()}
+    for said, experts_TLK in recorded.values():
+        document = ran[len(said) - 1]  # the last token never runs
+        assert np.array_equal(document.token_ids_T, said[:-1])
+        assert np.array_equal(signed_experts(document.experts_TLK, 8), experts_TLK[:-1])
+
+
+def test_on_the_generic_path(tmp_path: Path) -> None:
+    model = tiny_model("olmoe")
+    replay = RowReplay(model, workload(4)[1], 3, torch.device("cpu"))
+    engine = runtime.load(model, memory=0.5, record=tmp_path / "r").expertflow
+    assert_replayed(engine, replay, tmp_path / "r")
+
+
+def test_in_captured_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    with fake_cuda(monkeypatch):
+        model = tiny_model("olmoe")
+        replay = RowReplay(model, workload(4)[1], 3, torch.device("cpu"))
+        engine = load_fake(model, memory=0.5, batch=3, record=tmp_path / "r").expertflow
+        assert isinstance(Loop(engine, None, ServeSettings(**SMALL))._runner, CapturedRunner)
+        assert_replayed(engine, replay, tmp_path / "r")
+
+
+def test_requests_are_cut_out_of_a_trace_once_each(tmp_path: Path) -> None:
+    topology = a_topology()
+    with TraceWriter(tmp_path / "t", topology, provenance=PROVENANCE) as writer:
+        for length in (5, 12, 30):
+            writer.add({"decoder": a_document(length, length)})
+    sizes: dict[str, Any] = {"prompt_tokens": [2, 6], "output_tokens": [1, 4], "seed": 0}
+    requests, recorded = recorded_requests(tmp_path / "t", 4, **sizes)
+    assert sorted(request.id for request in requests) == ["0", "1", "2", "3"]
+    for request in requests:
+        said = recorded[request.id].token_ids_T.tolist()
+        assert request.prompt == said[: len(request.prompt)]
+        assert len(request.prompt) + request.max_tokens == len(said)
+    with pytest.raises(ValueError, match="4 passages of 10 tokens, not 5"):
+        recorded_requests(tmp_path / "t", 5, **sizes)
+
+
+def test_an_arm_names_what_it_does_differently() -> None:
+    arm = Arm.parse("predicted,policy=lru,extra=0.01,rows=8")
+    assert arm[1:] == ("predicted", "lru", 0.01, {"rows": 8})
