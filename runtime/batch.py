@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from routing.cli import run
+from runtime.serving.model import ModelSettings
 from runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine
     from runtime.serving.journal import Journal
     from runtime.serving.request import Request, Result
     from runtime.serving.rows import Row
@@ -29,25 +29,17 @@ PROG = "python -m runtime.batch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSettings(ServeSettings):
+class BatchSettings(ModelSettings):
     """Continue every prompt of a data set; interrupted, the same command goes on."""
 
-    model: str
-    """Model directory, or an id on the Hub."""
     dataset: str
     """A .jsonl file (rows with `prompt` or `messages`, and options of their own), a .txt file (a
     prompt a line), a .parquet file, or a data set on the Hub.
     """
     out: Path
     """JSON lines to write, one an input and in their order."""
-    predictor: Path | None = None
-    """ONNX predictor of the model."""
     split: str = "train"
     """Of a data set on the Hub."""
-    memory: str = "0.25"
-    """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
-    dtype: str = "auto"
-    """Number format of the model; `auto` is the one it is stored in."""
     max_tokens: int = 128
     """Tokens to generate for a prompt at the most."""
     temperature: float = 0.0
@@ -67,6 +59,8 @@ class BatchSettings(ServeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.workers and self.record:
+            raise ValueError("record: several workers cannot write one recording; serve without")
         for name, least in (("workers", 0), ("worker_cpus", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
@@ -109,7 +103,7 @@ class Alone:
     """One engine, in this process."""
 
     def __init__(self, settings: BatchSettings, tokenizer: Any) -> None:
-        self._engine = load_engine(settings, tokenizer)
+        self._engine = settings.load(tokenizer)
         self._options = serve_settings(settings) | {"tokenizer": tokenizer}
 
     def serve(self, requests: Iterator[Request]) -> Iterator[Served]:
@@ -123,21 +117,6 @@ class Alone:
 
     def close(self) -> None:
         self._engine.detach()
-
-
-def load_engine(settings: BatchSettings, tokenizer: Any) -> Engine:
-    """The model with its experts offloaded. Raises ValueError or OSError."""
-    import runtime
-
-    engine: Engine = runtime.load(
-        settings.model,
-        settings.predictor,
-        memory=settings.memory,
-        device="cpu",
-        dtype=settings.dtype,
-        tokenizer=tokenizer,
-    ).expertflow
-    return engine
 
 
 def serve_settings(settings: BatchSettings) -> dict[str, Any]:

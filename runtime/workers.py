@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from routing.cluster import connect, errors_as_here, start_workers
-from runtime.batch import BatchSettings, Served, load_engine, read_tokenizer, serve_settings
+from runtime.batch import BatchSettings, Served, read_tokenizer, serve_settings
 from runtime.serving.front import AsyncServer
 from runtime.serving.request import Request
 
@@ -31,7 +31,7 @@ class Worker:
     async def _open(self) -> AsyncServer:
         if self._server is None:
             tokenizer = read_tokenizer(self._settings.model)
-            engine = load_engine(self._settings, tokenizer)
+            engine = self._settings.load(tokenizer)
             options = serve_settings(self._settings)
             self._server = await AsyncServer(engine, tokenizer=tokenizer, **options).__aenter__()
         return self._server

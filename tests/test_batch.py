@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from routing.cli import run
+from routing.shards import PROMPT, TraceReader
 from runtime.batch import PROG, BatchSettings, main
 from runtime.serving import feed
 from runtime.serving.journal import Journal
@@ -117,6 +118,15 @@ def test_a_start_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
         journal.add(0, {"text": "x"})
         journal.finish()
     assert read(tmp_path / "out") == [{"index": 0, "text": "x"}]
+
+
+def test_a_batch_can_be_recorded(batch: Callable[..., Path], tmp_path: Path) -> None:
+    batch(ROWS, record=tmp_path / "routes")
+    documents = TraceReader(tmp_path / "routes", verify=True).documents()
+    prompts = {tuple(d.token_ids_T[d.phase_T == PROMPT].tolist()) for d in documents}
+    assert prompts == {tuple(tiny_tokenizer()(row["prompt"]).input_ids) for row in ROWS}
+    with pytest.raises(ValueError, match="several workers cannot write one recording"):
+        batch(ROWS, record=tmp_path / "routes", workers=2)
 
 
 def test_an_output_file_is_never_overwritten(tmp_path: Path) -> None:

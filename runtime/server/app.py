@@ -63,18 +63,10 @@ def load_app(settings: ServerSettings) -> FastAPI:
     """The application with its model loaded. Raises ValueError or OSError."""
     from transformers import AutoTokenizer
 
-    import runtime
-
     token = settings.read_token()
-    model = runtime.load(
-        settings.model,
-        settings.predictor,
-        memory=settings.memory,
-        device="cpu",
-        dtype=settings.dtype,
-    )
+    engine = settings.load()
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    return build_app(model.expertflow, tokenizer, settings, token)
+    return build_app(engine, tokenizer, settings, token)
 
 
 class Desk:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.serving.settings import ServeSettings
+from runtime.serving.model import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerSettings(ServeSettings):
+class ServerSettings(ModelSettings):
     """Serve a model over HTTP as OpenAI's API does. Ctrl-C stops it cleanly."""
 
-    model: str
-    """Model directory, or an id on the Hub."""
-    predictor: Path | None = None
-    """ONNX predictor of the model."""
-    memory: str = "0.25"
-    """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
-    dtype: str = "auto"
-    """Number format of the model; `auto` is the one it is stored in."""
     name: str | None = None
     """What clients call the model; by default the last part of `model`."""
     host: str = "127.0.0.1"
@@ -44,6 +36,8 @@ class ServerSettings(ServeSettings):
         super().__post_init__()
         if self.replicas < 0:
             raise ValueError(f"replicas={self.replicas} is negative")
+        if self.replicas and self.record:
+            raise ValueError("record: several replicas cannot write one recording; serve without")
         if self.replicas and not self.port:
             raise ValueError("port=0: Ray Serve takes no free port by itself, so name one")
         if not 0 <= self.port < 65536:

@@ -78,6 +78,11 @@ class Scheduler:
         return chosen
 
 
+def default_name(*, predicts: bool) -> str:
+    """The scheduler that is taken where none is named."""
+    return Predicted.name if predicts else Fifo.name
+
+
 def num_rows(settings: ServeSettings, scheduler: str) -> int:
     """Sequences in flight at the most under a scheduler of that name."""
     rows = {Fifo.name: settings.batch, Paper.name: 2 * settings.batch}
@@ -98,7 +103,7 @@ def build_scheduler(
 
     Raises ValueError where the scheduler needs a predictor and there is none.
     """
-    name = settings.scheduler or (Fifo.name if top_k is None else Predicted.name)
+    name = settings.scheduler or default_name(predicts=top_k is not None)
     if name == Fifo.name:
         return Scheduler(Fifo(), settings)
     if name == DomainOracle.name:
