@@ -63,6 +63,41 @@ def settle(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
             tl.store(trust + predictor, TRUST_DECAY * before + (1.0 - TRUST_DECAY) * right)
 
 
+@triton.jit
+def give_slots(
+    used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values, before,
+    after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Give each missed expert the slot of lowest value that this call does not need; the slots of
+    all experts then.
+    """
+    experts_E = tl.arange(0, BLOCK_E)
+    missed_rank_E = tl.cumsum(missed_E.to(tl.int32), 0) - 1
+    index_S = tl.arange(0, BLOCK_S)
+    keys_S = tl.load(key_of_slot + index_S, mask=index_S < S, other=FREE)
+    keys_S = tl.where(index_S == dropped_slot, FREE, keys_S)
+    worth_S = slot_values(keys_S, values, before, after, layer, E, RULE).to(tl.float64)
+    own_S = keys_S - layer * E
+    is_own_S = (own_S >= 0) & (own_S < E)
+    asked_S = tl.gather(used_E.to(tl.int32), tl.where(is_own_S, own_S, 0), 0)
+    pinned_S = is_own_S & (asked_S > 0)
+    worth_S = tl.where(pinned_S | (index_S >= S), float("inf"), worth_S)
+    i = 0
+    while i < num_missed:
+        victim = tl.argmin(worth_S, axis=0)
+        expert = tl.sum(tl.where(missed_E & (missed_rank_E == i), experts_E, 0), 0)
+        evicted = tl.sum(tl.where(index_S == victim, keys_S, 0), 0)
+        if evicted >= 0:
+            tl.store(slot_of_key + evicted, FREE)
+        tl.store(slot_of_key + layer * E + expert, victim)
+        tl.store(key_of_slot + victim, layer * E + expert)
+        worth_S = tl.where(index_S == victim, float("inf"), worth_S)
+        slots_E = tl.where(experts_E == expert, victim, slots_E)
+        i += 1
+    return slots_E
+
+
 @triton.jit(do_not_specialize=["layer", "num_pairs", "S"])
 def plan(
     ids, experts_U, slots_U, order_U, counts,
@@ -105,7 +140,6 @@ def plan(
             tl.store(slot_of_key + layer * E + early, FREE)
             tl.store(key_of_slot + dropped_slot, FREE)
     missed_E = used_E & (slots_E == FREE)
-    missed_rank_E = tl.cumsum(missed_E.to(tl.int32), 0) - 1
     num_missed = tl.sum(missed_E.to(tl.int32), 0)
     fetched_E = missed_E
     if PREFETCH:
@@ -114,27 +148,10 @@ def plan(
     num_fetched = tl.sum(fetched_E.to(tl.int32), 0)
 
     if num_missed > 0:
-        index_S = tl.arange(0, BLOCK_S)
-        keys_S = tl.load(key_of_slot + index_S, mask=index_S < S, other=FREE)
-        keys_S = tl.where(index_S == dropped_slot, FREE, keys_S)
-        worth_S = slot_values(keys_S, values, before, after, layer, E, RULE).to(tl.float64)
-        own_S = keys_S - layer * E
-        is_own_S = (own_S >= 0) & (own_S < E)
-        asked_S = tl.gather(used_E.to(tl.int32), tl.where(is_own_S, own_S, 0), 0)
-        pinned_S = is_own_S & (asked_S > 0)
-        worth_S = tl.where(pinned_S | (index_S >= S), float("inf"), worth_S)
-        i = 0
-        while i < num_missed:
-            victim = tl.argmin(worth_S, axis=0)
-            expert = tl.sum(tl.where(missed_E & (missed_rank_E == i), experts_E, 0), 0)
-            evicted = tl.sum(tl.where(index_S == victim, keys_S, 0), 0)
-            if evicted >= 0:
-                tl.store(slot_of_key + evicted, FREE)
-            tl.store(slot_of_key + layer * E + expert, victim)
-            tl.store(key_of_slot + victim, layer * E + expert)
-            worth_S = tl.where(index_S == victim, float("inf"), worth_S)
-            slots_E = tl.where(experts_E == expert, victim, slots_E)
-            i += 1
+        slots_E = give_slots(
+            used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
+            before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
+        )  # fmt: skip
 
     tl.store(experts_U + rank_E, experts_E, mask=used_E)
     tl.store(slots_U + rank_E, slots_E, mask=used_E)
