@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import bound_call, read_call, read_routes
+from routing.layers import bound_call, read_call
 from runtime.cache import FREE
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs, read_inputs
 from runtime.loader import Source
+from runtime.observer import Observer
 from runtime.onnx_file import PredictorFile
 from runtime.policies import Forecast, Policy
 from runtime.pool import Pool
-from runtime.predicted_stack import PredictedStack
 from runtime.recorder import Recorder
 from runtime.stats import Stats
 
@@ -65,14 +65,11 @@ class Engine:
         self._policy = policy
         self._pools = pools
         self._stats = stats
-        self._forecaster = forecaster
         self._gpu = gpu
-        self.recorder = recorder
-        self._stack = None
+        self._observer = None
         if forecaster is not None or recorder is not None:
             stack = source.topology.stack() if forecaster is None else forecaster.file.stack
-            self._stack = PredictedStack(source.layers, stack)
-        self._routes: dict[int, np.ndarray] = {}
+            self._observer = Observer(source.layers, stack, stats, forecaster, recorder, gpu)
         self._inputs: StepInputs | None = None
         self._packed: tuple[Forecast | None] | None = None
         self._step_start = 0.0
@@ -155,7 +152,13 @@ class Engine:
     @property
     def predictor(self) -> PredictorFile | None:
         """The predictor that steps run with, if any."""
-        return None if self._forecaster is None else self._forecaster.file
+        forecaster = None if self._observer is None else self._observer.forecaster
+        return None if forecaster is None else forecaster.file
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What keeps the routes of what runs, if anything does."""
+        return None if self._observer is None else self._observer.recorder
 
     @property
     def device(self) -> torch.device:
@@ -184,11 +187,13 @@ class Engine:
         if self._gpu is not None and self._gpu.slot_of_key is not None:
             tables = [self._gpu.slot_of_key] * len(tables)
         resident_LE = np.array([table.reshape(shape)[i] != FREE for i, table in enumerate(tables)])
-        return resident_LE if self._stack is None else resident_LE[self._stack.rows]
+        return resident_LE if self._observer is None else resident_LE[self._observer.stack.rows]
 
     def tracked(self, routes_TLK: np.ndarray) -> np.ndarray:
         """Of routes of all layers, what `run_packed` would give."""
-        return routes_TLK[:, :0, :0] if self._stack is None else routes_TLK[:, self._stack.rows]
+        if self._observer is None:
+            return routes_TLK[:, :0, :0]
+        return routes_TLK[:, self._observer.stack.rows]
 
     def run_packed(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].
@@ -202,9 +207,9 @@ class Engine:
         finally:
             self._packed = None
         num_tokens = inputs["input_ids"].shape[1]
-        if self._stack is None:
+        if self._observer is None:
             return logits, np.zeros((num_tokens, 0, 0), np.int64)
-        return logits, self._stack.routes(self._routes, num_tokens)
+        return logits, self._observer.routes(num_tokens)
 
     # ------------------------------------------------------------------ attach
 
@@ -251,37 +256,30 @@ class Engine:
 
     def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._step_start = time.perf_counter()
-        self._routes.clear()
         mask_BT = None if self._gpu is None else self._gpu.mask_BT
         self._inputs = read_inputs(self.model, args, kwargs, mask_BT)
         if self._gpu is not None:
             self._gpu.begin_forward()
-        self._policy.begin_step(self._predict(self._inputs))
+        self._policy.begin_step(self._forecast(self._inputs))
 
     def _begin_encoding(self, *_: Any) -> None:
         self._policy.begin_step(None)
 
-    def _predict(self, inputs: StepInputs) -> Forecast | None:
-        if self._forecaster is None or self._stack is None or inputs.token_ids_BT is None:
+    def _forecast(self, inputs: StepInputs) -> Forecast | None:
+        if self._observer is None:
             return None
+        self._observer.begin_step()
         if self._packed is not None:
-            return self._packed[0] and self._stack.spread(self._packed[0])
-        if self._gpu is not None and self._gpu.announce(inputs):
-            return None
-        with self._stats.timer("predict"):
-            batch = len(inputs.token_ids_BT)
-            if inputs.past_length == 0 or batch != self._forecaster.batch_size:
-                self._forecaster.reset(batch)
-            forecast = self._forecaster.forecast(inputs.token_ids_BT, inputs.positions_BT)
-        return self._stack.spread(forecast)
+            return self._packed[0] and self._observer.stack.spread(self._packed[0])
+        return self._observer.predict(inputs)
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
         if self._gpu is not None and self._gpu.is_capturing:
             return self._gpu.run_captured(index, *bound_call(layer, args, kwargs))
         hidden_TH, routes = read_call(layer, args, kwargs)
-        if self._stack is not None:
-            self._routes[index] = read_routes(layer, args, kwargs).experts_TK.cpu().numpy()
+        if self._observer is not None:
+            self._observer.see(index, args, kwargs)
         if self._gpu is not None:
             return self._gpu.run_layer(layer, index, hidden_TH, routes)
         return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
@@ -289,34 +287,11 @@ class Engine:
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None
-        if inputs.token_ids_BT is not None and not self._packed:
-            if self._forecaster is not None:
-                self._learn(self._forecaster, inputs)
-            if self.recorder is not None:
-                self._record(self.recorder, inputs)
+        if self._observer is not None and not self._packed:
+            self._observer.end_step(inputs)
         self._stats.steps += 1
         self._stats.tokens += inputs.num_tokens
         self._stats.seconds["step"] += time.perf_counter() - self._step_start
-
-    def _learn(self, forecaster: Forecaster, inputs: StepInputs) -> None:
-        """Give the predictor the true routes of each sequence's last token, and score it."""
-        assert inputs.token_ids_BT is not None and self._stack is not None
-        batch, length = inputs.token_ids_BT.shape
-        routes_BLK = self._stack.routes(self._routes, batch * length)[length - 1 :: length]
-        if self._gpu is not None and self._gpu.remember(routes_BLK):
-            return
-        forecaster.observe(routes_BLK)
-        if length == 1 and forecaster.this_BLE is not None:
-            self._stats.count_recall(forecaster.this_BLE, routes_BLK)
-
-    def _record(self, recorder: Recorder, inputs: StepInputs) -> None:
-        assert inputs.token_ids_BT is not None and self._stack is not None
-        tokens_BT, rows = inputs.token_ids_BT, slice(self._gpu and self._gpu.num_rows)
-        routes_NLK = self._stack.routes(self._routes, tokens_BT.size)
-        routes_BTLK = routes_NLK.reshape(*tokens_BT.shape, *routes_NLK.shape[1:])
-        recorder.extend(
-            tokens_BT[rows], inputs.positions_BT[rows], inputs.past_length, routes_BTLK[rows]
-        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
