@@ -27,6 +27,7 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
     """
+    from routing.lookahead import GATE
     from routing.topology import topology_of
     from routing.writer import TraceWriter
     from trace.runner import Runner
@@ -42,6 +43,7 @@ def collect(settings: CollectSettings) -> None:
         topology_of(model, tokenizer),
         provenance=settings.provenance(),
         with_weights=settings.weights,
+        lookahead={GATE: settings.lookahead} if settings.lookahead else None,
         shard_tokens=settings.shard_tokens,
     )
     if writer.complete:
@@ -120,7 +122,7 @@ def _traced(
     from trace.batches import WINDOW_BATCHES, batches, windows
     from trace.recorder import Recorder
 
-    with Recorder(runner.model) as recorder:
+    with Recorder(runner.model, lookahead=settings.lookahead) as recorder:
         for window in windows(prompts, WINDOW_BATCHES * settings.batch_tokens):
             finished: dict[int, tuple[Prompt, dict[str, Document]]] = {}
             for batch in batches(window, settings.batch_tokens, answer=settings.generate):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routing.lookahead import GATE, LookAhead
 from routing.shards import GENERATED, PROMPT, Document
 from trace.batches import padded
 from trace.recorder import Record, Recorder
@@ -144,4 +145,7 @@ class Runner:
             phase_T,
             prompt.label,
             record.weights_BTLK[row, span] if self.weights else None,
+            {}
+            if record.ahead is None
+            else {GATE: LookAhead(*(x[row, span] for x in record.ahead))},
         )
