@@ -58,22 +58,39 @@ class Timeline:
         self._num_layers, self._num_experts = shape
         self._slots = slots
         self._resident = np.zeros(shape[0] * shape[1], bool)
+        self._known_LE = np.zeros(shape, np.float32)
         self._early: set[int] = set()
         self._now = self._link_free = 0.0
         self._arriving = NOTHING
         self._misses = 0.5
         self.tally = Tally()
 
-    def step(self, forecast: Forecast | None, calls: Calls) -> None:
-        """Decode one token."""
+    def step(
+        self, forecast: Forecast | None, calls: Calls, ahead_LDE: np.ndarray | None = None
+    ) -> None:
+        """Decode one token.
+
+        `ahead_LDE`: [l, d - 1] are the probabilities of layer l + d's experts that are known once
+        layer l's router input exists, which is when its missing experts are asked for. They take
+        the place of the forecast and of what was said from further off.
+        """
         start = self._now
         self._policy.begin_step(forecast)
+        self._known_LE[:] = 0.0 if forecast is None else forecast.this_LE
         for layer, experts in calls:
-            self._run(layer, experts, forecast)
+            if ahead_LDE is not None:
+                self._reveal(layer, ahead_LDE[layer])
+            self._run(layer, experts)
         self._early.clear()
         self.tally.milliseconds += self._now - start
 
-    def _run(self, layer: int, experts: np.ndarray, forecast: Forecast | None) -> None:
+    def _reveal(self, layer: int, probability_DE: np.ndarray) -> None:
+        for coming, probability_E in enumerate(probability_DE, layer + 1):
+            if coming < self._num_layers:
+                self._known_LE[coming] = probability_E
+                self._policy.reveal(coming, self._known_LE[coming])
+
+    def _run(self, layer: int, experts: np.ndarray) -> None:
         keys = layer * self._num_experts + experts
         self._policy.touch(layer, experts)
         self._settle(keys)
@@ -86,8 +103,8 @@ class Timeline:
                 self._admit(int(key), keys)
         self._misses = 0.95 * self._misses + 0.05 * (len(missing) > 0)
         end = self._now + self._machine.layer_ms
-        if forecast is not None and self._plan != "none":
-            self._prefetch(layer, keys, forecast, end)
+        if self._plan != "none":
+            self._prefetch(layer, keys, end)
         self._now = end
 
     def _settle(self, keys: np.ndarray) -> None:
@@ -109,9 +126,9 @@ class Timeline:
         values[pinned] = np.inf
         return int(values.argmin())
 
-    def _prefetch(self, layer: int, pinned: np.ndarray, forecast: Forecast, end: float) -> None:
+    def _prefetch(self, layer: int, pinned: np.ndarray, end: float) -> None:
         """Fill the link while `layer` computes, with experts of later layers of this step."""
-        probability = forecast.this_LE.reshape(-1).copy()
+        probability = self._known_LE.reshape(-1).copy()
         probability[: (layer + 1) * self._num_experts] = 0.0
         if self._plan == "greedy":  # only the next layer's, as look-ahead prefetchers do
             probability[(layer + 2) * self._num_experts :] = 0.0
