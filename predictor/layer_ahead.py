@@ -116,7 +116,7 @@ def train(model: Any, readers: list[TraceReader], settings: LayerAheadSettings) 
                 optimizer.step()
                 done += len(rows)
                 progress.update(len(rows))
-            progress.set_postfix(loss=f"{float(loss):.4f}")
+            progress.set_postfix(loss=f"{loss.item():.4f}")
     return networks
 
 

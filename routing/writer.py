@@ -128,7 +128,7 @@ class TraceWriter:
     def _write_shard(self, name: str, index: int) -> dict[str, Any]:
         documents = [documents[name] for documents in self._pending]
         data = serialize(
-            self._tensors(documents),
+            {name: np.ascontiguousarray(x) for name, x in self._tensors(documents).items()},
             metadata={
                 "format": "expertflow-trace",
                 "schema": str(SCHEMA),
@@ -178,7 +178,7 @@ def _weights(document: Document) -> np.ndarray:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
-    if not isinstance(old[key], dict):
+    if key != "provenance":
         return f"{key}: {old[key]} there, {new[key]} here"
     keys = sorted(k for k in old[key] | new[key] if old[key].get(k) != new[key].get(k))
     return "; ".join(f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in keys)

@@ -174,13 +174,13 @@ def print_recall_ahead(contenders: Sequence[Contender]) -> None:
 
     depth = max(len(contender.recall_ahead) for contender in contenders)
     rows = [contender for contender in contenders if depth and contender.recall_ahead]
-    table = Table(title="recall of the experts of a coming layer", title_justify="left")
-    table.add_column("layers ahead")
+    table = Table("layers ahead")
     for distance in range(1, depth + 1):
         table.add_column(str(distance), justify="right")
     for row in rows:
         table.add_row(row.name, *(f"{value:.3f}" for value in row.recall_ahead))
     if rows:
+        print("recall of the experts of a coming layer")
         Console(width=120).print(table)
 
 
