@@ -50,7 +50,11 @@ def collect(settings: CollectSettings) -> None:
         print(f"{settings.out} is already complete: {writer.num_documents:,} documents")
         return
     runner = Runner(
-        model, generate=settings.generate, sample=settings.sample, weights=settings.weights
+        model,
+        generate=settings.generate,
+        sample=settings.sample,
+        weights=settings.weights,
+        lookahead=settings.lookahead,
     )
     prompts = tokenize(
         chain([first], texts),
@@ -122,7 +126,7 @@ def _traced(
     from trace.batches import WINDOW_BATCHES, batches, windows
     from trace.recorder import Recorder
 
-    with Recorder(runner.model, lookahead=settings.lookahead) as recorder:
+    with Recorder(runner.model, lookahead=runner.lookahead) as recorder:
         for window in windows(prompts, WINDOW_BATCHES * settings.batch_tokens):
             finished: dict[int, tuple[Prompt, dict[str, Document]]] = {}
             for batch in batches(window, settings.batch_tokens, answer=settings.generate):

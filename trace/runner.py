@@ -34,7 +34,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: Any, *, generate: int = 0, sample: bool = False, weights: bool = False
+        self,
+        model: Any,
+        *,
+        generate: int = 0,
+        sample: bool = False,
+        weights: bool = False,
+        lookahead: int = 0,
     ) -> None:
         self.model = model
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
@@ -46,6 +52,8 @@ class Runner:
         self.generate = generate
         self.sample = sample
         self.weights = weights
+        self.lookahead = lookahead
+        """For the `Recorder`: ask gates of up to this many layers ahead."""
 
     @property
     def _token_config(self) -> Any:
