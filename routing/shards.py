@@ -7,6 +7,7 @@
                                   doc_offsets  int64   [D + 1]     document d is [d] : [d + 1]
                                   doc_labels   int32   [D]         index into the manifest's labels
                                   weights      float16 [T, L, K]   optional
+                                  lookahead.NAME.experts, .scores  optional, see routing.lookahead
     encoder-00000.safetensors     the same, for encoder-decoder models; document d is document d
 
 A shard is written whole, synced and renamed, and only then named by the manifest, which is replaced
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from routing.lookahead import LookAhead, from_tensors
 from routing.topology import NO_EXPERT, Stack, Topology
 
 SCHEMA = 1
@@ -50,6 +52,8 @@ class Document(NamedTuple):
     """The domain or data set the document comes from."""
     weights_TLK: np.ndarray | None = None
     """float16"""
+    lookahead: Mapping[str, LookAhead] = {}
+    """By source, where the trace holds any."""
 
 
 def experts_dtype(num_experts: int) -> type[np.uint8 | np.uint16]:
@@ -120,8 +124,10 @@ class TraceReader:
         self.labels: list[str] = manifest["labels"]
         self.provenance: dict[str, Any] = manifest["provenance"]
         self.complete: bool = manifest["complete"]
+        self.with_weights: bool = manifest["with_weights"]
+        self.lookahead: dict[str, int] = manifest.get("lookahead", {})
         self._shards = [
-            _Shard(self.directory, entry, self.topology, verify=verify)
+            _Shard(self.directory, entry, self.topology, list(self.lookahead), verify=verify)
             for entry in manifest["shards"][stack]
         ]
         self._first_doc = np.cumsum([0] + [len(shard) for shard in self._shards])
@@ -150,18 +156,26 @@ class TraceReader:
 
 class _Shard:
     def __init__(
-        self, directory: Path, entry: Mapping[str, Any], topology: Topology, *, verify: bool
+        self,
+        directory: Path,
+        entry: Mapping[str, Any],
+        topology: Topology,
+        lookahead: list[str],
+        *,
+        verify: bool,
     ) -> None:
         self.path = directory / entry["file"]
         self._check(entry, verify)
         try:
             with safe_open(self.path, framework="pt") as file:
-                self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                self._lookahead = from_tensors(lookahead, tensors)
                 recorded = Topology.from_json(json.loads(file.metadata()["topology"]))
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); trace it again") from error
         topology.require_match(recorded, ours=f"the trace {directory}", theirs=str(self.path))
-        self.offsets: np.ndarray = self["doc_offsets"]
+        self._tensors: dict[str, np.ndarray] = tensors
+        self.offsets = self["doc_offsets"]
         self.lengths = np.diff(self.offsets)
 
     def _check(self, entry: Mapping[str, Any], verify: bool) -> None:
@@ -179,8 +193,7 @@ class _Shard:
             raise ValueError(f"{self.path} does not match its checksum; trace it again")
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array: np.ndarray = self._tensors[name].numpy()
-        return array
+        return self._tensors[name]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -193,6 +206,7 @@ class _Shard:
             self["phase"][span],
             label,
             self["weights"][span] if "weights" in self._tensors else None,
+            {name: LookAhead(*(x[span] for x in ahead)) for name, ahead in self._lookahead.items()},
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import save as serialize
 
+from routing.lookahead import as_tensors
 from routing.shards import MANIFEST, SCHEMA, Document, read_manifest, write_atomically
 from routing.topology import Topology
 
@@ -20,6 +21,7 @@ SHARD_TOKENS = 1 << 20
 class TraceWriter:
     """Appends documents to a trace directory; opening an existing one resumes it.
 
+    `lookahead` says by name which look-aheads every document brings, and how far they look.
     Documents are durable once their shard is written: `num_documents` says how many are. Raises
     ValueError when the directory holds a trace of another model or of other provenance.
     """
@@ -31,6 +33,7 @@ class TraceWriter:
         *,
         provenance: Mapping[str, Any],
         with_weights: bool = False,
+        lookahead: Mapping[str, int] | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory)
@@ -38,14 +41,17 @@ class TraceWriter:
         self.shard_tokens = shard_tokens
         self._pending: list[Mapping[str, Document]] = []
         self._pending_tokens = 0
-        self._manifest = self._open(dict(provenance), with_weights)
+        self._manifest = self._open(dict(provenance), with_weights, dict(lookahead or {}))
 
-    def _open(self, provenance: dict[str, Any], with_weights: bool) -> dict[str, Any]:
+    def _open(
+        self, provenance: dict[str, Any], with_weights: bool, lookahead: dict[str, int]
+    ) -> dict[str, Any]:
         fresh = {
             "schema": SCHEMA,
             "topology": self.topology.to_json(),
             "provenance": json.loads(json.dumps(provenance)),
             "with_weights": with_weights,
+            "lookahead": lookahead,
             "num_documents": 0,
             "complete": False,
             "labels": [],
@@ -57,11 +63,11 @@ class TraceWriter:
                     f"{self.directory} is not empty and holds no trace; name a new one"
                 )
             return fresh
-        manifest = read_manifest(self.directory)
+        manifest = {"lookahead": {}} | read_manifest(self.directory)
         Topology.from_json(manifest["topology"]).require_match(
             self.topology, ours=f"the trace in {self.directory}", theirs="this model"
         )
-        for key in ("provenance", "with_weights"):
+        for key in ("provenance", "with_weights", "lookahead"):
             if manifest[key] != fresh[key]:
                 difference = _difference(manifest, fresh, key)
                 raise ValueError(
@@ -122,7 +128,7 @@ class TraceWriter:
     def _write_shard(self, name: str, index: int) -> dict[str, Any]:
         documents = [documents[name] for documents in self._pending]
         data = serialize(
-            self._tensors(documents),
+            {name: np.ascontiguousarray(x) for name, x in self._tensors(documents).items()},
             metadata={
                 "format": "expertflow-trace",
                 "schema": str(SCHEMA),
@@ -151,6 +157,8 @@ class TraceWriter:
         }
         if self._manifest["with_weights"]:
             tensors["weights"] = np.concatenate([_weights(d) for d in documents])
+        for name in self._manifest["lookahead"]:
+            tensors |= as_tensors(name, [document.lookahead[name] for document in documents])
         return tensors
 
     def _label(self, label: str) -> int:
@@ -170,7 +178,7 @@ def _weights(document: Document) -> np.ndarray:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
-    if not isinstance(old[key], dict):
+    if key != "provenance":
         return f"{key}: {old[key]} there, {new[key]} here"
     keys = sorted(k for k in old[key] | new[key] if old[key].get(k) != new[key].get(k))
     return "; ".join(f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in keys)

@@ -40,8 +40,17 @@ class Contender:
     policy: Callable[[], Policy]
     forecasts: Sequence[Forecast | None]
     """One a token; None from what predicts nothing."""
+    ahead_TLDE: np.ndarray | None = None
+    """Float16; what becomes known of each token's coming layers while it runs, if anything does:
+    see `Timeline.step`."""
     recall_this: float | None = None
     recall_next: float | None = None
+    recall_ahead: tuple[float, ...] = ()
+    """By distance, of what it says at each layer of the layer so far ahead."""
+
+    @property
+    def predicts(self) -> bool:
+        return self.ahead_TLDE is not None or self.forecasts[0] is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,7 @@ class Outcome:
     residency: float
     recall_this: float | None
     recall_next: float | None
+    recall_ahead: tuple[float, ...]
     hit_rate: float
     loads_per_token: float
     ms_per_token: dict[str, float]
@@ -136,12 +146,14 @@ def outcome(
 ) -> Outcome:
     """Run one contender at one cache size under every plan that it can follow."""
     slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
-    plans = PLANS if contender.forecasts[0] is not None else PLANS[:1]
+    plans = PLANS if contender.predicts else PLANS[:1]
+    nothing = [None] * len(steps)
+    aheads = nothing if contender.ahead_TLDE is None else contender.ahead_TLDE
     tallies: dict[str, Tally] = {}
     for plan in plans:
         timeline = Timeline(contender.policy(), shape, slots, machine, plan)
-        for forecast, calls in zip(contender.forecasts, steps, strict=True):
-            timeline.step(forecast, calls)
+        for forecast, calls, ahead in zip(contender.forecasts, steps, aheads, strict=True):
+            timeline.step(forecast, calls, ahead)
         tallies[plan] = timeline.tally
     requests = sum(len(experts) for calls in steps for _, experts in calls)
     priced, count = tallies.get("priced", Tally()), len(steps)
@@ -150,6 +162,7 @@ def outcome(
         residency=residency,
         recall_this=contender.recall_this,
         recall_next=contender.recall_next,
+        recall_ahead=contender.recall_ahead,
         hit_rate=1 - tallies["none"].demanded / requests,
         loads_per_token=tallies["none"].demanded / count,
         ms_per_token={plan: tally.milliseconds / count for plan, tally in tallies.items()},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routing.shards import Document, TraceReader
+from runtime.ahead_contenders import Sample, ahead_contenders, unpredicted, with_recall_ahead
 from runtime.comparison import (
     Contender,
     Outcome,
@@ -21,7 +22,7 @@ from runtime.comparison import (
     without_forecast,
 )
 from runtime.onnx_file import PredictorFile, open_predictor
-from runtime.replay import Step, document_steps, sample_documents
+from runtime.replay import document_steps, sample_documents
 from runtime.rivals import fit_rivals
 from runtime.timeline import Machine
 
@@ -53,9 +54,9 @@ def compare(
     Raises ValueError for a trace or predictor of another model.
     """
     shape = reader.stack.num_layers, reader.stack.num_experts
-    decoded = [_steps(document, shape[1]) for document in documents]
-    contenders = list(_contenders(settings, reader, decoded, shape))
-    calls = [list(step.calls()) for step in decode_steps(decoded)]
+    sample = _sample(documents, shape[1])
+    contenders = list(_contenders(settings, reader, sample, shape))
+    calls = [list(step.calls()) for step in decode_steps(sample.steps)]
     machine = Machine(expert_ms=settings.expert_mb / settings.link_gb_s, layer_ms=settings.layer_ms)
     outcomes, remarks = [], []
     for share in settings.residency:
@@ -63,29 +64,38 @@ def compare(
         print_table(rows, other_replays(calls, shape, share), settings, share)
         remarks += [remark(row) for row in rows if row.saving is not None]
         outcomes += rows
+    print_recall_ahead(contenders)
     return outcomes, remarks
 
 
-def _steps(document: Document, num_experts: int) -> list[Step]:
-    return list(document_steps(document, num_experts, decode_all=True))
+def _sample(documents: Sequence[Document], num_experts: int) -> Sample:
+    steps = [list(document_steps(d, num_experts, decode_all=True)) for d in documents]
+    return Sample(documents, steps)
 
 
 def _contenders(
     settings: SimulateSettings,
     reader: TraceReader,
-    decoded: list[list[Step]],
+    sample: Sample,
     shape: tuple[int, int],
 ) -> Iterator[Contender]:
-    steps = decode_steps(decoded)
+    steps = decode_steps(sample.steps)
     yield from without_forecast(shape, [c for step in steps for c in step.calls()], len(steps))
+    yield unpredicted(reader.stack, len(steps))
+    fit, sources = _fit_sample(settings, reader)
     files = {path.stem: _opened(path, reader) for path in settings.predictors()}
     horizon = next(iter(files.values())).horizon if files else 4
-    for rival in fit_rivals(_fit_documents(settings, reader), shape[1], horizon):
-        forecasts = list(rival_forecasts(rival, decoded, shape[1]))
-        yield predicting(rival.name, forecasts, decoded, shape, horizon)
+    for rival in fit_rivals(fit.steps, shape[1], horizon):
+        forecasts = list(rival_forecasts(rival, sample.steps, shape[1]))
+        yield predicting(rival.name, forecasts, sample.steps, shape, horizon)
+    of_files, used_TLE = {}, sample.used(shape[1])
     for name, file in files.items():
-        forecasts = list(file_forecasts(file, decoded))
-        yield predicting(name, forecasts, decoded, shape, file.horizon)
+        forecasts = list(file_forecasts(file, sample.steps))
+        plain = predicting(name, forecasts, sample.steps, shape, file.horizon)
+        depth = max((reader.lookahead[source] for source in sources), default=0)
+        of_files[name] = file, with_recall_ahead(plain, used_TLE, depth)
+        yield of_files[name][1]
+    yield from ahead_contenders(sources, reader.stack, sample, fit, of_files)
 
 
 def _opened(path: Path, reader: TraceReader) -> PredictorFile:
@@ -96,7 +106,8 @@ def _opened(path: Path, reader: TraceReader) -> PredictorFile:
     return file
 
 
-def _fit_documents(settings: SimulateSettings, reader: TraceReader) -> list[list[Step]]:
+def _fit_sample(settings: SimulateSettings, reader: TraceReader) -> tuple[Sample, list[str]]:
+    """Documents to fit on, and the look-aheads that they and the trace both hold."""
     assert settings.fit_trace is not None
     fit = TraceReader(settings.fit_trace)
     reader.topology.require_match(
@@ -107,7 +118,10 @@ def _fit_documents(settings: SimulateSettings, reader: TraceReader) -> list[list
     chosen = sample_documents(
         fit, max_tokens=settings.fit_tokens, document_tokens=settings.document_tokens
     )
-    return [_steps(document, fit.stack.num_experts) for document in chosen]
+    sources = [name for name in reader.lookahead if name in fit.lookahead]
+    if missing := sorted(reader.lookahead.keys() - fit.lookahead.keys()):
+        print(f"without look-ahead by {', '.join(missing)}: {fit.directory} does not hold it")
+    return _sample(list(chosen), fit.stack.num_experts), sources
 
 
 def print_table(
@@ -151,6 +165,23 @@ def _cells(row: Outcome, expert_mb: float) -> list[str]:
         number(row.wasted * expert_mb if has_plan else None, 1),
         number(row.timely / useful if useful else None, 2),
     ]
+
+
+def print_recall_ahead(contenders: Sequence[Contender]) -> None:
+    """How well each contender knows, at a layer, the experts of the layers 1, 2 ... further on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    depth = max(len(contender.recall_ahead) for contender in contenders)
+    rows = [contender for contender in contenders if depth and contender.recall_ahead]
+    table = Table("layers ahead")
+    for distance in range(1, depth + 1):
+        table.add_column(str(distance), justify="right")
+    for row in rows:
+        table.add_row(row.name, *(f"{value:.3f}" for value in row.recall_ahead))
+    if rows:
+        print("recall of the experts of a coming layer")
+        Console(width=120).print(table)
 
 
 def remark(row: Outcome) -> str:

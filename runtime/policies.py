@@ -51,6 +51,9 @@ class Policy(ABC):
     def revise(self, forecast: Forecast) -> None:  # noqa: B027 - most need nothing
         """A better forecast of the running step."""
 
+    def reveal(self, layer: int, probability_E: np.ndarray) -> None:  # noqa: B027 - most do not ask
+        """A layer still to run in this step will use its experts with these probabilities."""
+
     @abstractmethod
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
@@ -145,6 +148,10 @@ class PredictedReuse(Policy):
     speaks what the cache has seen: q, an exponential mean of the uses over MEMORY, as the chance of
     use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
 
+    Without a forecast q stands for p, and r = q / (1 - (1 - q) * G). What becomes known while the
+    step runs (`reveal`: a look-ahead from a layer's router input) replaces p; it says nothing of
+    later steps, so that r stays.
+
     A common factor g^now drops out of every comparison, so that the values only change where a
     layer runs: two vectors over all keys, before and after, describe a whole step. Admission is a
     comparison in the same vector: a missed expert is worth a slot when its value *after* its layer
@@ -198,6 +205,11 @@ class PredictedReuse(Policy):
             + (1 - far_LE) * (self._beyond * beyond_LE)
         )
         return later_LE
+
+    def reveal(self, layer: int, probability_E: np.ndarray) -> None:
+        now_E = self._layer_discount_L1[layer] * probability_E
+        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
+        self.values[row] = now_E + (1 - probability_E) * self._after_LE[layer]
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
         self._used_LE[layer, experts] += 1.0

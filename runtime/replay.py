@@ -81,4 +81,5 @@ def sample_documents(
             document.experts_TLK[:length],
             document.phase_T[:length],
             document.label,
+            lookahead={name: ahead.cut(length) for name, ahead in document.lookahead.items()},
         )

@@ -56,25 +56,45 @@ class Timeline:
     ) -> None:
         self._policy, self._machine, self._plan = policy, machine, plan
         self._num_layers, self._num_experts = shape
-        self._slots = slots
+        self._free = slots
         self._resident = np.zeros(shape[0] * shape[1], bool)
+        self._evictable = self._resident.copy()
+        self._known_LE = np.zeros(shape, np.float32)
         self._early: set[int] = set()
         self._now = self._link_free = 0.0
         self._arriving = NOTHING
         self._misses = 0.5
         self.tally = Tally()
 
-    def step(self, forecast: Forecast | None, calls: Calls) -> None:
-        """Decode one token."""
+    def step(
+        self, forecast: Forecast | None, calls: Calls, ahead_LDE: np.ndarray | None = None
+    ) -> None:
+        """Decode one token.
+
+        `ahead_LDE`: [l, d - 1] are the probabilities of layer l + d's experts that are known once
+        layer l's router input exists, which is when its missing experts are asked for. They take
+        the place of the forecast and of what was said from further off.
+        """
         start = self._now
         self._policy.begin_step(forecast)
+        self._known_LE[:] = 0.0 if forecast is None else forecast.this_LE
         for layer, experts in calls:
-            self._run(layer, experts, forecast)
+            if ahead_LDE is not None:
+                self._reveal(layer, ahead_LDE[layer])
+            self._run(layer, experts)
         self._early.clear()
         self.tally.milliseconds += self._now - start
 
-    def _run(self, layer: int, experts: np.ndarray, forecast: Forecast | None) -> None:
+    def _reveal(self, layer: int, probability_DE: np.ndarray) -> None:
+        for coming, probability_E in enumerate(probability_DE, layer + 1):
+            if coming < self._num_layers:
+                self._known_LE[coming] = probability_E
+                self._policy.reveal(coming, self._known_LE[coming])
+
+    def _run(self, layer: int, experts: np.ndarray) -> None:
         keys = layer * self._num_experts + experts
+        self._evictable[:] = self._resident
+        self._evictable[keys] = False
         self._policy.touch(layer, experts)
         self._settle(keys)
         missing = keys[~self._resident[keys]]
@@ -83,11 +103,11 @@ class Timeline:
             self._now = self._link_free = ready
             self.tally.demanded += len(missing)
             for key in missing:
-                self._admit(int(key), keys)
+                self._admit(int(key))
         self._misses = 0.95 * self._misses + 0.05 * (len(missing) > 0)
         end = self._now + self._machine.layer_ms
-        if forecast is not None and self._plan != "none":
-            self._prefetch(layer, keys, forecast, end)
+        if self._plan != "none":
+            self._prefetch(layer, end)
         self._now = end
 
     def _settle(self, keys: np.ndarray) -> None:
@@ -99,35 +119,39 @@ class Timeline:
                 self.tally.timely += not late
                 self._now = max(self._now, self._link_free) if late else self._now
 
-    def _admit(self, key: int, pinned: np.ndarray) -> None:
-        if np.count_nonzero(self._resident) >= self._slots:
-            self._resident[self._victim(pinned)] = False
+    def _admit(self, key: int) -> None:
+        if self._free:
+            self._free -= 1
+        else:
+            victim = self._victim()
+            self._resident[victim] = self._evictable[victim] = False
         self._resident[key] = True
 
-    def _victim(self, pinned: np.ndarray) -> int:
-        values = np.where(self._resident, self._policy.values, np.inf)
-        values[pinned] = np.inf
-        return int(values.argmin())
+    def _victim(self) -> int:
+        """The resident of lowest value that the running layer does not need."""
+        residents = self._evictable.nonzero()[0]
+        return int(residents[self._policy.values[residents].argmin()])
 
-    def _prefetch(self, layer: int, pinned: np.ndarray, forecast: Forecast, end: float) -> None:
+    def _prefetch(self, layer: int, end: float) -> None:
         """Fill the link while `layer` computes, with experts of later layers of this step."""
-        probability = forecast.this_LE.reshape(-1).copy()
+        probability = self._known_LE.reshape(-1).copy()
         probability[: (layer + 1) * self._num_experts] = 0.0
         if self._plan == "greedy":  # only the next layer's, as look-ahead prefetchers do
             probability[(layer + 2) * self._num_experts :] = 0.0
         probability[self._resident] = 0.0
         while (idle := end - max(self._now, self._link_free)) > 0:
             key = int(probability.argmax())
-            if probability[key] <= 0.0 or not self._pays(pinned, probability[key], idle):
+            if probability[key] <= 0.0 or not self._pays(probability[key], idle):
                 return
             self._link_free = max(self._now, self._link_free) + self._machine.expert_ms
-            self._admit(key, pinned)
+            self._admit(key)
+            self._evictable[key] = True
             self._early.add(key)
             self._arriving = key
             self.tally.prefetched += 1
             probability[key] = 0.0
 
-    def _pays(self, pinned: np.ndarray, probability: float, idle: float) -> bool:
+    def _pays(self, probability: float, idle: float) -> bool:
         """Is the time that the prefetch saves, if used, worth more than what it costs?
 
         Saved: a transfer, at the probability of use. Paid: the victim's own expected reuse, and the
@@ -136,7 +160,6 @@ class Timeline:
         """
         if self._plan == "greedy":
             return probability > 0.5
-        full = np.count_nonzero(self._resident) >= self._slots
-        lost = self._policy.values[self._victim(pinned)] if full else 0.0
+        lost = 0.0 if self._free else self._policy.values[self._victim()]
         delay = max(self._machine.expert_ms - idle, 0.0) / self._machine.expert_ms
         return bool(probability - lost - delay * self._misses > 0)

@@ -182,8 +182,8 @@ def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     out, arguments = compared
     run(main, SimulateSettings, arguments, prog="python -m runtime.simulate")
     said, rows = capsys.readouterr().out, json.loads(out.read_text())["results"]
-    names = ["lru", "lfu", "least-stale", "belady", "static hot set", "previous token"]
-    names += ["token table", "nearest maps", "ours"]
+    names = ["lru", "lfu", "least-stale", "belady", "uses seen", "static hot set"]
+    names += ["previous token", "token table", "nearest maps", "ours"]
     assert [row["name"] for row in rows] == 2 * names
     assert all(name in said for name in [*names, "lru, one by one", "belady+bypass"])
     assert said.count("prefetch on") + said.count("prefetch off") == 2 * 5

@@ -35,6 +35,7 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
     """
+    from routing.lookahead import GATE
     from routing.topology import topology_of
     from routing.writer import TraceWriter
     from trace.sources import read_texts, tokenize
@@ -49,6 +50,7 @@ def collect(settings: CollectSettings) -> None:
         topology_of(model, tokenizer),
         provenance=settings.provenance(),
         with_weights=settings.weights,
+        lookahead={GATE: settings.lookahead} if settings.lookahead else None,
         shard_tokens=settings.shard_tokens,
     )
     if writer.complete:
@@ -116,7 +118,11 @@ def build_runner(model: Any, settings: CollectSettings) -> Runner:
     from trace.runner import Runner
 
     return Runner(
-        model, generate=settings.generate, sample=settings.sample, weights=settings.weights
+        model,
+        generate=settings.generate,
+        sample=settings.sample,
+        weights=settings.weights,
+        lookahead=settings.lookahead,
     )
 
 
@@ -147,7 +153,7 @@ def _alone(runner: Runner, seed: int) -> Iterator[Run]:
     """Runs batches in this process."""
     from trace.recorder import Recorder
 
-    with Recorder(runner.model) as recorder:
+    with Recorder(runner.model, lookahead=runner.lookahead) as recorder:
         yield lambda batches: (
             (batch, runner.run(recorder, batch, seed=seed + batch[0].number)) for batch in batches
         )

@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from routing.layers import MoELayer, Routes, by_stack, find_moe_layers, read_routes
+from routing.lookahead import LookAhead
 from routing.shards import stored_experts
 from routing.topology import NO_EXPERT
+from trace.early_gates import EarlyGates
 
 
 class Record(NamedTuple):
@@ -27,6 +29,8 @@ class Record(NamedTuple):
     """float16"""
     layers: tuple[str, ...]
     """Names of the L layers."""
+    ahead: LookAhead | None = None
+    """[B, T, L, D, M]: what the gates make of earlier router inputs, where asked for."""
 
     def nan_layer(self, row: int, span: slice) -> str | None:
         """The first layer whose router weights are NaN in `span` of sequence `row`, if any."""
@@ -41,8 +45,9 @@ class Recorder:
     the top-k of the logits are not the experts that run.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, lookahead: int = 0) -> None:
         self._stacks = dict(by_stack(find_moe_layers(model)))
+        self._gates = EarlyGates(model, lookahead) if lookahead else None
         self._calls: dict[str, list[Routes]] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -51,6 +56,8 @@ class Recorder:
             self._calls[layer.name] = []
             hook = self._hook(layer, self._calls[layer.name])
             self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._gates is not None:
+            self._hooks += self._gates.hooks()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,6 +99,7 @@ class Recorder:
             stored_experts(experts_BTLK.cpu().numpy(), num_experts),
             weights_BTLK.cpu().numpy(),
             tuple(layer.name for layer in layers),
+            None if self._gates is None else self._gates.take(layers, batch_size),
         )
 
 

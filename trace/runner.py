@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from routing.lookahead import GATE, LookAhead
 from routing.shards import GENERATED, PROMPT, Document
 from trace.batches import padded
 from trace.recorder import Record, Recorder
@@ -33,7 +34,13 @@ class Runner:
     """
 
     def __init__(
-        self, model: Any, *, generate: int = 0, sample: bool = False, weights: bool = False
+        self,
+        model: Any,
+        *,
+        generate: int = 0,
+        sample: bool = False,
+        weights: bool = False,
+        lookahead: int = 0,
     ) -> None:
         self.model = model
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
@@ -45,6 +52,8 @@ class Runner:
         self.generate = generate
         self.sample = sample
         self.weights = weights
+        self.lookahead = lookahead
+        """For the `Recorder`: ask gates of up to this many layers ahead."""
 
     @property
     def _token_config(self) -> Any:
@@ -144,4 +153,7 @@ class Runner:
             phase_T,
             prompt.label,
             record.weights_BTLK[row, span] if self.weights else None,
+            {}
+            if record.ahead is None
+            else {GATE: LookAhead(*(x[row, span] for x in record.ahead))},
         )

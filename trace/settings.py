@@ -46,6 +46,9 @@ class CollectSettings:
     """Seed of --sample."""
     weights: bool = False
     """Record the router weights (float16) beside the expert ids."""
+    lookahead: int = 0
+    """Record too what the gates of the next 1 to this many MoE layers make of each layer's router
+    input, for `runtime.simulate --all`. Costs 6 bytes an expert used and layer looked ahead."""
     batch_tokens: int = 8192
     """Tokens in a batch, padding included. Lower it when memory runs out."""
     shard_tokens: int = 1 << 18
@@ -66,7 +69,7 @@ class CollectSettings:
         for name in ("max_tokens", "batch_tokens", "shard_tokens", "worker_cpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("generate", "workers"):
+        for name in ("generate", "lookahead", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.max_documents is not None and self.max_documents < 1:
@@ -78,7 +81,15 @@ class CollectSettings:
 
     def provenance(self) -> dict[str, Any]:
         """What decides the contents of the trace; resuming requires the same."""
-        free = {"out", "streaming", "batch_tokens", "shard_tokens", "device", "weights"}
+        free = {
+            "out",
+            "streaming",
+            "batch_tokens",
+            "shard_tokens",
+            "device",
+            "weights",
+            "lookahead",
+        }
         free |= {"workers", "worker_cpus"}
         return {key: value for key, value in asdict(self).items() if key not in free}
 

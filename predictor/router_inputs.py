@@ -1,0 +1,86 @@
+"""The router inputs of every layer of a running model, batch by batch, and never all of them.
+
+L MoE layers, N tokens, H hidden, K experts a token.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from routing.blocks import Block, find_blocks
+from routing.layers import read_routes
+from routing.topology import Topology, topology_of
+
+
+class Routed(NamedTuple):
+    """What the routers of one stack read and chose."""
+
+    hidden_LNH: Tensor
+    """float32"""
+    experts_LNK: Tensor
+    """int64, NO_EXPERT where there is none."""
+
+
+def load_model(name: str, topology: Topology, *, device: str) -> Any:
+    """The model called `name`, in eval mode. Raises ValueError when `topology` is not its own."""
+    from transformers import AutoConfig
+
+    from routing.architecture import model_class
+
+    config = AutoConfig.from_pretrained(name)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model: only decoders are looked ahead in")
+    model = model_class(config).from_pretrained(name, dtype="auto").eval().to(device)
+    topology_of(model).require_match(topology, ours=f"the model {name}", theirs="the trace")
+    return model
+
+
+@torch.no_grad()
+def router_inputs(model: Any, batches: Iterable[Sequence[np.ndarray]]) -> Iterator[Routed]:
+    """Run documents, token ids [T] each, through `model` and yield each batch's real tokens.
+
+    Raises ValueError for architectures whose router inputs cannot be told.
+    """
+    blocks = find_blocks(model)
+    hidden: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_watched(block, hidden, experts))
+        for batch in batches:
+            ids_BT, mask_BT = _padded(batch, model.device)
+            model.base_model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            real_N = mask_BT.flatten().bool()
+            names = [block.layer.name for block in blocks]
+            yield Routed(
+                torch.stack([hidden[name].flatten(0, -2)[real_N].float() for name in names]),
+                torch.stack([experts[name][real_N] for name in names]),
+            )
+
+
+def _watched(block: Block, hidden: dict[str, Tensor], experts: dict[str, Tensor]) -> Any:
+    """Hooks that keep what `block` was last called with; removed at the end of the context."""
+    layer = block.layer
+
+    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden[layer.name] = block.hidden(args, kwargs)
+
+    def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        experts[layer.name] = read_routes(layer, args, kwargs).experts_TK
+
+    stack = ExitStack()
+    for module, hook in ((block.module, enters), (layer.module, routed)):
+        stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    return stack
+
+
+def _padded(batch: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, T], padded on the right."""
+    rows = [torch.from_numpy(ids_T.astype(np.int64)) for ids_T in batch]
+    ids_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask_BT = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids_BT.to(device), mask_BT.to(device)

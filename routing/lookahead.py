@@ -1,0 +1,79 @@
+"""Look-ahead: what the router input of one layer says of the experts of layers to come.
+
+T tokens, L MoE layers, D distances, M experts named. A trace may hold look-aheads of several
+sources by name ("gate": the later layer's own gate applied early; "mlp": networks of
+`predictor.layer_ahead`). In shards each is two tensors, `lookahead.NAME.experts` and `.scores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+import numpy as np
+
+PREFIX = "lookahead"
+GATE, MLP = "gate", "mlp"
+"""The sources that there are."""
+
+
+class LookAhead(NamedTuple):
+    """The predictions of one source for one document.
+
+    Entry [t, l, d - 1] names the experts of layer l + d that token t's router input at layer l
+    predicts, likeliest first. Rows beyond the last layer hold no prediction.
+    """
+
+    experts_TLDM: np.ndarray
+    """uint8 (uint16 above 256 experts), distinct within a row where there is a prediction."""
+    scores_TLDM: np.ndarray
+    """float16, on the source's own logarithmic scale; -inf where there is no prediction."""
+
+    def cut(self, length: int) -> LookAhead:
+        """That of the first `length` tokens."""
+        return LookAhead(self.experts_TLDM[:length], self.scores_TLDM[:length])
+
+    def within(self, depth: int) -> LookAhead:
+        """That of distances up to `depth`."""
+        return LookAhead(self.experts_TLDM[:, :, :depth], self.scores_TLDM[:, :, :depth])
+
+    @classmethod
+    def joined(cls, documents: Sequence[LookAhead]) -> Self:
+        """Documents one after the other."""
+        return cls(*map(np.concatenate, zip(*documents, strict=True)))
+
+
+def num_named(top_k: int, num_experts: int) -> int:
+    """M: twice as many experts as a token uses, so that near misses are on record too."""
+    return min(2 * top_k, num_experts)
+
+
+def as_tensors(name: str, documents: Sequence[LookAhead]) -> dict[str, np.ndarray]:
+    """A shard's tensors of the source `name`."""
+    return {
+        f"{PREFIX}.{name}.{field.removesuffix('_TLDM')}": array
+        for field, array in LookAhead.joined(documents)._asdict().items()
+    }
+
+
+def from_tensors(names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> dict[str, LookAhead]:
+    """Inverse of `as_tensors`, for every source."""
+    return {
+        name: LookAhead(tensors[f"{PREFIX}.{name}.experts"], tensors[f"{PREFIX}.{name}.scores"])
+        for name in names
+    }
+
+
+def recall_ahead(ahead: LookAhead, experts_TLK: np.ndarray) -> list[float]:
+    """By distance: of the experts used, the share among the K named first; mean over the layers.
+
+    experts_TLK: signed, NO_EXPERT where there is none.
+    """
+    recalls = []
+    for distance in range(1, min(ahead.experts_TLDM.shape[2], experts_TLK.shape[1] - 1) + 1):
+        named_TLM = ahead.experts_TLDM[:, :-distance, distance - 1].astype(np.int32)
+        used_TLK = experts_TLK[:, distance:]
+        first_TLK = named_TLM[:, :, : used_TLK.shape[-1]]
+        found_TLK = (used_TLK[..., None] == first_TLK[..., None, :]).any(-1)
+        recalls.append(float((found_TLK.sum((0, 2)) / (used_TLK >= 0).sum((0, 2)).clip(1)).mean()))
+    return recalls
