@@ -1,4 +1,4 @@
-"""How a Qwen3-MoE routes: what its routers chose, how evenly, and how alike from token to token."""
+"""How a model routes: what its routers chose, how evenly, and how alike from token to token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a small Qwen3-MoE from scratch: how `exports/moe-8x32` was made.
+"""Trains a small mixture-of-experts model from scratch: how `exports/moe-8x32` was made.
 
 Two steps, so that the second can run where only the tokens are at hand:
 
@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from exports.architecture import Shape, new_model
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ WARM_UP = 0.02
 """Part of the training in which the learning rate rises."""
 FINAL_RATE = 0.05
 """Learning rate at the end, over the highest."""
+NOT_HIDDEN = ("embed_tokens.weight", "gate.weight")
+"""Matrices that do not lie between hidden states: the embeddings' and the routers'."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Shape):
     """Train a small mixture-of-experts language model."""
 
     text: Path | None = None
@@ -50,18 +53,6 @@ class Settings:
     """Entries of the tokenizer."""
     tokens_per_domain: int = 5_000_000
     """Tokens taken from each domain at most."""
-    hidden_size: int = 128
-    """Width of the residual stream."""
-    num_layers: int = 8
-    """Decoder layers; each has a mixture of experts."""
-    num_heads: int = 4
-    """Attention heads, two to a key/value head."""
-    num_experts: int = 32
-    """Experts a layer."""
-    top_k: int = 4
-    """Experts a token uses in each layer."""
-    expert_size: int = 32
-    """Width of an expert."""
     context: int = 1024
     """Tokens of a training window, and the model's longest input."""
     batch: int = 64
@@ -71,7 +62,10 @@ class Settings:
     minutes: float = 60.0
     """Time to train for: the learning rate falls to its end by this time even if steps are left."""
     learning_rate: float = 3e-3
-    """Highest learning rate of AdamW."""
+    """Highest learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices between hidden states, AdamW for the rest. It learns more from
+    each token, and takes a sixth longer a step on a CPU."""
     balance: float = 0.01
     """Weight of the load-balancing loss."""
     experts: str = "grouped_mm"
@@ -81,6 +75,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse settings that would do nothing."""
+        super().__post_init__()
         if self.text is None and self.tokens is None:
             raise ValueError("nothing to train on: give --text, or --tokens of an earlier run")
         if self.tokens is None and self.out is None:
@@ -128,7 +123,7 @@ def train(settings: Settings, stream: TokenStream, out: Path) -> None:
         raise ValueError(f"only {len(stream.train_N)} tokens to train on: give more text")
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = new_model(settings, stream).to(device)
+    model = untrained_model(settings, stream).to(device)
     tap = RouterTap(model)
     started = time.monotonic()
     history = _fit(model, tap, settings, stream)
@@ -151,33 +146,21 @@ def train(settings: Settings, stream: TokenStream, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def new_model(settings: Settings, stream: TokenStream) -> Any:
-    """A Qwen3-MoE with random float32 weights."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
+def untrained_model(settings: Settings, stream: TokenStream) -> Any:
+    """A model of the shape asked for, with random float32 weights, for the tokens of `stream`."""
     from exports.token_stream import END_OF_TEXT
 
     end = stream.tokenizer.token_to_id(END_OF_TEXT)
-    config = Qwen3MoeConfig(
+    model = new_model(
+        settings,
         vocab_size=stream.tokenizer.get_vocab_size(),
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.expert_size * settings.top_k,
-        moe_intermediate_size=settings.expert_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads // 2,
-        num_experts=settings.num_experts,
-        num_experts_per_tok=settings.top_k,
-        norm_topk_prob=True,
         router_aux_loss_coef=settings.balance,
         max_position_embeddings=settings.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_id=end,
         pad_token_id=end,
     )
-    config._experts_implementation = settings.experts
-    return Qwen3MoeForCausalLM(config)
+    model.config._experts_implementation = settings.experts
+    return model
 
 
 def _hub_tokenizer(stream: TokenStream, context: int) -> Any:
@@ -203,7 +186,7 @@ def _fit(
     from exports.routing_metrics import balance_loss, next_token_loss
 
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, settings)
+    optimizer = new_optimizer(model, settings)
     history, started = [], time.monotonic()
     with bfloat16_experts(model, enabled=device.type == "cuda"):
         for step, windows_BT in enumerate(training_windows(stream, settings, device)):
@@ -241,15 +224,24 @@ def _log(
     return entry
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for."""
     import torch
 
-    parameters = list(model.parameters())
+    from predictor.optimizer import Muon
+
+    rate, decay = settings.learning_rate, 0.1
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    if settings.optimizer == "muon":
+        hidden = [p for name, p in matrices.items() if not name.endswith(NOT_HIDDEN)]
+        others = [p for name, p in matrices.items() if name.endswith(NOT_HIDDEN)]
+        return Muon(hidden, [*others, *vectors], lr=rate, weight_decay=decay)
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
 def rate_at(progress: float) -> float:

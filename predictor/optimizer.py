@@ -19,7 +19,10 @@ ADAM_STEP = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on `matrices`, AdamW on `others`; no weight decay on what has one dimension."""
+    """Muon on `matrices`, AdamW on `others`; no weight decay on what has one dimension.
+
+    A tensor [..., R, C] among the matrices, such as all experts of a layer, is a stack of them.
+    """
 
     MOMENTUM = 0.95
     BETAS = (0.9, 0.98)
@@ -72,7 +75,7 @@ class Muon(torch.optim.Optimizer):
             by_shape[p.shape].append(index)
         for shape, chosen in by_shape.items():
             steps = orthogonal(torch.stack([updates[i] for i in chosen]))
-            scale = -group["lr"] * ADAM_STEP * max(shape) ** 0.5
+            scale = -group["lr"] * ADAM_STEP * max(shape[-2:]) ** 0.5
             torch._foreach_add_([params[i] for i in chosen], list(steps.unbind(0)), alpha=scale)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -89,11 +92,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_NRC: Tensor) -> Tensor:
-    """Each matrix with its singular values moved to about one, by a Newton-Schulz iteration."""
-    tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    """Each matrix with its singular values moved to about one, by a Newton-Schulz iteration.
+
+    N stands for any number of dimensions.
+    """
+    tall = matrices_NRC.shape[-2] > matrices_NRC.shape[-1]
     x = matrices_NRC.mT if tall else matrices_NRC
     x = x.bfloat16() if x.is_cuda else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         gram = x @ x.mT

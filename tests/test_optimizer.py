@@ -58,6 +58,18 @@ def test_orthogonalised_matrices_keep_their_singular_vectors_and_lose_their_scal
     assert (aligned - torch.diag_embed(aligned.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
 
 
+def test_a_stack_of_matrices_steps_as_each_of_them_alone() -> None:
+    torch.manual_seed(0)
+    stack = nn.Parameter(torch.randn(3, 6, 10))
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    stack.grad = torch.randn(3, 6, 10)
+    for p, grad in zip(alone, stack.grad, strict=True):
+        p.grad = grad.clone()
+    Muon([stack], [], lr=0.01, weight_decay=0.1).step()
+    Muon(alone, [], lr=0.01, weight_decay=0.1).step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in alone]))
+
+
 def test_parameters_without_a_gradient_stay() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]

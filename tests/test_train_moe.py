@@ -19,9 +19,17 @@ from exports.routing_metrics import (
     usage_entropy,
 )
 from exports.token_stream import TokenStream, tokenise_folder
-from exports.train_moe import Settings, main, new_model, rate_at, training_windows
+from exports.train_moe import (
+    Settings,
+    main,
+    new_optimizer,
+    rate_at,
+    training_windows,
+    untrained_model,
+)
 from routing.cli import run
 from routing.topology import topology_of
+from tests.tracing import trace
 
 TINY = Settings(
     tokens=Path("."),
@@ -36,6 +44,13 @@ TINY = Settings(
     batch=4,
     steps=6,
 )
+ARCHITECTURES = {
+    "qwen3_moe": TINY,
+    "qwen2_moe": replace(TINY, architecture="qwen2_moe", shared_expert_size=16),
+    "olmoe": replace(TINY, architecture="olmoe", num_experts=6),
+    "switch-style": replace(TINY, architecture="olmoe", top_k=1),
+}
+"""One of every way to weigh and to share experts."""
 
 
 def write_domain(folder, name, documents):
@@ -84,11 +99,78 @@ def test_training_saves_a_model_that_transformers_loads_with_the_topology_asked_
     assert [entry["step"] for entry in record["history"]] == list(range(TINY.steps))
 
 
-def test_training_lowers_the_loss(text, tmp_path):
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_trains_and_is_traced_as_it_was_saved(kind, text, tmp_path):
+    settings = replace(ARCHITECTURES[kind], text=text, tokens=None, out=tmp_path / "model", steps=2)
+    main(settings)
+    documents = trace(tmp_path / "model", text / "sums.txt", tmp_path / "trace")
+    assert len(documents) == 60
+    shape = (settings.num_layers, settings.top_k)
+    assert {document.experts_TLK.shape[1:] for document in documents} == {shape}
+    assert max(int(document.experts_TLK.max()) for document in documents) < settings.num_experts
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert model.config.model_type == settings.architecture
+    tap = RouterTap(model)
+    model(torch.from_numpy(documents[0].token_ids_T[None].astype("int64")))
+    assert len(tap.experts) == settings.num_layers
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["settings"]["architecture"] == settings.architecture
+    assert 0 < min(record["held_out"]["usage_entropy"]) <= 1
+
+
+def test_a_shared_expert_sees_every_token_and_is_no_expert_of_the_topology(text):
+    model = untrained_model(ARCHITECTURES["qwen2_moe"], tokenise(text))
+    rows = []
+    shared = model.model.layers[0].mlp.shared_expert
+    shared.register_forward_hook(lambda _, args, __: rows.append(args[0].numel()))
+    model(torch.arange(12).reshape(2, 6))
+    assert rows == [12 * TINY.hidden_size]
+    assert shared.up_proj.out_features == 16
+    assert topology_of(model).stack().num_experts == TINY.num_experts
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_text_alone_teaches_every_router(kind, text):
+    stream = tokenise(text)
+    model = untrained_model(ARCHITECTURES[kind], stream)
+    windows_BT = next(training_windows(stream, TINY, torch.device("cpu")))
+    next_token_loss(model, RouterTap(model), windows_BT).backward()
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.grad.abs().max() > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"architecture": "qwen2_moe"}, "needs a --shared_expert_size"),
+        ({"shared_expert_size": 8}, "nothing else has one"),
+        ({"top_k": 1}, "take --architecture olmoe"),
+    ],
+)
+def test_a_shape_that_the_architecture_does_not_have_is_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **shape)
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [("adamw", 60), ("muon", 30)])
+def test_training_lowers_the_loss(optimizer, steps, text, tmp_path):
+    settings = replace(TINY, optimizer=optimizer, steps=steps, learning_rate=1e-2)
     out = tmp_path / "model"
-    main(replace(TINY, text=text, tokens=None, out=out, steps=60, learning_rate=1e-2))
+    main(replace(settings, text=text, tokens=None, out=out))
     history = json.loads((out / "training.json").read_text())["history"]
     assert history[-1]["loss"] < history[0]["loss"] - 1
+
+
+def test_muon_moves_every_matrix_but_embeddings_and_routers(text):
+    model = untrained_model(TINY, tokenise(text))
+    groups = new_optimizer(model, replace(TINY, optimizer="muon")).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = {names[id(p)] for group in groups if group["kind"] == "muon" for p in group["params"]}
+    layer = "model.layers.0"
+    assert f"{layer}.mlp.experts.gate_up_proj" in muon
+    assert f"{layer}.self_attn.q_proj.weight" in muon
+    assert not muon & {f"{layer}.mlp.gate.weight", "model.embed_tokens.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
 
 
 def test_text_tokenised_in_one_run_is_trained_on_in_another(text, tmp_path):
@@ -130,7 +212,7 @@ def test_training_windows_are_pieces_of_the_stream(text):
 
 def test_experts_in_bfloat16_leave_float32_weights_with_float32_gradients(text):
     stream = tokenise(text)
-    model = new_model(TINY, stream)
+    model = untrained_model(TINY, stream)
     weight = model.model.layers[0].mlp.experts.down_proj
     windows_BT = next(training_windows(stream, TINY, torch.device("cpu")))
     with bfloat16_experts(model, enabled=True), torch.autocast("cpu", torch.bfloat16):

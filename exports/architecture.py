@@ -1,0 +1,74 @@
+"""The architectures that `exports.train_moe` trains: classes of transformers, no code of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Name = Literal["qwen3_moe", "qwen2_moe", "olmoe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a decoder-only model whose every layer is a mixture of experts."""
+
+    architecture: Name = "qwen3_moe"
+    """`qwen3_moe`: the K weights of a token sum to 1. `qwen2_moe`: besides a shared expert, and the
+    weights are plain softmax probabilities. `olmoe`: plain probabilities too; Switch-style when
+    top_k is 1."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 8
+    """Decoder layers; each has a mixture of experts."""
+    num_heads: int = 4
+    """Attention heads, two to a key/value head."""
+    num_experts: int = 32
+    """Experts a layer."""
+    top_k: int = 4
+    """Experts a token uses in each layer, a shared one not counted."""
+    expert_size: int = 32
+    """Width of an expert."""
+    shared_expert_size: int = 0
+    """Width of the expert that every token uses besides; for qwen2_moe, and only there."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that the architecture does not have, and a router that cannot learn."""
+        if (self.architecture == "qwen2_moe") != (self.shared_expert_size > 0):
+            raise ValueError("qwen2_moe needs a --shared_expert_size, and nothing else has one")
+        if self.top_k == 1 and self.architecture == "qwen3_moe":
+            raise ValueError(
+                "with --top_k 1 the normalised weight of qwen3_moe is always 1, and its routers "
+                "learn nothing from the text: take --architecture olmoe"
+            )
+
+
+def new_model(shape: Shape, **text: Any) -> Any:
+    """A model of `shape` with random float32 weights; `text` goes to its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_heads // 2,
+        "num_experts": shape.num_experts,
+        "num_experts_per_tok": shape.top_k,
+        "norm_topk_prob": shape.architecture == "qwen3_moe",
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+    }
+    config = AutoConfig.for_model(shape.architecture, **sizes, **_widths(shape), **text)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _widths(shape: Shape) -> dict[str, int]:
+    """The widths of the experts, by the names that the architecture has for them."""
+    if shape.architecture == "olmoe":
+        return {"intermediate_size": shape.expert_size}
+    widths = {
+        "moe_intermediate_size": shape.expert_size,
+        "intermediate_size": shape.expert_size * shape.top_k,
+    }
+    if shape.architecture == "qwen2_moe":
+        widths["shared_expert_intermediate_size"] = shape.shared_expert_size
+    return widths
