@@ -25,8 +25,8 @@ class ServeSettings:
     """Prompt tokens that join a step at the most."""
     burst: int | None = None
     """Prompts that predicted admission waits for, until so many rows are free, so that they share
-    a step; fewer where fewer requests wait. By default half of `batch`, or all rows beyond it if
-    those are more. 1 admits each as soon as there is a row.
+    a step; fewer where fewer requests wait. By default 4 (half of `batch` if that is less), or all
+    rows beyond `batch` if those are more. 1 admits each as soon as there is a row.
     """
     lookahead: int = 128
     """Waiting requests that admission chooses from."""
@@ -52,4 +52,4 @@ class ServeSettings:
     @property
     def num_burst(self) -> int:
         """Prompts to admit together, where so many wait."""
-        return self.burst or max(1, self.batch // 2, self.rows - self.batch)
+        return self.burst or max(1, min(4, self.batch // 2), self.rows - self.batch)
