@@ -144,5 +144,5 @@ class Recorder:
 def _open(directory: Path, topology: Topology) -> TraceWriter:
     if not (directory / MANIFEST).exists():
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    provenance = {"recorded": "by runtime.load(record=)"}
+    provenance = {"model": topology.model_type, "recorded": "by runtime.load(record=)"}
     return TraceWriter(directory, topology, provenance=provenance, shard_tokens=SHARD_TOKENS)

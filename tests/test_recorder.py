@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import runtime
+from predictor.data import TraceData
 from routing.layers import find_moe_layers, read_routes
 from routing.shards import GENERATED, PROMPT, Document, TraceReader, signed_experts
 from routing.topology import topology_of
@@ -22,6 +23,8 @@ from tests.fake_cuda import fake_cuda, load_fake
 from tests.onnx_predictor import write_predictor
 from tests.serving import SMALL, prompts
 from tests.tiny import PAD, save_tiny, tiny_model
+from trace.inspect import inspect
+from trace.settings import InspectSettings
 
 
 def truth(model: nn.Module, tokens_T: np.ndarray) -> np.ndarray:
@@ -139,6 +142,20 @@ def test_a_recording_goes_on_in_the_next_run_and_survives_an_exit(tmp_path: Path
     for count in (1, 2):
         subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
         assert len(read(tmp_path / "r")) == count
+
+
+def test_a_recording_is_a_trace_to_inspect_and_to_train_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("olmoe")
+    engine = runtime.load(model, memory=0.5, record=tmp_path / "r").expertflow
+    generate(model, prompts(1, 5, longest=40), max_new_tokens=40, eos_token_id=None)
+    engine.detach()
+    inspect(InspectSettings(directory=str(tmp_path / "r")))
+    assert "recorded" in capsys.readouterr().out
+    data = TraceData(trace=[str(tmp_path / "r")], val_fraction=0.2, test_fraction=0.2)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())) is not None
 
 
 def test_only_the_owner_may_read_a_recording(tmp_path: Path) -> None:
