@@ -24,7 +24,7 @@ from runtime.serving.request import Request
 from runtime.serving.scheduler import Scheduler, build_scheduler
 from runtime.serving.settings import ServeSettings
 from tests.onnx_predictor import write_predictor
-from tests.serving import job, offloaded
+from tests.serving import SMALL, job, offloaded, prompts
 from tests.test_forecaster import TOPOLOGY
 from tests.tiny import tiny_model
 
@@ -90,6 +90,8 @@ def test_nobody_waits_beyond_the_bounds_however_spiteful_the_ordering(
         for _ in range(count):
             waiting.append(job(number, priority=priorities[number % 8]))
             number += 1
+        for one in waiting[len(waiting) - count :]:
+            one.crowd = len(waiting)
         free = options.rows - len(active)
         for admitted in scheduler.admit(waiting, list(active), free, NOTHING):
             waiting.remove(admitted)
@@ -99,9 +101,22 @@ def test_nobody_waits_beyond_the_bounds_however_spiteful_the_ordering(
         for run in chosen:
             active[run] -= 1
         active = {run: left for run, left in active.items() if left}
-        assert all(one.overtaken <= patience + options.rows for one in waiting)
+        most = {one: min(patience, one.crowd) + options.rows for one in waiting}
+        assert all(one.overtaken <= most[one] for one in waiting)
         bound = max_skips + -(-options.rows // batch)
         assert all(one.skipped <= bound for one in active)
+
+
+def test_the_loop_counts_who_waited_when_a_request_came(tmp_path: Path) -> None:
+    with offloaded(tiny_model("olmoe"), tmp_path) as engine:
+        loop = Loop(engine, None, ServeSettings(**SMALL | {"scheduler": "fifo"}))
+        for number, prompt in enumerate(prompts(1, 5)):
+            loop.submit(Request(id=str(number), prompt=prompt, max_tokens=9, ignore_eos=True))
+        loop.step()  # admits three
+        loop.submit(Request(id="late", prompt=[3], max_tokens=2))
+        loop.step()
+        crowds = {one.request.id: one.crowd for one in (*loop.active, *loop.waiting)}
+        assert crowds == dict.fromkeys("01234", 5) | {"late": 3}
 
 
 def test_a_higher_priority_is_served_first() -> None:

@@ -32,6 +32,8 @@ class Job:
         """Row of the key/value cache; -1 while waiting."""
         self.overtaken = 0
         """Later requests that were admitted before this one."""
+        self.crowd = 1
+        """Requests that waited when this one arrived, with itself and those that came with it."""
         self.skipped = 0
         """Steps in a row that ran without this sequence."""
         self.routes: list[np.ndarray] = []

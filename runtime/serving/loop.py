@@ -124,16 +124,21 @@ class Loop:
 
     def _take_inbox(self) -> list[Result]:
         results: list[Result] = []
+        first = self._num_arrived
         while True:
             try:
                 item = self._inbox.get_nowait()
             except Empty:
-                return results
+                break
             if isinstance(item, str):
                 jobs = [job for job in (*self.waiting, *self.active) if job.request.id == item]
                 results += [self._end(job, "cancelled") for job in jobs]
             else:
                 results += self._arrive(item)
+        for job in self.waiting:
+            if job.number >= first:
+                job.crowd = len(self.waiting)
+        return results
 
     def _arrive(self, request: Request) -> list[Result]:
         """Queue a request; a bad one ends here."""

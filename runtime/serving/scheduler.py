@@ -1,8 +1,9 @@
 """Who is admitted and who decodes: an ordering within bounds on waiting and priorities.
 
-Bounds, whatever the ordering and the predictions: of requests that arrived later, at most
-`patience + rows` are admitted before a waiting one; a sequence in flight is passed over in at most
-`max_skips + ceil(rows / batch)` steps in a row.
+Bounds, whatever the ordering and the predictions: of requests that arrived later, at most `patience`,
+or as many as waited when it arrived if those were fewer, and `rows` more are admitted before a
+waiting one; a sequence in flight is passed over in at most `max_skips + ceil(rows / batch)` steps in
+a row.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Scheduler:
     def _admit(
         self, waiting: Sequence[Job], active: Sequence[Job], free: int, missing_K: np.ndarray
     ) -> list[Job]:
-        admitted = [job for job in waiting if job.overtaken >= self._settings.patience][:free]
+        patience = self._settings.patience
+        admitted = [job for job in waiting if job.overtaken >= min(patience, job.crowd)][:free]
         others = [job for job in waiting if job not in admitted]
         if self.ordering.looks_ahead:
             others = [job for job in others if job.outlook is not None]

@@ -13,8 +13,10 @@ class ServeSettings:
 
     scheduler: str | None = None
     """fifo, predicted, paper or domain-oracle; by default predicted with a predictor, else fifo."""
-    batch: int = 8
-    """Sequences that decode together in one step."""
+    batch: int = 32
+    """Sequences that decode together in one step. Where memory is all that bounds it, as many as
+    `rows` take the least time.
+    """
     rows: int = 32
     """Sequences in flight, each with a row of the key/value cache; those beyond `batch` are parked
     between steps, for the scheduler to choose from. fifo uses `batch` of them, paper 2 x `batch`.
@@ -31,7 +33,9 @@ class ServeSettings:
     lookahead: int = 128
     """Waiting requests that admission chooses from."""
     patience: int = 256
-    """Later requests that may be admitted before a waiting one."""
+    """Later requests that may be admitted before a waiting one, where as many waited when it
+    arrived; fewer where fewer did.
+    """
     max_skips: int = 32
     """Steps in a row that a parked sequence may be passed over."""
 
