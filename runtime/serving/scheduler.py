@@ -1,9 +1,9 @@
 """Who is admitted and who decodes: an ordering within bounds on waiting and priorities.
 
-Bounds, whatever the ordering and the predictions: of requests that arrived later, at most `patience`,
-or as many as waited when it arrived if those were fewer, and `rows` more are admitted before a
-waiting one; a sequence in flight is passed over in at most `max_skips + ceil(rows / batch)` steps in
-a row.
+Bounds, whatever the ordering and the predictions: of requests that arrived later, at most
+`patience` (or as many as waited when it arrived, if those were fewer) and `rows` more are admitted
+before a waiting one; a sequence in flight is passed over in at most `max_skips + ceil(rows /
+batch)` steps in a row.
 """
 
 from __future__ import annotations
