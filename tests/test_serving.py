@@ -191,7 +191,8 @@ def test_a_cancelled_request_ends_as_such_wherever_it_is(engine: Engine) -> None
 
 def test_two_thousand_requests_with_cancels_and_misfits_each_end_once(engine: Engine) -> None:
     random = np.random.default_rng(1)
-    loop = Loop(engine, None, ServeSettings(**(SMALL | {"batch": 16, "rows": 32, "chunk": 64})))
+    options = SMALL | {"scheduler": "predicted", "batch": 16, "rows": 32, "chunk": 64}
+    loop = Loop(engine, None, ServeSettings(**options))
     ended: Counter[str] = Counter()
     sent, finishes = 0, Counter[str]()
     while sent < 2000 or not loop.is_idle:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.topology import Layer, Stack
 from runtime.forecaster import Forecaster
 from runtime.onnx_file import open_predictor
 from runtime.serving.bursts import Bursts, StepTimes
@@ -117,6 +118,19 @@ def test_the_loop_counts_who_waited_when_a_request_came(tmp_path: Path) -> None:
         loop.step()
         crowds = {one.request.id: one.crowd for one in (*loop.active, *loop.waiting)}
         assert crowds == dict.fromkeys("01234", 5) | {"late": 3}
+
+
+@pytest.mark.parametrize(("batch", "name"), [(1, "predicted"), (8, "predicted"), (32, "fifo")])
+def test_where_a_step_uses_nearly_every_expert_order_is_left_alone(batch: int, name: str) -> None:
+    layers = tuple(Layer(f"layers.{index}", 64, 8) for index in range(16))
+    options = ServeSettings(batch=batch)
+    scheduler = build_scheduler(
+        options, stack=Stack(name="decoder", layers=layers), seconds_per_load=lambda: 0.0
+    )
+    assert scheduler.ordering.name == name
+    assert (
+        build_scheduler(options, stack=None, seconds_per_load=lambda: 0.0).ordering.name == "fifo"
+    )
 
 
 def test_a_higher_priority_is_served_first() -> None:
@@ -318,7 +332,7 @@ def test_the_domain_oracle_keeps_to_one_domain_while_it_lasts() -> None:
 @pytest.mark.parametrize("name", ["paper", "predicted"])
 def test_a_scheduler_that_needs_predictions_is_refused_without(name: str) -> None:
     with pytest.raises(ValueError, match="needs predictions"):
-        build_scheduler(ServeSettings(scheduler=name), top_k=None, seconds_per_load=lambda: 0.0)
+        build_scheduler(ServeSettings(scheduler=name), stack=None, seconds_per_load=lambda: 0.0)
 
 
 # ---------------------------------------------------------------------- prediction

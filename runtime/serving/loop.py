@@ -45,9 +45,10 @@ class Loop:
         self._intake = Intake(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor
         self._oracle = None if file is None else Oracle(file)
-        top_k = None if file is None else file.stack.top_k
         self.scheduler = build_scheduler(
-            settings, top_k=top_k, seconds_per_load=engine.seconds_per_load
+            settings,
+            stack=None if file is None else file.stack,
+            seconds_per_load=engine.seconds_per_load,
         )
         self._cache = open_rows(engine, settings, self.scheduler.num_rows)
         rows = engine.row_decoder(self._cache)

@@ -34,9 +34,8 @@ class ModelSettings(ServeSettings):
     def load(self, tokenizer: Any = None) -> Engine:
         """The engine, with a key/value cache for these settings. Raises ValueError or OSError."""
         import runtime
-        from runtime.serving.scheduler import default_name, num_rows
+        from runtime.serving.scheduler import num_rows
 
-        name = self.scheduler or default_name(predicts=self.predictor is not None)
         engine: Engine = runtime.load(
             self.model,
             self.predictor,
@@ -45,7 +44,7 @@ class ModelSettings(ServeSettings):
             dtype=self.dtype,
             tokenizer=tokenizer,
             context=self.context,
-            batch=num_rows(self, name),
+            batch=num_rows(self, self.scheduler),
             record=self.record,
         ).expertflow
         return engine

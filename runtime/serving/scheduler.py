@@ -14,11 +14,15 @@ from itertools import groupby
 
 import numpy as np
 
+from routing.topology import Stack
 from runtime.serving.job import Job
 from runtime.serving.ordering import DomainOracle, Fifo, Ordering
 from runtime.serving.paper import Paper
 from runtime.serving.predicted import Predicted
 from runtime.serving.settings import ServeSettings
+
+NEARLY_ALL = 0.9
+"""Share of a layer's experts: a step that uses more has hardly any left to save."""
 
 
 class Scheduler:
@@ -80,14 +84,21 @@ class Scheduler:
         return chosen
 
 
-def default_name(*, predicts: bool) -> str:
-    """The scheduler that is taken where none is named."""
-    return Predicted.name if predicts else Fifo.name
+def default_name(stack: Stack | None, batch: int) -> str:
+    """The scheduler that is taken where none is named.
+
+    Order saves loads where a step leaves experts out: of E experts, `batch` tokens of K each use
+    1 - (1 - K / E) ** batch by chance. Beyond `NEARLY_ALL` it is first come, first served.
+    """
+    if stack is None:
+        return Fifo.name
+    by_chance = 1 - (1 - stack.top_k / stack.num_experts) ** batch
+    return Fifo.name if by_chance > NEARLY_ALL else Predicted.name
 
 
-def num_rows(settings: ServeSettings, scheduler: str) -> int:
-    """Sequences in flight at the most under a scheduler of that name."""
-    rows = {Fifo.name: settings.batch, Paper.name: 2 * settings.batch}
+def num_rows(settings: ServeSettings, scheduler: str | None) -> int:
+    """Sequences in flight at the most under a scheduler of that name, or of whichever is taken."""
+    rows = {Fifo.name: settings.batch, Paper.name: 2 * settings.batch, None: settings.rows}
     return rows.get(scheduler, settings.rows)
 
 
@@ -99,23 +110,23 @@ def by_priority(jobs: Sequence[Job], limit: int) -> Iterator[list[Job]]:
 
 
 def build_scheduler(
-    settings: ServeSettings, *, top_k: int | None, seconds_per_load: Callable[[], float]
+    settings: ServeSettings, *, stack: Stack | None, seconds_per_load: Callable[[], float]
 ) -> Scheduler:
-    """The scheduler that `settings` names. top_k: of the predicted stack, None without predictor.
+    """The scheduler that `settings` names. stack: what is predicted, None without predictor.
 
     Raises ValueError where the scheduler needs a predictor and there is none.
     """
-    name = settings.scheduler or default_name(predicts=top_k is not None)
+    name = settings.scheduler or default_name(stack, settings.batch)
     if name == Fifo.name:
         return Scheduler(Fifo(), settings)
     if name == DomainOracle.name:
         return Scheduler(DomainOracle(), settings)
-    if top_k is None:
+    if stack is None:
         raise ValueError(
             f"scheduler={name!r} needs predictions: load the model with a predictor and the "
             "policy 'predicted', or take scheduler='fifo'"
         )
     if name == Paper.name:
-        return Scheduler(Paper(top_k), settings)
+        return Scheduler(Paper(stack.top_k), settings)
     ordering = Predicted(seconds_per_load, burst=settings.num_burst, batch=settings.batch)
     return Scheduler(ordering, settings)
