@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.lane import Arm, Lane
+from benchmarks.serving_load import ServingLoad
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ SEPARATOR = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingSettings:
+class ServingSettings(ServingLoad):
     """Serve one workload under every scheduler."""
 
     model: Path
@@ -56,26 +57,8 @@ class ServingSettings:
     """What to compare; `fifo` is what the others are compared with."""
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25])
     """Share of all experts that is resident."""
-    requests: int = 504
-    """Prompts, from all domains alike."""
-    prompt_tokens: list[int] = field(default_factory=lambda: [16, 96])
-    """Shortest and longest prompt."""
-    output_tokens: list[int] = field(default_factory=lambda: [8, 32])
-    """Shortest and longest output."""
-    rate: float = 0.0
-    """Poisson arrivals a CPU second; 0 for all at once."""
-    batch: int = 8
-    """Sequences that decode together."""
-    rows: int = 32
-    """Sequences in flight, where the scheduler has a choice."""
-    chunk: int = 512
-    """Prompt tokens that join a step at the most."""
-    lookahead: int = 256
-    """Waiting requests that admission chooses from."""
     dtype: str = "float32"
     """Number format of the model."""
-    seed: int = 0
-    """Of prompts, lengths and arrivals."""
     out: Path | None = None
     """Append the results to this file, one JSON line an arm."""
 
@@ -109,7 +92,6 @@ def lane(
     CPU second is the same whoever else wants the processor.
     """
     import runtime
-    from runtime.serving.settings import ServeSettings
 
     engine = runtime.load(
         settings.model,
@@ -119,15 +101,9 @@ def lane(
         dtype=settings.dtype,
         device="cpu",
     ).expertflow
-    shared = {name: getattr(settings, name) for name in ("batch", "rows", "chunk", "lookahead")}
-    options = ServeSettings(
-        scheduler=arm.scheduler,
-        context=settings.prompt_tokens[1] + settings.output_tokens[1],
-        **(shared | arm.options),
-    )
     return Lane(
-        engine, requests, arm, residency, options, rate=settings.rate, seed=settings.seed,
-        now=time.process_time,
+        engine, requests, arm, residency, settings.serve_settings(arm), rate=settings.rate,
+        seed=settings.seed, now=time.process_time,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.lane import Arm, Lane
+from benchmarks.serving_load import ServingLoad
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
     from benchmarks.subject import Subject
     from runtime.engine import Engine
     from runtime.serving.request import Request
-    from runtime.serving.settings import ServeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuServingSettings:
+class GpuServingSettings(ServingLoad):
     """Serve one workload under several schedulers."""
 
     trace: Path
@@ -47,26 +47,10 @@ class GpuServingSettings:
     """What to compare; `fifo` is what the others are compared with."""
     residency: list[float] = field(default_factory=lambda: [0.25, 0.125])
     """Share of all experts that is resident, where no more rows are used than decode together."""
-    requests: int = 504
-    """Passages of the trace."""
-    prompt_tokens: list[int] = field(default_factory=lambda: [16, 96])
-    """Shortest and longest prompt."""
-    output_tokens: list[int] = field(default_factory=lambda: [8, 32])
-    """Shortest and longest output."""
-    rate: float = 0.0
-    """Poisson arrivals a second; 0 for all at once."""
-    batch: int = 8
-    """Sequences that decode together."""
-    rows: int = 32
-    """Sequences in flight, where the scheduler has a choice."""
-    chunk: int = 512
-    """Prompt tokens that join a step at the most."""
     budget_seconds: float = 400.0
     """No arm begins after so much time."""
     device: str = "cuda"
     """Where the model computes; a CPU for a rehearsal."""
-    seed: int = 0
-    """Of weights, prompts, lengths and arrivals."""
     out: Path | None = None
     """File for the JSON."""
 
@@ -131,7 +115,7 @@ def serve(
     from benchmarks.row_replay import RowReplay
     from runtime.serving.scheduler import num_rows
 
-    options = serve_settings(settings, arm)
+    options = settings.serve_settings(arm)
     rows = num_rows(options, arm.scheduler)
     share = residency + arm.extra - (rows - settings.batch) * row_share(subject, options.context)
     if share <= 0:
@@ -176,7 +160,7 @@ def run_lane(
     from benchmarks.row_replay import ReplayingRunner
 
     lane = Lane(
-        engine, requests, arm, residency, serve_settings(settings, arm), rate=settings.rate,
+        engine, requests, arm, residency, settings.serve_settings(arm), rate=settings.rate,
         seed=settings.seed, now=time.perf_counter,
     )  # fmt: skip
     loop: Any = lane.loop
@@ -185,19 +169,6 @@ def run_lane(
     while not lane.is_done:
         lane.turn()
     return lane
-
-
-def serve_settings(settings: GpuServingSettings, arm: Arm) -> ServeSettings:
-    """How an arm serves."""
-    from runtime.serving.settings import ServeSettings
-
-    shared = {name: getattr(settings, name) for name in ("batch", "rows", "chunk")}
-    return ServeSettings(
-        scheduler=arm.scheduler,
-        context=settings.prompt_tokens[1] + settings.output_tokens[1],
-        lookahead=256,
-        **(shared | arm.options),
-    )
 
 
 def row_share(subject: Subject, context: int) -> float:

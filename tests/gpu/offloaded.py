@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import runtime
+from runtime.cuda.step import Step
 from tests.tiny import PAD, tiny_model
 
 needs_gpu = pytest.mark.skipif(
@@ -102,6 +103,25 @@ def check_slots(model: Any) -> None:
             layer, expert = divmod(key, pool.cache.num_experts)
             record_N = host._on_device(host.layers[layer], expert)
             assert torch.equal(pool.slots_SN[slot], record_N), (layer, expert)
+
+
+def forbid_waiting(patch: pytest.MonkeyPatch) -> list[Step]:
+    """From now on a step that is replayed raises if it waits for the device; those that were."""
+    run, watched = Step.__call__, list[Step]()
+
+    def watch(step: Step) -> None:
+        if step._graph is None:
+            run(step)
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        watched.append(step)
+
+    patch.setattr(Step, "__call__", watch)
+    return watched
 
 
 def allocated() -> int:

@@ -12,13 +12,13 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda.step import Step
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
     NEW,
     PREDICTOR,
     check_slots,
+    forbid_waiting,
     generate,
     generate_with_logits,
     minimum,
@@ -232,20 +232,7 @@ def test_logits_are_as_close_to_float32_as_the_librarys_bfloat16(batch: int) -> 
 
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_a_step_never_waits_for_the_device(prefetch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, watched = Step.__call__, []
-
-    def watch(step: Step) -> None:
-        if step._graph is None:
-            run(step)
-            return
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run(step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        watched.append(step)
-
-    monkeypatch.setattr(Step, "__call__", watch)
+    watched = forbid_waiting(monkeypatch)
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=prefetch) as model:
         generate(model, eos_token_id=NEVER)
         generate(model, 2, eos_token_id=NEVER)
