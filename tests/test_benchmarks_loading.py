@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,27 @@ def test_the_synthetic_checkpoint_is_a_whole_one_of_the_promised_size(folder: Pa
     assert numel * 2 == plan(folder / "hub", 1.0).resident_bytes
 
 
+def allocate_until_seen(peak: Peak) -> None:
+    """50 MB, held until the sampling thread has had its turn."""
+    held = torch.ones(50_000_000, dtype=torch.uint8)
+    deadline = time.monotonic() + 30
+    while peak.most < peak.start + held.nbytes // 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def test_peak_memory_is_what_was_allocated_though_it_is_freed_again() -> None:
     with Peak() as peak:
-        held = torch.ones(50_000_000, dtype=torch.uint8)
-        deadline = time.monotonic() + 30
-        while peak.most < peak.start + held.nbytes // 2 and time.monotonic() < deadline:
-            time.sleep(0.01)  # until the sampling thread has had its turn
-        del held
+        allocate_until_seen(peak)
+    assert 45_000_000 < peak.num_bytes < 200_000_000
+
+
+def test_garbage_from_before_hides_none_of_it() -> None:
+    garbage: list[Any] = [torch.ones(100_000_000, dtype=torch.uint8)]
+    garbage.append(garbage)
+    del garbage
+    with Peak() as peak:
+        gc.collect()
+        allocate_until_seen(peak)
     assert 45_000_000 < peak.num_bytes < 200_000_000
 
 
