@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -25,7 +26,7 @@ class Peak:
     """The most anonymous memory of this process while the block runs, in bytes above its start."""
 
     def __enter__(self) -> Peak:
-        gc.collect()  # garbage freed only during the block would hide as much of what it allocates
+        forget_freed_memory()
         self.start = self.most = anonymous_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -44,6 +45,14 @@ class Peak:
     @property
     def num_bytes(self) -> int:
         return self.most - self.start
+
+
+def forget_freed_memory() -> None:
+    """Hand back what is free: used again, or freed only now, it would hide what is allocated."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone keeps much and has it
+    if trim is not None:
+        trim(0)
 
 
 def anonymous_bytes() -> int:
