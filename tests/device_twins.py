@@ -39,7 +39,7 @@ class Twin:
         given |= {"transposed": False, "has_bias": False, "dtype": torch.float32}
         self.layout = Layout(**(given | layout))
         self.packed = packed
-        self.record = Record(self._specs())
+        self.record = Record(specs_of(self.layout))
         shape = num_layers, num_experts, self.record.units
         self.records = torch.zeros(shape, dtype=torch.int16)
         for view in self.record.views(self.records).values():
@@ -53,14 +53,6 @@ class Twin:
         self.call = ExpertsCall(
             batch, top_k, self.layout, self.record, self.slots_SN, host, self.books
         )
-
-    def _specs(self) -> dict[str, Spec]:
-        shape = self.layout
-        shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * shape.width, shape.hidden)}
-        shapes["down_proj"] = shape.hidden, shape.width
-        if shape.has_bias:
-            shapes |= {"gate_up_proj_bias": (2 * shape.width,), "down_proj_bias": (shape.hidden,)}
-        return {name: Spec(size, shape.dtype) for name, size in shapes.items()}
 
     def _layer(self, records_EN: Tensor) -> LayerRecords:
         nothing = torch.zeros(1, dtype=torch.int32)
@@ -94,6 +86,15 @@ class Twin:
         h = activate(h, self.layout.activation, self.layout.alternating)
         y = parameters["down_proj"][expert] @ h
         return y + parameters["down_proj_bias"][expert] if self.layout.has_bias else y
+
+
+def specs_of(layout: Layout) -> dict[str, Spec]:
+    """The parameters of one expert, as stored."""
+    shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * layout.width, layout.hidden)}
+    shapes["down_proj"] = layout.hidden, layout.width
+    if layout.has_bias:
+        shapes |= {"gate_up_proj_bias": (2 * layout.width,), "down_proj_bias": (layout.hidden,)}
+    return {name: Spec(size, layout.dtype) for name, size in shapes.items()}
 
 
 def routes(rng: np.random.Generator, batch: int, num_experts: int, top_k: int) -> Tensor:

@@ -39,12 +39,17 @@ class Stream:
         pass
 
 
-@contextmanager
-def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """While active, the GPU engine runs on the CPU."""
+def without_streams(patch: pytest.MonkeyPatch) -> None:
+    """Everything happens at once, in the order of the calls."""
     patch.setattr(torch.cuda, "Stream", Stream)
     patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+@contextmanager
+def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While active, the GPU engine runs on the CPU."""
+    without_streams(patch)
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     patch.setattr(pinned.PinnedMemory, "register", lambda self, tensor: None)

@@ -5,12 +5,15 @@ Only `runtime.load` imports it, and only for a CUDA device: Triton is not needed
     gpu         what `Engine` calls
     path        generate: which generations run captured
     loop        generate's decode loop over captured steps
-    decoder     the captured steps: predict, schedule, run, account
+    generation  sequences that go on together: predict, schedule, run, account
+    rows        steps over any rows of the key/value cache: what `engine.serve` decodes with
+    decoder     what both share: books, captured steps, their outcome
     step        one decode step of the model as one CUDA graph
     kv          the key/value cache that all captured steps share
     experts     one layer's experts call, in kernels
     books       the cache's books as device tensors
     oracle      the predictor, beside the steps
+    trial       whether prefetching pays here
     streamed    slots, and experts streamed into them: prefill and whatever is not captured
     grouped     a layer's experts for many tokens
     host        the host tier: every expert in pinned memory, packed

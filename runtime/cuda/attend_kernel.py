@@ -15,7 +15,7 @@ BLOCK = 64
 """Positions at a time."""
 
 
-@triton.jit(do_not_specialize=["CONTEXT"])
+@triton.jit(do_not_specialize=["CONTEXT"], do_not_specialize_on_alignment=["rows", "positions"])
 def _attend(
     query, keys, values, out, rows, positions, sinks, scale, CONTEXT, HEADS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr,

@@ -110,7 +110,10 @@ def fetch_missing(
         at += FETCHERS
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "counts", "prefetched"],
+)
 def gate_up(
     x, h, slots, units, low, high, base, patch_starts, patch_units, patch_bits,
     experts_U, slots_U, order_U, counts, prefetched, progress, num_tokens,
@@ -164,7 +167,10 @@ def gate_up(
     tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
+)
 def down(
     h, y, ids, weights, slots, experts_U, slots_U, counts, num_tokens,
     UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,

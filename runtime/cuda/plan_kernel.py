@@ -98,7 +98,13 @@ def give_slots(
     return slots_E
 
 
-@triton.jit(do_not_specialize=["layer", "num_pairs", "S"])
+@triton.jit(
+    do_not_specialize=["layer", "num_pairs", "S"],
+    do_not_specialize_on_alignment=[
+        "experts_U", "slots_U", "order_U", "counts", "routes", "prefetched", "prefetched_slot",
+        "used_prefetch", "stop",
+    ],
+)  # fmt: skip
 def plan(
     ids, experts_U, slots_U, order_U, counts,
     slot_of_key, key_of_slot, values, before, after, clock,

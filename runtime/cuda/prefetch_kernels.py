@@ -64,7 +64,10 @@ def favourite(chances_E):
     return tl.where(tl.max(chances_E, axis=0) > 0.0, tl.argmax(chances_E, axis=0), -1)
 
 
-@triton.jit(do_not_specialize=["layer", "num_tokens", "S"])
+@triton.jit(
+    do_not_specialize=["layer", "num_tokens", "S"],
+    do_not_specialize_on_alignment=["prefetched", "prefetched_slot", "slots_U", "counts"],
+)
 def pick(
     x, router, bias, forecast, trust, first_choices, prefetched, prefetched_slot,
     slots_U, counts, slot_of_key, key_of_slot, values, before, after,

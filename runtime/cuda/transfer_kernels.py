@@ -55,7 +55,7 @@ def bring(
         tl.store(to + HALF + entry, second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["prefetched", "prefetched_slot", "stop"])
 def fetch(
     slots, low, high, base, patch_starts, patch_units, patch_bits,
     prefetched, prefetched_slot, stop, step, progress,
