@@ -34,7 +34,7 @@ from runtime.cuda import dense
 from runtime.cuda.attend_kernel import attend
 from runtime.cuda.books import Books
 from runtime.cuda.experts import ExpertsCall
-from runtime.cuda.grouped import TILE_ROWS, Products
+from runtime.cuda.grouped import TILES, Products
 from runtime.cuda.host import LayerRecords, _land
 from runtime.cuda.layout import Layout
 from runtime.cuda.record import Record
@@ -183,8 +183,8 @@ class Kernels:
         x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
         order_P = torch.zeros(64 * size.top_k, dtype=torch.int64)
         products = Products(self.record, self.slots_SN, self.layout, x_TH, order_P, size.top_k)
-        for rows in TILE_ROWS:
-            products.run([(0, rows, 0)], rows)
+        for tiles in TILES:
+            products.run([(slice(0, tiles.rows), 0)], tiles)
         products.combined(torch.zeros(64, size.top_k, dtype=torch.bfloat16))
         parts = (
             empty(self.record.units, dtype=torch.uint8),

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from routing.layers import Routes
 from routing.topology import NO_EXPERT
 from runtime.cuda import dense
-from runtime.cuda.grouped import run_grouped, tiles_of
+from runtime.cuda.grouped import run_grouped, table_of
 from runtime.policies import LRU
 from tests.device_twins import Twin, routes
 
@@ -64,7 +64,7 @@ def test_many_tokens_compute_what_float32_does_in_any_order_of_arrival(
 
 
 def test_tiles_cover_every_row_once() -> None:
-    tiles = list(tiles_of([(slice(0, 5), 9), (slice(5, 42), 3), (slice(42, 58), 1)], 16))
+    tiles = table_of([(slice(0, 5), 9), (slice(5, 42), 3), (slice(42, 58), 1)], 16)
     covered = [row for first, count, _ in tiles for row in range(first, first + count)]
     assert covered == list(range(58))
     assert all(count <= 16 for _, count, _ in tiles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,8 +15,41 @@ from runtime.cuda.record import Record
 from runtime.cuda.streamed import StreamedPool
 from runtime.experts import sort_rows
 
-TILE_ROWS = (16, 64, 128)
-"""Rows of a tile: the least that most experts' rows fill."""
+
+class Tile(NamedTuple):
+    """A program's part of a matrix product, and how it is compiled."""
+
+    rows: int
+    columns: int
+    inner: int = 64
+    """Of the summed dimension, at a time."""
+    warps: int = 4
+    stages: int = 3
+    """Loads under way."""
+
+
+class Tiles(NamedTuple):
+    """Of the two products; they share their rows."""
+
+    gate_up: Tile
+    down: Tile
+
+    @property
+    def rows(self) -> int:
+        return self.gate_up.rows
+
+    @staticmethod
+    def of(num_rows: float) -> Tiles:
+        """The least height that so many rows of an expert fill, else the greatest."""
+        return next((tiles for tiles in TILES if num_rows <= tiles.rows), TILES[-1])
+
+
+TILES = (
+    Tiles(Tile(16, 32), Tile(16, 32)),
+    Tiles(Tile(64, 64), Tile(64, 64)),
+    Tiles(Tile(128, 64), Tile(128, 64)),
+)
+"""Ascending."""
 
 
 def run_grouped(
@@ -28,18 +61,19 @@ def run_grouped(
     products = Products(pool.record, pool.slots_SN, layout, hidden_TH, order_P, top_k)
     if sum(span.stop - span.start for span in spans.values()) < len(order_P):
         products.y_PH.zero_()  # some pairs are of no expert
-    mean = len(order_P) / max(len(spans), 1)
-    block = next((rows for rows in TILE_ROWS if mean <= rows), TILE_ROWS[-1])
+    tiles = Tiles.of(len(order_P) / max(len(spans), 1))
     for group in pool.serve_groups(layer, list(spans)):
-        products.run(list(tiles_of([(spans[e], slot) for e, slot in group], block)), block)
+        products.run([(spans[expert], slot) for expert, slot in group], tiles)
     return products.combined(routes.weights_TK)
 
 
-def tiles_of(group: list[tuple[slice, int]], block: int) -> Iterator[tuple[int, int, int]]:
-    """The tile table of some experts' (rows, slot)."""
-    for span, slot in group:
-        for first in range(span.start, span.stop, block):
-            yield first, min(block, span.stop - first), slot
+def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int, int]]:
+    """Of some experts' (rows, slot), each tile's (first row, number of rows, slot)."""
+    return [
+        (first, min(height, span.stop - first), slot)
+        for span, slot in group
+        for first in range(span.start, span.stop, height)
+    ]
 
 
 class Products:
@@ -63,25 +97,34 @@ class Products:
         self._h_PW = x_TH.new_empty(len(order_P), layout.width)
         self.y_PH = x_TH.new_empty(len(order_P), layout.hidden)
 
-    def run(self, tiles: list[tuple[int, int, int]], block: int) -> None:
-        """Run the tiles of one group, of up to `block` rows each."""
+    def run(self, group: list[tuple[slice, int]], tiles: Tiles) -> None:
+        """Run some experts, given as (their rows, slot)."""
+        table = torch.tensor(table_of(group, tiles.rows), dtype=torch.int32)
+        table_N3 = table.to(self._x_TH.device, non_blocking=True)
+        self.run_gate_up(table_N3, tiles.gate_up)
+        self.run_down(table_N3, tiles.down)
+
+    def run_gate_up(self, table_N3: Tensor, tile: Tile) -> None:
+        """The first product, of the tiles in int32 `table_N3` on the device."""
         shape, record = self._layout, self._record
-        table_N3 = torch.tensor(tiles, dtype=torch.int32).to(self._x_TH.device, non_blocking=True)
-        columns = 64 if block > 16 else 32
-        grouped_gate_up[(len(tiles), triton.cdiv(shape.width, columns))](
+        grouped_gate_up[(len(table_N3), triton.cdiv(shape.width, tile.columns))](
             self._x_TH, self._order_P, self._h_PW, self._slots_SN, table_N3,
             UNITS=record.units, UP=record.start("gate_up_proj"),
             UP_BIAS=record.start("gate_up_proj_bias"), H=shape.hidden, W=shape.width, K=self._top_k,
             ACT=ACTIVATIONS.index(shape.activation), ALTERNATING=shape.alternating,
-            HAS_BIAS=shape.has_bias, BLOCK_M=block, BLOCK_N=columns, BLOCK_H=64,
-            num_warps=4, num_stages=3,
+            HAS_BIAS=shape.has_bias, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_H=tile.inner,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        grouped_down[(len(tiles), triton.cdiv(shape.hidden, columns))](
+
+    def run_down(self, table_N3: Tensor, tile: Tile) -> None:
+        """The second product."""
+        shape, record = self._layout, self._record
+        grouped_down[(len(table_N3), triton.cdiv(shape.hidden, tile.columns))](
             self._h_PW, self._order_P, self.y_PH, self._slots_SN, table_N3,
             UNITS=record.units, DOWN=record.start("down_proj"),
             DOWN_BIAS=record.start("down_proj_bias"), H=shape.hidden, W=shape.width,
-            HAS_BIAS=shape.has_bias, BLOCK_M=block, BLOCK_N=columns, BLOCK_W=64,
-            num_warps=4, num_stages=3,
+            HAS_BIAS=shape.has_bias, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_W=tile.inner,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def combined(self, weights_TK: Tensor) -> Tensor:

@@ -1,0 +1,206 @@
+"""What `benchmarks.tiles` times: a layer of experts in slots, and the candidates of its kernels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.shapes import empty_model, shape_named
+from benchmarks.tiles import Timed
+from routing.layers import Routes, find_moe_layers
+from runtime.arena import Spec
+from runtime.cache import ExpertCache
+from runtime.cuda.books import Books
+from runtime.cuda.experts import FETCHERS, Blocks, ExpertsCall
+from runtime.cuda.grouped import Products, Tile, Tiles, table_of
+from runtime.cuda.host import LayerRecords
+from runtime.cuda.layout import Layout, layout_of, stored_specs
+from runtime.cuda.record import Record
+from runtime.experts import sort_rows
+from runtime.policies import LRU
+
+LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
+MIDDLE = [
+    Tile(64, 64), Tile(64, 64, stages=4), Tile(64, 128), Tile(64, 128, warps=8),
+    Tile(64, 64, 128), Tile(32, 64), Tile(32, 128),
+]  # fmt: skip
+HIGH = [
+    Tile(128, 64), Tile(128, 64, warps=8), Tile(128, 128, warps=8), Tile(128, 64, stages=4),
+    Tile(128, 128, 32, warps=8, stages=4), Tile(128, 32), Tile(64, 128, warps=4),
+]  # fmt: skip
+LEAST_BLOCK = 16
+"""What a matrix product takes."""
+
+
+class Bench:
+    """One layer's experts at a model's size, all resident. repeats: launches timed together."""
+
+    def __init__(self, shape: str, device: torch.device, repeats: int) -> None:
+        layer = find_moe_layers(empty_model(shape_named(shape)))[0]
+        parameters = dict(layer.module.named_parameters())
+        specs = {name: Spec(p.shape[1:], p.dtype) for name, p in parameters.items()}
+        layout = layout_of(layer, specs)
+        assert isinstance(layout, Layout)
+        self._layout, self._device, self._repeats = layout, device, repeats
+        self._num_experts, self._top_k = layer.num_experts, layer.top_k
+        self._record = Record(stored_specs(specs, layout))
+        units = self._record.units
+        self._slots_SN = torch.empty(self._num_experts, units, dtype=torch.int16, device=device)
+        for slot_N in self._slots_SN.view(layout.dtype):
+            slot_N.normal_(0, 0.02)
+
+    def _routes(self, num_tokens: int) -> Routes:
+        chances = torch.rand(num_tokens, self._num_experts, device=self._device)
+        experts_TK = chances.topk(self._top_k, -1).indices
+        return Routes(experts_TK, torch.rand(experts_TK.shape, device=self._device))
+
+    def _x(self, num_tokens: int) -> torch.Tensor:
+        shape = num_tokens, self._layout.hidden
+        return torch.randn(shape, device=self._device).to(self._layout.dtype)
+
+    # ------------------------------------------------------------------ prefill
+
+    def prefill(self, num_tokens: int) -> Iterator[Timed]:
+        """The grouped products of a prompt."""
+        routes = self._routes(num_tokens)
+        order_P, spans = sort_rows(routes.experts_TK)
+        x_TH = self._x(num_tokens)
+        products = Products(self._record, self._slots_SN, self._layout, x_TH, order_P, self._top_k)
+        used = Tiles.of(len(order_P) / len(spans))
+        group = [(span, expert) for expert, span in spans.items()]
+        kernels = {
+            "grouped_gate_up": (products.run_gate_up, used.gate_up, 2),
+            "grouped_down": (products.run_down, used.down, 1),
+        }
+        yield from self._torch_grouped(num_tokens, spans)
+        for name, (launch, in_use, matrices) in kernels.items():
+            for tile in self._tiles(used.rows, in_use):
+                table = torch.tensor(table_of(group, tile.rows), dtype=torch.int32)
+                seconds = self._seconds(partial(launch, table.to(self._device), tile))
+                yield self._timed(
+                    name,
+                    num_tokens,
+                    str(tuple(tile)),
+                    tile == in_use,
+                    seconds,
+                    matrices,
+                    len(spans),
+                )
+
+    def _torch_grouped(self, num_tokens: int, spans: dict[int, slice]) -> Iterator[Timed]:
+        """The same products by torch, without activation: what is to be had."""
+        layout, ends = self._layout, [span.stop for span in spans.values()]
+        views = self._record.views(self._slots_SN)
+        ends_E = torch.tensor(ends, dtype=torch.int32, device=self._device)
+        for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
+            weights_ENK = views[name][list(spans)] if len(spans) < len(views[name]) else views[name]
+            x_PK = torch.randn(ends[-1], weights_ENK.shape[-1], device=self._device)
+            launch = partial(torch._grouped_mm, x_PK.to(layout.dtype), weights_ENK.mT, offs=ends_E)
+            yield self._timed(f"torch {name}", num_tokens, "torch._grouped_mm", True,
+                              self._seconds(launch), matrices, len(spans))  # fmt: skip
+
+    def _tiles(self, rows: int, in_use: Tile) -> list[Tile]:
+        near = LOW if rows <= 16 else MIDDLE if rows <= 64 else HIGH
+        return list(dict.fromkeys([in_use, *near]))
+
+    # ------------------------------------------------------------------ decode
+
+    def decode(self, batch: int) -> Iterator[Timed]:
+        """The kernels of one expert call in a captured step."""
+        call, routes, x = self._call(batch), self._routes(batch), self._x(batch)
+        ids, weights = routes.experts_TK, routes.weights_TK
+        call._run_plan(0, ids)
+        num_used = len(ids.unique())
+        in_use = call._blocks
+        kernels: dict[str, tuple[Callable[[], Any], int]] = {
+            "gate_up": (lambda: call._run_gate_up(0, x, FETCHERS), 2),
+            "down": (lambda: call._run_down(0, x, ids, weights), 1),
+        }
+        for name, (launch, matrices) in kernels.items():
+            for blocks in self._blocks(name, in_use):
+                call._blocks = blocks
+                seconds = self._seconds(launch)
+                yield self._timed(
+                    name, batch, _told(name, blocks), blocks == in_use, seconds, matrices, num_used
+                )
+            call._blocks = in_use
+        yield self._timed("plan", batch, "-", True, self._seconds(lambda: call._run_plan(0, ids)),
+                          0, num_used)  # fmt: skip
+
+    def _call(self, batch: int) -> ExpertsCall:
+        experts = self._num_experts
+        books = Books(ExpertCache(1, experts, experts, LRU(1, experts)), 1, self._device)
+        books.upload()
+        books.slot_of_key.copy_(torch.arange(experts))
+        books.key_of_slot.copy_(torch.arange(experts))
+        nothing = torch.zeros(1, dtype=torch.int32, device=self._device)
+        records = LayerRecords(self._slots_SN, nothing, nothing, nothing, nothing, nothing)
+        host: Any = SimpleNamespace(layers=[records], packed=False)
+        return ExpertsCall(
+            batch, self._top_k, self._layout, self._record, self._slots_SN, host, books
+        )
+
+    def _blocks(self, kernel: str, in_use: Blocks) -> list[Blocks]:
+        """Candidates for one kernel, the present one first."""
+        heights = (4, 8, 16) if in_use.padded == 1 else (16, 32, 64)
+        widths = (256, 512, 1024) if in_use.padded == 1 else (64, 128, 256)
+        limit = self._layout.hidden if kernel == "gate_up" else self._layout.width
+        widths = tuple({min(width, triton.next_power_of_2(limit)) for width in widths})
+        names = ("rows", "columns") if kernel == "gate_up" else ("down_rows", "down_columns")
+        found = [in_use]
+        for height, width in product(heights, sorted(widths)):
+            sizes = dict(zip(names, (height, max(width, LEAST_BLOCK)), strict=True))
+            for warps in (4, 8) if width == max(widths) else (4,):
+                found.append(in_use._replace(**sizes, warps=warps))
+        return list(dict.fromkeys(found))
+
+    # ------------------------------------------------------------------ timing
+
+    def _seconds(self, launch: Callable[[], Any]) -> float:
+        """Of one launch; infinite where a program takes more than the GPU has."""
+        try:
+            launch()
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            launch()
+            return time.perf_counter() - start
+        return self._graphed(launch)
+
+    def _graphed(self, launch: Callable[[], Any]) -> float:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(self._repeats):
+                launch()
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self._repeats
+
+    def _timed(
+        self, kernel: str, tokens: int, candidate: str, in_use: bool, seconds: float,
+        matrices: int, num_used: int,
+    ) -> Timed:  # fmt: skip
+        weights = matrices * self._layout.hidden * self._layout.width
+        return Timed(
+            kernel, tokens, candidate, in_use, seconds,
+            num_used * weights * self._layout.dtype.itemsize, 2.0 * tokens * self._top_k * weights,
+        )  # fmt: skip
+
+
+def _told(kernel: str, blocks: Blocks) -> str:
+    if kernel == "gate_up":
+        return str((blocks.rows, blocks.columns, blocks.warps))
+    return str((blocks.down_rows, blocks.down_columns, blocks.warps))
