@@ -1,4 +1,4 @@
-"""benchmarks.tiles, rehearsed with interpreted kernels: every kernel, the present tiles and others."""
+"""benchmarks.tiles, rehearsed by interpreted kernels: each as it is used, and under other tiles."""
 
 from __future__ import annotations
 
