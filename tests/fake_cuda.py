@@ -1,4 +1,5 @@
-"""The GPU engine without a GPU: streams and pinning that do nothing, steps that run uncaptured.
+"""The GPU engine without a GPU: streams and pinning that do nothing, steps that run uncaptured, and
+are traced where they would be compiled.
 
 Everything else is the engine's own: books, kernels (interpreted), records, loop, predictor.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +52,7 @@ def without_streams(patch: pytest.MonkeyPatch) -> None:
 def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """While active, the GPU engine runs on the CPU."""
     without_streams(patch)
+    patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     patch.setattr(torch.cuda, "synchronize", lambda *_: None)
     patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     patch.setattr(pinned.PinnedMemory, "register", lambda self, tensor: None)

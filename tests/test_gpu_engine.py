@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
@@ -58,6 +59,20 @@ def test_tokens_are_stock_whatever_is_resident(model: Any, options: dict[str, An
     engine.check_integrity()
     assert engine.stats().tokens == 9 + NEW - 1
     assert torch.equal(generate(engine.detach()), want)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
+def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
+    """One graph, in which the experts are an operator: nothing falls back to Python."""
+    torch._dynamo.reset()
+    counters.clear()
+    model: Any = tiny_model(kind)
+    want = generate(model)
+    engine = load_fake(model, memory=0.5, compile=True).expertflow
+    assert torch.equal(generate(model), want)
+    assert engine.decode_path == "graph"
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_prefetching_is_tried_in_turns_and_changes_no_tokens(

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
 from routing.topology import topology_of
+from runtime.cuda import trial
 from runtime.cuda.attend_kernel import attend
 from runtime.cuda.rows import RowStep
 from runtime.serving.loop import Loop
@@ -110,6 +112,37 @@ def test_greedy_tokens_are_those_of_each_request_alone(kind: str) -> None:
     served = by_id(engine.serve(asked, **SMALL))
     assert {id: result.token_ids for id, result in served.items()} == alone
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
+def test_steps_compile_whole_and_say_the_same(kind: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model: Any = tiny_model(kind, **({"sliding_window": 5} if kind == "mixtral" else {}))
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, compile=True)
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert counters["stats"]["unique_graphs"] == 2  # one sequence, several
+    assert not counters["graph_break"]
+
+
+def test_prefetching_is_tried_in_turns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(trial, "SETTLING", 0)
+    monkeypatch.setattr(trial, "NEEDED", 3)
+    model: Any = tiny_model("olmoe")
+    asked = requests(3, max_tokens=12)
+    alone = {r.id: greedy(model, r.prompt, 12) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, prefetch="auto")
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert engine.stats().prefetches > 0
+    assert engine.prefetching.startswith(
+        "prefetching is being tried; while serving, prefetching is "
+    )
+    assert engine.prefetching.endswith(" without")
 
 
 @pytest.mark.parametrize("scheduler", ["fifo", "predicted"])

@@ -67,7 +67,6 @@ def attend(
     values_RGCV: Tensor,
     rows_B: Tensor,
     positions_B: Tensor,
-    *,
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,

@@ -131,7 +131,9 @@ class GpuEngine:
         if self.decoder is None:
             return "prefetching is off: no steps are captured"
         if self.decoder.trial is not None:
-            return self.decoder.trial.verdict
+            served = self._rows and self._rows.trial
+            more = f"; while serving, {served.verdict}" if served else ""
+            return self.decoder.trial.verdict + more
         return f"prefetching is {'on' if self.decoder.prefetch else 'off'}, as asked for"
 
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:

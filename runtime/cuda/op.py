@@ -1,12 +1,14 @@
-"""The experts call as one opaque operator, for models whose other operations are compiled."""
+"""Our kernels as opaque operators, for models whose other operations are compiled."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+from runtime.cuda import attend_kernel
 
 if TYPE_CHECKING:
     from runtime.cuda.decoder import Decoder
@@ -24,3 +26,25 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> 
 @experts.register_fake
 def _(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("expertflow::attend", mutates_args=())
+def attend(
+    query_BHD: Tensor,
+    keys_RGCD: Tensor,
+    values_RGCV: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """`attend_kernel.attend`."""
+    return attend_kernel.attend(
+        query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H
+    )
+
+
+@attend.register_fake
+def _(query_BHD: Tensor, keys_RGCD: Tensor, values_RGCV: Tensor, *_: Any) -> Tensor:
+    return query_BHD.new_empty(*query_BHD.shape[:2], values_RGCV.shape[-1])

@@ -20,6 +20,7 @@ from runtime.cuda.attend_kernel import attend
 from runtime.cuda.decoder import Decoder, Flight
 from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.step import Step
+from runtime.cuda.trial import Trial
 from runtime.policies import Forecast
 
 if TYPE_CHECKING:
@@ -44,16 +45,20 @@ class Places:
         """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
         if kwargs.get("softcap") is not None:
             raise ValueError("soft-capped attention is not captured")
-        width = query.shape[-1]
-        return attend(
+        scale = kwargs.get("scaling")
+        run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else attend
+        out_BHV: Tensor = run(
             query[0].transpose(0, 1), key, value, self.rows_T, self.positions_T,
-            scale=width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"],
-            window=kwargs.get("sliding_window"), sinks_H=kwargs.get("s_aux"),
-        )[None]  # fmt: skip
+            query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
+            kwargs.get("s_aux"),
+        )  # fmt: skip
+        return out_BHV[None]
 
 
 class RowStep(Step):
-    """A captured step of `batch` tokens, each of its own sequence. forward: the model's."""
+    """A captured step of `batch` tokens, each of its own sequence. forward: the model's, compiled
+    or not.
+    """
 
     def __init__(
         self,
@@ -110,7 +115,9 @@ class RowDecoder:
 
     def __init__(self, decoder: Decoder, cache: RowCache) -> None:
         self._decoder, self._cache = decoder, cache
-        self._steps: dict[int, RowStep] = {}
+        self._steps: dict[tuple[int, bool], RowStep] = {}
+        self.trial = None if decoder.trial is None else Trial()
+        """Its own: what pays for one sequence need not pay for many."""
 
     def take_on(self, cache: RowCache) -> bool:
         """Go on with the rows of another cache; False where they are not the same memory."""
@@ -133,7 +140,8 @@ class RowDecoder:
     ) -> Run:
         """Enqueue one step: a token of each sequence, with its row and position."""
         start, decoder = time.perf_counter(), self._decoder
-        step = self._step_for(len(tokens))
+        prefetch = decoder.prefetch if self.trial is None else self.trial.prefetches()
+        step = self._step_for(len(tokens), prefetch=prefetch)
         decoder.take_over()
         decoder.policy.begin_step(forecast)
         self._write(forecast)
@@ -152,7 +160,10 @@ class RowDecoder:
         landing = self._decoder.land(run.flight)
         if self._decoder.books.is_table:
             self._decoder.policy.touch_routes(landing.routes_LBK)
-        self._decoder.stats.add_time("step", time.perf_counter() - run.start)
+        seconds = time.perf_counter() - run.start
+        self._decoder.stats.add_time("step", seconds)
+        if self.trial is not None:
+            self.trial.add(run.flight.step.experts.prefetches, seconds)
         logits_BV = run.flight.step.logits_BV
         assert logits_BV is not None
         return logits_BV[: run.flight.num_rows], landing.routes_LBK.swapaxes(0, 1)
@@ -165,16 +176,16 @@ class RowDecoder:
         elif (table := decoder.policy.table()) is not None:
             decoder.books.write_table(*table)
 
-    def _step_for(self, num_rows: int) -> RowStep:
-        bucket = self._decoder.bucket(num_rows)
-        if bucket not in self._steps:
-            self._steps[bucket] = self._build(bucket)
-        return self._steps[bucket]
+    def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
+        key = self._decoder.bucket(num_rows), prefetch
+        if key not in self._steps:
+            self._steps[key] = self._build(*key)
+        return self._steps[key]
 
-    def _build(self, bucket: int) -> RowStep:
+    def _build(self, bucket: int, prefetch: bool) -> RowStep:
         decoder = self._decoder
-        experts = decoder.experts_for(bucket, prefetch=decoder.prefetch)
+        experts = decoder.experts_for(bucket, prefetch=prefetch)
         return RowStep(
-            decoder.model.forward, self._cache, experts, batch=bucket,
+            decoder.forward, self._cache, experts, batch=bucket,
             device=decoder.device, stream=decoder.captures,
         )  # fmt: skip
