@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.recorded_requests import Recorded
-from benchmarks.replay import CHOSEN_LOGIT, router_of
+from benchmarks.replay import router_of
 from routing.layers import find_moe_layers
 from runtime.serving.kv import RowCache
-from runtime.serving.runner import Part, Runner
+from runtime.serving.runner import Part, Ran, Runner
 
 
 class RowReplay:
@@ -87,17 +87,14 @@ class ReplayingRunner:
         self._inner, self._replay = inner, replay
         self.overlaps = inner.overlaps
 
-    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         """As `Runner.run`."""
         for job, _ in parts:
             if job.num_cached == 0:
                 self._replay.place(job.row, job.request.id)
-        logits_NV, routes_TLK = self._inner.run(parts, renew)
-        for logits_V, part in zip(logits_NV, filter(_completes, parts), strict=True):
-            said = part.job.num_cached + part.num_tokens
-            logits_V[self._replay.token(part.job.request.id, said)] = CHOSEN_LOGIT
-        return logits_NV, routes_TLK
+        following, routes_TLK = self._inner.run(parts, renew)
+        said_N = [self._said(part) for part in parts if part.completes]
+        return following._replace(greedy_N=said_N), routes_TLK
 
-
-def _completes(part: Part) -> bool:
-    return part.completes
+    def _said(self, part: Part) -> int:
+        return self._replay.token(part.job.request.id, part.job.num_cached + part.num_tokens)

@@ -165,6 +165,22 @@ def test_predictions_change_no_tokens(scheduler: str, tmp_path: Path) -> None:
     assert engine._gpu.decoder.oracle.failure is None
 
 
+def test_a_sequence_that_becomes_nan_while_it_decodes_ends_alone() -> None:
+    model: Any = tiny_model("olmoe")
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model)
+    broken = alone["1"][0]
+    others = [id for id, said in alone.items() if broken not in said]
+    assert others
+    with torch.no_grad():
+        model.get_input_embeddings().weight[broken] = torch.nan
+    served = by_id(engine.serve(asked, **SMALL))
+    assert served["1"].token_ids == (broken,)
+    assert "logits are NaN" in served["1"].error
+    assert all(served[id].token_ids == alone[id] for id in others)
+
+
 def test_decoding_runs_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     give = RowStep.give

@@ -305,6 +305,19 @@ def test_leaving_the_server_cancels_what_is_in_flight(engine: Engine) -> None:
     assert asyncio.run(main()).finish == "cancelled"
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
+def test_a_sequence_that_becomes_nan_ends_alone_and_says_so(options: dict[str, Any]) -> None:
+    model: Any = tiny_model("olmoe")
+    asked = [Request(id=str(i), prompt=[i + 2, 9], max_tokens=4, **options) for i in range(3)]
+    with offloaded(model) as engine, torch.no_grad():
+        sound = by_id(engine.serve(asked, **SMALL))
+        model.get_input_embeddings().weight[3] = torch.nan
+        served = by_id(engine.serve(asked, **SMALL))
+    assert served["1"].finish == "error"
+    assert "logits are NaN" in served["1"].error
+    assert all(served[id].token_ids == sound[id].token_ids for id in ("0", "2"))
+
+
 def test_when_a_step_fails_every_request_hears_of_it(engine: Engine) -> None:
     async def main() -> tuple[Result, str]:
         async with AsyncServer(engine, **SMALL) as server:

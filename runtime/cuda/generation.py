@@ -15,8 +15,7 @@ from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.kv import SharedCache
 from runtime.cuda.oracle import Job
 from runtime.cuda.step import DecodeStep
-
-NOT_FINITE = "the model's logits are NaN: a weight or an activation is not finite"
+from runtime.next_tokens import NOT_FINITE
 
 
 class Outcome(NamedTuple):

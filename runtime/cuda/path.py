@@ -16,10 +16,11 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from routing.layers import MoELayer
 from runtime.cuda.decoder import Decoder
-from runtime.cuda.generation import NOT_FINITE, Generation
+from runtime.cuda.generation import Generation
 from runtime.cuda.kv import unsupported
 from runtime.cuda.loop import Prompt, decode, takes_over
 from runtime.cuda.step import DecodeStep
+from runtime.next_tokens import NOT_FINITE
 
 
 class CapturedPath:

@@ -21,6 +21,7 @@ from runtime.cuda.decoder import Decoder, Flight
 from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.step import Step
 from runtime.cuda.trial import Trial
+from runtime.next_tokens import NextTokens
 from runtime.policies import Forecast
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ class RowDecoder:
             policy.revise(forecast)
             oracle.board.publish(policy, forecast)
 
-    def land(self, run: Run) -> tuple[Tensor, np.ndarray]:
-        """Wait for a step: logits [B, V], and the routes [B, L, K] of all layers."""
+    def land(self, run: Run) -> tuple[NextTokens, np.ndarray]:
+        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
         landing = self._decoder.land(run.flight)
         if self._decoder.books.is_table:
             self._decoder.policy.touch_routes(landing.routes_LBK)
@@ -166,7 +167,9 @@ class RowDecoder:
             self.trial.add(run.flight.step.experts.prefetches, seconds)
         logits_BV = run.flight.step.logits_BV
         assert logits_BV is not None
-        return logits_BV[: run.flight.num_rows], landing.routes_LBK.swapaxes(0, 1)
+        greedy_B = np.where(np.isnan(landing.best_B), -1, landing.tokens_B).tolist()
+        following = NextTokens(greedy_B, logits_BV[: run.flight.num_rows])
+        return following, landing.routes_LBK.swapaxes(0, 1)
 
     def _write(self, forecast: Forecast | None) -> None:
         """Bring the values on the device up to the step that is about to run."""

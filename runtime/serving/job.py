@@ -71,9 +71,9 @@ class Job:
         if self.history is not None and self.outlook is not None:
             self.history, self.outlook = None, self.outlook.brief()
 
-    def accept(self, logits_V: Any, eos_ids: frozenset[int]) -> Finish | None:
+    def accept(self, greedy: int, logits_V: Any, eos_ids: frozenset[int]) -> Finish | None:
         """Choose the next token; returns how the request ends, if it does."""
-        token_id = self._sampler.choose(logits_V)
+        token_id = self._sampler.choose(greedy, logits_V)
         if self.num_generated == 0:
             self.first_token = time.perf_counter()
         self.token_ids.append(token_id)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from runtime.engine import Engine
 from runtime.inputs import end_tokens
+from runtime.next_tokens import NextTokens
 from runtime.serving.intake import Intake
 from runtime.serving.job import Job
 from runtime.serving.kv import open_rows
@@ -97,8 +98,8 @@ class Loop:
         self._admit(missing_K)
         decoding, prompts = self._decoding(missing_K), self._chunks()
         if parts := [*decoding, *prompts]:
-            logits_NV, routes_TLK = self._runner.run(parts, self._renew)
-            results += self._advance(parts, logits_NV, routes_TLK)
+            following, routes_TLK = self._runner.run(parts, self._renew)
+            results += self._advance(parts, following, routes_TLK)
             self.num_steps += 1
         self.finished.update(result.finish for result in results)
         seconds = time.perf_counter() - start
@@ -200,7 +201,7 @@ class Loop:
     # ------------------------------------------------------------------ account
 
     def _advance(
-        self, parts: Sequence[Part], logits_NV: Tensor, routes_TLK: np.ndarray
+        self, parts: Sequence[Part], following: NextTokens, routes_TLK: np.ndarray
     ) -> list[Result]:
         """Choose the next tokens and predict for them; returns the requests that ended."""
         results, going, at, row = [], [], -1, 0
@@ -212,16 +213,16 @@ class Loop:
                 job.routes.append(routes_TLK[at - part.num_tokens + 1 : at + 1])
             self.num_prefilled += 0 if decoded else part.num_tokens
             if completes:
-                ended = self._choose(job, logits_NV[row])
+                ended = self._choose(job, following.greedy_N[row], following.logits_NV[row])
                 row += 1
                 going += [] if ended else [(job, at)]
                 results += ended
         self._predict([job for job, _ in going], routes_TLK[[at for _, at in going]])
         return results
 
-    def _choose(self, job: Job, logits_V: Tensor) -> list[Result]:
+    def _choose(self, job: Job, greedy: int, logits_V: Tensor) -> list[Result]:
         try:
-            finish = job.accept(logits_V, self._eos_ids)
+            finish = job.accept(greedy, logits_V, self._eos_ids)
         except (
             Exception
         ) as error:  # a streaming callback may fail in any way; only its request ends

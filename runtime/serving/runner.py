@@ -1,4 +1,4 @@
-"""Running a step's parts, and giving back logits and routes.
+"""Running a step's parts, and giving back what comes next, and routes.
 
 Runner          all parts side by side in one forward pass
 CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from runtime.engine import Engine
+from runtime.next_tokens import NextTokens
 from runtime.policies import Forecast
 from runtime.serving.job import Job
 from runtime.serving.kv import Layout, RowCache, Span
@@ -21,6 +21,9 @@ from runtime.serving.outlook import join
 
 if TYPE_CHECKING:
     from runtime.cuda.rows import RowDecoder
+
+
+Ran = tuple[NextTokens, np.ndarray]
 
 
 class Part(NamedTuple):
@@ -44,15 +47,15 @@ class Runner:
     def __init__(self, engine: Engine, cache: RowCache) -> None:
         self._engine, self._cache = engine, cache
 
-    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
-        """Logits [N, V] of the parts that complete, and routes [T, L, K] of all tokens.
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
+        """The next tokens of the parts that complete, and routes [T, L, K] of all tokens.
 
         renew: brings the outlooks of the parts up to date, where `overlaps`.
         """
         return self._pack(parts)
 
     @torch.no_grad()
-    def _pack(self, parts: Sequence[Part]) -> tuple[Tensor, np.ndarray]:
+    def _pack(self, parts: Sequence[Part]) -> Ran:
         device = self._engine.device
         layout = Layout([Span(job.row, job.num_cached, count) for job, count in parts], device)
         tokens = [token for part in parts for token in _tokens(part)]
@@ -67,7 +70,7 @@ class Runner:
                 use_cache=True,
                 logits_to_keep=torch.from_numpy(lasts[completing]).to(device),
             )
-        return logits[0].cpu(), routes_TLK
+        return NextTokens.of(logits[0]), routes_TLK
 
 
 class CapturedRunner(Runner):
@@ -79,20 +82,20 @@ class CapturedRunner(Runner):
         super().__init__(engine, cache)
         self._rows = rows
 
-    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         decoding = [part for part in parts if part.job.is_ready]
         if not decoding or not self._rows.fits(len(decoding)):
             renew()
             return self._pack(parts)
-        logits_NV, routes_TLK = self._decode([part.job for part in decoding], renew)
+        decoded, routes_TLK = self._decode([part.job for part in decoding], renew)
         prompts = parts[len(decoding) :]
         if not prompts:
-            return logits_NV, routes_TLK
-        logits_MV, prompt_routes = self._pack(prompts)
-        return torch.cat([logits_NV, logits_MV]), np.concatenate([routes_TLK, prompt_routes])
+            return decoded, routes_TLK
+        begun, prompt_routes = self._pack(prompts)
+        return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
 
     @torch.no_grad()
-    def _decode(self, jobs: Sequence[Job], renew: Callable[[], None]) -> tuple[Tensor, np.ndarray]:
+    def _decode(self, jobs: Sequence[Job], renew: Callable[[], None]) -> Ran:
         parts = [Part(job, 1) for job in jobs]
         run = self._rows.launch(
             [job.token_ids[-1] for job in jobs],
@@ -102,8 +105,8 @@ class CapturedRunner(Runner):
         )
         renew()
         self._rows.revise(_forecast(parts))
-        logits_NV, routes_NLK = self._rows.land(run)
-        return logits_NV.cpu(), self._engine.tracked(routes_NLK)
+        following, routes_NLK = self._rows.land(run)
+        return following, self._engine.tracked(routes_NLK)
 
 
 def _tokens(part: Part) -> list[int]:

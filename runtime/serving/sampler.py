@@ -13,6 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from runtime.next_tokens import NOT_FINITE
 from runtime.serving.request import Logprob, Request
 
 
@@ -34,10 +35,15 @@ class Sampler:
         if request.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(request.top_p))
 
-    def choose(self, logits_V: Tensor) -> int:
-        """A token id. logits_V: float [V]."""
+    def choose(self, greedy: int, logits_V: Tensor) -> int:
+        """A token id. greedy: the most likely, -1 for none. logits_V: float [V].
+
+        Raises FloatingPointError when there is none.
+        """
+        if greedy < 0:
+            raise FloatingPointError(NOT_FINITE)
         if self.greedy:
-            return int(logits_V.argmax())
+            return greedy
         seen: Any = torch.empty(1, 0, dtype=torch.int64)  # which none of the warpers looks at
         scores_1V: Any = self._warpers(seen, logits_V[None].float().cpu())
         return int(torch.multinomial(scores_1V.softmax(-1)[0], 1, generator=self._random))
