@@ -14,7 +14,9 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from routing.topology import topology_of
+from tests.onnx_predictor import write_predictor
+from tests.tiny import save_tiny, tiny_model
 from tests.tracing import TEXTS, write_texts
 
 torch.set_num_threads(1)
@@ -36,6 +38,20 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         return made[kind]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_predictor(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_predictor(kind)`: a predictor of that tiny model, made once a session."""
+    made: dict[str, Path] = {}
+
+    def path(kind: str) -> Path:
+        if kind not in made:
+            target = tmp_path_factory.mktemp("predictor") / "predictor.onnx"
+            made[kind] = write_predictor(target, topology_of(tiny_model(kind)))
+        return made[kind]
+
+    return path
 
 
 @pytest.fixture
