@@ -75,6 +75,20 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     assert not counters["graph_break"]
 
 
+def test_belady_replays_what_was_recorded_with_fewer_loads(model: Any, tmp_path: Path) -> None:
+    want = generate(model, max_new_tokens=9)
+    recording = load_fake(model, memory=0.25, record=tmp_path / "routes").expertflow
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    recording.detach()
+    replaying = load_fake(
+        model, memory=0.25, policy="belady", replay=tmp_path / "routes"
+    ).expertflow
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    assert replaying.decode_path == "graph"
+    assert replaying.stats().misses < recording.stats().misses
+    replaying.check_integrity()
+
+
 def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
+from runtime.cuda import trial
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
@@ -225,6 +227,35 @@ def test_logits_are_as_close_to_float32_as_the_librarys_bfloat16(batch: int) -> 
     ours = relative_errors(ours_BNV, exact_BNV).median()
     theirs = relative_errors(theirs_BNV, exact_BNV).median()
     assert ours <= 1.1 * theirs, f"ours {ours:.2e}, transformers' {theirs:.2e}"
+
+
+def test_compiled_steps_say_the_same() -> None:
+    with offloaded(tiny_model("olmoe"), compile=True) as model:
+        for batch in (1, 3):
+            assert torch.equal(generate(model, batch), stock_tokens("olmoe", batch))
+        assert model.expertflow.decode_path == "graph"
+
+
+def test_prefetching_is_tried_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TURN", 4)
+    monkeypatch.setattr(trial, "SETTLING", 1)
+    monkeypatch.setattr(trial, "NEEDED", 6)
+    with offloaded(tiny_model("olmoe"), prefetch="auto") as model:
+        for _ in range(3):
+            assert torch.equal(generate(model), stock_tokens("olmoe", 1))
+        assert "ms a step with it" in model.expertflow.prefetching
+        check_slots(model)
+
+
+def test_belady_replays_what_was_recorded_with_fewer_loads(tmp_path: Path) -> None:
+    misses = []
+    recorded = tmp_path / "routes"
+    for options in ({"record": recorded}, {"policy": "belady", "replay": recorded}):
+        with offloaded(tiny_model("olmoe"), **options) as model:
+            assert torch.equal(generate(model), stock_tokens("olmoe", 1))
+            assert model.expertflow.decode_path == "graph"
+            misses.append(model.expertflow.stats().misses)
+    assert misses[1] < misses[0]
 
 
 # ---------------------------------------------------------------------- inside a step

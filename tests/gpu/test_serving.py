@@ -60,9 +60,18 @@ def test_greedy_tokens_are_those_of_each_request_alone(kind: str, memory: float)
         check_slots(model)
 
 
+def test_compiled_steps_say_the_same() -> None:
+    model: Any = tiny_model("olmoe")
+    asked = requests(5)
+    want = alone(model, asked)
+    with offloaded(model, memory=0.5, batch=8, compile=True) as model:
+        served = by_id(model.expertflow.serve(asked, **SETTINGS))
+        assert {id: result.token_ids for id, result in served.items()} == want
+
+
 @pytest.mark.parametrize("scheduler", ["fifo", "predicted", "paper"])
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_serving_with_a_predictor_ends_every_request(scheduler: str, prefetch: bool) -> None:
+@pytest.mark.parametrize("prefetch", [False, True, "auto"])
+def test_serving_with_a_predictor_ends_every_request(scheduler: str, prefetch: bool | str) -> None:
     asked = requests(24)
     with offloaded(MOE_8X32, predictor=PREDICTOR, batch=16, prefetch=prefetch) as model:
         served = by_id(model.expertflow.serve(asked, scheduler=scheduler, **SETTINGS))
