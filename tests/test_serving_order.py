@@ -205,6 +205,27 @@ def test_choosing_rests_where_it_costs_more_than_it_saves_and_is_tried_again() -
     assert [payoff.rests() for _ in range(Payoff.REST + 1)] == [True] * Payoff.REST + [False]
 
 
+def choose(payoff: Payoff, *, gained: float) -> None:
+    """A window of choices that gain so much for each second they take."""
+    for _ in range(Payoff.WINDOW):
+        payoff.add(saved_loads=gained, seconds=1.0)
+
+
+def test_one_window_that_nearly_paid_is_no_reason_to_rest_two_in_a_row_are() -> None:
+    payoff = Payoff(lambda: 1.0)
+    for gained, rests in ((0.9, False), (1.1, False), (0.9, False), (0.9, True)):
+        choose(payoff, gained=gained)
+        assert payoff.resting is rests
+
+
+def test_rests_grow_until_choosing_pays_again() -> None:
+    payoff, lengths = Payoff(lambda: 1.0), []
+    for gained in (0.1, 0.1, 0.1, 0.1, 0.1, 2.0, 0.1):
+        choose(payoff, gained=gained)
+        lengths.append(sum(iter(payoff.rests, False)))
+    assert lengths == [64, 128, 256, 512, 512, 0, 64]
+
+
 def test_choosing_goes_on_where_it_pays() -> None:
     payoff = Payoff(lambda: 1e-3)
     for _ in range(5 * Payoff.WINDOW):

@@ -41,8 +41,8 @@ class Bursts:
     """Holds admission back until `size` rows are free, or as many as requests wait.
 
     An empty place of a decode step costs its share of what a step takes however few are in it; a
-    burst saves the loads that its prompts have in common. Where the one outweighs the other over
-    `WINDOW` bursts, nobody is held back for `Payoff.REST` steps.
+    burst saves the loads that its prompts have in common. Where the one outweighs the other,
+    judged by `WINDOW` bursts as `Payoff` does, nobody is held back for a while.
     """
 
     WINDOW = 8

@@ -10,17 +10,19 @@ import numpy as np
 class Payoff:
     """Compares the time that choices take with the time of the loads they save.
 
-    saved loads (expected, against first come first served) x measured seconds of one load. Where
-    that does not cover the choosing over `window` choices, choosing rests for `REST` steps and is
-    then tried again. With everything resident nothing is saved, so it rests.
+    saved loads (expected, against first come first served) x measured seconds of one load, over
+    `window` choices. Where that is not half of what the choosing took, or less than all of it twice
+    in a row (times are noisy), choosing rests: `REST` steps, then twice as long each time until it
+    pays, `LONGEST` at the most. With everything resident nothing is saved, so it rests.
     """
 
     WINDOW = 32
-    REST = 512
+    REST, LONGEST = 64, 512
 
     def __init__(self, seconds_per_load: Callable[[], float], window: int = WINDOW) -> None:
         self._seconds_per_load, self._window = seconds_per_load, window
-        self._choices, self._rest = 0, 0
+        self._choices, self._losses = 0, 0
+        self._rest, self._next_rest = 0, self.REST
         self._saved, self._spent = 0.0, 0.0
         self.times_rested = 0
 
@@ -41,10 +43,18 @@ class Payoff:
         self._spent += seconds
         self._choices += 1
         if self._choices == self._window:
-            if self._saved * self._seconds_per_load() <= self._spent:
-                self._rest = self.REST
-                self.times_rested += 1
+            self._judge(self._saved * self._seconds_per_load())
             self._choices, self._saved, self._spent = 0, 0.0, 0.0
+
+    def _judge(self, gained: float) -> None:
+        if gained > self._spent:
+            self._losses, self._next_rest = 0, self.REST
+            return
+        self._losses += 1
+        if self._losses == 2 or gained <= self._spent / 2:
+            self._rest, self._losses = self._next_rest, 0
+            self._next_rest = min(2 * self._next_rest, self.LONGEST)
+            self.times_rested += 1
 
 
 def expected_loads(unused_NK: np.ndarray, weight_K: np.ndarray) -> float:
