@@ -130,7 +130,9 @@ def _unused(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
 
     NaN counts as unused: whatever a predictor says, its values must compare.
     """
-    log_unused = -np.logaddexp(0.0, logits_BTLE)
-    log_unused[~valid_BT] = 0.0
-    unused: np.ndarray = np.exp(np.nan_to_num(log_unused.sum((0, 1))))
+    with np.errstate(over="ignore"):  # surely used: 1 / inf
+        unused_BTLE = 1 / (1 + np.exp(logits_BTLE))
+    unused_BTLE[~valid_BT] = 1.0
+    unused_BTLE[np.isnan(unused_BTLE)] = 1.0
+    unused: np.ndarray = unused_BTLE.prod((0, 1))
     return unused
