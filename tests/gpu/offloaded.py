@@ -52,17 +52,17 @@ def minimum(top_k: int, num_experts: int) -> float:
     return top_k / num_experts
 
 
-def prompts(batch: int, length: int = 12) -> dict[str, Tensor]:
+def prompts(batch: int, length: int = 12, seed: int = 1) -> dict[str, Tensor]:
     """Random token ids and mask, on the CPU; each row but the first padded at the left."""
-    ids_BT = torch.randint(2, 256, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids_BT = torch.randint(2, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
     padding_B1 = (torch.arange(batch) * 2 % (length - 2))[:, None]
     mask_BT = (torch.arange(length) >= padding_B1).long()
     return {"input_ids": ids_BT.masked_fill(mask_BT == 0, PAD), "attention_mask": mask_BT}
 
 
-def generate(model: Any, batch: int = 1, **options: Any) -> Any:
+def generate(model: Any, batch: int = 1, seed: int = 1, **options: Any) -> Any:
     """Greedy tokens by default, [B, T] on the CPU."""
-    inputs = {name: tensor.to(model.device) for name, tensor in prompts(batch).items()}
+    inputs = {name: tensor.to(model.device) for name, tensor in prompts(batch, seed=seed).items()}
     settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD} | options
     output = model.generate(**inputs, **settings)
     return output.cpu() if isinstance(output, Tensor) else output

@@ -41,7 +41,7 @@ CAPTURED = ["olmoe", "mixtral", "qwen3_moe", "gpt_oss"]
 @pytest.mark.parametrize("kind", CAPTURED)
 def test_captured_decoding_gives_the_librarys_tokens(kind: str) -> None:
     """In batches of 1 to 5 rows with padding, in any order."""
-    with offloaded(tiny_model(kind)) as model:
+    with offloaded(tiny_model(kind), memory=0.4) as model:  # 8 of 24 for the batch of 5
         for batch in (3, 1, 2, 5, 4, 1):
             assert torch.equal(generate(model, batch), stock_tokens(kind, batch))
             assert model.expertflow.decode_path == "graph"
@@ -50,7 +50,7 @@ def test_captured_decoding_gives_the_librarys_tokens(kind: str) -> None:
 
 def test_a_sliding_window_hides_what_is_out_of_it() -> None:
     expected = generate(tiny_model("mixtral", sliding_window=5), 3)
-    with offloaded(tiny_model("mixtral", sliding_window=5)) as model:
+    with offloaded(tiny_model("mixtral", sliding_window=5), memory=0.4) as model:
         assert torch.equal(generate(model, 3), expected)
         assert model.expertflow.decode_path == "graph"
 
@@ -215,18 +215,25 @@ def from_disk(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_logits_are_as_close_to_float32_as_the_librarys_bfloat16(batch: int) -> None:
-    num_new = 48
+    """Over enough sequences: an error stays in a sequence's keys and values."""
+    num_new, seeds = 48, range(1, 1 + 12 // batch)
     with offloaded(MOE_8X32, context=80) as model:
-        tokens_BT, ours_BNV = generate_with_logits(
-            model, batch, max_new_tokens=num_new, eos_token_id=NEVER
-        )
-    mask_BT = prompts(batch)["attention_mask"]
-    exact_BNV = step_by_step(from_disk(torch.float32), tokens_BT, mask_BT, num_new)
-    stock = from_disk(torch.bfloat16).to("cuda")
-    theirs_BNV = step_by_step(stock, tokens_BT.to("cuda"), mask_BT.to("cuda"), num_new)
-    ours = relative_errors(ours_BNV, exact_BNV).median()
-    theirs = relative_errors(theirs_BNV, exact_BNV).median()
-    assert ours <= 1.1 * theirs, f"ours {ours:.2e}, transformers' {theirs:.2e}"
+        said = [
+            generate_with_logits(
+                model, batch, seed=seed, max_new_tokens=num_new, eos_token_id=NEVER
+            )
+            for seed in seeds
+        ]
+    precise, stock = from_disk(torch.float32).to("cuda"), from_disk(torch.bfloat16).to("cuda")
+    ours, theirs = list[Tensor](), list[Tensor]()
+    for seed, (tokens_BT, ours_BNV) in zip(seeds, said, strict=True):
+        mask_BT = prompts(batch, seed=seed)["attention_mask"]
+        inputs = tokens_BT.to("cuda"), mask_BT.to("cuda"), num_new
+        exact_BNV = step_by_step(precise, *inputs)
+        ours.append(relative_errors(ours_BNV, exact_BNV))
+        theirs.append(relative_errors(step_by_step(stock, *inputs), exact_BNV))
+    medians = [torch.cat(errors).median() for errors in (ours, theirs)]
+    assert medians[0] <= 1.1 * medians[1], "ours {:.2e}, transformers' {:.2e}".format(*medians)
 
 
 def test_compiled_steps_say_the_same() -> None:
