@@ -153,12 +153,14 @@ class Bench:
         widths = (256, 512, 1024) if in_use.padded == 1 else (64, 128, 256)
         limit = self._layout.hidden if kernel == "gate_up" else self._layout.width
         widths = tuple({min(width, triton.next_power_of_2(limit)) for width in widths})
-        names = ("rows", "columns") if kernel == "gate_up" else ("down_rows", "down_columns")
+        names = ["rows", "columns", "warps"]
+        if kernel == "down":
+            names = [f"down_{name}" for name in names]
         found = [in_use]
         for height, width in product(heights, sorted(widths)):
-            sizes = dict(zip(names, (height, max(width, LEAST_BLOCK)), strict=True))
             for warps in (4, 8) if width == max(widths) else (4,):
-                found.append(in_use._replace(**sizes, warps=warps))
+                sizes = height, max(width, LEAST_BLOCK), warps
+                found.append(in_use._replace(**dict(zip(names, sizes, strict=True))))
         return list(dict.fromkeys(found))
 
     # ------------------------------------------------------------------ timing
@@ -203,4 +205,4 @@ class Bench:
 def _told(kernel: str, blocks: Blocks) -> str:
     if kernel == "gate_up":
         return str((blocks.rows, blocks.columns, blocks.warps))
-    return str((blocks.down_rows, blocks.down_columns, blocks.warps))
+    return str((blocks.down_rows, blocks.down_columns, blocks.down_warps))

@@ -34,9 +34,10 @@ class Blocks(NamedTuple):
 
     rows: int
     columns: int
+    warps: int
     down_rows: int
     down_columns: int
-    warps: int
+    down_warps: int
     padded: int
     """Tokens, padded to what a matrix product takes (1 needs none)."""
 
@@ -45,11 +46,11 @@ class Blocks(NamedTuple):
         """One token streams long rows; several go through the tensor cores in squarer tiles."""
         if num_tokens == 1:
             columns = min(512, triton.next_power_of_2(layout.hidden))
-            inner = min(512, triton.next_power_of_2(layout.width))
-            return Blocks(8, columns, 4, inner, 4, 1)
+            inner = min(1024, triton.next_power_of_2(layout.width))
+            return Blocks(8, columns, 4, 8, inner, 8, 1)
         columns = max(16, min(128, triton.next_power_of_2(layout.hidden)))
-        inner = max(16, min(128, triton.next_power_of_2(layout.width)))
-        return Blocks(32, columns, 16, inner, 4, max(16, triton.next_power_of_2(num_tokens)))
+        inner = max(16, min(256, triton.next_power_of_2(layout.width)))
+        return Blocks(32, columns, 4, 16, inner, 4, max(16, triton.next_power_of_2(num_tokens)))
 
 
 class Ledger(NamedTuple):
@@ -203,7 +204,7 @@ class ExpertsCall:
             DOWN_BIAS=self._record.start("down_proj_bias"),
             H=shape.hidden, W=shape.width, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
             BLOCK_K=triton.next_power_of_2(self._top_k),
-            BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.warps,
+            BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,
         )  # fmt: skip
         return y
 
