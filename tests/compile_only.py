@@ -190,7 +190,7 @@ class Kernels:
             empty(self.record.units, dtype=torch.uint8),
             empty(self.record.units, dtype=torch.uint8),
         )
-        _land(self.layers[0], 0, parts, self.slots_SN, 0)
+        _land(self.layers[0], [0], parts, self.slots_SN, [0])
 
     def dense(self, batch: int) -> None:
         """Embedding and head in host memory."""

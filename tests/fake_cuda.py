@@ -25,7 +25,7 @@ from runtime.recorder import Recorder
 class Stream:
     """A stream on which everything has happened already."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def wait_stream(self, other: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cuda import packing
+from runtime.cuda.host import runs
 from runtime.cuda.packing import MOST_PATCHES, Packed, pack, unpack
-from runtime.cuda.transfer_kernels import land
+from runtime.cuda.transfer_kernels import LANDINGS, land
 
 CHUNK = 1024
 SPECIAL = [0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0xFFFF, 0x0001, 0x807F, 0x0080, 0x7F7F]
@@ -109,12 +112,13 @@ def test_numbers_of_every_exponent_are_not_packed() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
-def test_a_kernel_unpacks_a_record_into_its_slot(
-    share: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [1, 3, LANDINGS])
+def test_a_kernel_unpacks_records_into_their_slots(
+    share: float, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`share` of the weights are of any bits: more patches than are written at a time."""
     monkeypatch.setattr(packing, "MOST_PATCHES", 1.0)
-    num_experts, num_chunks, chunk = 3, 2, 256
+    num_experts, num_chunks, chunk = 5, 2, 256
     records_DC = normal(num_experts * num_chunks, chunk)
     odd_DC = torch.rand(records_DC.shape) < share
     records_DC[odd_DC] = torch.randint(-(2**15), 2**15, (int(odd_DC.sum()),)).to(torch.int16)
@@ -123,11 +127,20 @@ def test_a_kernel_unpacks_a_record_into_its_slot(
     starts = torch.nn.functional.pad(made.counts_D.cumsum(0), (1, 0)).to(torch.int32)
     records_EN = records_DC.view(num_experts, -1)
     low_EN, high_EN = made.low_DC.view(num_experts, -1), made.high_DC.view(num_experts, -1)
-    slots_SN = torch.full((4, num_chunks * chunk), -1, dtype=torch.int16)
-    for expert, slot in [(2, 0), (0, 3)]:
-        land[(num_chunks,)](
-            slots_SN, low_EN[expert], high_EN[expert], made.base_D, starts, made.units_P,
-            made.bits_P, expert, slot, UNITS=num_chunks * chunk, CHUNK=chunk,
-        )  # fmt: skip
-    assert torch.equal(slots_SN[[0, 3]], records_EN[[2, 0]])
-    assert (slots_SN[[1, 2]] == -1).all()
+    slots_SN = torch.full((6, num_chunks * chunk), -1, dtype=torch.int16)
+    experts, slots, padding = [2, 0, 4, 1][:count], [0, 3, 5, 2][:count], [0] * (LANDINGS - count)
+    land[(num_chunks, count)](
+        slots_SN, low_EN[experts], high_EN[experts], made.base_D, starts, made.units_P,
+        made.bits_P, *experts, *padding, *slots, *padding,
+        UNITS=num_chunks * chunk, CHUNK=chunk,
+    )  # fmt: skip
+    assert torch.equal(slots_SN[slots], records_EN[experts])
+    others = [slot for slot in range(6) if slot not in slots]
+    assert (slots_SN[others] == -1).all()
+
+
+@given(st.lists(st.integers(0, 9), unique=True))
+def test_runs_are_as_few_as_can_be_and_say_the_numbers_in_order(numbers: list[int]) -> None:
+    found = runs(numbers)
+    assert [first + i for first, count in found for i in range(count)] == numbers
+    assert all(a + n != b for (a, n), (b, _) in pairwise(found))

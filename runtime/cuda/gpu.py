@@ -21,7 +21,7 @@ from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
 from runtime.cuda.rows import RowDecoder
-from runtime.cuda.streamed import STAGES, StreamedPool
+from runtime.cuda.streamed import StreamedPool, staging_bytes
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
@@ -266,7 +266,7 @@ def _reserved(source: Source, context: int, batch: int) -> int:
     activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
     logits = 4 * batch * text.vocab_size * 4
     cache = kv.num_bytes(text, batch, context, dtype)
-    return CUBLAS_BYTES + STAGES * max(sizes) + activations * dtype.itemsize + logits + cache
+    return CUBLAS_BYTES + staging_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
 
 
 def _layout(source: Source) -> Layout | str:

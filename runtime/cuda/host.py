@@ -17,7 +17,7 @@ from tqdm import tqdm
 from runtime.cuda.packing import pack
 from runtime.cuda.pinned import PinnedMemory, near_gpu
 from runtime.cuda.record import CHUNK, Record
-from runtime.cuda.transfer_kernels import land
+from runtime.cuda.transfer_kernels import LANDINGS, land
 from runtime.store import ExpertStore
 
 
@@ -139,33 +139,34 @@ class HostTier:
 
     # ------------------------------------------------------------------ reading
 
-    def copy_record(self, layer: int, expert: int, into: tuple[Tensor, ...]) -> None:
-        """Send one record over the link, on the current stream: to low and high (uint8 [N] and
-        [N / 2]) where packed, else straight to its slot (int16 [N]).
+    def send(self, layer: int, experts: list[int], into: tuple[Tensor, ...]) -> None:
+        """Send records over the link, on the current stream: to the first rows of low and high
+        (uint8 [*, N] and [*, N / 2]) where packed, else of int16 [*, N].
         """
-        _copy(self.layers[layer], expert, into)
+        _send(self.layers[layer], experts, into)
 
-    def land_record(
-        self, layer: int, expert: int, sent: tuple[Tensor, ...], slots_SN: Tensor, slot: int
-    ) -> None:
-        """Unpack a record that `copy_record` sent into `slot` of slots [S, N], on the current
-        stream.
+    def land(
+        self, layer: int, experts: list[int], sent: tuple[Tensor, ...], slots_SN: Tensor,
+        slots: list[int],
+    ) -> None:  # fmt: skip
+        """Unpack records that `send` sent, at most `LANDINGS`, into `slots` of slots [S, N], on the
+        current stream.
         """
-        _land(self.layers[layer], expert, sent, slots_SN, slot)
+        _land(self.layers[layer], experts, sent, slots_SN, slots)
 
     def _on_device(self, records: LayerRecords, expert: int) -> Tensor:
         """One record, int16 [N], in device memory of its own."""
         units = records.low.shape[1]
         record_1N = torch.empty(1, units, dtype=torch.int16, device=self._device)
         if records.low.dtype == torch.int16:
-            _copy(records, expert, (record_1N[0],))
+            _send(records, [expert], (record_1N,))
             return record_1N[0]
         sent = tuple(
-            torch.empty(part.shape[1], dtype=part.dtype, device=self._device)
+            torch.empty(1, part.shape[1], dtype=part.dtype, device=self._device)
             for part in (records.low, records.high)
         )
-        _copy(records, expert, sent)
-        _land(records, expert, sent, record_1N, 0)
+        _send(records, [expert], sent)
+        _land(records, [expert], sent, record_1N, [0])
         return record_1N[0]
 
     def link_bytes(self, layer: int) -> int:
@@ -200,13 +201,33 @@ class HostTier:
         self._memory.close()
 
 
-def _copy(records: LayerRecords, expert: int, into: tuple[Tensor, ...]) -> None:
-    for part, tensor in zip((records.low, records.high), into, strict=False):
-        tensor.copy_(part[expert], non_blocking=True)
+def _send(records: LayerRecords, experts: list[int], into: tuple[Tensor, ...]) -> None:
+    """Neighbours in host memory cross together."""
+    at = 0
+    for first, count in runs(experts):
+        for part, tensor in zip((records.low, records.high), into, strict=False):
+            tensor[at : at + count].copy_(part[first : first + count], non_blocking=True)
+        at += count
+
+
+def runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Stretches of successive numbers, each as its first and its length."""
+    found: list[tuple[int, int]] = []
+    for number in numbers:
+        first, count = found[-1] if found else (-1, 0)
+        if number == first + count:
+            found[-1] = first, count + 1
+        else:
+            found.append((number, 1))
+    return found
 
 
 def _land(
-    records: LayerRecords, expert: int, sent: tuple[Tensor, ...], slots_SN: Tensor, slot: int
-) -> None:
-    units = slots_SN.shape[1]
-    land[(units // CHUNK,)](slots_SN, *sent, *records[2:], expert, slot, UNITS=units, CHUNK=CHUNK)
+    records: LayerRecords, experts: list[int], sent: tuple[Tensor, ...], slots_SN: Tensor,
+    slots: list[int],
+) -> None:  # fmt: skip
+    units, padding = slots_SN.shape[1], [0] * (LANDINGS - len(experts))
+    land[(units // CHUNK, len(experts))](
+        slots_SN, *sent, *records[2:], *experts, *padding, *slots, *padding,
+        UNITS=units, CHUNK=CHUNK,
+    )  # fmt: skip

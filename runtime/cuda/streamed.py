@@ -24,14 +24,17 @@ from runtime.cache import ExpertCache, Lookup
 from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, as_model
 from runtime.cuda.record import Record
+from runtime.cuda.transfer_kernels import LANDINGS
 from runtime.policies import Policy
 from runtime.stats import Stats, format_bytes
 
 STAGES = 3
-"""Packed records on their way: one lands, one arrives, one waits."""
+"""Packed batches on their way: one lands, one arrives, one waits."""
+STAGE_BYTES = 32 << 20
+"""A batch is as many records as fit, at least one: each costs the host, which the link outruns."""
 PROBES = 16
 """Records that are sent to measure the link."""
-GROUP = 4
+GROUP = LANDINGS
 """Missing experts that run together: enough for one launch to pay, few enough not to wait."""
 
 
@@ -56,7 +59,8 @@ class StreamedPool:
         self.slots_SN = slots(num_slots, record, device)
         self._views = record.views(self.slots_SN)
         self._host, self._stats, self._layout = host, stats, layout
-        self._copies, self._landing = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._copies = torch.cuda.Stream(device)
+        self._landing = torch.cuda.Stream(device, priority=-1)  # before a long prompt's products
         self._staging = staging(record, device) if host.packed else []
         self._landed: list[Any] = [None] * len(self._staging)
         self._turn = 0
@@ -145,36 +149,40 @@ class StreamedPool:
             return
         with self._stats.timer("load"):
             self._landing.wait_stream(torch.cuda.current_stream(self.device))  # slots in use
-            for i in missing:
-                slot = int(lookup.slots[i])
-                self._arrived[slot] = self._bring(layer, int(lookup.experts[i]), slot)
+            experts, slots = (x[missing].tolist() for x in (lookup.experts, lookup.slots))
+            size = len(self._staging[0][0]) if self._staging else GROUP
+            for start in range(0, len(experts), size):
+                some = slice(start, start + size)
+                arrival = self._bring(layer, experts[some], slots[some])
+                self._arrived |= dict.fromkeys(slots[some], arrival)
 
-    def _bring(self, layer: int, expert: int, slot: int) -> torch.cuda.Event:
-        """Start one copy. Packed records go through a ring of staging buffers, so that the next is
-        under way while one is unpacked.
+    def _bring(self, layer: int, experts: list[int], slots: list[int]) -> torch.cuda.Event:
+        """Start some copies. Packed records go through a ring of staging buffers, so that the next
+        are under way while some are unpacked.
         """
         if not self._staging:
             with torch.cuda.stream(self._landing):
-                self._host.copy_record(layer, expert, (self.slots_SN[slot],))
+                for expert, slot in zip(experts, slots, strict=True):
+                    self._host.send(layer, [expert], (self.slots_SN[slot : slot + 1],))
             return self._landing.record_event()
         stage = self._turn = (self._turn + 1) % len(self._staging)
         if self._landed[stage] is not None:
             self._copies.wait_event(self._landed[stage])
         with torch.cuda.stream(self._copies):
-            self._host.copy_record(layer, expert, self._staging[stage])
+            self._host.send(layer, experts, self._staging[stage])
         self._landing.wait_event(self._copies.record_event())
         with torch.cuda.stream(self._landing):
-            self._host.land_record(layer, expert, self._staging[stage], self.slots_SN, slot)
+            self._host.land(layer, experts, self._staging[stage], self.slots_SN, slots)
         event = self._landed[stage] = self._landing.record_event()
         return event
 
     def seconds_per_load(self) -> float:
         """What one expert of layer 0 takes to cross the link, which nothing else may use now."""
-        into = self._staging[0] if self._staging else (torch.empty_like(self.slots_SN[0]),)
+        into = self._staging[0] if self._staging else (torch.empty_like(self.slots_SN[:1]),)
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         for probe in range(PROBES):
-            self._host.copy_record(0, probe % self.cache.num_experts, into)
+            self._host.send(0, [probe % self.cache.num_experts], into)
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / PROBES
 
@@ -208,11 +216,23 @@ def slots(num_slots: int, record: Record, device: torch.device) -> Tensor:
 
 
 def staging(record: Record, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Buffers for packed records on their way, (low, high) each."""
+    """Buffers for packed batches on their way, (low, high) each."""
+    count = stage_records(record.units)
     return [
         (
-            torch.empty(record.units, dtype=torch.uint8, device=device),
-            torch.empty(record.units // 2, dtype=torch.uint8, device=device),
+            torch.empty(count, record.units, dtype=torch.uint8, device=device),
+            torch.empty(count, record.units // 2, dtype=torch.uint8, device=device),
         )
         for _ in range(STAGES)
     ]
+
+
+def stage_records(units: int) -> int:
+    """Packed records of so many weights that travel together."""
+    return max(1, min(GROUP, STAGE_BYTES // (units * 3 // 2)))
+
+
+def staging_bytes(record_bytes: int) -> int:
+    """All staging buffers, for records of 16-bit weights of so many bytes."""
+    units = record_bytes // 2
+    return STAGES * stage_records(units) * units * 3 // 2

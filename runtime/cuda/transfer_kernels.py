@@ -84,13 +84,30 @@ def fetch(
     tl.store(progress + tl.program_id(0), done)
 
 
-@triton.jit(do_not_specialize=["expert", "slot"])
+@triton.jit(
+    do_not_specialize=[
+        "expert_0", "expert_1", "expert_2", "expert_3", "slot_0", "slot_1", "slot_2", "slot_3",
+    ]
+)  # fmt: skip
 def land(
-    slots, low, high, base, patch_starts, patch_units, patch_bits, expert, slot,
+    slots, low, high, base, patch_starts, patch_units, patch_bits,
+    expert_0, expert_1, expert_2, expert_3, slot_0, slot_1, slot_2, slot_3,
     UNITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Unpack one record that lies at `low` and `high` on the device. Grid (chunks,)."""
+    """Unpack the first records that lie at `low` and `high` on the device.
+
+    Grid (chunks, records): the experts' numbers and slots are arguments, which need no copy.
+    """
+    source = tl.program_id(1)
+    expert = tl.where(source < 2, tl.where(source == 0, expert_0, expert_1),
+                      tl.where(source == 2, expert_2, expert_3))  # fmt: skip
+    slot = tl.where(source < 2, tl.where(source == 0, slot_0, slot_1),
+                    tl.where(source == 2, slot_2, slot_3))  # fmt: skip
     bring(
         slots, slot.to(tl.int64), low, high, base, patch_starts, patch_units, patch_bits,
-        expert.to(tl.int64), 0, tl.program_id(0), UNITS, True, CHUNK,
+        expert.to(tl.int64), source.to(tl.int64), tl.program_id(0), UNITS, True, CHUNK,
     )  # fmt: skip
+
+
+LANDINGS = 4
+"""Most records that `land` takes."""
