@@ -3,8 +3,8 @@
 A random model says nothing and routes everything alike. Here it is made to say a given text, and to
 use the experts that a trained model used for it. The model still runs whole (the head and the
 routers too, whose weights still weigh the experts); only the choices are read from tables on the
-device, by a counter on the device. So it works inside a captured CUDA graph, without the host, and
-alike for every way to run the model.
+device, by the positions that the model is given. So it works inside a captured CUDA graph, without
+the host, and alike for every way to run the model, also one that runs a step twice.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CHOSEN_LOGIT = 8192.0
 class Replay:
     """Tables for `batch` sequences of up to `length` tokens, and how far they ran.
 
-    A forward pass of T tokens a sequence moves the counter by T, looks up the experts of those
-    tokens in all layers, and ends with the logit of the text's next token at `CHOSEN_LOGIT`.
+    A forward pass looks up the experts of its positions in all layers, and ends with the logit of
+    the text's next token at `CHOSEN_LOGIT`.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Replay:
         layers = find_moe_layers(model)
         top_k = max(layer.top_k for layer in layers)
         self._model = model
+        self._rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
         self._routers = [router_of(model, layer.name) for layer in layers] if routes else []
         self._batch, self._length = batch, length
         self._tokens_BT = torch.zeros(batch, length, dtype=torch.int64, device=device)
@@ -48,7 +49,7 @@ class Replay:
         self._step_LPK: Tensor | None = None
 
     def start(self, passages: Passages) -> None:
-        """The next token to run is the first of `passages` (in place: captured graphs see it)."""
+        """From now on `passages` are what runs (in place: captured graphs see it)."""
         length = passages.token_ids_BT.shape[1]
         self._tokens_BT[:, :length].copy_(passages.token_ids_BT)
         if self._routers:
@@ -60,15 +61,15 @@ class Replay:
 
     @property
     def position(self) -> int:
-        """Tokens that ran in each sequence since `start`. Synchronises."""
+        """Tokens of each sequence that ran. Synchronises."""
         return int(self._position)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Meanwhile the model follows the tables."""
-        embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        own = [embedding, head, *self._routers]
-        embedding.forward = partial(self._embed, embedding.forward)
+        rotary, head = self._rotary, self._model.get_output_embeddings()
+        own = [rotary, head, *self._routers]
+        rotary.forward = partial(self._locate, rotary.forward)
         head.forward = partial(self._choose, head.forward)
         for layer, router in enumerate(self._routers):
             router.forward = partial(self._route, layer, router.forward)
@@ -78,15 +79,13 @@ class Replay:
             for module in own:
                 module.__dict__.pop("forward", None)
 
-    def _embed(self, own: Any, token_ids_BT: Tensor) -> Tensor:
-        num_tokens = token_ids_BT.shape[1]
+    def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
+        """What every model computes first of its layers: the rotary embedding, from positions."""
         if self._routers:
-            ahead_T = torch.arange(num_tokens, device=self._position.device)
-            rows_BT = self._first_B1 + (self._position + ahead_T) % self._length
-            self._step_LPK = self._experts_LPK.index_select(1, rows_BT.view(-1))
-        self._position.add_(num_tokens)
-        embedded: Tensor = own(token_ids_BT)
-        return embedded
+            rows_BT = self._first_B1 + position_ids % self._length
+            self._step_LPK = self._experts_LPK.index_select(1, rows_BT.reshape(-1))
+        self._position.copy_(position_ids[0, -1:] + 1)
+        return own(hidden, position_ids)
 
     def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights_PK, _ = own(hidden)
