@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,8 @@ from runtime.stats import Stats
 
 AUTO = "auto"
 """Let a `Trial` find out whether to prefetch."""
+COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth."""
 LARGEST_BATCH = 32
 """Sequences: beyond, decode kernels would compute more than they load."""
 
@@ -93,7 +95,9 @@ class Decoder:
         self.recorder: Recorder | None = None
         self.storage = Storage(batch, context)
         self.steps: dict[Hashable, Step] = {}
-        self.forward: Any = torch.compile(model.forward) if compile else model.forward
+        self.forward: Any = model.forward
+        if compile:
+            self.forward = torch.compile(model.forward, options=COMPILER)
         self._running: ExpertsCall | None = None
         self._spare: defaultdict[int, list[Tensor]] = defaultdict(list)
         """Pinned memory of outcomes, by the batch of their steps."""
