@@ -114,6 +114,27 @@ def test_greedy_tokens_are_those_of_each_request_alone(kind: str) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.parametrize(("memory", "joined"), [(0.75, False), (0.4, True)])
+def test_prompts_take_the_decoding_along_where_most_experts_have_no_slot(
+    memory: float, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[set[bool]] = []
+    pack = CapturedRunner._pack
+
+    def watched(runner: Any, parts: Any) -> Any:
+        passes.append({part.job.is_ready for part in parts})
+        return pack(runner, parts)
+
+    monkeypatch.setattr(CapturedRunner, "_pack", watched)
+    model: Any = tiny_model("olmoe")
+    asked = requests(4)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    served = by_id(load(model, memory=memory).serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert ({True, False} in passes) == joined
+    assert {True} not in passes
+
+
 @pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
 def test_steps_compile_whole_and_say_the_same(kind: str) -> None:
     torch._dynamo.reset()

@@ -132,6 +132,12 @@ class RowDecoder:
         decoder = self._decoder
         return num_rows <= decoder.batch and decoder.most_experts(num_rows) <= decoder.num_slots
 
+    @property
+    def is_starved(self) -> bool:
+        """Whether most experts have no slot: then the link is the bound."""
+        books = self._decoder.books
+        return 2 * self._decoder.num_slots < books.num_layers * books.num_experts
+
     def launch(
         self,
         tokens: Sequence[int],

@@ -158,4 +158,5 @@ def _later(heads: Sequence[np.ndarray]) -> np.ndarray:
 
 def _unused(logits: np.ndarray) -> np.ndarray:
     """1 - sigmoid; NaN counts as unused: whatever a predictor says, its values must compare."""
-    return np.asarray(1 / (1 + np.exp(np.nan_to_num(logits, nan=-np.inf))), np.float32)
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is right
+        return np.asarray(1 / (1 + np.exp(np.nan_to_num(logits, nan=-np.inf))), np.float32)

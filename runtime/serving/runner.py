@@ -1,7 +1,8 @@
 """Running a step's parts, and giving back what comes next, and routes.
 
 Runner          all parts side by side in one forward pass
-CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it
+CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it; or all in one
+                pass where experts are fetched for a prompt anyway
 """
 
 from __future__ import annotations
@@ -84,15 +85,21 @@ class CapturedRunner(Runner):
 
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         decoding = [part for part in parts if part.job.is_ready]
-        if not decoding or not self._rows.fits(len(decoding)):
+        prompts = parts[len(decoding) :]
+        if not self._captures(decoding, prompts):
             renew()
             return self._pack(parts)
         decoded, routes_TLK = self._decode([part.job for part in decoding], renew)
-        prompts = parts[len(decoding) :]
         if not prompts:
             return decoded, routes_TLK
         begun, prompt_routes = self._pack(prompts)
         return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
+
+    def _captures(self, decoding: Sequence[Part], prompts: Sequence[Part]) -> bool:
+        """A prompt uses nearly every expert: what is fetched for it serves the others too."""
+        if not decoding or not self._rows.fits(len(decoding)):
+            return False
+        return not (prompts and self._rows.is_starved)
 
     @torch.no_grad()
     def _decode(self, jobs: Sequence[Job], renew: Callable[[], None]) -> Ran:
