@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from benchmarks.arms import Arm, ArmRow, Row, Running, run_arm
 from benchmarks.plan import FULL
 from benchmarks.replay import Replay
@@ -52,32 +54,36 @@ class Prefilling:
         self._compute_ms: dict[int, float] = {}
 
     def run(self, arm: Arm) -> list[PrefillRow]:
-        """A row for each prompt length, printed as it is known."""
-        return [self._run(arm, prompt) for prompt in self.settings.prompts]
+        """A row for each prompt length, printed when the arm has ended."""
+        rows = [PrefillRow(arm=arm, prompt=prompt) for prompt in self.settings.prompts]
+        error = self._fill(arm, rows)
+        for row in rows:
+            row.error = error if row.milliseconds is None else None
+            cells = dict(zip(COLUMNS, _cells(row), strict=True))
+            print(", ".join(f"{k} {v}" for k, v in cells.items() if v != "-"), row.error or "",
+                  flush=True)  # fmt: skip
+        return rows
 
-    def _run(self, arm: Arm, prompt: int) -> PrefillRow:
-        row = self._measured(arm, prompt)
-        cells = dict(zip(COLUMNS, _cells(row), strict=True))
-        print(", ".join(f"{k} {v}" for k, v in cells.items() if v != "-"), row.error or "",
-              flush=True)  # fmt: skip
-        return row
-
-    def _measured(self, arm: Arm, prompt: int) -> PrefillRow:
+    def _fill(self, arm: Arm, rows: list[PrefillRow]) -> str | None:
+        """Measure all lengths of one arm; returns what went wrong."""
         if time.perf_counter() - self._start > self.settings.budget_seconds:
-            return PrefillRow(arm=arm, prompt=prompt, error="skipped: the time budget was spent")
-        timings, passes = Timings(), self._passes(arm, prompt)
-        replay = self.subject.replay(arm, prompt + 1)
+            return "skipped: the time budget was spent"
+        passes = {row.prompt: self._passes(arm, row.prompt) for row in rows}
+        longest = max(passes) + 1
+        replay = self.subject.replay(arm, longest)
+
+        def measure(running: Running, _: Row) -> None:
+            for row in rows:
+                self._measure(arm, running, replay, passes[row.prompt], row)
+
+        every = [one for some in passes.values() for one in some]
         outcome = run_arm(
             arm,
             self.subject.model,
-            lambda: self.subject.set_up(arm, replay, passes, prompt + 1),
-            lambda running, _: self._measure(
-                running, replay, passes, timings, all_resident=arm.residency == FULL
-            ),
+            lambda: self.subject.set_up(arm, replay, every, longest),
+            measure,
         )
-        if outcome.error is not None:
-            return PrefillRow(arm=arm, prompt=prompt, error=outcome.error)
-        return self._row(arm, prompt, timings, outcome)
+        return outcome.error
 
     def _passes(self, arm: Arm, prompt: int) -> list[Pass]:
         repeats = SLOW_REPEATS if arm.system == "accelerate" else self.settings.repeats
@@ -88,32 +94,36 @@ class Prefilling:
         return [Pass(text, prompt, 1) for text in texts]
 
     def _measure(
-        self, running: Running, replay: Replay | None, passes: list[Pass],
-        timings: Timings, *, all_resident: bool,
+        self, arm: Arm, running: Running, replay: Replay | None, passes: list[Pass],
+        row: PrefillRow,
     ) -> None:  # fmt: skip
+        timings = Timings()
         workload = Workload(
             device=self.subject.device,
-            prompt=passes[0].prompt,
+            prompt=row.prompt,
             replay=replay,
             options=running.options,
             counts=running.counts,
         )
         first, *timed = passes
+        all_resident = arm.system == "expertflow" and arm.residency == FULL
         for one in passes if all_resident else [first]:  # then nothing is missing any more
             workload.warm_up(self.subject.model, one.passages, 1)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         for one in timed:
             workload.run(self.subject.model, one.passages, timings)
+        self._note(arm, row, timings)
 
-    def _row(self, arm: Arm, prompt: int, timings: Timings, outcome: Row) -> PrefillRow:
-        milliseconds = statistics.median(timings.first_token_s) * 1e3
-        row = PrefillRow(arm=arm, prompt=prompt, milliseconds=milliseconds)
-        row.tokens_per_s = self.settings.batch * prompt / milliseconds * 1e3
-        row.peak_bytes = outcome.peak_bytes
+    def _note(self, arm: Arm, row: PrefillRow, timings: Timings) -> None:
+        row.milliseconds = statistics.median(timings.first_token_s) * 1e3
+        row.tokens_per_s = self.settings.batch * row.prompt / row.milliseconds * 1e3
+        if torch.cuda.is_available():
+            row.peak_bytes = torch.cuda.max_memory_allocated()
         if arm.system == "expertflow":
             if arm.residency == FULL:
-                self._compute_ms[prompt] = milliseconds
+                self._compute_ms[row.prompt] = row.milliseconds
             self._bound(row, timings.prefill.bytes_needed / len(timings.first_token_s))
-        return row
 
     def _bound(self, row: PrefillRow, missing: float) -> None:
         bandwidth = self.subject.bandwidth
