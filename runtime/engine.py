@@ -234,6 +234,9 @@ class Engine:
             self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             self.model.register_forward_hook(self._end_step),
         ]
+        if self._gpu is not None:
+            end = self._gpu.end_forward
+            hooks.append(self.model.register_forward_hook(lambda *_: end(), always_call=True))
         if self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
             encoder = self.model.get_encoder()  # type: ignore[operator]
             hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))

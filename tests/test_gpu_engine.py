@@ -187,6 +187,23 @@ def test_nan_is_an_error_and_the_engine_goes_on(model: Any) -> None:
     assert torch.equal(generate(model), want)
 
 
+def test_only_captured_steps_let_cudnn_plan_their_attention(model: Any) -> None:
+    """A plan for each length costs more than the attention; a captured step has one length."""
+    seen: list[bool] = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    load_fake(model)
+    generate(model)
+    assert seen[0] is False
+    assert set(seen[1:]) == {True}
+    attention.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_an_interrupted_generation_leaves_the_engine_usable(model: Any) -> None:
     want = generate(model)
     load_fake(model, memory=0.5)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from routing.topology import topology_of
 from runtime.cuda import trial
 from runtime.cuda.attend_kernel import attend
-from runtime.cuda.rows import RowStep
+from runtime.cuda.rows import RowDecoder, RowStep
 from runtime.serving.loop import Loop
 from runtime.serving.request import Request
 from runtime.serving.runner import CapturedRunner
@@ -119,19 +119,27 @@ def test_prompts_take_the_decoding_along_where_most_experts_have_no_slot(
     memory: float, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[set[bool]] = []
-    pack = CapturedRunner._pack
+    together: list[int] = []
+    pack, attend_singles = CapturedRunner._pack, RowDecoder.attend_singles
+
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        together.append(query.shape[2])
+        return attend_singles(query, *args, **kwargs)
 
     def watched(runner: Any, parts: Any) -> Any:
         passes.append({part.job.is_ready for part in parts})
         return pack(runner, parts)
 
     monkeypatch.setattr(CapturedRunner, "_pack", watched)
+    monkeypatch.setattr(RowDecoder, "attend_singles", staticmethod(counted))
     model: Any = tiny_model("olmoe")
     asked = requests(4)
     alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
     served = by_id(load(model, memory=memory).serve(asked, **SMALL))
     assert {id: result.token_ids for id, result in served.items()} == alone
     assert ({True, False} in passes) == joined
+    if joined:
+        assert max(together) > 1, "decoding sequences attend in one launch"
     assert {True} not in passes
 
 

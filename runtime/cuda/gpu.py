@@ -65,6 +65,7 @@ class GpuEngine:
         self._layers = source.layers
         self._routers = [router_of(source.model, layer) for layer in source.layers]
         self._pools: dict[int, StreamedPool] = {}
+        self._uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         self.decoder: Decoder | None = None
         self.path: CapturedPath | None = None
         self._rows: RowDecoder | None = None
@@ -175,9 +176,19 @@ class GpuEngine:
         return self.decoder.call(index, hidden, ids, weights)
 
     def begin_forward(self) -> None:
-        """A forward pass outside of captured steps begins: the host's books are the truth."""
+        """A forward pass outside of captured steps begins: the host's books are the truth.
+
+        Its attention leaves cuDNN alone, which builds a plan for every new length, tens of
+        milliseconds each.
+        """
+        self._uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if self.decoder is not None:
             self.decoder.books.download()
+
+    def end_forward(self) -> None:
+        """It has ended, or failed."""
+        torch.backends.cuda.enable_cudnn_sdp(self._uses_cudnn)
 
     def announce(self, inputs: StepInputs) -> bool:
         """Tell the predictor's thread about a forward pass; False where there is none."""

@@ -44,16 +44,23 @@ class Places:
         self, _: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
     ) -> Tensor:
         """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
-        if kwargs.get("softcap") is not None:
-            raise ValueError("soft-capped attention is not captured")
-        scale = kwargs.get("scaling")
-        run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else attend
-        out_BHV: Tensor = run(
-            query[0].transpose(0, 1), key, value, self.rows_T, self.positions_T,
-            query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
-            kwargs.get("s_aux"),
-        )  # fmt: skip
-        return out_BHV[None]
+        return attend_singles(query, key, value, self.rows_T, self.positions_T, **kwargs)
+
+
+def attend_singles(
+    query: Tensor, key: Tensor, value: Tensor, rows_B: Tensor, positions_B: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention of B single tokens, in transformers' terms: see `Places.attend`."""
+    if kwargs.get("softcap") is not None:
+        raise ValueError("soft-capped attention is not captured")
+    scale = kwargs.get("scaling")
+    run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else attend
+    out_BHV: Tensor = run(
+        query[0].transpose(0, 1), key, value, rows_B, positions_B,
+        query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
+        kwargs.get("s_aux"),
+    )  # fmt: skip
+    return out_BHV[None]
 
 
 class RowStep(Step):
@@ -113,6 +120,8 @@ class Run(NamedTuple):
 
 class RowDecoder:
     """Runs captured steps over the rows of a `runtime.serving.kv.RowCache`."""
+
+    attend_singles = staticmethod(attend_singles)
 
     def __init__(self, decoder: Decoder, cache: RowCache) -> None:
         self._decoder, self._cache = decoder, cache

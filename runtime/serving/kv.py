@@ -48,9 +48,21 @@ class Span(NamedTuple):
 
 
 class Layout:
-    """Where each of a step's tokens belongs."""
+    """Where each of a step's tokens belongs.
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    attend_singles: attention of single tokens together, as `runtime.cuda.rows` has it; it serves
+    the spans of one token that come first.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        attend_singles: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self._attend_singles = attend_singles
+        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
+        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
         self.spans = spans
         rows = [span.row for span in spans for _ in range(span.num_tokens)]
         positions = [span.start + i for span in spans for i in range(span.num_tokens)]
@@ -81,8 +93,11 @@ class Layout:
         """`function`, once a sequence: from queries [1, heads, T, width] and a layer's rows to
         [1, T, heads, width].
         """
-        outputs, at = [], 0
-        for span in self.spans:
+        outputs, at = [], self._num_singles
+        if self._attend_singles is not None and at:
+            places = self.rows_T[:at], self.positions_T[:at]
+            outputs.append(self._attend_singles(query[:, :, :at], key, value, *places, **kwargs))
+        for span in self.spans[at:]:
             length = span.start + span.num_tokens
             mask = self.mask(span, kwargs.get("sliding_window"))
             one = slice(span.row, span.row + 1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.engine import Engine
 from runtime.next_tokens import NextTokens
@@ -44,6 +45,8 @@ class Runner:
 
     overlaps = False
     """Whether predictions are made while a step runs, or before it."""
+    attend_singles: Callable[..., Tensor] | None = None
+    """A kernel for the decoding sequences' attention; None: each by itself, as a prompt."""
 
     def __init__(self, engine: Engine, cache: RowCache) -> None:
         self._engine, self._cache = engine, cache
@@ -58,7 +61,8 @@ class Runner:
     @torch.no_grad()
     def _pack(self, parts: Sequence[Part]) -> Ran:
         device = self._engine.device
-        layout = Layout([Span(job.row, job.num_cached, count) for job, count in parts], device)
+        spans = [Span(job.row, job.num_cached, count) for job, count in parts]
+        layout = Layout(spans, device, self.attend_singles)
         tokens = [token for part in parts for token in _tokens(part)]
         lasts = np.cumsum([part.num_tokens for part in parts]) - 1
         completing = [part.completes for part in parts]
@@ -81,7 +85,7 @@ class CapturedRunner(Runner):
 
     def __init__(self, engine: Engine, cache: RowCache, rows: RowDecoder) -> None:
         super().__init__(engine, cache)
-        self._rows = rows
+        self._rows, self.attend_singles = rows, rows.attend_singles
 
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         decoding = [part for part in parts if part.job.is_ready]
