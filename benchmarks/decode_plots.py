@@ -20,6 +20,8 @@ COLORS = {
     "none": "#a23b3b",
 }
 BAR = 0.17
+LABEL_RATIO = 1.3
+"""Rivals of nearly the same speed share a label."""
 KIND_COLORS = dict(
     zip([*KINDS, OTHER], ["#d9822b", "#8b5fbf", "#1f5fa8", "#2e8b57", "#c0587e", "#b0b0b0"],
         strict=True)
@@ -36,16 +38,20 @@ def plot_speed(rows: Sequence[Row], title: str, path: Path) -> None:
         shares = [share for share, _ in line]
         axes.plot(shares, [row.tokens_per_s or 0 for _, row in line], "o-", color=color,
                   label=policy)  # fmt: skip
-        floor = [(share, 1e3 / row.floor_ms) for share, row in line if row.floor_ms]
+        floor = [(share, 1e3 / row.floor_ms) for share, row in line if row.floor_ms and share < 1]
         if floor:
             axes.plot(*zip(*floor, strict=True), "_--", color=color, linewidth=1,
                       label=f"{policy}: the link alone")  # fmt: skip
+    for row in _faster(rows):
+        axes.plot([_share(row)], [row.tokens_per_s or 0], "^" if row.arm.prefetch else "s",
+                  color=COLORS[_policy(row)], fillstyle="full" if row.arm.compile else "none",
+                  label=_ways(row))  # fmt: skip
     _rival_lines(axes, rows)
     axes.set(xlabel="share of the experts in GPU memory", ylabel="decoded tokens / s")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted({_share(row) for row in ours}))
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.3g}")
+    axes.xaxis.set_major_formatter(lambda share, _: _percent(share))
     axes.yaxis.set_major_formatter(lambda speed, _: f"{speed:g}")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -67,7 +73,7 @@ def plot_bytes(rows: Sequence[Row], title: str, path: Path) -> None:
             _bar(axes, x, row)
     for policy in _policies(ours):
         axes.bar([0], [0], color=COLORS[policy], label=policy)
-    axes.set_xticks(range(len(shares)), [f"{share:.3g}" for share in shares])
+    axes.set_xticks(range(len(shares)), [_percent(share) for share in shares])
     axes.set(xlabel="share of the experts in GPU memory", ylabel="MB moved / decoded token")
     _save(figure, path)
 
@@ -107,6 +113,27 @@ def _plain(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def _faster(rows: Sequence[Row]) -> list[Row]:
+    """Our arms of one sequence with prefetching, compilation or both."""
+    return [
+        row
+        for row in rows
+        if row.arm.system == "expertflow"
+        and row.arm.batch == 1
+        and (row.arm.prefetch or row.arm.compile)
+        and row.tokens_per_s
+    ]
+
+
+def _ways(row: Row) -> str:
+    ways = [name for name in ("prefetch", "compile") if vars(row.arm)[name]]
+    return f"{_policy(row)}, {' and '.join(ways)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
 def _share(row: Row) -> float:
     return float(row.extra["resident_share"])
 
@@ -122,14 +149,24 @@ def _policies(rows: Sequence[Row]) -> list[str]:
 
 
 def _rival_lines(axes: Axes, rows: Sequence[Row]) -> None:
-    rivals = [r for r in rows if r.arm.system != "expertflow" and r.arm.batch == 1]
-    for row in rivals:
-        if row.tokens_per_s:
-            axes.axhline(row.tokens_per_s, color="black", linewidth=0.7, linestyle=":")
-            axes.annotate(
-                row.arm.name, (0.01, row.tokens_per_s), xycoords=("axes fraction", "data"),
-                fontsize=7, va="bottom",
-            )  # fmt: skip
+    """A line each; one label for those that would lie on each other."""
+    speeds = sorted(
+        (row.tokens_per_s, row.arm.name)
+        for row in rows
+        if row.arm.system != "expertflow" and row.arm.batch == 1 and row.tokens_per_s
+    )
+    labels: list[tuple[float, list[str]]] = []
+    for speed, name in speeds:
+        axes.axhline(speed, color="black", linewidth=0.7, linestyle=":")
+        if labels and speed < LABEL_RATIO * labels[-1][0]:
+            labels[-1][1].append(name)
+        else:
+            labels.append((speed, [name]))
+    for speed, names in labels:
+        axes.annotate(
+            ", ".join(names), (0.01, speed), xycoords=("axes fraction", "data"), fontsize=7,
+            va="bottom",
+        )  # fmt: skip
 
 
 def _figure(title: str, size: tuple[float, float]) -> tuple[Figure, Axes]:
