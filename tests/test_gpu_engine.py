@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from routing.topology import topology_of
 from runtime.cuda import trial
+from runtime.cuda.pinned import PinnedMemory
 from tests.fake_cuda import fake_cuda, load_fake
 from tests.onnx_predictor import write_predictor
 from tests.tiny import PAD, tiny_model
@@ -122,11 +123,18 @@ def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> N
     assert model.expertflow.decode_path == "graph"
 
 
-def test_weights_come_back_bit_for_bit(model: Any) -> None:
+@pytest.mark.parametrize("is_full", [False, True])
+def test_weights_come_back_bit_for_bit(
+    model: Any, is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no more memory can be pinned by then."""
     model = model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in model.named_parameters()}
     identities = {name: id(p) for name, p in model.named_parameters()}
-    load_fake(model).expertflow.detach()
+    engine = load_fake(model).expertflow
+    if is_full:
+        monkeypatch.setattr(PinnedMemory, "register", raising(MemoryError("no more")))
+    engine.detach()
     after = dict(model.named_parameters())
     assert {name: id(p) for name, p in after.items()} == identities
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -223,14 +231,18 @@ def test_an_interrupted_generation_leaves_the_engine_usable(model: Any) -> None:
     assert torch.equal(generate(model), want)
 
 
+def raising(error: Exception) -> Any:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
 def test_a_loading_that_fails_gives_the_model_back(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = generate(model)
-
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
-
+    full = raising(torch.OutOfMemoryError("no room"))
     monkeypatch.setattr("runtime.cuda.streamed.staging", full)
     monkeypatch.setattr("runtime.cuda.streamed.slots", full)
     with pytest.raises(torch.OutOfMemoryError):

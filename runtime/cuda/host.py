@@ -57,6 +57,7 @@ class HostTier:
         self._store, self._num_experts, self._records = store, num_experts, records
         self._device, self._transposed = device, transposed
         self._memory = PinnedMemory()
+        self._pads: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.layers: list[LayerRecords] = []
         self.packed = all(record.is_bf16 for record in records)
         try:
@@ -188,7 +189,21 @@ class HostTier:
 
     def _read_one(self, layer: int, records: LayerRecords, expert: int) -> dict[str, Tensor]:
         record_N = self._on_device(records, expert)
-        return self._as_model(self._records[layer].views(record_N))
+        views = self._as_model(self._records[layer].views(record_N))
+        return {name: self._landed(name, view) for name, view in views.items()}
+
+    def _landed(self, name: str, view: Tensor) -> Tensor:
+        """A parameter in pinned memory, which it reaches at the link's speed; good until the next.
+
+        Where nothing more can be pinned (which may be why all is given back), as it is.
+        """
+        key = name, tuple(view.shape)
+        try:
+            if key not in self._pads:
+                self._pads[key] = self._memory.empty(key[1], view.dtype)
+        except MemoryError:
+            return view
+        return self._pads[key].copy_(view)
 
     def _let_go(self, records: LayerRecords) -> None:
         torch.cuda.synchronize()  # the last copy out of them
