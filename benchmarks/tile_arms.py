@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +35,8 @@ HIGH = [
     Tile(128, 64), Tile(128, 64, warps=8), Tile(128, 128, warps=8), Tile(128, 64, stages=4),
     Tile(128, 128, 32, warps=8, stages=4), Tile(128, 32), Tile(64, 128, warps=4),
 ]  # fmt: skip
+TURNS = 8
+"""Sets of experts that take turns."""
 LEAST_BLOCK = 16
 """What a matrix product takes."""
 
@@ -113,26 +115,41 @@ class Bench:
     # ------------------------------------------------------------------ decode
 
     def decode(self, batch: int) -> Iterator[Timed]:
-        """The kernels of one expert call in a captured step."""
-        call, routes, x = self._call(batch), self._routes(batch), self._x(batch)
-        ids, weights = routes.experts_TK, routes.weights_TK
-        call._run_plan(0, ids)
-        num_used = len(ids.unique())
-        in_use = call._blocks
-        kernels: dict[str, tuple[Callable[[], Any], int]] = {
-            "gate_up": (lambda: call._run_gate_up(0, x, FETCHERS), 2),
-            "down": (lambda: call._run_down(0, x, ids, weights), 1),
+        """The kernels of one expert call in a captured step.
+
+        Calls with other experts take turns, as layers do: the weights of one would stay in the
+        GPU's own cache.
+        """
+        calls = [self._planned(batch, turn) for turn in range(TURNS)]
+        num_used = sum(len(ids.unique()) for _, _, ids, _ in calls) / TURNS
+        in_use = calls[0][0]._blocks
+        kernels: dict[str, tuple[Callable[[Any], Any], int]] = {
+            "gate_up": (lambda one: one[0]._run_gate_up(0, one[1], FETCHERS), 2),
+            "down": (lambda one: one[0]._run_down(0, *one[1:]), 1),
+            "plan": (lambda one: one[0]._run_plan(0, one[2]), 0),
         }
         for name, (launch, matrices) in kernels.items():
-            for blocks in self._blocks(name, in_use):
-                call._blocks = blocks
-                seconds = self._seconds(launch)
+            for blocks in self._blocks(name, in_use) if matrices else [in_use]:
+                for call, *_ in calls:
+                    call._blocks = blocks
+                seconds = self._seconds(_in_turn(launch, calls))
+                candidate = _told(name, blocks) if matrices else "-"
                 yield self._timed(
-                    name, batch, _told(name, blocks), blocks == in_use, seconds, matrices, num_used
+                    name, batch, candidate, blocks == in_use, seconds, matrices, num_used
                 )
-            call._blocks = in_use
-        yield self._timed("plan", batch, "-", True, self._seconds(lambda: call._run_plan(0, ids)),
-                          0, num_used)  # fmt: skip
+
+    def _planned(
+        self, batch: int, turn: int
+    ) -> tuple[ExpertsCall, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A call whose experts have their slots, and its arguments; one token's experts are those
+        of no other turn.
+        """
+        call, routes = self._call(batch), self._routes(batch)
+        ids = routes.experts_TK
+        if batch == 1:
+            ids = (torch.arange(self._top_k, device=self._device) + turn * self._top_k)[None]
+        call._run_plan(0, ids % self._num_experts)
+        return call, self._x(batch), ids % self._num_experts, routes.weights_TK
 
     def _call(self, batch: int) -> ExpertsCall:
         experts = self._num_experts
@@ -193,13 +210,19 @@ class Bench:
 
     def _timed(
         self, kernel: str, tokens: int, candidate: str, in_use: bool, seconds: float,
-        matrices: int, num_used: int,
+        matrices: int, num_used: float,
     ) -> Timed:  # fmt: skip
         weights = matrices * self._layout.hidden * self._layout.width
         return Timed(
             kernel, tokens, candidate, in_use, seconds,
             num_used * weights * self._layout.dtype.itemsize, 2.0 * tokens * self._top_k * weights,
         )  # fmt: skip
+
+
+def _in_turn(launch: Callable[[Any], Any], arguments: Sequence[Any]) -> Callable[[], Any]:
+    """Each call launches with the next of the arguments, in a circle."""
+    turns = cycle(arguments)
+    return lambda: launch(next(turns))
 
 
 def _told(kernel: str, blocks: Blocks) -> str:
