@@ -19,11 +19,10 @@ from runtime.arena import Spec
 from runtime.cache import ExpertCache
 from runtime.cuda.books import Books
 from runtime.cuda.experts import FETCHERS, Blocks, ExpertsCall
-from runtime.cuda.grouped import Products, Tile, Tiles, table_of
+from runtime.cuda.grouped import Products, Tile, Tiles, sort_pairs, spans_of, table_of
 from runtime.cuda.host import LayerRecords
 from runtime.cuda.layout import Layout, layout_of, stored_specs
 from runtime.cuda.record import Record
-from runtime.experts import sort_rows
 from runtime.policies import LRU
 
 LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
@@ -72,7 +71,8 @@ class Bench:
     def prefill(self, num_tokens: int) -> Iterator[Timed]:
         """The grouped products of a prompt."""
         routes = self._routes(num_tokens)
-        order_P, spans = sort_rows(routes.experts_TK)
+        order_P, counts = sort_pairs(routes.experts_TK, self._num_experts)
+        spans = spans_of(counts.tolist())
         x_TH = self._x(num_tokens)
         products = Products(self._record, self._slots_SN, self._layout, x_TH, order_P, self._top_k)
         used = Tiles.of(len(order_P) / len(spans))

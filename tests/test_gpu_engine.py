@@ -123,6 +123,21 @@ def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> N
     assert model.expertflow.decode_path == "graph"
 
 
+@pytest.mark.parametrize(("memory", "looks"), [(0.5, True), (1.0, False)])
+def test_a_prompts_layer_sends_for_the_next_ones_experts_if_any_are_missing(
+    model: Any, memory: float, looks: bool
+) -> None:
+    prompt_BT = torch.randint(2, 256, (1, 40), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+    want = model.generate(**inputs, max_new_tokens=1)
+    engine = load_fake(model, memory=memory).expertflow
+    for _ in range(2):  # the first prompt brings what there is room for
+        engine.stats().reset()
+        assert torch.equal(model.generate(**inputs, max_new_tokens=1), want)
+    assert (engine.stats().prefetches > 0) == looks
+    assert (engine.stats().prefetches_used > 0) == looks
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_weights_come_back_bit_for_bit(
     model: Any, is_full: bool, monkeypatch: pytest.MonkeyPatch

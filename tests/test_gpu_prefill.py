@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 pytest.importorskip("triton")
@@ -15,7 +17,7 @@ pytest.importorskip("triton")
 from routing.layers import Routes
 from routing.topology import NO_EXPERT
 from runtime.cuda import dense
-from runtime.cuda.grouped import run_grouped, table_of
+from runtime.cuda.grouped import run_grouped, sort_pairs, spans_of, table_of
 from runtime.policies import LRU
 from tests.device_twins import Twin, routes
 
@@ -28,9 +30,11 @@ class Arriving:
 
     def __init__(self, twin: Twin, order: list[int]) -> None:
         self._records, self._order = twin.records, order
-        self.record, self.slots_SN = twin.record, twin.slots_SN
+        self.record, self.slots_SN, self.num_experts = twin.record, twin.slots_SN, EXPERTS
 
-    def serve_groups(self, layer: int, experts: list[int]) -> Iterator[list[tuple[int, int]]]:
+    def serve_groups(
+        self, layer: int, experts: list[int], _: Any
+    ) -> Iterator[list[tuple[int, int]]]:
         coming = [expert for expert in self._order if expert in experts]
         for start in range(0, len(coming), 2):
             group = [(expert, slot) for slot, expert in enumerate(coming[start : start + 2])]
@@ -61,6 +65,16 @@ def test_many_tokens_compute_what_float32_does_in_any_order_of_arrival(
     expected = twin.expected(0, x_TH, experts_TK, weights_TK)
     error = (outputs[0].float() - expected).abs().max() / expected.abs().max()
     assert error < (1e-5 if twin.layout.dtype == torch.float32 else 3e-3)
+
+
+@given(st.lists(st.integers(-1, EXPERTS), min_size=1, max_size=30))
+def test_pairs_are_sorted_by_expert_and_those_of_none_have_no_span(experts: list[int]) -> None:
+    order_P, counts = sort_pairs(torch.tensor(experts)[:, None], EXPERTS)
+    spans = spans_of(counts.tolist())
+    assert set(spans) == set(experts) - {-1, EXPERTS}
+    for expert, span in spans.items():
+        pairs = order_P[span].tolist()
+        assert pairs == [pair for pair, chosen in enumerate(experts) if chosen == expert]
 
 
 def test_tiles_cover_every_row_once() -> None:

@@ -21,7 +21,7 @@ from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
 from runtime.cuda.rows import RowDecoder
-from runtime.cuda.streamed import StreamedPool, staging_bytes
+from runtime.cuda.streamed import Ahead, StreamedPool, staging_bytes
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
@@ -210,22 +210,22 @@ class GpuEngine:
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         """The experts call of layer `index` outside of captured steps."""
-        self._look_ahead(index, hidden_TH)
-        pool = self._pools[index]
+        ahead, pool = self._look_ahead(index, hidden_TH), self._pools[index]
         if self._layout is not None:
-            return run_grouped(pool, self._layout, index, hidden_TH, routes)
-        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index))
+            return run_grouped(pool, self._layout, index, hidden_TH, routes, ahead)
+        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index, ahead=ahead))
 
-    def _look_ahead(self, index: int, hidden_TH: Tensor) -> None:
-        """Stream the experts that the layer after `index` will want, once those of `index` are on
-        their way. Only for many tokens, whose union of experts a router foretells nearly exactly.
+    def _look_ahead(self, index: int, hidden_TH: Tensor) -> Ahead | None:
+        """The experts that the layer after `index` will want, where some of its are missing. Only
+        for many tokens, whose union of experts a router foretells nearly exactly.
         """
         following = index + 1
         if following == len(self._layers) or len(hidden_TH) < AHEAD_FROM:
-            return
+            return None
         pool, router = self._pools[following], self._routers[following]
-        if router is not None and self._pools[index] is pool:
-            pool.plan_ahead(following, _wanted(hidden_TH, router, self._layers[following].top_k))
+        if router is None or self._pools[index] is not pool or not pool.lacks(following):
+            return None
+        return Ahead(following, _wanted(hidden_TH, router, self._layers[following].top_k))
 
     def check_integrity(self) -> None:
         """Assert that the device's books agree with themselves, then take them over."""
@@ -292,7 +292,8 @@ def _layout(source: Source) -> Layout | str:
 
 
 def _wanted(hidden_TH: Tensor, router: Any, top_k: int) -> Tensor:
-    """How many tokens each expert of a router would get, int64 [E]."""
+    """How many tokens each expert of a router would get, int64 [E]. Nothing waits."""
     logits_TE = torch.nn.functional.linear(hidden_TH, router.weight, getattr(router, "bias", None))
-    chosen = logits_TE.topk(min(top_k, logits_TE.shape[-1]), -1).indices
-    return torch.bincount(chosen.reshape(-1), minlength=logits_TE.shape[-1])
+    chosen_P = logits_TE.topk(min(top_k, logits_TE.shape[-1]), -1).indices.reshape(-1)
+    nobody_E = chosen_P.new_zeros(logits_TE.shape[-1])
+    return nobody_E.scatter_add_(0, chosen_P, torch.ones_like(chosen_P))

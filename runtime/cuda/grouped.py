@@ -12,8 +12,7 @@ from routing.layers import Routes
 from runtime.cuda.grouped_kernels import combine, grouped_down, grouped_gate_up
 from runtime.cuda.layout import ACTIVATIONS, Layout
 from runtime.cuda.record import Record
-from runtime.cuda.streamed import StreamedPool
-from runtime.experts import sort_rows
+from runtime.cuda.streamed import Ahead, StreamedPool
 
 
 class Tile(NamedTuple):
@@ -53,18 +52,46 @@ TILES = (
 
 
 def run_grouped(
-    pool: StreamedPool, layout: Layout, layer: int, hidden_TH: Tensor, routes: Routes
-) -> Tensor:
-    """The experts call of `layer`: [T, H]. A token's results are summed in top-k order."""
+    pool: StreamedPool, layout: Layout, layer: int, hidden_TH: Tensor, routes: Routes,
+    ahead: Ahead | None = None,
+) -> Tensor:  # fmt: skip
+    """The experts call of `layer`: [T, H]. A token's results are summed in top-k order.
+
+    The host waits once, for what the tokens want; what `ahead` wants comes with it.
+    """
     top_k = routes.experts_TK.shape[1]
-    order_P, spans = sort_rows(routes.experts_TK)
+    order_P, counts = sort_pairs(routes.experts_TK, pool.num_experts)
+    told = (counts if ahead is None else torch.cat([counts, ahead.wanted_E])).cpu()
+    spans = spans_of(told[: len(counts)].tolist())
+    if ahead is not None:
+        ahead = ahead._replace(wanted_E=told[len(counts) :])
     products = Products(pool.record, pool.slots_SN, layout, hidden_TH, order_P, top_k)
     if sum(span.stop - span.start for span in spans.values()) < len(order_P):
         products.y_PH.zero_()  # some pairs are of no expert
     tiles = Tiles.of(len(order_P) / max(len(spans), 1))
-    for group in pool.serve_groups(layer, list(spans)):
+    for group in pool.serve_groups(layer, list(spans), ahead):
         products.run([(spans[expert], slot) for expert, slot in group], tiles)
     return products.combined(routes.weights_TK)
+
+
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order of the pairs (token * K + k) by expert, and how many each has, [E + 2]: before and
+    after those of experts 0 .. E-1 the pairs of none. Nothing waits.
+    """
+    experts_P = experts_TK.reshape(-1).clamp(-1, num_experts) + 1
+    counts = experts_P.new_zeros(num_experts + 2)
+    counts.scatter_add_(0, experts_P, torch.ones_like(experts_P))
+    return experts_P.argsort(stable=True), counts
+
+
+def spans_of(counts: list[int]) -> dict[int, slice]:
+    """Where the pairs of each expert that has any are in that order."""
+    spans, start = {}, counts[0]
+    for expert, count in enumerate(counts[1:-1]):
+        if count:
+            spans[expert] = slice(start, start + count)
+        start += count
+    return spans
 
 
 def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int, int]]:

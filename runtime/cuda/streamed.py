@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.cache import ExpertCache, Lookup
+from runtime.cache import FREE, ExpertCache, Lookup
 from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, as_model
 from runtime.cuda.record import Record
@@ -36,6 +36,14 @@ PROBES = 16
 """Records that are sent to measure the link."""
 GROUP = LANDINGS
 """Missing experts that run together: enough for one launch to pay, few enough not to wait."""
+
+
+class Ahead(NamedTuple):
+    """What the layer after the one that runs will want, as far as that is known."""
+
+    layer: int
+    wanted_E: Tensor
+    """int64 [E], for how many tokens."""
 
 
 class StreamedPool:
@@ -65,36 +73,38 @@ class StreamedPool:
         self._landed: list[Any] = [None] * len(self._staging)
         self._turn = 0
         self._arrived: dict[int, torch.cuda.Event] = {}
-        self._ahead: tuple[int, Tensor] | None = None
         self._early: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
-    def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def serve(
+        self, layer: int, experts: list[int], ahead: Ahead | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield each of the distinct `experts` (ascending) of `layer` with its parameters, as
         `serve_groups` does.
         """
-        for group in self.serve_groups(layer, experts):
+        for group in self.serve_groups(layer, experts, ahead):
             for expert, slot in group:
                 parameters = {name: view[slot] for name, view in self._views.items()}
                 layout = self._layout
                 yield expert, parameters if layout is None else as_model(parameters, layout)
 
-    def serve_groups(self, layer: int, experts: list[int]) -> Iterator[list[tuple[int, int]]]:
+    def serve_groups(
+        self, layer: int, experts: list[int], ahead: Ahead | None = None
+    ) -> Iterator[list[tuple[int, int]]]:
         """Yield the distinct `experts` (ascending) of `layer` in groups of (expert, slot).
 
         Residents first, then the missing in the order of their arrival; the current stream waits
-        for them. A group is good until the next is asked for. After an error the cache starts
-        empty.
+        for them. A group is good until the next is asked for. Behind the missing, the most wanted
+        of `ahead` start to come; those of a single token are too uncertain. After an error the
+        cache starts empty.
         """
         needed = np.array(experts, np.int64)
-        ahead, self._ahead = self._ahead, None
-        wanted = None if ahead is None else ahead[1].cpu().numpy()
         try:
             self._judge(layer, needed)
             for lookup in self.cache.waves(layer, needed):
                 self._stats.count(layer, lookup, self._host.link_bytes(layer))
                 self._start_copies(layer, lookup)
-                if ahead is not None and wanted is not None and len(needed) < self.num_slots:
-                    self._prefetch(ahead[0], wanted, layer * self.cache.num_experts + needed)
+                if ahead is not None and len(needed) < self.num_slots:
+                    self._prefetch(ahead, layer * self.num_experts + needed)
                 yield from self._arrivals(lookup)
         except GeneratorExit:  # the caller stopped: whatever is resident has arrived, or will
             raise
@@ -116,15 +126,19 @@ class StreamedPool:
                 stream.wait_event(self._arrived.pop(slot))
             yield [(expert_in[slot], slot) for slot in group]
 
-    def plan_ahead(self, layer: int, wanted_E: Tensor) -> None:
-        """With the next `serve`, start copying experts of `layer` too.
+    @property
+    def num_experts(self) -> int:
+        """Of a layer."""
+        return self.cache.num_experts
 
-        wanted_E: int [E], for how many tokens; the most wanted come first, those of a single token
-        are too uncertain.
-        """
-        self._ahead = layer, wanted_E
+    def lacks(self, layer: int) -> bool:
+        """Whether any expert of `layer` is missing."""
+        first = layer * self.num_experts
+        slots = self.cache.slot_of_key[first : first + self.num_experts]
+        return bool((slots == FREE).any())
 
-    def _prefetch(self, layer: int, wanted_E: np.ndarray, pinned: np.ndarray) -> None:
+    def _prefetch(self, ahead: Ahead, pinned: np.ndarray) -> None:
+        layer, wanted_E = ahead.layer, ahead.wanted_E.cpu().numpy()
         likely = np.flatnonzero(wanted_E > 1)
         likely = likely[np.argsort(-wanted_E[likely], kind="stable")]
         lookup = self.cache.admit(layer, likely, pinned)
