@@ -78,7 +78,7 @@ def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order of the pairs (token * K + k) by expert, and how many each has, [E + 2]: before and
     after those of experts 0 .. E-1 the pairs of none. Nothing waits.
     """
-    experts_P = experts_TK.reshape(-1).clamp(-1, num_experts) + 1
+    experts_P = experts_TK.reshape(-1).long().clamp(-1, num_experts) + 1
     counts = experts_P.new_zeros(num_experts + 2)
     counts.scatter_add_(0, experts_P, torch.ones_like(experts_P))
     return experts_P.argsort(stable=True), counts

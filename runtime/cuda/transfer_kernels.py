@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LANDINGS = 4
+"""Most records that `land` takes."""
+
 
 @triton.jit
 def weights(low, code, base):
@@ -107,7 +110,3 @@ def land(
         slots, slot.to(tl.int64), low, high, base, patch_starts, patch_units, patch_bits,
         expert.to(tl.int64), source.to(tl.int64), tl.program_id(0), UNITS, True, CHUNK,
     )  # fmt: skip
-
-
-LANDINGS = 4
-"""Most records that `land` takes."""
