@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.lane import Arm, Lane
-from benchmarks.serving_load import ServingLoad
+from benchmarks.serving_load import TextLoad
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -35,15 +35,11 @@ SEPARATOR = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingSettings(ServingLoad):
+class ServingSettings(TextLoad):
     """Serve one workload under every scheduler."""
 
-    model: Path
-    """Model directory."""
     predictor: Path
     """ONNX predictor of that model."""
-    text: Path
-    """Folder of .txt files, one a domain; documents are divided by lines `<|endoftext|>`."""
     arms: list[str] = field(
         default_factory=lambda: [
             "fifo,policy=lru",
@@ -107,7 +103,7 @@ def lane(
     )  # fmt: skip
 
 
-def workload(settings: ServingSettings) -> list[Request]:
+def workload(settings: TextLoad) -> list[Request]:
     """The same requests for every arm, labelled by domain."""
     from transformers import AutoTokenizer
 
@@ -137,7 +133,7 @@ def workload(settings: ServingSettings) -> list[Request]:
 
 
 def _prompts(
-    file: Path, tokenizer: Any, random: np.random.Generator, settings: ServingSettings, count: int
+    file: Path, tokenizer: Any, random: np.random.Generator, settings: TextLoad, count: int
 ) -> Iterator[list[int]]:
     """`count` passages of a domain, from the starts of its documents and on through the longest."""
     documents = [text for text in file.read_text().split(f"\n{SEPARATOR}\n") if text.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,3 +44,13 @@ class ServingLoad:
             context=self.prompt_tokens[1] + self.output_tokens[1],
             **(shared | arm.options),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoad(ServingLoad):
+    """Prompts out of text."""
+
+    model: Path
+    """Model directory."""
+    text: Path
+    """Folder of .txt files, one a domain; documents are divided by lines `<|endoftext|>`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import runtime
+from benchmarks import agreement
 from benchmarks.lane import Arm
 from benchmarks.recorded_requests import Recorded, recorded_requests
 from benchmarks.row_replay import ReplayingRunner, RowReplay
@@ -17,7 +20,7 @@ from routing.shards import TraceReader, signed_experts
 from routing.writer import TraceWriter
 from runtime.engine import Engine
 from runtime.serving.loop import Loop
-from runtime.serving.request import Request
+from runtime.serving.request import Logprob, Request, Result
 from runtime.serving.runner import CapturedRunner
 from runtime.serving.settings import ServeSettings
 from tests.fake_cuda import fake_cuda, load_fake
@@ -96,3 +99,40 @@ def test_requests_are_cut_out_of_a_trace_once_each(tmp_path: Path) -> None:
 def test_an_arm_names_what_it_does_differently() -> None:
     arm = Arm.parse("predicted,policy=lru,extra=0.01,rows=8")
     assert arm[1:] == ("predicted", "lru", 0.01, {"rows": 8})
+
+
+def result(tokens: Sequence[int], gap: float = 0.5) -> Result:
+    logprobs = tuple(Logprob(t, -1.0, ((t, -1.0), (t + 1, -1.0 - gap))) for t in tokens)
+    return Result(
+        id="a", text="", token_ids=tuple(tokens), num_prompt=1, finish="length", logprobs=logprobs
+    )
+
+
+def test_requests_that_part_are_counted_with_how_near_the_choice_was() -> None:
+    alone = [result([1, 2, 3, 4]), result([5, 6, 7, 8], gap=0.25)]
+    told = agreement.compare(alone, [result([1, 2, 3, 4]), result([5, 9, 7, 8])])
+    assert told == {"requests": 2, "same": 0.5, "same_tokens": 5 / 8, "margins": [0.25]}
+
+
+def test_agreement_serves_the_embedded_model_alone_and_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = Path(__file__).parents[1] / "exports"
+    out = tmp_path / "agreement.json"
+    agreement.main(
+        agreement.AgreementSettings(
+            model=exports / "moe-8x32",
+            text=exports / "sample",
+            schedulers=["fifo"],
+            requests=6,
+            output_tokens=[3, 5],
+            dtype="float32",
+            device="cpu",
+            batch=3,
+            rows=4,
+            out=out,
+        )
+    )
+    row = json.loads(out.read_text())["rows"][0]
+    assert (row["requests"], row["same"]) == (6, 1.0)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == [row]

@@ -140,8 +140,8 @@ def test_bfloat16_weights_come_back_bit_for_bit_though_they_were_packed() -> Non
 BUDGET = 176 << 20
 
 
-@pytest.mark.parametrize("prefetch", [False, True])
-def test_a_budget_of_bytes_is_kept(prefetch: bool) -> None:
+@pytest.mark.parametrize("prefetch", [False, True, "auto"])
+def test_a_budget_of_bytes_is_kept(prefetch: bool | str) -> None:
     """Through long prompts, batches, captures and steps, the libraries' workspaces included."""
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_experts": 32}
     model: Any = tiny_model("olmoe", num_hidden_layers=6, max_position_embeddings=1024, **sizes)

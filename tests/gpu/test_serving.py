@@ -49,7 +49,7 @@ def alone(model: Any, asked: list[Request]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "qwen3_moe", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("memory", [1.0, 0.5])
+@pytest.mark.parametrize("memory", [1.0, 0.5, 0.4])
 def test_greedy_tokens_are_those_of_each_request_alone(kind: str, memory: float) -> None:
     model: Any = tiny_model(kind)
     asked = requests(9)

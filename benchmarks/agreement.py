@@ -1,0 +1,132 @@
+"""How often requests that are served together get the tokens that each gets alone.
+
+    python -m benchmarks.agreement --model exports/moe-8x32 --text exports/sample \
+        --predictor exports/predictors/moe-8x32.onnx
+
+Who shares a step decides no token, but for rounding: matrix products of another number of rows may
+differ in the last bits. In float32 that is seen at exact near-ties only; in bfloat16 a near-tie is
+much wider. So for each request that differs this reports how far apart the two likeliest tokens
+were where it first did. Greedy decoding. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.serving_load import TextLoad
+from routing.cli import run
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+    from runtime.serving.request import Request, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementSettings(TextLoad):
+    """Serve requests together and alone."""
+
+    predictor: Path | None = None
+    """ONNX predictor of that model; without one, `fifo` is all there is to compare."""
+    requests: int = 64
+    """Prompts, from all domains alike."""
+    schedulers: list[str] = field(default_factory=lambda: ["fifo", "predicted"])
+    """Each serves all requests."""
+    memory: float = 0.25
+    """Share of the experts that is resident."""
+    dtype: str = "bfloat16"
+    """Number format of the model."""
+    device: str = "cuda"
+    """Where the model computes."""
+    out: Path | None = None
+    """File for the JSON."""
+
+
+def main(settings: AgreementSettings) -> None:
+    """Serve alone, then under every scheduler; print the table, then the same as JSON."""
+    import torch
+
+    import runtime
+    from benchmarks.lane import Arm
+    from benchmarks.machine import command, machine
+    from benchmarks.report import print_facts, print_table, save, settings_json
+    from benchmarks.serving import workload
+
+    requests = [replace(request, logprobs=2) for request in workload(settings)]
+    facts = {
+        "machine": machine(torch.device(settings.device)),
+        "command": command("benchmarks.agreement"),
+        "settings": settings_json(settings),
+    }
+    print_facts(facts)
+    model = runtime.load(
+        settings.model,
+        settings.predictor,
+        memory=settings.memory,
+        dtype=settings.dtype,
+        device=settings.device,
+        context=settings.prompt_tokens[1] + settings.output_tokens[1],
+        batch=settings.rows,
+    )
+    with model.expertflow as engine:
+        one = vars(settings.serve_settings(Arm.parse("fifo"))) | {"batch": 1, "rows": 1}
+        alone = [result for request in requests for result in served(engine, [request], one)]
+        rows = []
+        for name in settings.schedulers:
+            options = vars(settings.serve_settings(Arm.parse(name)))
+            rows.append({"scheduler": name} | compare(alone, served(engine, requests, options)))
+    title = f"{settings.requests} requests, batch {settings.batch}, {settings.dtype}"
+    print_table(title, COLUMNS, [_cells(row) for row in rows], {})
+    save(facts | {"rows": rows}, settings.out)
+    print(json.dumps(facts | {"rows": rows}), flush=True)
+
+
+COLUMNS = ("scheduler", "same", "tokens before a difference", "margin, median", "margin, most")
+
+
+def served(engine: Engine, requests: Sequence[Request], options: dict[str, Any]) -> list[Result]:
+    """The results in the order of the requests."""
+    results = {result.id: result for result in engine.serve(requests, **options)}
+    return [results[request.id] for request in requests]
+
+
+def compare(alone: Sequence[Result], together: Sequence[Result]) -> dict[str, Any]:
+    """Share of requests with the same tokens, and what is known of the others.
+
+    margins: for each of those, the log-probability that the first token to differ lacked to the
+    other, as the request alone saw it. same_tokens: tokens up to the first difference, of all.
+    """
+    margins, kept = [], 0
+    for one, other in zip(alone, together, strict=True):
+        at = first_difference(one.token_ids, other.token_ids)
+        kept += len(one.token_ids) if at is None else at
+        if at is not None:
+            (_, best), (_, second) = one.logprobs[at].top[:2]
+            margins.append(best - second)
+    return {
+        "requests": len(alone),
+        "same": 1 - len(margins) / len(alone),
+        "same_tokens": kept / sum(len(one.token_ids) for one in alone),
+        "margins": margins,
+    }
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """Where two continuations part; None where they do not."""
+    pairs = enumerate(zip(ours, theirs, strict=True))
+    return next((index for index, (one, other) in pairs if one != other), None)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    margins = row["margins"]
+    told = [f"{np.median(margins):.3f}", f"{max(margins):.3f}"] if margins else ["-", "-"]
+    return [row["scheduler"], f"{row['same']:.1%}", f"{row['same_tokens']:.1%}", *told]
+
+
+if __name__ == "__main__":
+    run(main, AgreementSettings, prog="python -m benchmarks.agreement")
