@@ -178,6 +178,8 @@ class Bench:
             for warps in (4, 8) if width == max(widths) else (4,):
                 sizes = height, max(width, LEAST_BLOCK), warps
                 found.append(in_use._replace(**dict(zip(names, sizes, strict=True))))
+        if kernel == "down" and in_use.padded > 1:
+            found += [in_use._replace(parts=parts) for parts in (1, 2, 4, 8)]
         return list(dict.fromkeys(found))
 
     # ------------------------------------------------------------------ timing
@@ -228,4 +230,4 @@ def _in_turn(launch: Callable[[Any], Any], arguments: Sequence[Any]) -> Callable
 def _told(kernel: str, blocks: Blocks) -> str:
     if kernel == "gate_up":
         return str((blocks.rows, blocks.columns, blocks.warps))
-    return str((blocks.down_rows, blocks.down_columns, blocks.down_warps))
+    return str((blocks.down_rows, blocks.down_columns, blocks.down_warps, blocks.parts))

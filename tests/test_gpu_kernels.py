@@ -245,6 +245,13 @@ def test_an_expert_that_is_not_finite_spoils_only_the_tokens_that_go_there() -> 
     torch.testing.assert_close(y[0], twin.expected(0, x, ids, weights)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_token_gets_does_not_depend_on_who_shares_its_batch() -> None:
+    twin = Twin(LRU(LAYERS, EXPERTS), num_slots=9, batch=3, dtype=torch.bfloat16)
+    first, second = inputs(twin, 3, 0), inputs(twin, 3, 1)
+    alike = [torch.cat([one[:1], other[1:]]) for one, other in zip(first, second, strict=True)]
+    assert torch.equal(twin.call(0, *first)[0], twin.call(0, *alike)[0])
+
+
 @pytest.mark.parametrize("options", [{}, {"batch": 2}, OSS], ids=["one", "batch", "gpt-oss"])
 def test_outputs_are_bit_identical_whatever_is_resident(options: dict[str, Any]) -> None:
     batch = options.get("batch", 1)

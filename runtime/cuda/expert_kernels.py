@@ -174,10 +174,15 @@ def gate_up(
 def down(
     h, y, ids, weights, slots, experts_U, slots_U, counts, num_tokens,
     UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H,)."""
+    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H, PARTS).
+
+    PARTS > 1: over the experts of each part, float32 [PARTS, B, H], for `join`. A part is a range
+    of experts, whoever uses them: a token's sum does not depend on who shares the batch.
+    """
     row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_N = row_N < H
     token_M = tl.arange(0, M)
@@ -187,6 +192,7 @@ def down(
     ids_MK = tl.load(ids + pair_MK, mask=mask_MK, other=-1)
     weights_MK = tl.load(weights + pair_MK, mask=mask_MK, other=0.0).to(tl.float32)
     num_used = tl.load(counts)
+    part = tl.program_id(1)
     if M == 1:
         sums_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
         bias_N = tl.zeros([BLOCK_N], tl.float32)
@@ -205,8 +211,13 @@ def down(
         y_MN = (tl.sum(sums_NI, axis=1) + bias_N)[None, :]
     else:
         y_MN = tl.zeros([M, BLOCK_N], tl.float32)
-        at = 0
-        while at < num_used:
+        index_U = tl.arange(0, BLOCK_U)
+        experts = tl.load(experts_U + index_U, mask=index_U < num_used, other=E)
+        first = part * ((E + PARTS - 1) // PARTS)
+        at = tl.sum((experts < first).to(tl.int32), axis=0)
+        end = tl.sum((experts < first + (E + PARTS - 1) // PARTS).to(tl.int32), axis=0)
+        end = tl.minimum(end, num_used)
+        while at < end:
             record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
             expert = tl.load(experts_U + at)
             weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
@@ -224,6 +235,20 @@ def down(
             weighted_MN = weight_M[:, None] * product_MN
             y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
             at += 1
-    to_MN = token_M[:, None] * H + row_N[None, :]
+    to_MN = (part * num_tokens + token_M)[:, None] * H + row_N[None, :]
     y_MN = y_MN.to(y.dtype.element_ty)
     tl.store(y + to_MN, y_MN, mask=(token_M < num_tokens)[:, None] & mask_N[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def join(
+    parts, y, num_tokens, H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of the parts [PARTS, B, H], ascending: y [B, H]. Grid (B, blocks of H)."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = (part * num_tokens + token) * H + column
+        sums += tl.load(parts + at, mask=column < H, other=0.0)
+    tl.store(y + token * H + column, sums.to(y.dtype.element_ty), mask=column < H)

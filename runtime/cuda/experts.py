@@ -38,6 +38,8 @@ class Blocks(NamedTuple):
     down_rows: int
     down_columns: int
     down_warps: int
+    parts: int
+    """Of the experts, that are summed apart: one would be a program after the other."""
     padded: int
     """Tokens, padded to what a matrix product takes (1 needs none)."""
 
@@ -47,10 +49,11 @@ class Blocks(NamedTuple):
         if num_tokens == 1:
             columns = min(512, triton.next_power_of_2(layout.hidden))
             inner = min(1024, triton.next_power_of_2(layout.width))
-            return Blocks(8, columns, 4, 8, inner, 8, 1)
+            return Blocks(8, columns, 4, 8, inner, 8, 1, 1)
         columns = max(16, min(128, triton.next_power_of_2(layout.hidden)))
         inner = max(16, min(256, triton.next_power_of_2(layout.width)))
-        return Blocks(32, columns, 4, 16, inner, 4, max(16, triton.next_power_of_2(num_tokens)))
+        padded = max(16, triton.next_power_of_2(num_tokens))
+        return Blocks(32, columns, 4, 16, inner, 4, 4, padded)
 
 
 class Ledger(NamedTuple):
@@ -195,17 +198,27 @@ class ExpertsCall:
         )  # fmt: skip
 
     def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        shape, blocks = self._layout, self._blocks
+        shape, blocks, num_tokens = self._layout, self._blocks, len(x)
         experts, slots, _ = self._plan
         y = torch.empty_like(x)
-        expert_kernels.down[(triton.cdiv(shape.hidden, blocks.down_rows),)](
-            self._h, y, ids, weights, self._slots_SN, experts, slots, self._counts[layer], len(x),
-            UNITS=self._record.units, DOWN=self._record.start("down_proj"),
-            DOWN_BIAS=self._record.start("down_proj_bias"),
-            H=shape.hidden, W=shape.width, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
+        to = y
+        if blocks.parts > 1:
+            to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
+        grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
+        expert_kernels.down[grid](
+            self._h, to, ids, weights, self._slots_SN, experts, slots, self._counts[layer],
+            num_tokens, UNITS=self._record.units, DOWN=self._record.start("down_proj"),
+            DOWN_BIAS=self._record.start("down_proj_bias"), H=shape.hidden, W=shape.width,
+            E=self._books.num_experts, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
+            PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
             BLOCK_K=triton.next_power_of_2(self._top_k),
             BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,
         )  # fmt: skip
+        if blocks.parts > 1:
+            block = min(1024, triton.next_power_of_2(shape.hidden))
+            expert_kernels.join[(num_tokens, triton.cdiv(shape.hidden, block))](
+                to, y, num_tokens, H=shape.hidden, PARTS=blocks.parts, BLOCK=block
+            )
         return y
 
     def _run_pick(self, layer: int, x: Tensor) -> torch.cuda.Event:
