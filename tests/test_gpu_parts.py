@@ -20,6 +20,7 @@ from runtime.cuda.books import Books
 from runtime.cuda.layout import Layout, activate, as_model, layout_of, stored_specs
 from runtime.cuda.pinned import parse_cores
 from runtime.cuda.record import ALIGNMENT, CHUNK, Record
+from runtime.cuda.streamed import staging, staging_bytes
 from runtime.policies import LFU, LRU, Forecast, PredictedReuse
 from runtime.stats import Stats
 from runtime.store import ModuleStore
@@ -104,6 +105,18 @@ CASES: dict[str, tuple[str, dict[str, Any], Layout]] = {
     "tanh gelu": ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}, plain(activation="gelu_tanh")),
     "relu": ("mixtral", {"hidden_act": "relu"}, plain(activation="relu")),
 }
+
+
+@pytest.mark.parametrize(("width", "together"), [(32, 4), (1024, 3), (4096, 1)])
+def test_what_a_budget_reserves_for_records_on_their_way_is_what_they_take(
+    width: int, together: int
+) -> None:
+    """Small records travel four at a time, one of more than the buffer's bytes alone."""
+    record = Record({"gate_up_proj": Spec((2 * width, 2048), torch.bfloat16),
+                     "down_proj": Spec((2048, width), torch.bfloat16)})  # fmt: skip
+    buffers = staging(record, torch.device("meta"))
+    assert {len(low) for low, _ in buffers} == {together}
+    assert sum(part.nbytes for pair in buffers for part in pair) == staging_bytes(2 * record.units)
 
 
 @pytest.mark.parametrize("name", CASES)
