@@ -180,6 +180,11 @@ class Engine:
         return self._stats.seconds_per_load() if self._gpu is None else self._gpu.seconds_per_load
 
     @property
+    def is_resident(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self._stats.num_slots >= self._stats.total_experts
+
+    @property
     def resident_LE(self) -> np.ndarray:
         """Bool [L, E]: the experts that are in slots, of the predicted stack where there is one."""
         shape = (self._stats.num_layers, self._stats.num_experts)

@@ -235,7 +235,7 @@ def test_choosing_goes_on_where_it_pays() -> None:
 
 def test_with_every_expert_resident_the_scheduler_falls_back_to_fifo(tmp_path: Path) -> None:
     with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
-        loop = Loop(engine, None, ServeSettings(batch=2, rows=8, context=64))
+        loop = Loop(engine, None, ServeSettings(scheduler="predicted", batch=2, rows=8, context=64))
         for i in range(8):
             loop.submit(Request(prompt=[i + 2], max_tokens=20, ignore_eos=True))
         while not loop.is_idle:
@@ -245,6 +245,20 @@ def test_with_every_expert_resident_the_scheduler_falls_back_to_fifo(tmp_path: P
 
 
 # ---------------------------------------------------------------------- bursts
+
+
+@pytest.mark.parametrize(("memory", "foresees"), [(0.5, True), (1.0, False)])
+def test_nothing_is_foreseen_where_every_expert_has_a_slot(
+    tmp_path: Path, memory: float, foresees: bool
+) -> None:
+    with offloaded(tiny_model("olmoe"), tmp_path, memory=memory) as engine:
+        loop = Loop(engine, None, ServeSettings(batch=2, rows=3, context=24))
+        for number, prompt in enumerate(prompts(1, 3)):
+            loop.submit(Request(id=str(number), prompt=prompt, max_tokens=3, ignore_eos=True))
+        while not loop.is_idle:
+            loop.step()
+        assert (engine.stats().seconds["predict"] > 0) == foresees
+        assert loop.scheduler.ordering.name == ("predicted" if foresees else "fifo")
 
 
 def test_prompts_wait_for_each_other_and_a_lone_one_for_nobody() -> None:
@@ -286,7 +300,9 @@ def test_the_fixed_part_of_a_step_is_found_once_sizes_differ(
 
 def test_without_parked_sequences_too_the_scheduler_falls_back_to_fifo(tmp_path: Path) -> None:
     with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
-        loop = Loop(engine, None, ServeSettings(batch=2, rows=2, burst=2, context=64))
+        loop = Loop(
+            engine, None, ServeSettings(scheduler="predicted", batch=2, rows=2, burst=2, context=64)
+        )
         for i in range(80):
             loop.submit(Request(prompt=[i + 2], max_tokens=1 + i % 2, ignore_eos=True))
         while not loop.is_idle:
@@ -297,7 +313,7 @@ def test_without_parked_sequences_too_the_scheduler_falls_back_to_fifo(tmp_path:
 
 def test_while_the_scheduler_rests_no_prompt_is_read_ahead(tmp_path: Path) -> None:
     with offloaded(tiny_model("olmoe"), tmp_path, memory=1.0) as engine:
-        loop = Loop(engine, None, ServeSettings(batch=2, rows=2, context=64))
+        loop = Loop(engine, None, ServeSettings(scheduler="predicted", batch=2, rows=2, context=64))
         ordering = loop.scheduler.ordering
         assert isinstance(ordering, Predicted)
         for _ in range(Bursts.WINDOW):

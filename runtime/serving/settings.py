@@ -12,8 +12,9 @@ class ServeSettings:
     """Settings of `engine.serve`, `python -m runtime.batch` and `python -m runtime.server`."""
 
     scheduler: str | None = None
-    """fifo, predicted, paper or domain-oracle. By default predicted where there is a predictor and
-    `batch` tokens leave a tenth of a layer's experts unused by chance, else fifo.
+    """fifo, predicted, paper or domain-oracle. By default predicted where there is a predictor, not
+    every expert has a slot, and `batch` tokens leave a tenth of a layer's experts unused by chance,
+    else fifo.
     """
     batch: int = 32
     """Sequences that decode together in one step. Where memory is all that bounds it, as many as
