@@ -103,26 +103,18 @@ def plot_timeline(events: Sequence[GpuEvent], title: str, path: Path) -> None:
 
 
 def _plain(rows: Sequence[Row]) -> list[Row]:
-    """Our arms without what is compared elsewhere: batches, prefetch, compilation."""
-    return [
-        row
-        for row in rows
-        if row.arm.system == "expertflow"
-        and row.arm.batch == 1
-        and not (row.arm.prefetch or row.arm.compile or row.error)
-    ]
+    """Our arms of one sequence without prefetching and compilation."""
+    return [row for row in _singles(rows) if not (row.arm.prefetch or row.arm.compile)]
 
 
 def _faster(rows: Sequence[Row]) -> list[Row]:
     """Our arms of one sequence with prefetching, compilation or both."""
-    return [
-        row
-        for row in rows
-        if row.arm.system == "expertflow"
-        and row.arm.batch == 1
-        and (row.arm.prefetch or row.arm.compile)
-        and row.tokens_per_s
-    ]
+    return [row for row in _singles(rows) if row.arm.prefetch or row.arm.compile]
+
+
+def _singles(rows: Sequence[Row]) -> list[Row]:
+    ours = (row for row in rows if row.arm.system == "expertflow" and row.arm.batch == 1)
+    return [row for row in ours if not row.error]
 
 
 def _ways(row: Row) -> str:

@@ -113,10 +113,9 @@ class StreamedPool:
             raise
 
     def _arrivals(self, lookup: Lookup) -> Iterator[list[tuple[int, int]]]:
-        pairs = list(zip(lookup.experts.tolist(), lookup.slots.tolist(), strict=True))
-        there = [pair for pair in pairs if pair[1] not in self._arrived]
-        coming = [slot for slot in self._arrived if slot in set(lookup.slots.tolist())]
-        expert_in = {slot: expert for expert, slot in pairs}
+        expert_in = dict(zip(lookup.slots.tolist(), lookup.experts.tolist(), strict=True))
+        coming = [slot for slot in self._arrived if slot in expert_in]
+        there = [(expert, slot) for slot, expert in expert_in.items() if slot not in self._arrived]
         if there:
             yield there
         for start in range(0, len(coming), GROUP):
