@@ -19,10 +19,11 @@ from runtime.arena import Spec
 from runtime.cache import ExpertCache
 from runtime.cuda.books import Books
 from runtime.cuda.experts import FETCHERS, Blocks, ExpertsCall
-from runtime.cuda.grouped import Products, Tile, Tiles, sort_pairs, spans_of, table_of
+from runtime.cuda.grouped import Products, Tile, Tiles, table_of
 from runtime.cuda.host import LayerRecords
 from runtime.cuda.layout import Layout, layout_of, stored_specs
 from runtime.cuda.record import Record
+from runtime.experts import sort_pairs, spans_of
 from runtime.policies import LRU
 
 LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
@@ -144,12 +145,13 @@ class Bench:
         """A call whose experts have their slots, and its arguments; one token's experts are those
         of no other turn.
         """
-        call, routes = self._call(batch), self._routes(batch)
-        ids = routes.experts_TK
+        call, (ids, weights) = self._call(batch), self._routes(batch)
         if batch == 1:
-            ids = (torch.arange(self._top_k, device=self._device) + turn * self._top_k)[None]
-        call._run_plan(0, ids % self._num_experts)
-        return call, self._x(batch), ids % self._num_experts, routes.weights_TK
+            first = turn * self._top_k
+            ids = torch.arange(first, first + self._top_k, device=self._device)[None]
+            ids %= self._num_experts
+        call._run_plan(0, ids)
+        return call, self._x(batch), ids, weights
 
     def _call(self, batch: int) -> ExpertsCall:
         experts = self._num_experts

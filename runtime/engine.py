@@ -180,11 +180,6 @@ class Engine:
         return self._stats.seconds_per_load() if self._gpu is None else self._gpu.seconds_per_load
 
     @property
-    def is_resident(self) -> bool:
-        """Whether there is a slot for every expert."""
-        return self._stats.num_slots >= self._stats.total_experts
-
-    @property
     def resident_LE(self) -> np.ndarray:
         """Bool [L, E]: the experts that are in slots, of the predicted stack where there is one."""
         shape = (self._stats.num_layers, self._stats.num_experts)
@@ -241,7 +236,7 @@ class Engine:
         ]
         if self._gpu is not None:
             end = self._gpu.end_forward
-            hooks.append(self.model.register_forward_hook(lambda *_: end(), always_call=True))
+            hooks.append(self.model.register_forward_hook(end, always_call=True))
         if self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
             encoder = self.model.get_encoder()  # type: ignore[operator]
             hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))

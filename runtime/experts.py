@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routing.layers import MoELayer, Routes
-from routing.topology import NO_EXPERT
 
 Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 """Given distinct expert ids, yields each with its parameters, resident for the moment."""
@@ -25,7 +24,8 @@ Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -> Tensor:
     """The experts call of `layer` on hidden states [..., H], with parameters from `slots`."""
     num_rows, top_k = routes.experts_TK.shape
-    order_P, spans = sort_rows(routes.experts_TK)
+    order_P, counts = sort_pairs(routes.experts_TK, layer.num_experts)
+    spans = spans_of(counts.tolist())
     rows_PH = hidden.flatten(0, -2)[order_P // top_k]
     outputs_PH = rows_PH.clone() if layer.kind == "longcat" else torch.zeros_like(rows_PH)
     run = RUN[layer.kind]
@@ -40,15 +40,24 @@ def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -
     return summed_TH.view_as(hidden)
 
 
-def sort_rows(experts_TK: Tensor) -> tuple[Tensor, dict[int, slice]]:
-    """Order of the pairs (token * K + k) by expert, and each expert's span. Synchronises once."""
-    experts_P, order_P = experts_TK.reshape(-1).sort(stable=True)
-    distinct, counts = experts_P.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    starts = [0, *ends[:-1]]
-    spans = {e: slice(a, b) for e, a, b in zip(distinct.tolist(), starts, ends, strict=True)}
-    spans.pop(NO_EXPERT, None)
-    return order_P, spans
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order of the pairs (token * K + k) by expert, and how many each has, [E + 2]: before and
+    after those of experts 0 .. E-1 the pairs of none. Nothing waits.
+    """
+    experts_P = experts_TK.reshape(-1).long().clamp(-1, num_experts) + 1
+    counts = experts_P.new_zeros(num_experts + 2)
+    counts.scatter_add_(0, experts_P, torch.ones_like(experts_P))
+    return experts_P.argsort(stable=True), counts
+
+
+def spans_of(counts: list[int]) -> dict[int, slice]:
+    """Where the pairs of each expert that has any are in that order."""
+    spans, start = {}, counts[0]
+    for expert, count in enumerate(counts[1:-1]):
+        if count:
+            spans[expert] = slice(start, start + count)
+        start += count
+    return spans
 
 
 def run_fused(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:

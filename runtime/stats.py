@@ -65,6 +65,11 @@ class Stats:
         return sum(layer.num_experts for layer in self.layers)
 
     @property
+    def all_fit(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self.num_slots >= self.total_experts
+
+    @property
     def hits(self) -> int:
         return int(self.hits_L.sum())
 

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from routing.layers import Routes
 from routing.topology import NO_EXPERT
 from runtime.cuda import dense
-from runtime.cuda.grouped import run_grouped, sort_pairs, spans_of, table_of
+from runtime.cuda.grouped import run_grouped, table_of
+from runtime.experts import sort_pairs, spans_of
 from runtime.policies import LRU
 from tests.device_twins import Twin, routes
 

@@ -167,6 +167,43 @@ def gate_up(
     tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
 
 
+@triton.jit
+def sum_of_part(
+    h, ids_MK, weights_MK, slots, experts_U, slots_U, num_used, num_tokens, part,
+    row_N, mask_N, token_M, UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    W: tl.constexpr, E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of several tokens' weighted sums over a range of experts: [M, N] in float32."""
+    y_MN = tl.zeros([M, BLOCK_N], tl.float32)
+    index_U = tl.arange(0, BLOCK_U)
+    experts = tl.load(experts_U + index_U, mask=index_U < num_used, other=E)
+    SPAN: tl.constexpr = (E + PARTS - 1) // PARTS
+    first = part * SPAN
+    at = tl.sum((experts < first).to(tl.int32), axis=0)
+    end = tl.sum((experts < first + SPAN).to(tl.int32), axis=0)
+    end = tl.minimum(end, num_used)
+    while at < end:
+        record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
+        expert = tl.load(experts_U + at)
+        weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
+        product_MN = tl.zeros([M, BLOCK_N], tl.float32)
+        for start in range(0, W, BLOCK_I):
+            column_I = start + tl.arange(0, BLOCK_I)
+            tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
+            from_MI = (at * num_tokens + token_M)[:, None] * W + column_I[None, :]
+            mask_MI = (token_M < num_tokens)[:, None] & (column_I < W)[None, :]
+            h_MI = tl.load(h + from_MI, mask=mask_MI, other=0.0)
+            product_MN += tl.dot(h_MI, tl.trans(tile_NI), input_precision="ieee")
+        if HAS_BIAS:
+            expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+            product_MN += expert_bias_N.to(tl.float32)[None, :]
+        weighted_MN = weight_M[:, None] * product_MN
+        y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
+        at += 1
+    return y_MN
+
+
 @triton.jit(
     do_not_specialize=["num_tokens"],
     do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
@@ -210,31 +247,11 @@ def down(
                     bias_N += weight * expert_bias_N.to(tl.float32)
         y_MN = (tl.sum(sums_NI, axis=1) + bias_N)[None, :]
     else:
-        y_MN = tl.zeros([M, BLOCK_N], tl.float32)
-        index_U = tl.arange(0, BLOCK_U)
-        experts = tl.load(experts_U + index_U, mask=index_U < num_used, other=E)
-        first = part * ((E + PARTS - 1) // PARTS)
-        at = tl.sum((experts < first).to(tl.int32), axis=0)
-        end = tl.sum((experts < first + (E + PARTS - 1) // PARTS).to(tl.int32), axis=0)
-        end = tl.minimum(end, num_used)
-        while at < end:
-            record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
-            expert = tl.load(experts_U + at)
-            weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
-            product_MN = tl.zeros([M, BLOCK_N], tl.float32)
-            for start in range(0, W, BLOCK_I):
-                column_I = start + tl.arange(0, BLOCK_I)
-                tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
-                from_MI = (at * num_tokens + token_M)[:, None] * W + column_I[None, :]
-                mask_MI = (token_M < num_tokens)[:, None] & (column_I < W)[None, :]
-                h_MI = tl.load(h + from_MI, mask=mask_MI, other=0.0)
-                product_MN += tl.dot(h_MI, tl.trans(tile_NI), input_precision="ieee")
-            if HAS_BIAS:
-                expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
-                product_MN += expert_bias_N.to(tl.float32)[None, :]
-            weighted_MN = weight_M[:, None] * product_MN
-            y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
-            at += 1
+        y_MN = sum_of_part(
+            h, ids_MK, weights_MK, slots, experts_U, slots_U, num_used, num_tokens, part,
+            row_N, mask_N, token_M, UNITS, DOWN, DOWN_BIAS, W, E, HAS_BIAS, M, PARTS,
+            BLOCK_U, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
     to_MN = (part * num_tokens + token_M)[:, None] * H + row_N[None, :]
     y_MN = y_MN.to(y.dtype.element_ty)
     tl.store(y + to_MN, y_MN, mask=(token_M < num_tokens)[:, None] & mask_N[None, :])

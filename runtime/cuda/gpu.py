@@ -186,7 +186,7 @@ class GpuEngine:
         if self.decoder is not None:
             self.decoder.books.download()
 
-    def end_forward(self) -> None:
+    def end_forward(self, *_: Any) -> None:
         """It has ended, or failed."""
         torch.backends.cuda.enable_cudnn_sdp(self._uses_cudnn)
 

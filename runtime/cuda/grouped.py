@@ -13,6 +13,7 @@ from runtime.cuda.grouped_kernels import combine, grouped_down, grouped_gate_up
 from runtime.cuda.layout import ACTIVATIONS, Layout
 from runtime.cuda.record import Record
 from runtime.cuda.streamed import Ahead, StreamedPool
+from runtime.experts import sort_pairs, spans_of
 
 
 class Tile(NamedTuple):
@@ -72,26 +73,6 @@ def run_grouped(
     for group in pool.serve_groups(layer, list(spans), ahead):
         products.run([(spans[expert], slot) for expert, slot in group], tiles)
     return products.combined(routes.weights_TK)
-
-
-def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Order of the pairs (token * K + k) by expert, and how many each has, [E + 2]: before and
-    after those of experts 0 .. E-1 the pairs of none. Nothing waits.
-    """
-    experts_P = experts_TK.reshape(-1).long().clamp(-1, num_experts) + 1
-    counts = experts_P.new_zeros(num_experts + 2)
-    counts.scatter_add_(0, experts_P, torch.ones_like(experts_P))
-    return experts_P.argsort(stable=True), counts
-
-
-def spans_of(counts: list[int]) -> dict[int, slice]:
-    """Where the pairs of each expert that has any are in that order."""
-    spans, start = {}, counts[0]
-    for expert, count in enumerate(counts[1:-1]):
-        if count:
-            spans[expert] = slice(start, start + count)
-        start += count
-    return spans
 
 
 def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int, int]]:

@@ -144,8 +144,8 @@ class RowDecoder:
     @property
     def is_starved(self) -> bool:
         """Whether most experts have no slot: then the link is the bound."""
-        books = self._decoder.books
-        return 2 * self._decoder.num_slots < books.num_layers * books.num_experts
+        stats = self._decoder.stats
+        return 2 * stats.num_slots < stats.total_experts
 
     def launch(
         self,

@@ -45,7 +45,7 @@ class Loop:
         self._engine, self._settings = engine, settings
         self._intake = Intake(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor
-        if settings.scheduler is None and engine.is_resident:
+        if settings.scheduler is None and engine.stats().all_fit:
             file = None  # nothing will ever be missing: there is nothing to foresee
         self._oracle = None if file is None else Oracle(file)
         self.scheduler = build_scheduler(
