@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from runtime.engine import Engine
     from runtime.serving.request import Request, Result
 
+COLUMNS = ("scheduler", "same", "tokens before a difference", "margin, median", "margin, most")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementSettings(TextLoad):
@@ -84,9 +86,6 @@ def main(settings: AgreementSettings) -> None:
     print_table(title, COLUMNS, [_cells(row) for row in rows], {})
     save(facts | {"rows": rows}, settings.out)
     print(json.dumps(facts | {"rows": rows}), flush=True)
-
-
-COLUMNS = ("scheduler", "same", "tokens before a difference", "margin, median", "margin, most")
 
 
 def served(engine: Engine, requests: Sequence[Request], options: dict[str, Any]) -> list[Result]:

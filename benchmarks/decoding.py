@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from benchmarks.decode import DecodeSettings
 
 WARM_UP_STEPS = 6
-GROWING = ("float32", "transformers")
-"""Their attention grows step by step, and cuDNN builds a plan for every length it meets: they warm
-up over all of them, or most of their time would be that."""
 PROFILED_STEPS = 4
 SLOW = ("accelerate", "policylang")
 SLOW_CHECK_STEPS = 2
@@ -76,7 +73,9 @@ class Decoding:
             self.subject.text.passages(arm.batch, prompt + tokens, first=arm.batch * index)
             for index in range(timed + 1)
         ]
-        steps = tokens if arm.system in GROWING else 2 if slow else WARM_UP_STEPS
+        steps = 2 if slow else WARM_UP_STEPS
+        if arm.system == "transformers":  # cuDNN plans its attention anew for every length
+            steps = tokens
         warm_up = Pass(texts[0], prompt, min(steps, tokens))
         return [
             warm_up,

@@ -58,7 +58,7 @@ class Prefilling:
         rows = [PrefillRow(arm=arm, prompt=prompt) for prompt in self.settings.prompts]
         error = self._fill(arm, rows)
         for row in rows:
-            row.error = error if row.milliseconds is None else None
+            row.error = error
             cells = dict(zip(COLUMNS, _cells(row), strict=True))
             print(", ".join(f"{k} {v}" for k, v in cells.items() if v != "-"), row.error or "",
                   flush=True)  # fmt: skip
@@ -106,7 +106,7 @@ class Prefilling:
             counts=running.counts,
         )
         first, *timed = passes
-        all_resident = arm.system == "expertflow" and arm.residency == FULL
+        all_resident = arm.residency == FULL
         for one in passes if all_resident else [first]:  # then nothing is missing any more
             workload.warm_up(self.subject.model, one.passages, 1)
         if torch.cuda.is_available():
