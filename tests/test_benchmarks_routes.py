@@ -118,6 +118,19 @@ def test_replay_past_the_end_of_the_table_begins_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again, passages.experts_BTLK)
 
 
+def test_a_step_that_runs_twice_is_no_step_further(tmp_path: Path) -> None:
+    """As while it is captured."""
+    model = tiny_model("olmoe")
+    passages = traced(tmp_path, model, [12]).passages(1, 8, first=0)
+    replay = Replay(model, 1, 12, CPU, routes=True)
+    replay.start(passages)
+    with replay.installed():
+        run_in_steps(model, passages, [0, 5])
+        for _ in range(2):
+            model(passages.token_ids_BT[:, 5:6], position_ids=torch.tensor([[5]]))
+            assert replay.position == 6
+
+
 def test_a_long_passage_joins_documents(tmp_path: Path) -> None:
     text = traced(tmp_path, tiny_model("olmoe"), [5, 4, 6])
     reader = TraceReader(tmp_path / "trace")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 pytest.importorskip("triton")
 
 from routing.topology import topology_of
-from runtime.cuda import trial
+from runtime.cuda import gpu, trial
 from runtime.cuda.pinned import PinnedMemory
 from tests.fake_cuda import fake_cuda, load_fake
 from tests.onnx_predictor import write_predictor
@@ -125,15 +126,19 @@ def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> N
 
 @pytest.mark.parametrize(("memory", "looks"), [(0.5, True), (1.0, False)])
 def test_a_prompts_layer_sends_for_the_next_ones_experts_if_any_are_missing(
-    model: Any, memory: float, looks: bool
+    model: Any, memory: float, looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt_BT = torch.randint(2, 256, (1, 40), generator=torch.Generator().manual_seed(3))
+    asked = Mock(side_effect=gpu._wanted)
+    monkeypatch.setattr(gpu, "_wanted", asked)
+    prompt_BT = torch.randint(2, 256, (1, 240), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
     want = model.generate(**inputs, max_new_tokens=1)
     engine = load_fake(model, memory=memory).expertflow
-    for _ in range(2):  # the first prompt brings what there is room for
+    for _ in range(2):  # the first prompt uses every expert, and brings what there is room for
+        asked.reset_mock()
         engine.stats().reset()
         assert torch.equal(model.generate(**inputs, max_new_tokens=1), want)
+    assert asked.called == looks
     assert (engine.stats().prefetches > 0) == looks
     assert (engine.stats().prefetches_used > 0) == looks
 
