@@ -31,7 +31,7 @@ class Arm:
     residency: str = "1.0"
     """Share of the experts in GPU memory; `min` is one layer's top-k in all; or bytes."""
     policy: str | None = None
-    prefetch: bool = False
+    prefetch: bool | str = False
     compile: bool = False
     batch: int = 1
     experts: str | None = None
@@ -42,7 +42,9 @@ class Arm:
     @property
     def name(self) -> str:
         """In a few words."""
-        marks = [self.policy, self.experts, *(n for n in ("prefetch", "compile") if vars(self)[n])]
+        ahead = f"prefetch={self.prefetch}" if self.prefetch == "auto" else "prefetch"
+        marks = [self.policy, self.experts]
+        marks += [ahead] * bool(self.prefetch) + ["compile"] * self.compile
         words = [self.system, *(mark for mark in marks if mark), self.residency]
         return " ".join(words) + (f" x{self.batch}" if self.batch > 1 else "")
 
@@ -158,6 +160,7 @@ def _finish(engine: Any, row: Row) -> None:
     row.decode_path = engine.decode_path
     row.extra["resident_share"] = stats.num_slots / stats.total_experts
     row.extra["packing"] = stats.packing
+    row.extra["prefetching"] = engine.prefetching
     if row.link_efficiency is not None:
         row.delivered = row.link_efficiency / stats.packing
 

@@ -34,6 +34,8 @@ class Clock(BaseStreamer):
         self._has_prompt = False
         self.seconds: list[float] = []
         """perf_counter at each token."""
+        self.was_cut = False
+        """Whether it ended the generation."""
         self.on_first_s = 0.0
         """What `on_first` took; no part of any step."""
 
@@ -47,7 +49,8 @@ class Clock(BaseStreamer):
             self._on_first()
             self.on_first_s = time.perf_counter() - self.seconds[0]
         too_long = self.seconds[-1] - self.seconds[0] > self._max_seconds
-        if len(self.seconds) == self._max_tokens or too_long:
+        self.was_cut = len(self.seconds) == self._max_tokens or too_long
+        if self.was_cut:
             raise Enough
 
     def end(self) -> None:

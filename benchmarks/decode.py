@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from routing.cli import run
 
@@ -30,6 +30,9 @@ class DecodeSettings:
     trace: Path | None = None
     """Trace directory of the same topology, to take text and routes from. Default: random tokens,
     routed by the random router."""
+    routes: Literal["model", "even"] = "model"
+    """Without a trace: those of the random router, which hardly change from token to token, or
+    drawn evenly, the hardest for a cache."""
     predictor: Path | None = None
     """ONNX predictor of the model that was traced."""
     systems: list[str] = field(
@@ -103,6 +106,7 @@ def main(settings: DecodeSettings) -> None:
         device,
         trace=settings.trace,
         predictor=settings.predictor,
+        routes=settings.routes,
         seed=settings.seed,
     )
     title = (

@@ -108,8 +108,9 @@ def _plain(rows: Sequence[Row]) -> list[Row]:
 
 
 def _faster(rows: Sequence[Row]) -> list[Row]:
-    """Our arms of one sequence with prefetching, compilation or both."""
-    return [row for row in _singles(rows) if row.arm.prefetch or row.arm.compile]
+    """Our arms of one sequence with prefetching (not its trial), compilation or both."""
+    rows = [row for row in _singles(rows) if row.arm.prefetch != "auto"]
+    return [row for row in rows if row.arm.prefetch or row.arm.compile]
 
 
 def _singles(rows: Sequence[Row]) -> list[Row]:

@@ -78,6 +78,24 @@ class RandomText:
         return Passages(torch.stack(rows), None)
 
 
+class EvenText(RandomText):
+    """Passages of random tokens whose experts are drawn evenly, the hardest text for a cache."""
+
+    def __init__(self, vocab_size: int, stack: Stack) -> None:
+        super().__init__(vocab_size)
+        self._stack = stack
+
+    def passages(self, batch: int, length: int, *, first: int) -> Passages:
+        stack = self._stack
+        shape = length, stack.num_layers, stack.num_experts
+        rows = [
+            np.argsort(np.random.default_rng(first + b).random(shape, np.float32), axis=-1)
+            for b in range(batch)
+        ]
+        experts_BTLK = np.stack(rows)[..., : stack.top_k].astype(np.int64)
+        return super().passages(batch, length, first=first)._replace(experts_BTLK=experts_BTLK)
+
+
 Text = TracedText | RandomText
 
 

@@ -33,6 +33,7 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         Arm(system="policylang", residency=at),
         *least,
         *(_arm(policy, at, prefetch=True) for policy in (main, "lru")),
+        _arm(main, at, prefetch="auto"),
         *(_arm(main, at, batch=batch) for batch in settings.batches),
         *(replace(arm, batch=batch) for arm in full for batch in settings.batches),
         *(replace(arm, compile=True) for arm in full),
@@ -50,7 +51,7 @@ def usable_policies(settings: DecodeSettings) -> list[str]:
     """
     lacking = {
         "predicted": settings.predictor is None,
-        "belady": settings.trace is None,
+        "belady": settings.trace is None and settings.routes != "even",
     }
     usable = [policy for policy in settings.policies if not lacking.get(policy, False)]
     if not usable:
@@ -74,7 +75,7 @@ def prefill_arms(settings: PrefillSettings) -> list[Arm]:
     return [arm for name in settings.systems for arm in arms.get(name, [])]
 
 
-def _arm(policy: str, residency: str, *, prefetch: bool = False, batch: int = 1) -> Arm:
+def _arm(policy: str, residency: str, *, prefetch: bool | str = False, batch: int = 1) -> Arm:
     return Arm(
         system="expertflow", policy=policy, residency=residency, prefetch=prefetch, batch=batch
     )

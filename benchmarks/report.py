@@ -88,7 +88,8 @@ def ratios(rows: Sequence[Row], policy: str, residency: str) -> dict[str, float]
     ours = {
         arm.batch: speed
         for arm, speed in speeds.items()
-        if (arm.policy, arm.residency, arm.prefetch) == (policy, residency, False)
+        if (arm.policy, arm.residency, arm.prefetch, arm.compile)
+        == (policy, residency, False, False)
     }
     if 1 not in ours:
         return {}

@@ -14,12 +14,26 @@ import torch
 from benchmarks import rivals
 from benchmarks.arms import MIN, NO_CACHE, Arm, Running, offloaded
 from benchmarks.link import best, measure_link
-from benchmarks.passages import Passages, RandomText, Text, TracedText, passage_calls
+from benchmarks.passages import (
+    EvenText,
+    Passages,
+    RandomText,
+    Text,
+    TracedText,
+    passage_calls,
+)
 from benchmarks.predictor_badge import rebadge
 from benchmarks.replay import Replay
 from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
 from routing.topology import Topology, topology_of
 from runtime.onnx_file import open_predictor
+
+ROUTES = {
+    TracedText: "replayed from a trace",
+    EvenText: "drawn evenly",
+    RandomText: "of the random router",
+}
+"""Of a text, for people."""
 
 
 class Pass(NamedTuple):
@@ -45,9 +59,13 @@ class Subject:
         *,
         trace: Path | None,
         predictor: Path | None,
+        routes: str = "model",
         seed: int,
     ) -> None:
-        """Raises ValueError for an unknown shape, or a trace or predictor that does not fit."""
+        """routes: "even" draws them, where there is no trace to take them from.
+
+        Raises ValueError for an unknown shape, or a trace or predictor that does not fit.
+        """
         self.shape, self.device = shape_named(shape), device
         start = time.perf_counter()
         self.model: Any = build_model(self.shape, device, seed=seed)
@@ -55,7 +73,7 @@ class Subject:
         self.topology: Topology = topology_of(self.model)
         self.expert_bytes = expert_bytes(self.model)
         self.weight_bytes = weight_bytes(self.model)
-        self.text: Text = self._text(trace)
+        self.text: Text = self._text(trace, routes)
         self.predictor = None if predictor is None else self._rebadged(predictor)
         self.link = measure_link(self.expert_bytes, device)
         self.bandwidth = best(self.link)
@@ -67,7 +85,7 @@ class Subject:
             "shape": self.shape.name,
             "topology": str(self.topology.stack()),
             "weights": "random, drawn on the device",
-            "routes": "replayed from a trace" if self.replays else "of the random router",
+            "routes": ROUTES[type(self.text)],
             "bytes": self.weight_bytes,
             "expert_bytes": self.expert_bytes,
             "build_s": self.build_s,
@@ -76,13 +94,14 @@ class Subject:
 
     @property
     def replays(self) -> bool:
-        """Whether there are recorded routes."""
-        return isinstance(self.text, TracedText)
+        """Whether the routes are given, and not the random router's."""
+        return isinstance(self.text, TracedText | EvenText)
 
-    def _text(self, trace: Path | None) -> Text:
-        if trace is None:
-            return RandomText(self.topology.vocab_size)
-        return TracedText(trace, self.topology.stack(), self.topology.vocab_size)
+    def _text(self, trace: Path | None, routes: str) -> Text:
+        stack, vocab_size = self.topology.stack(), self.topology.vocab_size
+        if trace is not None:
+            return TracedText(trace, stack, vocab_size)
+        return EvenText(vocab_size, stack) if routes == "even" else RandomText(vocab_size)
 
     def _rebadged(self, predictor: Path) -> Path:
         if open_predictor(predictor).topology.model == self.topology.model:

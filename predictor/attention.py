@@ -78,7 +78,8 @@ class Attention(nn.Module):
     """Sliding-window causal attention. Masks are added to the scores; they come from positions.
 
     `heads` query heads in groups share `kv_heads` keys and values (arXiv 2305.13245): what is
-    cached, and read at every step, shrinks with them.
+    cached, and read at every step, shrinks with them. Queries and keys are normalised a head
+    (arXiv 2010.04245).
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
@@ -86,6 +87,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.kv_heads = kv_heads
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * (width // heads), bias=False)
+        self.norm = RMSNorm(width // heads)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -99,7 +101,8 @@ class Attention(nn.Module):
         heads_BTNC = self.qkv(x_BTD).unflatten(-1, (num_heads + 2 * num_kv, -1))
         heads_BNTC = heads_BTNC.transpose(1, 2)
         turned, values_BMTC = heads_BNTC.split((num_heads + num_kv, num_kv), dim=1)
-        queries, keys_BMTC = rotate(turned, rotation).split((num_heads, num_kv), dim=1)
+        turned = rotate(self.norm(turned), rotation)
+        queries, keys_BMTC = turned.split((num_heads, num_kv), dim=1)
         attend = _attend if past is None else partial(_attend_with_past, past=past)
         mixed_BNTC = attend(queries, keys_BMTC, values_BMTC, mask_B1TS)
         return self.out(mixed_BNTC.transpose(1, 2).flatten(2)), torch.stack(

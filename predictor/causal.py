@@ -59,6 +59,13 @@ class CausalSettings(PredictorSettings):
         return CausalPredictor(shape, self)
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0) squared (arXiv 2109.08668)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised before and added to what came in.
 
@@ -73,7 +80,7 @@ class Block(nn.Module):
         self.attention = Attention(width, settings.attention_heads, settings.kv_heads)
         self.mlp_norm = RMSNorm(width)
         mlp_out = nn.Linear(hidden, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), mlp_out)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), SquaredReLU(), mlp_out)
         self.dropout = nn.Dropout(settings.dropout)
         for branch in (self.attention.out, mlp_out):
             std = (2 * settings.blocks * branch.in_features) ** -0.5

@@ -28,7 +28,7 @@ from predictor.optimizer import Muon
 from routing.topology import NO_EXPERT, Topology
 
 CHECKPOINT_KEY = "expertflow"
-HEAD_WEIGHTS = (2.0, 1.0, 0.3, 0.1)
+HEAD_WEIGHTS = (4.0, 1.0, 0.3, 0.1)
 """Of the heads in the loss: the horizons' is mostly what nobody can know, and drowns the others."""
 HISTORIES = ("known", "unknown")
 """Validation runs twice: with the true routes of earlier tokens, and without."""

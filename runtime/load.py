@@ -42,7 +42,7 @@ def load(
     host: str = "file",
     context: int = 2048,
     batch: int = 1,
-    prefetch: bool | str = False,
+    prefetch: bool | str = "auto",
     compile: bool = False,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
@@ -68,8 +68,8 @@ def load(
     context, batch: on a GPU, the longest sequence (prompt and generated tokens) and the most
         sequences that are decoded as captured CUDA graphs; the key/value cache is that large.
     prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle. "auto"
-        tries it for some hundred steps in turns with steps without it, keeps the faster way and
-        says so (`model.expertflow.prefetching`).
+        tries it for some three hundred steps in turns with steps without it, keeps the faster way
+        and says so (`model.expertflow.prefetching`).
     compile: on a GPU, fuse the model's own operations with torch.compile; the first token of each
         batch size then waits for the compiler, tens of seconds for a large model.
     record: a directory that keeps the token ids and routes of everything that runs, as a trace to

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from benchmarks.clock import Clock, Enough, LogitsRecorder
-from benchmarks.passages import Passages, RandomText, TracedText, passage_calls
+from benchmarks.passages import EvenText, Passages, RandomText, TracedText, passage_calls
 from benchmarks.predictor_badge import rebadge
 from benchmarks.replay import CHOSEN_LOGIT, Replay
 from benchmarks.trace_slice import SliceSettings
 from benchmarks.trace_slice import main as cut
+from benchmarks.workload import Workload
 from routing.layers import find_moe_layers, read_routes
 from routing.shards import Document, TraceReader
 from routing.topology import topology_of
@@ -156,6 +158,19 @@ def test_random_text_is_the_same_every_time_and_leaves_routing_to_the_model() ->
     assert first.experts_BTLK is None
 
 
+def test_even_text_uses_every_expert_alike_and_none_twice_for_a_token() -> None:
+    stack = topology_of(tiny_model("olmoe")).stack()
+    text = EvenText(50, stack)
+    first, again = text.passages(2, 400, first=3), text.passages(2, 400, first=3)
+    assert first.experts_BTLK is not None and again.experts_BTLK is not None
+    np.testing.assert_array_equal(first.experts_BTLK, again.experts_BTLK)
+    assert first.experts_BTLK.shape == (2, 400, stack.num_layers, stack.top_k)
+    ordered = np.sort(first.experts_BTLK, axis=-1)
+    assert (ordered[..., 1:] > ordered[..., :-1]).all()
+    uses = np.bincount(first.experts_BTLK.reshape(-1), minlength=stack.num_experts)
+    assert uses.min() > 0.9 * uses.mean() and uses.max() < 1.1 * uses.mean()
+
+
 def test_the_calls_of_a_passage_are_its_prompt_at_once_and_then_token_by_token(
     tmp_path: Path,
 ) -> None:
@@ -210,7 +225,21 @@ def test_a_generation_ends_early_after_enough_tokens() -> None:
     clock.put(torch.zeros(1))
     with pytest.raises(Enough):
         clock.put(torch.zeros(1))
-    assert len(clock.step_s) == 1
+    assert len(clock.step_s) == 1 and clock.was_cut
+
+
+def test_what_ran_is_compared_with_what_was_replayed_but_for_a_step_under_way() -> None:
+    replay = SimpleNamespace(position=9)
+    workload = Workload(device=CPU, prompt=5, replay=cast(Replay, replay))
+    clock = Clock()
+    clock.seconds = [0.0] * 4  # the prompt's pass and three steps
+    with pytest.raises(RuntimeError, match="8 tokens ran, but 9 were replayed"):
+        workload._check_position(clock)
+    clock.was_cut = True
+    workload._check_position(clock)
+    replay.position = 10
+    with pytest.raises(RuntimeError, match="8 tokens ran, but 10 were replayed"):
+        workload._check_position(clock)
 
 
 def test_what_happens_at_the_first_token_is_in_no_step() -> None:

@@ -87,7 +87,7 @@ class Decoder:
         self.context, self.batch = context, min(batch, LARGEST_BATCH)
         self.prefetch = prefetch is True
         """Whether every step prefetches."""
-        self.trial = Trial() if prefetch == AUTO else None
+        self.trial = Trial() if prefetch == AUTO and not stats.all_fit else None
         self._routers = routers
         self._top_k = max(layer.top_k for layer in source.layers)
         self.books = Books(pool.cache, len(source.layers), pool.device)

@@ -135,6 +135,8 @@ class GpuEngine:
             served = self._rows and self._rows.trial
             more = f"; while serving, {served.verdict}" if served else ""
             return self.decoder.trial.verdict + more
+        if self.decoder.stats.all_fit:
+            return "prefetching is off: every expert has a slot"
         return f"prefetching is {'on' if self.decoder.prefetch else 'off'}, as asked for"
 
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:

@@ -47,6 +47,7 @@ class Board:
         self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
         self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
         self._stream = torch.cuda.Stream(device)
+        self._sent = self._stream.record_event()
 
     def begin_step(self) -> None:
         """Start a step from what is known: what was foreseen for the step after the last one."""
@@ -65,7 +66,7 @@ class Board:
         """Send the values and probabilities, without waiting for the step that reads them."""
         table = policy.table()
         assert table is not None
-        self._stream.synchronize()  # the last copies have left the pinned memory
+        self._sent.synchronize()  # the last copies have left the pinned memory
         rows = *table, forecast.this_LE, forecast.next_LE
         pinned = *self._values_host, *self._chances_host
         device = self._books.before, self._books.after, self.likely, self._next_likely
@@ -73,6 +74,7 @@ class Board:
             for row, host, tensor in zip(rows, pinned, device, strict=True):
                 host.copy_(torch.from_numpy(row.reshape(-1)))
                 tensor.copy_(host, non_blocking=True)
+        self._sent = self._stream.record_event()
 
 
 class Oracle:

@@ -8,8 +8,10 @@ TURN = 32
 """Steps of one way in a row."""
 SETTLING = 4
 """Steps at the start of a turn that do not count: their caches are of the other way's making."""
-NEEDED = 256
+NEEDED = 128
 """Steps of each way after which the faster one is kept."""
+LEAST_GAIN = 0.005
+"""What prefetching must save of a step's time to be kept."""
 AGAIN = 1 << 14
 """Steps after which the question is asked anew: texts change."""
 
@@ -50,7 +52,7 @@ class Trial:
             self._seconds[prefetched].append(seconds)
             if min(map(len, self._seconds.values())) >= NEEDED:
                 self._ms = {way: 1e3 * typical(times) for way, times in self._seconds.items()}
-                self.choice = self._ms[True] < self._ms[False]
+                self.choice = self._ms[True] < (1 - LEAST_GAIN) * self._ms[False]
 
     @property
     def verdict(self) -> str:
