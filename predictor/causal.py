@@ -19,6 +19,7 @@ from predictor.interface import (
     RoutePredictor,
     Shape,
     Windows,
+    read_out_map,
 )
 from routing.topology import NO_EXPERT
 
@@ -37,6 +38,9 @@ class CausalSettings(PredictorSettings):
     """Heads of keys and values, shared by groups of attention heads; they divide these."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP over the width of the hidden states."""
+    stages: int = 1
+    """This token's experts are read out in so many groups of layers, the first layers' after
+    earlier blocks: the target too has chosen them before it computes the rest."""
     embedding_rank: int = 256
     """The token embedding is stored as [vocabulary, rank] and projected to the width."""
     dropout: float = 0.0
@@ -54,6 +58,19 @@ class CausalSettings(PredictorSettings):
                 f"{self.attention_heads} attention heads cannot share {self.kv_heads} heads of "
                 "keys and values evenly; change predictor.attention_heads or predictor.kv_heads"
             )
+
+        if not 1 <= self.stages <= self.blocks:
+            raise ValueError(
+                f"{self.stages} stages do not fit {self.blocks} blocks; predictor.stages is at "
+                "least 1 and at most predictor.blocks"
+            )
+
+    def early_stages(self, num_layers: int) -> dict[int, int]:
+        """After how many blocks to read out how many MoE layers: all stages but the last."""
+        stages = self.stages
+        ends = [num_layers * stage // stages for stage in range(stages + 1)]
+        blocks = [-(-self.blocks * (stage + 1) // stages) for stage in range(stages)]
+        return {blocks[i]: ends[i + 1] - ends[i] for i in range(stages - 1)}
 
     def build(self, shape: Shape) -> "CausalPredictor":
         return CausalPredictor(shape, self)
@@ -94,6 +111,13 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), present
 
 
+class EarlyHead(nn.Sequential):
+    """The experts of so many of the target's layers, out of a block's output [B, T, D]."""
+
+    def __init__(self, shape: Shape, width: int, num_layers: int) -> None:
+        super().__init__(RMSNorm(width), read_out_map(shape, width, num_layers))
+
+
 class CausalPredictor(RoutePredictor):
     """Token embedding + route-history embedding, transformer blocks, the heads."""
 
@@ -108,7 +132,8 @@ class CausalPredictor(RoutePredictor):
     graph_outputs = (*HEADS, "present")
 
     def __init__(self, shape: Shape, settings: CausalSettings) -> None:
-        super().__init__(shape, width=settings.width)
+        stages = settings.early_stages(shape.num_layers)
+        super().__init__(shape, width=settings.width, read_early=sum(stages.values()))
         self.settings = settings
         width, rank = settings.width, settings.embedding_rank
         self.embedding_VR = nn.Embedding(shape.vocab_size, rank)
@@ -117,6 +142,9 @@ class CausalPredictor(RoutePredictor):
         self.unknown_history_D = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.blocks))
+        self.early_heads = nn.ModuleDict(
+            {str(after): EarlyHead(shape, width, layers) for after, layers in stages.items()}
+        )
         self.norm = RMSNorm(width)
         self._initialise()
 
@@ -154,10 +182,10 @@ class CausalPredictor(RoutePredictor):
 
     def forward(self, batch: Windows) -> Predictions:
         mask_B1TT = sliding_mask(batch.positions_BT, batch.positions_BT, self.shape.window)
-        x_BTD, _ = self.run_blocks(
+        predictions, _ = self.run_blocks(
             batch.token_ids_BT, batch.routes_BTLK, batch.positions_BT, mask_B1TT, None
         )
-        return self.read_out(x_BTD)
+        return predictions
 
     def run_graph(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One graph for a prefill and for a step: `past` may be empty and lie in any order."""
@@ -167,8 +195,10 @@ class CausalPredictor(RoutePredictor):
         mask_B1TS = sliding_mask(positions_BT, key_positions_BS, window)
         cached = past.flatten(0, 1).unbind(0)  # one copy: slices of slices would be two
         pasts = [Past(*pair) for pair in zip(cached[::2], cached[1::2], strict=True)]
-        x_BTD, presents = self.run_blocks(token_ids_BT, routes_BTLK, positions_BT, mask_B1TS, pasts)
-        return (*self.read_out(x_BTD), torch.stack(presents))
+        predictions, presents = self.run_blocks(
+            token_ids_BT, routes_BTLK, positions_BT, mask_B1TS, pasts
+        )
+        return (*predictions, torch.stack(presents))
 
     def run_blocks(
         self,
@@ -177,17 +207,20 @@ class CausalPredictor(RoutePredictor):
         positions_BT: Tensor,
         mask_B1TS: Tensor,
         pasts: list[Past] | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states [B, T, D] after the last norm, and each block's new keys and values."""
+    ) -> tuple[Predictions, list[Tensor]]:
+        """The predictions, and each block's new keys and values."""
         x_BTD = self.project_embedding(self.embedding_VR(token_ids_BT))
         x_BTD = self.dropout(x_BTD + self.embed_history(routes_BTLK))
         rotation = rotation_of(positions_BT, self.cache.head_dim, x_BTD.dtype)
         mask_B1TS = mask_B1TS.to(x_BTD.dtype)
-        presents = []
+        presents, logits = [], []
         for i, block in enumerate(self.blocks):
             x_BTD, present = block(x_BTD, rotation, mask_B1TS, pasts[i] if pasts else None)
             presents.append(present)
-        return self.norm(x_BTD), presents
+            if str(i + 1) in self.early_heads:
+                logits.append(self.early_heads[str(i + 1)](x_BTD))
+        logits.append(self.heads(self.norm(x_BTD)))
+        return self.calibrated(torch.cat(logits, dim=-1)), presents
 
     def embed_history(self, routes_BTLK: Tensor) -> Tensor:
         """Sum of the vectors of the experts that the predecessor used; one vector if unknown."""

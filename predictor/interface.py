@@ -182,14 +182,13 @@ class RoutePredictor(nn.Module, ABC):
     """Input names of the ONNX graph, in order, each with its dynamic axes."""
     graph_outputs: ClassVar[tuple[str, ...]]
 
-    def __init__(self, shape: Shape, *, width: int) -> None:
+    def __init__(self, shape: Shape, *, width: int, read_early: int = 0) -> None:
+        """read_early: MoE layers whose first head the subclass reads out of other hidden states."""
         super().__init__()
         self.shape = shape
-        self.heads = nn.Linear(width, len(HEADS) * shape.num_layers * shape.num_experts)
+        self.heads = read_out_map(shape, width, len(HEADS) * shape.num_layers - read_early)
         self.register_buffer("scale_J", torch.ones(len(HEADS)))
         self.register_buffer("shift_J", torch.zeros(len(HEADS)))
-        nn.init.normal_(self.heads.weight, std=width**-0.5 / 4)
-        nn.init.constant_(self.heads.bias, _log_odds(shape.top_k, shape.num_experts))
 
     scale_J: Tensor
     shift_J: Tensor
@@ -219,11 +218,14 @@ class RoutePredictor(nn.Module, ABC):
         """The ONNX graph: takes `graph_inputs` and returns `graph_outputs`, both in order."""
 
     def read_out(self, hidden_BTD: Tensor) -> Predictions:
-        """The heads, calibrated. The last step is float32 whatever the hidden states are."""
+        """The heads, calibrated."""
+        return self.calibrated(self.heads(hidden_BTD))
+
+    def calibrated(self, logits_BTX: Tensor) -> Predictions:
+        """All heads' logits, in order. This is float32 whatever the hidden states are."""
         shape = self.shape
-        logits_BTX = self.heads(hidden_BTD).float()
         sizes = (len(HEADS), shape.num_layers, shape.num_experts)
-        logits_BTJLE = logits_BTX.unflatten(-1, sizes)
+        logits_BTJLE = logits_BTX.float().unflatten(-1, sizes)
         scale, shift = self.scale_J[:, None, None], self.shift_J[:, None, None]
         return Predictions(*(logits_BTJLE * scale + shift).unbind(2))
 
@@ -238,6 +240,14 @@ class PredictorSettings(ABC):
 
     @abstractmethod
     def build(self, shape: Shape) -> RoutePredictor: ...
+
+
+def read_out_map(shape: Shape, width: int, num_layers: int) -> nn.Linear:
+    """From hidden states to the experts of so many layers, at their base rate to begin with."""
+    layer = nn.Linear(width, num_layers * shape.num_experts)
+    nn.init.normal_(layer.weight, std=width**-0.5 / 4)
+    nn.init.constant_(layer.bias, _log_odds(shape.top_k, shape.num_experts))
+    return layer
 
 
 def _log_odds(top_k: int, num_experts: int) -> float:

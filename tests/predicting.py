@@ -67,8 +67,9 @@ def shape(*, window: int = 6, horizon: int = 3) -> Shape:
 def tiny_predictor(*, window: int = 6, blocks: int = 2) -> CausalPredictor:
     """An untrained predictor whose weights are large enough for every input to matter."""
     settings = CausalSettings(
-        width=16, blocks=blocks, attention_heads=2, kv_heads=1, embedding_rank=8
-    )
+        width=16, blocks=blocks, attention_heads=2, kv_heads=1, embedding_rank=8,
+        stages=min(blocks, 2),
+    )  # fmt: skip
     predictor = settings.build(shape(window=window))
     with torch.no_grad():
         for parameter in predictor.parameters():
