@@ -1,8 +1,9 @@
 """Sliding-window attention with rotary positions, all of it driven by explicit positions.
 
 Symbols: B rows, T new tokens, P cached tokens, S keys, D width, M key/value heads, G query heads
-that share one of them, C channels of a head. The nodes are chosen for a decode step in onnxruntime,
-where each costs about a microsecond whatever it does.
+that share one of them, N = M * G query heads, R = G * T queries of the same keys, C channels of a
+head. The nodes are chosen for a decode step in onnxruntime, where each costs about a microsecond
+whatever it does.
 """
 
 import math
@@ -67,8 +68,8 @@ class RMSNorm(nn.Module):
         return (exact / root).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class Past(NamedTuple):
-    """One block's cached keys and values."""
+class KeysValues(NamedTuple):
+    """One block's keys and values, cached or new."""
 
     keys_BMPC: Tensor
     values_BMPC: Tensor
@@ -91,11 +92,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask_B1TS: Tensor, past: Past | None
-    ) -> tuple[Tensor, Tensor]:
-        """The block's update [B, T, D], and the new tokens' keys and values [2, B, M, T, C].
+        self, x_BTD: Tensor, rotation: Rotation, mask: Tensor, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        """The block's update [B, T, D], and the new tokens' keys and values.
 
-        The mask is over the past's keys and then the new ones.
+        The mask is over the past's keys and then the new ones: [B, 1, T, S], and where there is a
+        past [B, 1, R, S], G times the same.
         """
         num_heads, num_kv = self.heads, self.kv_heads
         heads_BTNC = self.qkv(x_BTD).unflatten(-1, (num_heads + 2 * num_kv, -1))
@@ -104,10 +106,9 @@ class Attention(nn.Module):
         turned = rotate(self.norm(turned), rotation)
         queries, keys_BMTC = turned.split((num_heads, num_kv), dim=1)
         attend = _attend if past is None else partial(_attend_with_past, past=past)
-        mixed_BNTC = attend(queries, keys_BMTC, values_BMTC, mask_B1TS)
-        return self.out(mixed_BNTC.transpose(1, 2).flatten(2)), torch.stack(
-            (keys_BMTC, values_BMTC)
-        )
+        mixed_BNTC = attend(queries, keys_BMTC, values_BMTC, mask)
+        update_BTD = self.out(mixed_BNTC.transpose(1, 2).flatten(2))
+        return update_BTD, KeysValues(keys_BMTC, values_BMTC)
 
 
 def _attend(queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tensor) -> Tensor:
@@ -117,16 +118,13 @@ def _attend(queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tenso
 
 
 def _attend_with_past(
-    queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TS: Tensor, past: Past
+    queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1RS: Tensor, past: KeysValues
 ) -> Tensor:
     """Join the scores, not the keys: the past is never copied."""
-    num_kv, num_past, channels = keys.shape[1], past.keys_BMPC.shape[2], keys.shape[-1]
-    grouped = queries_BNTC.unflatten(1, (num_kv, -1))
-    groups = grouped.shape[2]
-    queries = grouped.flatten(2, 3) * channels**-0.5  # [B, M, G * T, C]
-    old_scores = queries @ past.keys_BMPC.transpose(-1, -2)
-    new_scores = queries @ keys.transpose(-1, -2)
-    scores = torch.cat((old_scores, new_scores), dim=-1).unflatten(2, (groups, -1))
-    weights = (scores + mask_B1TS[:, :, None]).softmax(-1).flatten(2, 3)
-    mixed = weights[..., :num_past] @ past.values_BMPC + weights[..., num_past:] @ values
-    return mixed.unflatten(2, (groups, -1)).flatten(1, 2)
+    batch, num_kv, num_new, channels = keys.shape
+    queries_BMRC = queries_BNTC.reshape(batch, num_kv, -1, channels) * channels**-0.5
+    old_scores = queries_BMRC @ past.keys_BMPC.transpose(-1, -2)
+    new_scores = queries_BMRC @ keys.transpose(-1, -2)
+    weights_BMRS = (torch.cat((old_scores, new_scores), dim=-1) + mask_B1RS).softmax(-1)
+    old, new = weights_BMRS.split((past.keys_BMPC.shape[2], num_new), dim=-1)
+    return (old @ past.values_BMPC + new @ values).reshape(queries_BNTC.shape)

@@ -10,7 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from predictor.attention import Attention, Past, RMSNorm, Rotation, rotation_of, sliding_mask
+from predictor.attention import (
+    Attention,
+    KeysValues,
+    RMSNorm,
+    Rotation,
+    rotation_of,
+    sliding_mask,
+)
 from predictor.interface import (
     HEADS,
     Cache,
@@ -65,6 +72,11 @@ class CausalSettings(PredictorSettings):
                 "least 1 and at most predictor.blocks"
             )
 
+    @property
+    def queries_per_key(self) -> int:
+        """Attention heads that share one head of keys and values (G)."""
+        return self.attention_heads // self.kv_heads
+
     def early_stages(self, num_layers: int) -> dict[int, int]:
         """After how many blocks to read out how many MoE layers: all stages but the last."""
         stages = self.stages
@@ -80,7 +92,8 @@ class SquaredReLU(nn.Module):
     """max(x, 0) squared (arXiv 2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.relu().square()
+        x = x.relu()
+        return x * x
 
 
 class Block(nn.Module):
@@ -104,9 +117,9 @@ class Block(nn.Module):
             nn.init.normal_(branch.weight, std=std)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask_B1TS: Tensor, past: Past | None
-    ) -> tuple[Tensor, Tensor]:
-        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask_B1TS, past)
+        self, x_BTD: Tensor, rotation: Rotation, mask: Tensor, past: KeysValues | None
+    ) -> tuple[Tensor, KeysValues]:
+        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask, past)
         x_BTD = x_BTD + self.dropout(update)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), present
 
@@ -193,29 +206,31 @@ class CausalPredictor(RoutePredictor):
         window = self.shape.window
         key_positions_BS = torch.cat((past_positions_BP, positions_BT), dim=1)
         mask_B1TS = sliding_mask(positions_BT, key_positions_BS, window)
+        mask_B1RS = mask_B1TS.repeat(1, 1, self.settings.queries_per_key, 1)
         cached = past.flatten(0, 1).unbind(0)  # one copy: slices of slices would be two
-        pasts = [Past(*pair) for pair in zip(cached[::2], cached[1::2], strict=True)]
+        pasts = [KeysValues(*pair) for pair in zip(cached[::2], cached[1::2], strict=True)]
         predictions, presents = self.run_blocks(
-            token_ids_BT, routes_BTLK, positions_BT, mask_B1TS, pasts
+            token_ids_BT, routes_BTLK, positions_BT, mask_B1RS, pasts
         )
-        return (*predictions, torch.stack(presents))
+        present = torch.cat([tensor for pair in presents for tensor in pair])
+        return (*predictions, present.unflatten(0, (len(presents), 2, -1)))
 
     def run_blocks(
         self,
         token_ids_BT: Tensor,
         routes_BTLK: Tensor,
         positions_BT: Tensor,
-        mask_B1TS: Tensor,
-        pasts: list[Past] | None,
-    ) -> tuple[Predictions, list[Tensor]]:
-        """The predictions, and each block's new keys and values."""
+        mask: Tensor,
+        pasts: list[KeysValues] | None,
+    ) -> tuple[Predictions, list[KeysValues]]:
+        """The predictions, and each block's new keys and values. The mask: see `Attention`."""
         x_BTD = self.project_embedding(self.embedding_VR(token_ids_BT))
         x_BTD = self.dropout(x_BTD + self.embed_history(routes_BTLK))
         rotation = rotation_of(positions_BT, self.cache.head_dim, x_BTD.dtype)
-        mask_B1TS = mask_B1TS.to(x_BTD.dtype)
+        mask = mask.to(x_BTD.dtype)
         presents, logits = [], []
         for i, block in enumerate(self.blocks):
-            x_BTD, present = block(x_BTD, rotation, mask_B1TS, pasts[i] if pasts else None)
+            x_BTD, present = block(x_BTD, rotation, mask, pasts[i] if pasts else None)
             presents.append(present)
             if str(i + 1) in self.early_heads:
                 logits.append(self.early_heads[str(i + 1)](x_BTD))

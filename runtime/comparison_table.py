@@ -83,7 +83,8 @@ def _contenders(
     yield from without_forecast(shape, [c for step in steps for c in step.calls()], len(steps))
     yield unpredicted(reader.stack, len(steps))
     fit, sources = _fit_sample(settings, reader)
-    files = {path.stem: _opened(path, reader) for path in settings.predictors()}
+    paths = settings.predictors()
+    files = {name: _opened(path, reader) for name, path in zip(_names(paths), paths, strict=True)}
     horizon = next(iter(files.values())).horizon if files else 4
     for rival in fit_rivals(fit.steps, shape[1], horizon):
         forecasts = list(rival_forecasts(rival, sample.steps, shape[1]))
@@ -96,6 +97,12 @@ def _contenders(
         of_files[name] = file, with_recall_ahead(plain, used_TLE, depth)
         yield of_files[name][1]
     yield from ahead_contenders(sources, reader.stack, sample, fit, of_files)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """File names, or whole paths where two files have the same name."""
+    names = [path.stem for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _opened(path: Path, reader: TraceReader) -> PredictorFile:

@@ -191,6 +191,18 @@ def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     assert all(row["hit_rate"] <= best[row["residency"]] + 1e-9 for row in rows)
 
 
+def test_predictors_of_the_same_file_name_are_told_apart_by_their_folders(
+    compared, tmp_path: Path
+) -> None:
+    out, arguments = compared
+    (tmp_path / "other").mkdir()
+    other = write_predictor(tmp_path / "other" / "ours.onnx", TOPOLOGY)
+    more = [f"--more_predictors=[{other}]", "--residency=[0.25]"]
+    run(main, SimulateSettings, [*arguments, *more], prog="python -m runtime.simulate")
+    names = [row["name"] for row in json.loads(out.read_text())["results"]]
+    assert names[-1] == str(other) and names[-2] == str(out.parent / "ours.onnx")
+
+
 def test_all_without_a_trace_to_fit_on_is_one_clear_line(compared, capsys) -> None:
     arguments = [a for a in compared[1] if not a.startswith("--fit_trace")]
     with pytest.raises(SystemExit):
