@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 from predictor.causal import CausalPredictor
@@ -22,6 +23,7 @@ from predictor.export import ExportSettings, export, write_quantized
 from predictor.interface import HEADS, PredictorSettings, RoutePredictor, Shape
 from predictor.module import RouteModule
 from predictor.parity import check_parity
+from predictor.quantization import block_size
 from predictor.t5 import T5Settings
 from routing.cli import run
 from routing.topology import NO_EXPERT, Topology
@@ -183,6 +185,16 @@ def test_padding_in_a_batch_changes_no_other_token(exported):
     for one, other in zip(alone, session.run(list(HEADS), padded), strict=True):
         np.testing.assert_allclose(other[:, 2:], one, atol=1e-5)
         assert np.isfinite(other).all()
+
+
+@pytest.mark.parametrize(
+    ("widths", "block"), [([448, 448, 1792, 224], 256), ([128, 128, 512], 128), ([8], 16)]
+)
+def test_a_block_of_int8_weights_is_as_long_as_the_predictor_is_wide(widths, block) -> None:
+    weights = [numpy_helper.from_array(np.zeros((w, 2), np.float32), f"w{w}") for w in widths]
+    products = [helper.make_node("MatMul", ["x", f"w{w}"], ["y"]) for w in widths]
+    products.append(helper.make_node("MatMul", ["x", "x"], ["z"]))
+    assert block_size(helper.make_graph(products, "graph", [], [], weights)) == block
 
 
 def test_int8_keeps_the_metadata_and_most_of_the_top_k(exported, checkpoint, tmp_path):
