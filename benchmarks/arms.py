@@ -128,7 +128,7 @@ def run_arm(arm: Arm, model: Any, set_up: SetUp, measure: Callable[[Running, Row
         torch.cuda.reset_peak_memory_stats()
         row.held_bytes = torch.cuda.memory_allocated()
     try:
-        with restored(model), set_up() as running:
+        with restored(model, experts=arm.system != "expertflow"), set_up() as running:
             row.load_s = time.perf_counter() - start
             measure(running, row)
             running.finish(row)

@@ -1,7 +1,8 @@
 """Where a model's weights lie, and putting them back exactly as they were.
 
 Arms move the same model about, one after the other. The host tensors stay where they are the whole
-time: an arm gets copies on the device, and the model gets its own tensors back afterwards.
+time: an arm gets copies on the device, and the model gets its own tensors back afterwards. Only our
+engine takes the experts over and gives them back itself, so that host memory holds them once.
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+EXPERTS = ".experts"
+"""How the path of a container of experts ends, in the shapes that are built here."""
+
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever happens meanwhile, every module has its own weights and attributes afterwards."""
+def restored(model: nn.Module, *, experts: bool = True) -> Iterator[None]:
+    """Whatever happens meanwhile, every module has its own weights and attributes afterwards.
+
+    experts: their containers too.
+    """
+    modules = [
+        module for path, module in model.named_modules() if experts or not path.endswith(EXPERTS)
+    ]
     attributes = [
         (module, dict(module.__dict__), dict(module._parameters), dict(module._buffers))
-        for module in model.modules()
+        for module in modules
     ]
-    weights = [(parameter, parameter.data) for parameter in model.parameters()]
+    weights = [(p, p.data) for module in modules for p in module.parameters(recurse=False)]
     try:
         yield
     finally:
@@ -41,7 +51,7 @@ def place(
     dtype: of the copies; by default the weights' own.
     """
     for path, module in model.named_modules():
-        if path.endswith(".experts") and not experts:
+        if path.endswith(EXPERTS) and not experts:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             copy = parameter.detach().to(device).to(dtype or parameter.dtype)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from benchmarks.prefill import PrefillSettings
 
 COLUMNS = (
-    "arm", "prompt", "ms", "tok/s", "peak GiB", "missed MB", "link ms", "compute ms", "ratio",
+    "arm", "prompt", "ms", "tok/s", "peak GiB", "missed MB", "wasted MB", "link ms",
+    "compute ms", "ratio",
 )  # fmt: skip
 SLOW_REPEATS = 2
 
@@ -37,6 +38,8 @@ class PrefillRow(ArmRow):
     peak_bytes: int | None = None
     missing_bytes: float | None = None
     """Mean over the prompts: bytes of experts that had to come."""
+    wasted_bytes: float | None = None
+    """Mean over the prompts: bytes of experts that came ahead and were not needed."""
     link_ms: float | None = None
     """Missing bytes / measured bandwidth."""
     compute_ms: float | None = None
@@ -123,6 +126,7 @@ class Prefilling:
         if arm.system == "expertflow":
             if arm.residency == FULL:
                 self._compute_ms[row.prompt] = row.milliseconds
+            row.wasted_bytes = timings.prefill.bytes_wasted / len(timings.first_token_s)
             self._bound(row, timings.prefill.bytes_needed / len(timings.first_token_s))
 
     def _bound(self, row: PrefillRow, missing: float) -> None:
@@ -150,6 +154,7 @@ def _cells(row: PrefillRow) -> list[str]:
         number(row.tokens_per_s, ".0f"),
         number(row.peak_bytes, ".2f", 2**30),
         number(row.missing_bytes, ".0f", 1e6),
+        number(row.wasted_bytes, ".0f", 1e6),
         number(row.link_ms, ".1f"),
         number(row.compute_ms, ".1f"),
         number(row.ratio, ".2f"),

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from benchmarks import decode, draw, prefill
-from benchmarks.arms import Arm, Row, Running, compare_logits, read_counts, run_arm
+from benchmarks.arms import (
+    Arm,
+    Row,
+    Running,
+    compare_logits,
+    offloaded,
+    read_counts,
+    run_arm,
+)
 from benchmarks.decode_plots import plot_bytes, plot_speed, plot_timeline
 from benchmarks.link import best, link_efficiency, measure_link
 from benchmarks.placement import place, restored
@@ -71,7 +79,7 @@ def test_logits_are_compared_bit_by_bit_and_then_by_size() -> None:
 
 
 def test_a_failing_arm_costs_its_row_only_and_the_model_is_itself_again() -> None:
-    model, arm = tiny_model("olmoe"), Arm(system="expertflow")
+    model, arm = tiny_model("olmoe"), Arm(system="transformers")
     before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}
 
     @contextmanager
@@ -88,6 +96,20 @@ def test_a_failing_arm_costs_its_row_only_and_the_model_is_itself_again() -> Non
     for name, parameter in model.named_parameters():
         assert (parameter, parameter.data_ptr()) == before[name]
     assert "forward" not in model.get_submodule("model.norm").__dict__
+
+
+def test_our_engine_gives_the_experts_back_itself() -> None:
+    model = tiny_model("olmoe")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    arm = Arm(system="expertflow", residency="0.5", policy="lru")
+    run_arm(arm, model, lambda: offloaded(model, memory=0.5, device="cpu"), lambda *_: None)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    with restored(model, experts=False):
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+    kept = {name for name, parameter in model.named_parameters() if parameter.numel()}
+    assert kept == {name for name in before if ".experts." not in name}
 
 
 def test_experts_stay_on_the_host_where_they_are_asked_to() -> None:
