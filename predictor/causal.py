@@ -5,6 +5,7 @@ D width, R rank of the token embedding, X = L * E expert keys.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -82,7 +83,9 @@ class CausalSettings(PredictorSettings):
         stages = self.stages
         ends = [num_layers * stage // stages for stage in range(stages + 1)]
         blocks = [-(-self.blocks * (stage + 1) // stages) for stage in range(stages)]
-        return {blocks[i]: ends[i + 1] - ends[i] for i in range(stages - 1)}
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        early = zip(blocks[:-1], sizes[:-1], strict=True)
+        return {after: size for after, size in early if size}
 
     def build(self, shape: Shape) -> "CausalPredictor":
         return CausalPredictor(shape, self)

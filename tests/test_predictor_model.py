@@ -124,6 +124,11 @@ def test_stages_divide_blocks_and_layers_evenly(blocks: int, stages: int, early:
     assert CausalSettings(blocks=blocks, stages=stages).early_stages(16) == early
 
 
+def test_a_model_of_fewer_layers_than_stages_has_no_empty_stage():
+    assert CausalSettings(blocks=3, stages=3).early_stages(2) == {2: 1}
+    assert CausalSettings(blocks=3, stages=3).early_stages(1) == {}
+
+
 @pytest.mark.parametrize("stages", [0, 3])
 def test_stages_that_do_not_fit_the_blocks_are_refused(stages: int):
     with pytest.raises(ValueError, match=f"{stages} stages do not fit 2 blocks"):
