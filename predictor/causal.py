@@ -11,14 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from predictor.attention import (
-    Attention,
-    KeysValues,
-    RMSNorm,
-    Rotation,
-    rotation_of,
-    sliding_mask,
-)
+from predictor.attention import KeysValues, RMSNorm, rotation_of, sliding_mask
+from predictor.block import Block
 from predictor.interface import (
     HEADS,
     Cache,
@@ -87,44 +81,19 @@ class CausalSettings(PredictorSettings):
         early = zip(blocks[:-1], sizes[:-1], strict=True)
         return {after: size for after, size in early if size}
 
+    def block(self) -> Block:
+        """One of the blocks, to be trained."""
+        return Block(
+            self.width,
+            heads=self.attention_heads,
+            kv_heads=self.kv_heads,
+            hidden=int(self.mlp_ratio * self.width),
+            dropout=self.dropout,
+            depth=self.blocks,
+        )
+
     def build(self, shape: Shape) -> "CausalPredictor":
         return CausalPredictor(shape, self)
-
-
-class SquaredReLU(nn.Module):
-    """max(x, 0) squared (arXiv 2109.08668)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.relu()
-        return x * x
-
-
-class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to what came in.
-
-    Both start small, by GPT-2's rule for residual branches.
-    """
-
-    def __init__(self, settings: CausalSettings) -> None:
-        super().__init__()
-        width = settings.width
-        hidden = int(settings.mlp_ratio * width)
-        self.attention_norm = RMSNorm(width)
-        self.attention = Attention(width, settings.attention_heads, settings.kv_heads)
-        self.mlp_norm = RMSNorm(width)
-        mlp_out = nn.Linear(hidden, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden, bias=False), SquaredReLU(), mlp_out)
-        self.dropout = nn.Dropout(settings.dropout)
-        for branch in (self.attention.out, mlp_out):
-            std = (2 * settings.blocks * branch.in_features) ** -0.5
-            nn.init.normal_(branch.weight, std=std)
-
-    def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Tensor, past: KeysValues | None
-    ) -> tuple[Tensor, KeysValues]:
-        update, present = self.attention(self.attention_norm(x_BTD), rotation, mask, past)
-        x_BTD = x_BTD + self.dropout(update)
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), present
 
 
 class EarlyHead(nn.Sequential):
@@ -157,7 +126,7 @@ class CausalPredictor(RoutePredictor):
         self.history_XD = nn.Parameter(torch.empty(shape.num_layers * shape.num_experts, width))
         self.unknown_history_D = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(settings.dropout)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.blocks))
+        self.blocks = nn.ModuleList(settings.block() for _ in range(settings.blocks))
         self.early_heads = nn.ModuleDict(
             {str(after): EarlyHead(shape, width, layers) for after, layers in stages.items()}
         )
