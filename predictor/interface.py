@@ -173,8 +173,8 @@ def _used_ahead(used_BTLE: Tensor, last_BT: Tensor, horizon: int) -> tuple[Tenso
 class RoutePredictor(nn.Module, ABC):
     """A model that predicts, for every token and every MoE layer at once, which experts are used.
 
-    Subclasses compute a hidden state a token and call `read_out`. They also say what their ONNX
-    graph looks like: the names and dynamic axes of its inputs, and how it runs.
+    Subclasses compute hidden states, and `read_out` or `calibrated` logits. They also say what
+    their ONNX graph looks like: the names and dynamic axes of its inputs, and how it runs.
     """
 
     kind: ClassVar[str]

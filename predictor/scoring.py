@@ -15,6 +15,7 @@ from predictor.data import split_of
 from predictor.graph import Graph, StatelessGraph, whole_document
 from predictor.interface import HEADS, Predictions, Shape, Windows, targets
 from predictor.metrics import route_metrics
+from routing.names import told_apart
 from routing.shards import PROMPT, TraceReader, signed_experts
 
 if TYPE_CHECKING:
@@ -130,19 +131,14 @@ def all_contenders(
         Contender(baseline.name, "known" if baseline.needs_history else "unused", baseline)
         for baseline in fit_baselines(fit, shape)
     ]
-    for graph, name in zip(graphs, _names(graphs), strict=True):
+    names = told_apart([graph.path for graph in graphs], lambda path: path.name)
+    for graph, name in zip(graphs, names, strict=True):
         if graph.needs_history:
             contenders.append(Contender(name, "known", graph))
             contenders.append(Contender(name, "unknown", _without_history(graph)))
         else:
             contenders.append(Contender(name, "unused", graph))
     return contenders, shape
-
-
-def _names(graphs: Sequence[Graph]) -> list[str]:
-    """File names, or whole paths where two files have the same name."""
-    names = [graph.path.name for graph in graphs]
-    return names if len(set(names)) == len(names) else [str(graph.path) for graph in graphs]
 
 
 def _without_history(graph: Graph) -> Callable[[Windows], Predictions]:

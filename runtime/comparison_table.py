@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from routing.names import told_apart
 from routing.shards import Document, TraceReader
 from runtime.ahead_contenders import Sample, ahead_contenders, unpredicted, with_recall_ahead
 from runtime.comparison import (
@@ -84,7 +85,8 @@ def _contenders(
     yield unpredicted(reader.stack, len(steps))
     fit, sources = _fit_sample(settings, reader)
     paths = settings.predictors()
-    files = {name: _opened(path, reader) for name, path in zip(_names(paths), paths, strict=True)}
+    names = told_apart(paths, lambda path: path.stem)
+    files = {name: _opened(path, reader) for name, path in zip(names, paths, strict=True)}
     horizon = next(iter(files.values())).horizon if files else 4
     for rival in fit_rivals(fit.steps, shape[1], horizon):
         forecasts = list(rival_forecasts(rival, sample.steps, shape[1]))
@@ -97,12 +99,6 @@ def _contenders(
         of_files[name] = file, with_recall_ahead(plain, used_TLE, depth)
         yield of_files[name][1]
     yield from ahead_contenders(sources, reader.stack, sample, fit, of_files)
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """File names, or whole paths where two files have the same name."""
-    names = [path.stem for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _opened(path: Path, reader: TraceReader) -> PredictorFile:

@@ -1,0 +1,12 @@
+"""Names for files in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def told_apart(paths: Sequence[Path], short: Callable[[Path], str]) -> list[str]:
+    """The `short` names, or whole paths where two files have the same one."""
+    names = [short(path) for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
