@@ -42,11 +42,17 @@ class Arm:
     @property
     def name(self) -> str:
         """In a few words."""
-        ahead = f"prefetch={self.prefetch}" if self.prefetch == "auto" else "prefetch"
-        marks = [self.policy, self.experts]
-        marks += [ahead] * bool(self.prefetch) + ["compile"] * self.compile
-        words = [self.system, *(mark for mark in marks if mark), self.residency]
-        return " ".join(words) + (f" x{self.batch}" if self.batch > 1 else "")
+        ahead = "prefetch" if self.prefetch is True else f"prefetch={self.prefetch}"
+        words = [
+            self.system,
+            self.policy,
+            self.experts,
+            ahead if self.prefetch else None,
+            "compile" if self.compile else None,
+            self.residency,
+            f"x{self.batch}" if self.batch > 1 else None,
+        ]
+        return " ".join(filter(None, words))
 
 
 @dataclass(kw_only=True)

@@ -33,6 +33,8 @@ class Passages(NamedTuple):
 class TracedText:
     """Passages out of a trace directory: documents in order, joined where one is too short."""
 
+    routes = "replayed from a trace"
+
     def __init__(self, directory: str | Path, stack: Stack, vocab_size: int) -> None:
         """Raises ValueError when the trace's layers, experts or tokens do not fit the model's."""
         self._reader = TraceReader(directory)
@@ -64,6 +66,8 @@ class TracedText:
 class RandomText:
     """Passages of random tokens, routed by the model's own router."""
 
+    routes = "of the random router"
+
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
 
@@ -80,6 +84,8 @@ class RandomText:
 
 class EvenText(RandomText):
     """Passages of random tokens whose experts are drawn evenly, the hardest text for a cache."""
+
+    routes = "drawn evenly"
 
     def __init__(self, vocab_size: int, stack: Stack) -> None:
         super().__init__(vocab_size)

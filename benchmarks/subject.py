@@ -28,13 +28,6 @@ from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_byt
 from routing.topology import Topology, topology_of
 from runtime.onnx_file import open_predictor
 
-ROUTES = {
-    TracedText: "replayed from a trace",
-    EvenText: "drawn evenly",
-    RandomText: "of the random router",
-}
-"""Of a text, for people."""
-
 
 class Pass(NamedTuple):
     """Passages to generate after their prompt, and how many tokens."""
@@ -85,7 +78,7 @@ class Subject:
             "shape": self.shape.name,
             "topology": str(self.topology.stack()),
             "weights": "random, drawn on the device",
-            "routes": ROUTES[type(self.text)],
+            "routes": self.text.routes,
             "bytes": self.weight_bytes,
             "expert_bytes": self.expert_bytes,
             "build_s": self.build_s,

@@ -109,11 +109,17 @@ def test_replay_starts_anew_and_the_model_gets_its_own_choices_back(tmp_path: Pa
     np.testing.assert_array_equal(run_in_steps(model, text.passages(1, 6, first=0), [0, 6]), own)
 
 
-def test_replay_past_the_end_of_the_table_begins_again(tmp_path: Path) -> None:
+def started(tmp_path: Path, length: int) -> tuple[nn.Module, Passages, Replay]:
+    """A model, 8 tokens of a document, and their replay from tables of `length`."""
     model = tiny_model("olmoe")
     passages = traced(tmp_path, model, [12]).passages(1, 8, first=0)
-    replay = Replay(model, 1, 8, CPU, routes=True)
+    replay = Replay(model, 1, length, CPU, routes=True)
     replay.start(passages)
+    return model, passages, replay
+
+
+def test_replay_past_the_end_of_the_table_begins_again(tmp_path: Path) -> None:
+    model, passages, replay = started(tmp_path, 8)
     with replay.installed():
         run_in_steps(model, passages, [0, 8])
         again = run_in_steps(model, passages, [0, 8])
@@ -122,10 +128,7 @@ def test_replay_past_the_end_of_the_table_begins_again(tmp_path: Path) -> None:
 
 def test_a_step_that_runs_twice_is_no_step_further(tmp_path: Path) -> None:
     """As while it is captured."""
-    model = tiny_model("olmoe")
-    passages = traced(tmp_path, model, [12]).passages(1, 8, first=0)
-    replay = Replay(model, 1, 12, CPU, routes=True)
-    replay.start(passages)
+    model, passages, replay = started(tmp_path, 12)
     with replay.installed():
         run_in_steps(model, passages, [0, 5])
         for _ in range(2):
