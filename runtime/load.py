@@ -111,7 +111,8 @@ def _load_on_gpu(
     options: dict[str, Any],
     recorder: Recorder | None = None,
 ) -> None:
-    from runtime.cuda.gpu import GpuEngine, fit
+    from runtime.cuda.budget import fit
+    from runtime.cuda.gpu import GpuEngine
 
     if isinstance(budget, int):
         sizes = {name: options[name] for name in ("context", "batch")}

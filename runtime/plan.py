@@ -114,7 +114,7 @@ def _slots(source: Source, memory: float | int | str, device: str, **sizes: int)
 
     budget = parse_memory(memory)
     if device.startswith("cuda") and isinstance(budget, int):
-        from runtime.cuda.gpu import fit
+        from runtime.cuda.budget import fit
 
         budget, off_device = fit(source, budget, **sizes)
         return slots_per_group(budget, source, off_device=off_device)

@@ -107,6 +107,17 @@ def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
     engine.check_integrity()
 
 
+def test_prefetching_is_not_tried_where_every_expert_has_a_slot(model: Any) -> None:
+    engine = load_fake(model, memory=1.0, prefetch="auto").expertflow
+    assert engine.prefetching == "prefetching is off: every expert has a slot"
+    generate(model, max_new_tokens=4)
+    assert engine.stats().prefetches == 0
+    engine.detach()
+    assert load_fake(model, memory=1.0, prefetch=True).expertflow.prefetching == (
+        "prefetching is on, as asked for"
+    )
+
+
 def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:
     want = generate(model, max_new_tokens=6)
     end = int(want[0, 10])

@@ -2,7 +2,7 @@
 
 Only `runtime.load` imports it, and only for a CUDA device: Triton is not needed elsewhere.
 
-    gpu         what `Engine` calls
+    gpu         what `Engine` calls; budget: what fits on the device
     path        generate: which generations run captured
     loop        generate's decode loop over captured steps
     generation  sequences that go on together: predict, schedule, run, account

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from routing.layers import MoELayer, Routes
-from runtime.arena import expert_bytes
-from runtime.cuda import kv
 from runtime.cuda.decoder import Decoder
-from runtime.cuda.dense import HostDense, movable_bytes
+from runtime.cuda.dense import HostDense
 from runtime.cuda.grouped import run_grouped
 from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, layout_of, stored_specs
@@ -21,7 +19,7 @@ from runtime.cuda.oracle import Job, Oracle
 from runtime.cuda.path import CapturedPath, router_of
 from runtime.cuda.record import Record
 from runtime.cuda.rows import RowDecoder
-from runtime.cuda.streamed import Ahead, StreamedPool, staging_bytes
+from runtime.cuda.streamed import Ahead, StreamedPool
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
@@ -33,8 +31,6 @@ from runtime.stats import Stats
 if TYPE_CHECKING:
     from runtime.serving.kv import RowCache
 
-CUBLAS_BYTES = 64 << 20
-"""cuBLAS keeps 32 MiB for each stream it works on: ours and the captured one."""
 AHEAD_FROM = 16
 """Tokens of a forward pass from which the next layer's experts are streamed ahead."""
 
@@ -135,9 +131,10 @@ class GpuEngine:
             served = self._rows and self._rows.trial
             more = f"; while serving, {served.verdict}" if served else ""
             return self.decoder.trial.verdict + more
-        if self.decoder.stats.all_fit:
-            return "prefetching is off: every expert has a slot"
-        return f"prefetching is {'on' if self.decoder.prefetch else 'off'}, as asked for"
+        if self.decoder.prefetch:
+            return "prefetching is on, as asked for"
+        fits = self.decoder.stats.all_fit
+        return f"prefetching is off{': every expert has a slot' if fits else ', as asked for'}"
 
     def predict_with(self, forecaster: Forecaster, policy: Policy, stats: Stats) -> None:
         """Let a predictor run beside the captured steps."""
@@ -248,38 +245,6 @@ class GpuEngine:
         self._pools.clear()
         self._host.close()
         self._dense.restore()
-
-
-def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, int]:
-    """Split a budget of bytes for everything on the device.
-
-    Returns the bytes for `slots_per_group` (the model's other weights and the slots), and how many
-    bytes of other weights have to stay in host memory so that the least slots fit.
-    """
-    left = budget - _reserved(source, context, batch)
-    least = sum(
-        expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
-        for group in source.groups
-    )
-    short = max(source.fixed_bytes + least - left, 0)
-    missing = short if short <= movable_bytes(source.model) else 0
-    return left, missing
-
-
-def _reserved(source: Source, context: int, batch: int) -> int:
-    """Bytes beside weights and slots: key/value cache, the activations of a prompt that fills it,
-    and the buffers of kernels and copies.
-    """
-    config: Any = source.model.config
-    text = config.get_text_config(decoder=True)
-    dtype = next(source.model.parameters()).dtype
-    sizes = [expert_bytes(group.specs) for group in source.groups]
-    top_k = max(layer.top_k for layer in source.layers)
-    width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
-    activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
-    logits = 4 * batch * text.vocab_size * 4
-    cache = kv.num_bytes(text, batch, context, dtype)
-    return CUBLAS_BYTES + staging_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
 
 
 def _layout(source: Source) -> Layout | str:

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from runtime.arena import expert_bytes
 from runtime.cuda import oracle
-from runtime.cuda.gpu import fit
+from runtime.cuda.budget import fit
 from runtime.cuda.streamed import StreamedPool
 from runtime.loader import from_module
 from tests.gpu.offloaded import (
