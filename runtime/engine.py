@@ -8,7 +8,7 @@ run, account. Nothing of the model's own code changes: the experts containers ge
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.layers import bound_call, read_call
+from runtime.attachment import Attachment
 from runtime.cache import FREE
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
@@ -73,7 +74,7 @@ class Engine:
         self._inputs: StepInputs | None = None
         self._packed: tuple[Forecast | None] | None = None
         self._step_start = 0.0
-        self._undo: list[Callable[[], Any]] = []
+        self._attachment = Attachment()
         try:
             self._attach(device)
         except BaseException:
@@ -132,8 +133,7 @@ class Engine:
 
     def detach(self) -> nn.Module:
         """Restore and return the original model, all experts in memory. Idempotent."""
-        while self._undo:
-            self._undo.pop()()
+        self._attachment.undo()
         return self.model
 
     def __enter__(self) -> Self:
@@ -214,46 +214,42 @@ class Engine:
     # ------------------------------------------------------------------ attach
 
     def _attach(self, device: torch.device) -> None:
-        before = next(self.model.parameters()).device
-        self._undo.append(lambda: self.model.to(before))
+        changes, model, gpu = self._attachment, self.model, self._gpu
+        before = next(model.parameters()).device
+        changes.add(lambda: model.to(before))
         if self.recorder is not None:
-            self._undo.append(self.recorder.close)
-        if self._gpu is not None:
-            self._undo.append(self._gpu.close)
-        for module in self.model.modules():
-            self._undo.append(partial(setattr, module, "training", module.training))
+            changes.add(self.recorder.close)
+        if gpu is not None:
+            changes.add(gpu.close)
+        for module in model.modules():
+            changes.keep(module, "training")
         for index, layer in enumerate(self._layers):
             self._store.take(index)
-            self._undo.append(partial(self._store.restore, index))
-            layer.module.forward = partial(self._run_layer, index)
-            self._undo.append(partial(layer.module.__dict__.pop, "forward"))
-        self.model.__dict__ |= {"expertflow": self, "save_pretrained": _refuse_to_save}
-        for name in ("expertflow", "save_pretrained"):
-            self._undo.append(partial(self.model.__dict__.pop, name))
+            changes.add(partial(self._store.restore, index))
+            changes.put(layer.module, "forward", partial(self._run_layer, index))
+        changes.put(model, "expertflow", self)
+        changes.put(model, "save_pretrained", _refuse_to_save)
         hooks = [
-            self.model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
-            self.model.register_forward_hook(self._end_step),
+            model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
+            model.register_forward_hook(self._end_step),
         ]
-        if self._gpu is not None:
-            end = self._gpu.end_forward
-            hooks.append(self.model.register_forward_hook(end, always_call=True))
-        if self.model.config.is_encoder_decoder:  # type: ignore[union-attr]
-            encoder = self.model.get_encoder()  # type: ignore[operator]
+        if gpu is not None:
+            hooks.append(model.register_forward_hook(gpu.end_forward, always_call=True))
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            encoder = model.get_encoder()  # type: ignore[operator]
             hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
-        self._undo.extend(hook.remove for hook in hooks)
+        changes.add(*(hook.remove for hook in hooks))
         self._disable_compile()
-        if self._gpu is not None and self._gpu.path is not None:
-            self.model.__dict__["generate"] = self._gpu.path.generate
-            self._undo.append(partial(self.model.__dict__.pop, "generate"))
-        self.model.to(device).eval()
+        if gpu is not None and gpu.path is not None:
+            changes.put(model, "generate", gpu.path.generate)
+        model.to(device).eval()
 
     def _disable_compile(self) -> None:
         """Keep generate from compiling the step: it would only break at every experts call."""
         config = getattr(self.model, "generation_config", None)
         if config is not None:
-            before = config.disable_compile
+            self._attachment.keep(config, "disable_compile")
             config.disable_compile = True
-            self._undo.append(partial(setattr, config, "disable_compile", before))
 
     # ------------------------------------------------------------------ one step
 
