@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from predictor.causal import CausalPredictor, CausalSettings
-from predictor.interface import PADDING, Shape, Windows
+from predictor.interface import PADDING, Predictions, Shape, Windows
 from routing.shards import GENERATED, PROMPT, Document
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
 from routing.writer import TraceWriter
@@ -75,6 +75,16 @@ def tiny_predictor(*, window: int = 6, blocks: int = 2) -> CausalPredictor:
         for parameter in predictor.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return predictor.eval()
+
+
+@torch.no_grad()
+def predict(predictor: CausalPredictor, batch: Windows) -> Predictions:
+    return predictor(batch)
+
+
+def assert_same(one: Predictions, other: Predictions) -> None:
+    for a_BTLE, b_BTLE in zip(one, other, strict=True):
+        torch.testing.assert_close(a_BTLE, b_BTLE, atol=1e-5, rtol=1e-5)
 
 
 def random_windows(batch: int, tokens: int, *, first: int = 0) -> Windows:

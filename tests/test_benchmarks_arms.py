@@ -167,6 +167,7 @@ def test_ratios_are_over_every_rival_and_over_batch_1() -> None:
         Row(arm=ours, tokens_per_s=100.0),
         Row(arm=replace(ours, batch=8), tokens_per_s=350.0),
         Row(arm=replace(ours, prefetch=True), tokens_per_s=90.0),
+        Row(arm=replace(ours, compile=True), tokens_per_s=120.0),
         Row(arm=Arm(system="accelerate", residency="0.0"), tokens_per_s=0.5),
         Row(arm=Arm(system="compiled"), error="failed"),
     ]

@@ -25,20 +25,17 @@ from tests.predicting import (
     NUM_LAYERS,
     TOP_K,
     VOCAB_SIZE,
+    assert_same,
     columns,
     joined,
     padding,
+    predict,
     random_windows,
     shape,
     tiny_predictor,
 )
 
 WINDOW = 6
-
-
-@torch.no_grad()
-def predict(predictor: CausalPredictor, batch: Windows) -> Predictions:
-    return predictor(batch)
 
 
 def changed_tokens(predictor: CausalPredictor, one: Windows, other: Windows) -> list[int]:
@@ -48,11 +45,6 @@ def changed_tokens(predictor: CausalPredictor, one: Windows, other: Windows) -> 
     for a_BTLE, b_BTLE in zip(left, right, strict=True):
         differs_T |= ((a_BTLE - b_BTLE).abs() > 1e-5).any(-1).any(-1).any(0)
     return differs_T.nonzero().flatten().tolist()
-
-
-def assert_same(one: Predictions, other: Predictions) -> None:
-    for a_BTLE, b_BTLE in zip(one, other, strict=True):
-        torch.testing.assert_close(a_BTLE, b_BTLE, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_changes_no_prediction_before_it():
@@ -101,38 +93,6 @@ def test_the_order_and_repetition_of_a_tokens_experts_do_not_matter():
     batch = random_windows(2, 7)
     twice = torch.cat((batch.routes_BTLK, batch.routes_BTLK.flip(-1)), -1)
     assert changed_tokens(tiny_predictor(), batch, batch._replace(routes_BTLK=twice)) == []
-
-
-def test_the_first_layers_experts_are_read_out_before_the_last_block():
-    predictor, batch = tiny_predictor(blocks=2), random_windows(1, 5)
-    before = predict(predictor, batch)
-    with torch.no_grad():
-        predictor.blocks[-1].mlp[-1].weight.add_(1.0)
-    after = predict(predictor, batch)
-    early = predictor.settings.early_stages(NUM_LAYERS)
-    assert list(early) == [1] and 0 < early[1] < NUM_LAYERS
-    same_BTL = (before.this_BTLE == after.this_BTLE).all(-1)
-    assert same_BTL[..., : early[1]].all() and not same_BTL[..., early[1] :].any()
-    assert not (before.next_BTLE == after.next_BTLE).all(-1).any()
-
-
-@pytest.mark.parametrize(
-    ("blocks", "stages", "early"),
-    [(6, 3, {2: 5, 4: 5}), (6, 1, {}), (4, 3, {2: 5, 3: 5}), (2, 2, {1: 8}), (5, 2, {3: 8})],
-)
-def test_stages_divide_blocks_and_layers_evenly(blocks: int, stages: int, early: dict[int, int]):
-    assert CausalSettings(blocks=blocks, stages=stages).early_stages(16) == early
-
-
-def test_a_model_of_fewer_layers_than_stages_has_no_empty_stage():
-    assert CausalSettings(blocks=3, stages=3).early_stages(2) == {2: 1}
-    assert CausalSettings(blocks=3, stages=3).early_stages(1) == {}
-
-
-@pytest.mark.parametrize("stages", [0, 3])
-def test_stages_that_do_not_fit_the_blocks_are_refused(stages: int):
-    with pytest.raises(ValueError, match=f"{stages} stages do not fit 2 blocks"):
-        CausalSettings(blocks=2, stages=stages)
 
 
 def test_only_distances_between_positions_matter():
