@@ -68,15 +68,15 @@ class Replay:
     def installed(self) -> Iterator[None]:
         """Meanwhile the model follows the tables."""
         rotary, head = self._rotary, self._model.get_output_embeddings()
-        own = [rotary, head, *self._routers]
         rotary.forward = partial(self._locate, rotary.forward)
-        head.forward = partial(self._choose, head.forward)
+        choosing = head.register_forward_hook(self._choose)  # whoever computes the head
         for layer, router in enumerate(self._routers):
             router.forward = partial(self._route, layer, router.forward)
         try:
             yield
         finally:
-            for module in own:
+            choosing.remove()
+            for module in (rotary, *self._routers):
                 module.__dict__.pop("forward", None)
 
     def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
@@ -92,8 +92,7 @@ class Replay:
         assert self._step_LPK is not None
         return logits, weights_PK, self._step_LPK[layer]
 
-    def _choose(self, own: Any, hidden: Tensor) -> Tensor:
-        logits_BTV: Tensor = own(hidden)
+    def _choose(self, _head: Any, _inputs: Any, logits_BTV: Tensor) -> Tensor:
         next_B1 = self._tokens_BT.index_select(1, self._position % self._length)
         logits_BTV[:, -1].scatter_(1, next_B1, CHOSEN_LOGIT)
         return logits_BTV

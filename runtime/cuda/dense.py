@@ -86,13 +86,17 @@ class HostDense:
 
 
 def _candidates(model: Any) -> Iterator[list[nn.Module]]:
-    """Plain embeddings and heads, those that share a weight together, cheapest to move first."""
+    """Plain embeddings and heads, those that share a weight together, cheapest to move first.
+
+    A module whose forward somebody has replaced stays.
+    """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     is_plain = type(embedding) is nn.Embedding and embedding.max_norm is None
     is_tied = output is not None and is_plain and output.weight is embedding.weight
-    if is_plain:
-        yield [embedding, output] if is_tied else [embedding]
-    if type(output) is nn.Linear and not is_tied:
+    together = [embedding, output] if is_tied else [embedding]
+    if is_plain and not any("forward" in module.__dict__ for module in together):
+        yield together
+    if type(output) is nn.Linear and not is_tied and "forward" not in output.__dict__:
         yield [output]
 
 
