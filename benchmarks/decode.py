@@ -44,8 +44,8 @@ class DecodeSettings:
     transformers (all resident), compiled (transformers' static cache and
     compilation), accelerate (experts on the CPU), policylang (moe-policylang), expertflow."""
     residency: list[str] = field(default_factory=lambda: ["1.0", "0.25", "0.5", "0.125", "min"])
-    """Shares of the experts in GPU memory. `min` is one layer's top-k; `6.28%` is a share of the
-    whole model's bytes, for all GPU memory together; `2GiB` is such bytes."""
+    """Shares of the experts' bytes in GPU memory. `min` is one layer's top-k; `6.28%` is a share of
+    the whole model's bytes, for all GPU memory together; `2GiB` is such bytes."""
     policies: list[str] = field(default_factory=lambda: ["predicted", "lru", "lfu", "belady"])
     """Cache policies; the first that has what it needs (predicted a predictor, belady a trace) is
     the one that batches and prefetching are measured with."""

@@ -18,10 +18,11 @@ from routing.layers import Routes, find_moe_layers
 from runtime.arena import Spec
 from runtime.cache import ExpertCache
 from runtime.cuda.books import Books
-from runtime.cuda.experts import FETCHERS, Blocks, ExpertsCall
+from runtime.cuda.experts import FETCHERS, LEAST_COLUMNS, Blocks, ExpertsCall
 from runtime.cuda.grouped import Products, Tile, Tiles, table_of
-from runtime.cuda.host import LayerRecords
+from runtime.cuda.host import unpack_records
 from runtime.cuda.layout import Layout, layout_of, stored_specs
+from runtime.cuda.packing import PATCHES
 from runtime.cuda.record import Record
 from runtime.experts import sort_pairs, spans_of
 from runtime.policies import LRU
@@ -37,8 +38,6 @@ HIGH = [
 ]  # fmt: skip
 TURNS = 8
 """Sets of experts that take turns."""
-LEAST_BLOCK = 16
-"""What a matrix product takes."""
 
 
 class Bench:
@@ -52,11 +51,14 @@ class Bench:
         assert isinstance(layout, Layout)
         self._layout, self._device, self._repeats = layout, device, repeats
         self._num_experts, self._top_k = layer.num_experts, layer.top_k
-        self._record = Record(stored_specs(specs, layout))
-        units = self._record.units
-        self._slots_SN = torch.empty(self._num_experts, units, dtype=torch.int16, device=device)
-        for slot_N in self._slots_SN.view(layout.dtype):
-            slot_N.normal_(0, 0.02)
+        record = Record(stored_specs(specs, layout))
+        shape_EN = self._num_experts, record.units
+        self._weights_EN = torch.empty(shape_EN, dtype=torch.int16, device=device)
+        for record_N in self._weights_EN:
+            record_N.view(layout.dtype).normal_(0, 0.02)
+        self._record = record.packed(PATCHES[0] if record.can_pack else 0)
+        stored = [self._record.store(record_N) for record_N in self._weights_EN]
+        self._slots_SN = torch.stack([stored_N for stored_N in stored if stored_N is not None])
 
     def _routes(self, num_tokens: int) -> Routes:
         chances = torch.rand(num_tokens, self._num_experts, device=self._device)
@@ -75,7 +77,10 @@ class Bench:
         order_P, counts = sort_pairs(routes.experts_TK, self._num_experts)
         spans = spans_of(counts.tolist())
         x_TH = self._x(num_tokens)
-        products = Products(self._record, self._slots_SN, self._layout, x_TH, order_P, self._top_k)
+        workspace_RN = self._weights_EN if self._record.patches else None
+        products = Products(
+            self._record, self._slots_SN, self._layout, x_TH, order_P, self._top_k, workspace_RN
+        )
         used = Tiles.of(len(order_P) / len(spans))
         group = [(span, expert) for expert, span in spans.items()]
         kernels = {
@@ -83,6 +88,7 @@ class Bench:
             "grouped_down": (products.run_down, used.down, 1),
         }
         yield from self._torch_grouped(num_tokens, spans)
+        yield from self._unpacking(num_tokens, len(spans))
         for name, (launch, in_use, matrices) in kernels.items():
             for tile in self._tiles(used.rows, in_use):
                 table = torch.tensor(table_of(group, tile.rows), dtype=torch.int32)
@@ -97,10 +103,19 @@ class Bench:
                     len(spans),
                 )
 
+    def _unpacking(self, num_tokens: int, num_used: int) -> Iterator[Timed]:
+        """What comes before the products of packed experts."""
+        if self._record.patches:
+            picked = torch.arange(num_used, dtype=torch.int32, device=self._device)
+            to_EN = torch.empty_like(self._weights_EN)
+            launch = partial(unpack_records, self._record, self._slots_SN, picked, to_EN)
+            seconds = self._seconds(launch)
+            yield self._timed("unpack", num_tokens, "-", True, seconds, 3, num_used)
+
     def _torch_grouped(self, num_tokens: int, spans: dict[int, slice]) -> Iterator[Timed]:
         """The same products by torch, without activation: what is to be had."""
         layout, ends = self._layout, [span.stop for span in spans.values()]
-        views = self._record.views(self._slots_SN)
+        views = self._record.views(self._weights_EN)
         ends_E = torch.tensor(ends, dtype=torch.int32, device=self._device)
         for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
             weights_ENK = views[name][list(spans)] if len(spans) < len(views[name]) else views[name]
@@ -159,26 +174,25 @@ class Bench:
         books.upload()
         books.slot_of_key.copy_(torch.arange(experts))
         books.key_of_slot.copy_(torch.arange(experts))
-        nothing = torch.zeros(1, dtype=torch.int32, device=self._device)
-        records = LayerRecords(self._slots_SN, nothing, nothing, nothing, nothing, nothing)
-        host: Any = SimpleNamespace(layers=[records], packed=False)
+        host: Any = SimpleNamespace(layers=[self._slots_SN])
         return ExpertsCall(
             batch, self._top_k, self._layout, self._record, self._slots_SN, host, books
         )
 
     def _blocks(self, kernel: str, in_use: Blocks) -> list[Blocks]:
         """Candidates for one kernel, the present one first."""
-        heights = (4, 8, 16) if in_use.padded == 1 else (16, 32, 64)
-        widths = (256, 512, 1024) if in_use.padded == 1 else (64, 128, 256)
+        heights = (4, 8) if in_use.padded == 1 else (16, 32, 64)
+        widths = (512, 1024, 2048) if in_use.padded == 1 else (LEAST_COLUMNS, 256)
         limit = self._layout.hidden if kernel == "gate_up" else self._layout.width
-        widths = tuple({min(width, triton.next_power_of_2(limit)) for width in widths})
+        if in_use.padded == 1:
+            widths = tuple({min(width, triton.next_power_of_2(limit)) for width in widths})
         names = ["rows", "columns", "warps"]
         if kernel == "down":
             names = [f"down_{name}" for name in names]
         found = [in_use]
         for height, width in product(heights, sorted(widths)):
-            for warps in (4, 8) if width == max(widths) else (4,):
-                sizes = height, max(width, LEAST_BLOCK), warps
+            for warps in (4, 8) if in_use.padded == 1 or width == max(widths) else (4,):
+                sizes = height, width, warps
                 found.append(in_use._replace(**dict(zip(names, sizes, strict=True))))
         if kernel == "down" and in_use.padded > 1:
             found += [in_use._replace(parts=parts) for parts in (1, 2, 4, 8)]
@@ -217,9 +231,12 @@ class Bench:
         matrices: int, num_used: float,
     ) -> Timed:  # fmt: skip
         weights = matrices * self._layout.hidden * self._layout.width
+        is_stored = kernel in ("gate_up", "down", "unpack")  # others read unpacked weights
+        ratio = self._record.stored_units / self._record.units if is_stored else 1.0
         return Timed(
             kernel, tokens, candidate, in_use, seconds,
-            num_used * weights * self._layout.dtype.itemsize, 2.0 * tokens * self._top_k * weights,
+            num_used * weights * self._layout.dtype.itemsize * ratio,
+            2.0 * tokens * self._top_k * weights,
         )  # fmt: skip
 
 

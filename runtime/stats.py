@@ -30,7 +30,7 @@ class Stats:
     num_slots: int
     policy: str
     packing: float = 1.0
-    """Bytes that cross the link for a byte of an expert: below 1 where they travel packed."""
+    """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
 
     def __post_init__(self) -> None:
         self.reset()

@@ -35,8 +35,8 @@ from runtime.cuda.attend_kernel import attend
 from runtime.cuda.books import Books
 from runtime.cuda.experts import ExpertsCall
 from runtime.cuda.grouped import TILES, Products
-from runtime.cuda.host import LayerRecords, _land
 from runtime.cuda.layout import Layout
+from runtime.cuda.packing import PATCHES
 from runtime.cuda.record import Record
 from runtime.policies import LFU, LRU, Policy, PredictedReuse
 from tests.device_twins import specs_of
@@ -133,22 +133,9 @@ class Kernels:
             activation="clamped_swiglu" if size.is_oss else "silu", alternating=size.is_oss,
             dtype=torch.bfloat16,
         )  # fmt: skip
-        self.record = Record(specs_of(self.layout))
-        self.slots_SN = empty(size.num_slots, self.record.units, dtype=torch.int16)
-        self.layers = [self._records()] * 2
-        self.packed = True
-
-    def _records(self) -> LayerRecords:
-        experts, units = self.size.num_experts, self.record.units
-        base, starts, patches = (torch.zeros(1, dtype=torch.int32) for _ in range(3))
-        return LayerRecords(
-            empty(experts, units, dtype=torch.uint8),
-            empty(experts, units // 2, dtype=torch.uint8),
-            base,
-            starts,
-            patches,
-            torch.zeros(1, dtype=torch.int16),
-        )
+        self.record = Record(specs_of(self.layout), PATCHES[0])
+        self.slots_SN = empty(size.num_slots, self.record.stored_units, dtype=torch.int16)
+        self.layers = [empty(size.num_experts, self.record.stored_units, dtype=torch.int16)] * 2
 
     def decode(self, batch: int, policy: type[Policy], *, prefetch: bool) -> None:
         """Two layers of a captured step."""
@@ -182,15 +169,13 @@ class Kernels:
         size = self.size
         x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
         order_P = torch.zeros(64 * size.top_k, dtype=torch.int64)
-        products = Products(self.record, self.slots_SN, self.layout, x_TH, order_P, size.top_k)
+        workspace_RN = empty(4, self.record.units, dtype=torch.int16)
+        products = Products(
+            self.record, self.slots_SN, self.layout, x_TH, order_P, size.top_k, workspace_RN
+        )
         for tiles in TILES:
             products.run([(slice(0, tiles.rows), 0)], tiles)
         products.combined(torch.zeros(64, size.top_k, dtype=torch.bfloat16))
-        parts = (
-            empty(self.record.units, dtype=torch.uint8),
-            empty(self.record.units, dtype=torch.uint8),
-        )
-        _land(self.layers[0], [0], parts, self.slots_SN, [0])
 
     def dense(self, batch: int) -> None:
         """Embedding and head in host memory."""

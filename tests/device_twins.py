@@ -12,11 +12,13 @@ from runtime.arena import Spec
 from runtime.cache import ExpertCache
 from runtime.cuda.books import Books
 from runtime.cuda.experts import ExpertsCall
-from runtime.cuda.host import LayerRecords
 from runtime.cuda.layout import Layout, activate
-from runtime.cuda.packing import pack
-from runtime.cuda.record import CHUNK, Record
+from runtime.cuda.packing import PATCHES
+from runtime.cuda.record import Record
 from runtime.policies import Policy
+from tests import interpreter
+
+interpreter.mend()
 
 
 class Twin:
@@ -39,7 +41,7 @@ class Twin:
         given |= {"transposed": False, "has_bias": False, "dtype": torch.float32}
         self.layout = Layout(**(given | layout))
         self.packed = packed
-        self.record = Record(specs_of(self.layout))
+        self.record = Record(specs_of(self.layout), PATCHES[0] if packed else 0)
         shape = num_layers, num_experts, self.record.units
         self.records = torch.zeros(shape, dtype=torch.int16)
         for view in self.record.views(self.records).values():
@@ -48,21 +50,17 @@ class Twin:
         self.cache = ExpertCache(num_layers, num_experts, num_slots, policy)
         self.books = Books(self.cache, num_layers, torch.device("cpu"))
         self.books.upload()
-        self.slots_SN = torch.zeros(num_slots, self.record.units, dtype=torch.int16)
+        self.slots_SN = torch.zeros(num_slots, self.record.stored_units, dtype=torch.int16)
         host: Any = self
         self.call = ExpertsCall(
             batch, top_k, self.layout, self.record, self.slots_SN, host, self.books
         )
 
-    def _layer(self, records_EN: Tensor) -> LayerRecords:
-        nothing = torch.zeros(1, dtype=torch.int32)
-        if not self.packed:
-            return LayerRecords(records_EN, nothing, nothing, nothing, nothing, nothing)
-        packed = pack(records_EN.view(-1, CHUNK))
-        assert packed is not None
-        low, high = (part.view(len(records_EN), -1) for part in packed[:2])
-        starts = torch.nn.functional.pad(packed.counts_D.cumsum(0), (1, 0)).to(torch.int32)
-        return LayerRecords(low, high, packed.base_D, starts, packed.units_P, packed.bits_P)
+    def _layer(self, records_EN: Tensor) -> Tensor:
+        if not self.record.patches:
+            return records_EN
+        stored = [self.record.store(record_N) for record_N in records_EN]
+        return torch.stack([one for one in stored if one is not None])
 
     def fetched(self) -> list[int]:
         """Experts that the last call of each layer had to fetch."""

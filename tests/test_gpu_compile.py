@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
-    "plan", "pick", "fetch", "gate_up", "down", "join", "land", "grouped_gate_up", "grouped_down",
+    "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
     "combine", "_attend", "gather", "project",
 }  # fmt: skip
 LEAST_SHARED = 99 << 10

@@ -186,6 +186,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16},
     "bf16 packed": {"dtype": torch.bfloat16, "packed": True},
     "gpt-oss in packed bf16": OSS | {"dtype": torch.bfloat16, "packed": True},
+    "packed, several tiles": {"hidden": 528, "width": 40, "dtype": torch.bfloat16, "packed": True},
+    "a batch in bf16": {"batch": 3, "dtype": torch.bfloat16},
+    "a packed batch": {"batch": 3, "dtype": torch.bfloat16, "packed": True},
+    "a packed gpt-oss batch": OSS | {"batch": 3, "dtype": torch.bfloat16, "packed": True},
     "several tiles": {"hidden": 530, "width": 12},
     "a batch": {"batch": 3},
     "a batch in fp16": {"batch": 2, "dtype": torch.float16, "activation": "gelu"},
@@ -252,7 +256,14 @@ def test_what_a_token_gets_does_not_depend_on_who_shares_its_batch() -> None:
     assert torch.equal(twin.call(0, *first)[0], twin.call(0, *alike)[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 2}, OSS], ids=["one", "batch", "gpt-oss"])
+PACKED: dict[str, Any] = {"dtype": torch.bfloat16, "packed": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch": 2}, OSS, PACKED, PACKED | {"batch": 2}],
+    ids=["one", "batch", "gpt-oss", "packed", "packed batch"],
+)
 def test_outputs_are_bit_identical_whatever_is_resident(options: dict[str, Any]) -> None:
     batch = options.get("batch", 1)
     outputs = []
@@ -275,3 +286,18 @@ def test_what_was_resident_is_not_fetched_again() -> None:
     twin.records[0].zero_()
     assert torch.equal(twin.call(0, x, ids, weights), first)
     assert twin.fetched()[0] == 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_patched_weights_count_like_all_others(batch: int) -> None:
+    """As many as there is room for, anywhere in a chunk and at its ends, far from the others."""
+    twin = Twin(LRU(LAYERS, EXPERTS), num_slots=9, batch=batch, **PACKED)
+    views = twin.record.views(twin.records)
+    for name, places in (("gate_up_proj", [0, 1, 39, 40, 1919]), ("down_proj", [0, 23, 500, 959])):
+        flat = views[name].flatten(2)
+        flat[:, :, places] = torch.randn(LAYERS, EXPERTS, len(places)).bfloat16() * 1e3
+        flat[:, :, 7] = 1e-30
+    twin.layers[:] = [twin._layer(records) for records in twin.records]
+    x, ids, weights = inputs(twin, batch, 0)
+    y, expected = twin.call(0, x, ids, weights), twin.expected(0, x, ids, weights)
+    assert (y.float() - expected).abs().max() / expected.abs().max() < 2e-2

@@ -158,9 +158,9 @@ def test_a_copy_ends_at_the_stop_flag() -> None:
     def fetch(stop: int) -> list[int]:
         progress = torch.zeros(2, dtype=torch.int32)
         FETCH[(2,)](
-            twin.slots_SN, *twin.layers[1], expert, slot,
+            twin.slots_SN, twin.layers[1], expert, slot,
             torch.tensor([stop], dtype=torch.int32), torch.tensor([7], dtype=torch.int32), progress,
-            UNITS=twin.record.units, PACKED=False, CHUNK=CHUNK, PROGRAMS=2,
+            STORED=twin.record.stored_units, CHUNK=CHUNK, PROGRAMS=2,
         )  # fmt: skip
         return progress.tolist()
 

@@ -92,6 +92,13 @@ def test_on_a_gpu_bytes_pay_for_the_cache_too(saved: Path) -> None:
         plan(saved, "600MiB", device="cuda", context=1 << 20, batch=16)
 
 
+@pytest.mark.parametrize(("device", "is_told"), [("cpu", False), ("cuda", True)])
+def test_on_a_gpu_packing_is_told(
+    saved: Path, device: str, is_told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ("packed" in printed(capsys, saved, device=device)) == is_told
+
+
 def test_bytes_for_a_token_are_the_misses_of_its_top_k(saved: Path) -> None:
     found = plan(saved)
     assert found.bytes_per_token(0.0) == 4 * 2 * found.expert_bytes[0]

@@ -16,9 +16,9 @@ Only `runtime.load` imports it, and only for a CUDA device: Triton is not needed
     trial       whether prefetching pays here
     streamed    slots, and experts streamed into them: prefill and whatever is not captured
     grouped     a layer's experts for many tokens
-    host        the host tier: every expert in pinned memory, packed
+    host        the host tier: every expert in pinned memory
+    record      an expert as one piece of memory, as slots and host tier store it
     packing     12 bits for a bfloat16 weight, lossless
-    record      an expert as one piece of memory
     pinned      pinned memory
     dense       embedding and head in host memory, for tiny budgets
     layout      which experts the kernels can run

@@ -7,7 +7,7 @@ from typing import Any
 from runtime.arena import expert_bytes
 from runtime.cuda import kv
 from runtime.cuda.dense import movable_bytes
-from runtime.cuda.streamed import staging_bytes
+from runtime.cuda.streamed import workspace_bytes
 from runtime.loader import Source
 
 CUBLAS_BYTES = 64 << 20
@@ -43,4 +43,6 @@ def _reserved(source: Source, context: int, batch: int) -> int:
     activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
     logits = 4 * batch * text.vocab_size * 4
     cache = kv.num_bytes(text, batch, context, dtype)
-    return CUBLAS_BYTES + staging_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
+    return (
+        CUBLAS_BYTES + workspace_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
+    )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.cuda.packed_kernels import UP_AGAIN, add_products, packed_rows_of, patched_one
 from runtime.cuda.transfer_kernels import bring
 
 SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
@@ -42,7 +43,7 @@ def activate(gate, up, ACT: tl.constexpr):
 
 @triton.jit
 def record_elements(slots, UNITS: tl.constexpr):
-    """Length of a record in elements of the slots' type."""
+    """Length of a record of so many int16 in elements of the slots' type."""
     return UNITS * 16 // slots.dtype.element_ty.primitive_bitwidth
 
 
@@ -84,13 +85,11 @@ def rows_of(
 
 @triton.jit
 def fetch_missing(
-    slots, low, high, base, patch_starts, patch_units, patch_bits,
-    experts_U, slots_U, order_U, counts, prefetched, progress, program,
-    UNITS: tl.constexpr, PACKED: tl.constexpr, CHUNK: tl.constexpr,
-    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+    slots, records, experts_U, slots_U, order_U, counts, prefetched, progress, program,
+    STORED: tl.constexpr, CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
 ):  # fmt: skip
     """Program `program` of FETCHERS brings its share of the chunks that the plan misses."""
-    num_chunks: tl.constexpr = UNITS // CHUNK
+    num_chunks: tl.constexpr = STORED // CHUNK
     left = tl.load(counts + 1) * num_chunks
     at = program
     while at < left:
@@ -103,10 +102,7 @@ def fetch_missing(
             arrived = chunk // PREFETCHERS < tl.load(progress + chunk % PREFETCHERS)
             wanted = (expert != tl.load(prefetched)) | (arrived == 0)
         if wanted:
-            bring(
-                slots, slot, low, high, base, patch_starts, patch_units, patch_bits,
-                expert, expert, chunk, UNITS, PACKED, CHUNK,
-            )  # fmt: skip
+            bring(slots, slot, records, expert, chunk, STORED, CHUNK)
         at += FETCHERS
 
 
@@ -115,25 +111,25 @@ def fetch_missing(
     do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "counts", "prefetched"],
 )
 def gate_up(
-    x, h, slots, units, low, high, base, patch_starts, patch_units, patch_bits,
-    experts_U, slots_U, order_U, counts, prefetched, progress, num_tokens,
-    UNITS: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, PACKED: tl.constexpr,
-    CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+    x, h, slots, units, records, experts_U, slots_U, order_U, counts, prefetched, progress,
+    num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
+    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """H [U, B, W] of the residents while the missing are fetched; FETCHERS = 0: of the fetched.
 
-    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], records of
-    UNITS int16 each, with the projections at elements UP and UP_BIAS.
+    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], stored
+    records of STORED int16 each, with the projections at elements UP (of the unpacked record) and
+    UP_BIAS. PATCHES: 0 where records are not packed.
     Grid (FETCHERS + blocks of W * most distinct experts,).
     """
     program = tl.program_id(0)
     if program < FETCHERS:
         fetch_missing(
-            units, low, high, base, patch_starts, patch_units, patch_bits,
-            experts_U, slots_U, order_U, counts, prefetched, progress, program,
-            UNITS, PACKED, CHUNK, FETCHERS, PREFETCHERS,
+            units, records, experts_U, slots_U, order_U, counts, prefetched, progress, program,
+            STORED, CHUNK, FETCHERS, PREFETCHERS,
         )  # fmt: skip
         return
     num_blocks: tl.constexpr = (W + BLOCK_I - 1) // BLOCK_I
@@ -149,13 +145,29 @@ def gate_up(
             return
     at = tl.load(order_U + turn)
     slot = tl.load(slots_U + at).to(tl.int64)
-    record = slots + slot * record_elements(slots, UNITS)
-    row_I = (program - FETCHERS) % num_blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    record = slots + slot * record_elements(slots, STORED)
+    first = (program - FETCHERS) % num_blocks * BLOCK_I
+    row_I = first + tl.arange(0, BLOCK_I)
     mask_I = row_I < W
     gate_row_I = 2 * row_I if ALTERNATING else row_I
     up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
-    gate_MI = rows_of(x, record + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
-    up_MI = rows_of(x, record + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+    if PATCHES > 0:
+        packed = units + slot * STORED
+        SPAN: tl.constexpr = 2 * BLOCK_I if ALTERNATING else BLOCK_I
+        UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_I == 0 else SPAN + 1
+        first_gate = 2 * first if ALTERNATING else first
+        first_up = 2 * first if ALTERNATING else W + first
+        gate_MI = packed_rows_of(
+            x, packed, first_gate, gate_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+            SPAN, M, BLOCK_I, BLOCK_H,
+        )  # fmt: skip
+        up_MI = packed_rows_of(
+            x, packed, first_up, up_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+            UP_SPAN, M, BLOCK_I, BLOCK_H,
+        )  # fmt: skip
+    else:
+        gate_MI = rows_of(x, record + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+        up_MI = rows_of(x, record + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
     if HAS_BIAS:
         gate_bias = tl.load(record + UP_BIAS + gate_row_I, mask=mask_I, other=0.0)
         up_bias = tl.load(record + UP_BIAS + up_row_I, mask=mask_I, other=0.0)
@@ -169,10 +181,11 @@ def gate_up(
 
 @triton.jit
 def sum_of_part(
-    h, ids_MK, weights_MK, slots, experts_U, slots_U, num_used, num_tokens, part,
-    row_N, mask_N, token_M, UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    W: tl.constexpr, E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
+    first_row, row_N, mask_N, STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
+    E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Some rows of several tokens' weighted sums over a range of experts: [M, N] in float32."""
     y_MN = tl.zeros([M, BLOCK_N], tl.float32)
@@ -184,17 +197,20 @@ def sum_of_part(
     end = tl.sum((experts < first + SPAN).to(tl.int32), axis=0)
     end = tl.minimum(end, num_used)
     while at < end:
-        record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
+        slot = tl.load(slots_U + at).to(tl.int64)
+        record = slots + slot * record_elements(slots, STORED)
         expert = tl.load(experts_U + at)
         weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
-        product_MN = tl.zeros([M, BLOCK_N], tl.float32)
-        for start in range(0, W, BLOCK_I):
-            column_I = start + tl.arange(0, BLOCK_I)
-            tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
-            from_MI = (at * num_tokens + token_M)[:, None] * W + column_I[None, :]
-            mask_MI = (token_M < num_tokens)[:, None] & (column_I < W)[None, :]
-            h_MI = tl.load(h + from_MI, mask=mask_MI, other=0.0)
-            product_MN += tl.dot(h_MI, tl.trans(tile_NI), input_precision="ieee")
+        h_of_expert = h + at * num_tokens * W
+        if PATCHES > 0:
+            product_MN = packed_rows_of(
+                h_of_expert, units + slot * STORED, first_row, row_N, mask_N, num_tokens, DOWN, W,
+                MATRICES, CHUNK, PATCHES, BLOCK_N, M, BLOCK_N, BLOCK_I,
+            )  # fmt: skip
+        else:
+            product_MN = rows_of(
+                h_of_expert, record + DOWN, row_N, mask_N, num_tokens, W, M, BLOCK_N, BLOCK_I
+            )
         if HAS_BIAS:
             expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
             product_MN += expert_bias_N.to(tl.float32)[None, :]
@@ -209,8 +225,9 @@ def sum_of_part(
     do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
 )
 def down(
-    h, y, ids, weights, slots, experts_U, slots_U, counts, num_tokens,
-    UNITS: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    h, y, ids, weights, slots, units, experts_U, slots_U, counts, num_tokens,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
     M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -220,7 +237,8 @@ def down(
     PARTS > 1: over the experts of each part, float32 [PARTS, B, H], for `join`. A part is a range
     of experts, whoever uses them: a token's sum does not depend on who shares the batch.
     """
-    row_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_row = tl.program_id(0) * BLOCK_N
+    row_N = first_row + tl.arange(0, BLOCK_N)
     mask_N = row_N < H
     token_M = tl.arange(0, M)
     k_K = tl.arange(0, BLOCK_K)
@@ -231,26 +249,41 @@ def down(
     num_used = tl.load(counts)
     part = tl.program_id(1)
     if M == 1:
-        sums_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-        bias_N = tl.zeros([BLOCK_N], tl.float32)
+        LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
+        sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
+        rest_N = tl.zeros([BLOCK_N], tl.float32)
         for at in tl.static_range(K):
             if at < num_used:
-                record = slots + tl.load(slots_U + at).to(tl.int64) * record_elements(slots, UNITS)
+                slot = tl.load(slots_U + at).to(tl.int64)
+                record = slots + slot * record_elements(slots, STORED)
                 weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
-                for start in tl.static_range(0, W, BLOCK_I):
-                    column_I = start + tl.arange(0, BLOCK_I)
-                    tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
-                    h_I = tl.load(h + at * W + column_I, mask=column_I < W, other=0.0)
-                    sums_NI += tile_NI.to(tl.float32) * (h_I.to(tl.float32) * weight)[None, :]
+                if PATCHES > 0:
+                    sums_NI = add_products(
+                        sums_NI, h + at * W, weight, units + slot * STORED, row_N, mask_N,
+                        DOWN, W, MATRICES, CHUNK, PATCHES, BLOCK_I,
+                    )  # fmt: skip
+                    rest_N += weight * patched_one(
+                        h + at * W, units + slot * STORED, first_row, row_N, DOWN, W, MATRICES,
+                        CHUNK, PATCHES, BLOCK_N, BLOCK_N,
+                    )  # fmt: skip
+                else:
+                    for start in tl.static_range(0, W, BLOCK_I):
+                        column_I = start + tl.arange(0, BLOCK_I)
+                        tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
+                        h_I = tl.load(h + at * W + column_I, mask=column_I < W, other=0.0)
+                        sums_NI += tile_NI.to(tl.float32) * (h_I.to(tl.float32) * weight)[None, :]
                 if HAS_BIAS:
-                    expert_bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
-                    bias_N += weight * expert_bias_N.to(tl.float32)
-        y_MN = (tl.sum(sums_NI, axis=1) + bias_N)[None, :]
+                    bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+                    rest_N += weight * bias_N.to(tl.float32)
+        sum_N = tl.sum(sums_NI, axis=1)
+        if PATCHES > 0:
+            sum_N *= UP_AGAIN
+        y_MN = (sum_N + rest_N)[None, :]
     else:
         y_MN = sum_of_part(
-            h, ids_MK, weights_MK, slots, experts_U, slots_U, num_used, num_tokens, part,
-            row_N, mask_N, token_M, UNITS, DOWN, DOWN_BIAS, W, E, HAS_BIAS, M, PARTS,
-            BLOCK_U, BLOCK_N, BLOCK_I,
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
+            first_row, row_N, mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, E,
+            HAS_BIAS, M, PARTS, BLOCK_U, BLOCK_N, BLOCK_I,
         )  # fmt: skip
     to_MN = (part * num_tokens + token_M)[:, None] * H + row_N[None, :]
     y_MN = y_MN.to(y.dtype.element_ty)

@@ -27,6 +27,8 @@ PREFETCHERS = 32
 """Programs of a prefetch."""
 THRESHOLD = 0.5
 """Least probability of use for a prefetch."""
+LEAST_COLUMNS = 128
+"""A matrix product takes 16, of every eighth of packed weights."""
 
 
 class Blocks(NamedTuple):
@@ -47,13 +49,12 @@ class Blocks(NamedTuple):
     def of(num_tokens: int, layout: Layout) -> Blocks:
         """One token streams long rows; several go through the tensor cores in squarer tiles."""
         if num_tokens == 1:
-            columns = min(512, triton.next_power_of_2(layout.hidden))
+            columns = min(1024, triton.next_power_of_2(layout.hidden))
             inner = min(1024, triton.next_power_of_2(layout.width))
-            return Blocks(8, columns, 4, 8, inner, 8, 1, 1)
-        columns = max(16, min(128, triton.next_power_of_2(layout.hidden)))
-        inner = max(16, min(256, triton.next_power_of_2(layout.width)))
+            return Blocks(8, columns, 4, 4, inner, 4, 1, 1)
         padded = max(16, triton.next_power_of_2(num_tokens))
-        return Blocks(32, columns, 4, 16, inner, 4, 4, padded)
+        columns = 2 * LEAST_COLUMNS if padded == 16 else LEAST_COLUMNS
+        return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
 
 
 class Ledger(NamedTuple):
@@ -94,6 +95,8 @@ class ExpertsCall:
     ) -> None:
         device = books.clock.device
         self._layout, self._record, self._host, self._books = layout, record, host, books
+        self._stored = {"STORED": record.stored_units, "CHUNK": CHUNK}
+        self._packed = {"MATRICES": record.matrix_units, "PATCHES": record.patches}
         self._units_SN = slots_SN
         self._slots_SN = slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
@@ -186,11 +189,11 @@ class ExpertsCall:
         experts, slots, order = self._plan
         num_blocks = triton.cdiv(shape.width, blocks.rows)
         expert_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
-            x, self._h, self._slots_SN, self._units_SN, *self._host.layers[layer],
+            x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
             experts, slots, order, self._counts[layer],
             self._prefetched[layer:], self._progress[layer], len(x),
-            UNITS=self._record.units, UP=self._record.start("gate_up_proj"),
-            UP_BIAS=self._record.start("gate_up_proj_bias"), PACKED=self._host.packed, CHUNK=CHUNK,
+            UP=self._record.start("gate_up_proj"),
+            UP_BIAS=self._record.start_stored("gate_up_proj_bias"), **self._stored, **self._packed,
             FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
             H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
             ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
@@ -206,9 +209,10 @@ class ExpertsCall:
             to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
         grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
         expert_kernels.down[grid](
-            self._h, to, ids, weights, self._slots_SN, experts, slots, self._counts[layer],
-            num_tokens, UNITS=self._record.units, DOWN=self._record.start("down_proj"),
-            DOWN_BIAS=self._record.start("down_proj_bias"), H=shape.hidden, W=shape.width,
+            self._h, to, ids, weights, self._slots_SN, self._units_SN, experts, slots,
+            self._counts[layer], num_tokens, DOWN=self._record.start("down_proj"),
+            DOWN_BIAS=self._record.start_stored("down_proj_bias"), **self._stored, **self._packed,
+            H=shape.hidden, W=shape.width,
             E=self._books.num_experts, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
             PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
             BLOCK_K=triton.next_power_of_2(self._top_k),
@@ -250,9 +254,8 @@ class ExpertsCall:
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             transfer_kernels.fetch[(PREFETCHERS,)](
-                self._units_SN, *self._host.layers[layer],
+                self._units_SN, self._host.layers[layer],
                 self._prefetched[layer:], self._slot[layer:], self._stop[layer:], self._step,
-                self._progress[layer], UNITS=self._record.units, PACKED=self._host.packed,
-                CHUNK=CHUNK, PROGRAMS=PREFETCHERS, num_warps=4,
+                self._progress[layer], **self._stored, PROGRAMS=PREFETCHERS, num_warps=4,
             )  # fmt: skip
         return self._side.record_event()

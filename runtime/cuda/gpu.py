@@ -23,7 +23,7 @@ from runtime.cuda.streamed import Ahead, StreamedPool
 from runtime.experts import run_experts
 from runtime.forecaster import Forecaster
 from runtime.inputs import StepInputs
-from runtime.loader import Source
+from runtime.loader import Group, Source
 from runtime.policies import Policy
 from runtime.recorder import Recorder
 from runtime.stats import Stats
@@ -65,17 +65,19 @@ class GpuEngine:
         self.decoder: Decoder | None = None
         self.path: CapturedPath | None = None
         self._rows: RowDecoder | None = None
-        groups, records = source.groups, self._records(source)
+        groups = source.groups
         self._dense = HostDense(source.model, missing)
         try:
-            self._host = self._fill_host(source, records, device)
+            self._host = self._fill_host(source, device)
         except BaseException:
             self._dense.restore()
             raise
-        stats.packing = 0.75 if self._host.packed else 1.0
         try:
+            pairs = zip(groups, num_slots, strict=True)
+            num_slots = [self._slots_for(source, group, slots) for group, slots in pairs]
+            stats.num_slots, stats.packing = sum(num_slots), self._packing
             for group, slots in zip(groups, num_slots, strict=True):
-                record = records[group.layers[0]]
+                record = self._host.records[group.layers[0]]
                 pool = StreamedPool(record, slots, device, self._host, policy, stats, self._layout)
                 self._pools |= dict.fromkeys(group.layers, pool)
             if self._layout is not None:
@@ -88,14 +90,26 @@ class GpuEngine:
             self.close()
             raise
 
-    def _records(self, source: Source) -> list[Record]:
+    def _fill_host(self, source: Source, device: torch.device) -> HostTier:
         specs = [source.store.specs(index) for index in range(len(source.layers))]
-        return [Record(stored_specs(spec, self._layout)) for spec in specs]
-
-    def _fill_host(self, source: Source, records: list[Record], device: torch.device) -> HostTier:
+        records = [Record(stored_specs(spec, self._layout)) for spec in specs]
         counts = [layer.num_experts for layer in source.layers]
-        is_turned = self._layout is not None and self._layout.transposed
-        return HostTier(source.store, counts, records, device, transposed=is_turned)
+        layout = self._layout
+        is_turned = layout is not None and layout.transposed
+        return HostTier(
+            source.store, counts, records, device, packs=layout is not None, transposed=is_turned
+        )
+
+    @property
+    def _packing(self) -> float:
+        """Bytes of a stored record over those of its parameters."""
+        record = self._host.records[0]
+        return record.stored_units / record.units
+
+    def _slots_for(self, source: Source, group: Group, num_slots: int) -> int:
+        """How many stored records fit where `num_slots` unpacked experts would."""
+        total = sum(source.layers[index].num_experts for index in group.layers)
+        return min(int(num_slots / self._packing), total)
 
     @property
     def pools(self) -> list[StreamedPool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from routing.layers import Routes
 from runtime.cuda.grouped_kernels import combine, grouped_down, grouped_gate_up
+from runtime.cuda.host import unpack_records
 from runtime.cuda.layout import ACTIVATIONS, Layout
 from runtime.cuda.record import Record
 from runtime.cuda.streamed import Ahead, StreamedPool
@@ -66,7 +67,9 @@ def run_grouped(
     spans = spans_of(told[: len(counts)].tolist())
     if ahead is not None:
         ahead = ahead._replace(wanted_E=told[len(counts) :])
-    products = Products(pool.record, pool.slots_SN, layout, hidden_TH, order_P, top_k)
+    products = Products(
+        pool.record, pool.slots_SN, layout, hidden_TH, order_P, top_k, pool.workspace_RN
+    )
     if sum(span.stop - span.start for span in spans.values()) < len(order_P):
         products.y_PH.zero_()  # some pairs are of no expert
     tiles = Tiles.of(len(order_P) / max(len(spans), 1))
@@ -87,7 +90,8 @@ def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int
 class Products:
     """The two matrix products of one layer call, for one group of experts after the other.
 
-    order_P: int64, the pairs token * K + k, sorted by expert.
+    order_P: int64, the pairs token * K + k, sorted by expert. workspace_RN: int16, where packed
+    records are unpacked, R at a time.
     """
 
     def __init__(
@@ -98,19 +102,35 @@ class Products:
         x_TH: Tensor,
         order_P: Tensor,
         top_k: int,
+        workspace_RN: Tensor | None = None,
     ) -> None:
+        self._stored_SN, self._workspace_RN = slots_SN, workspace_RN
         self._record, self._layout, self._top_k = record, layout, top_k
         self._x_TH, self._order_P = x_TH.contiguous(), order_P
-        self._slots_SN = slots_SN.view(layout.dtype)
+        self._slots_SN = (slots_SN if workspace_RN is None else workspace_RN).view(layout.dtype)
         self._h_PW = x_TH.new_empty(len(order_P), layout.width)
         self.y_PH = x_TH.new_empty(len(order_P), layout.hidden)
 
     def run(self, group: list[tuple[slice, int]], tiles: Tiles) -> None:
         """Run some experts, given as (their rows, slot)."""
-        table = torch.tensor(table_of(group, tiles.rows), dtype=torch.int32)
-        table_N3 = table.to(self._x_TH.device, non_blocking=True)
+        if self._workspace_RN is None:
+            self._run(group, tiles)
+            return
+        size = len(self._workspace_RN)
+        for start in range(0, len(group), size):
+            some = group[start : start + size]
+            picked_R = self._on_device([slot for _, slot in some])
+            unpack_records(self._record, self._stored_SN, picked_R, self._workspace_RN)
+            self._run([(span, row) for row, (span, _) in enumerate(some)], tiles)
+
+    def _run(self, group: list[tuple[slice, int]], tiles: Tiles) -> None:
+        table_N3 = self._on_device(table_of(group, tiles.rows))
         self.run_gate_up(table_N3, tiles.gate_up)
         self.run_down(table_N3, tiles.down)
+
+    def _on_device(self, numbers: list[Any]) -> Tensor:
+        table = torch.tensor(numbers, dtype=torch.int32)
+        return table.to(self._x_TH.device, non_blocking=True)
 
     def run_gate_up(self, table_N3: Tensor, tile: Tile) -> None:
         """The first product, of the tiles in int32 `table_N3` on the device."""

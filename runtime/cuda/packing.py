@@ -1,96 +1,125 @@
-"""Lossless packing of bfloat16 weights for the link: 12 bits instead of 16.
+"""Lossless packing of bfloat16 weights: 12 bits instead of 16, over the link and in the slots.
 
 A trained (or a random) weight matrix uses few exponents: 15 neighbouring ones hold all but about
 1.6 in 10,000 weights (measured on moe-16x64, moe-8x32 and normal random numbers, whose exponents
-have 2.6 bits of entropy). So a weight travels as sign and mantissa, 8 bits, and a 4-bit code of its
-exponent. Weights outside the window are patched in from a short list that stays on the device. The
-bits that arrive are exactly those of the checkpoint; a quarter of the bytes never crosses the link.
-The idea of entropy-coding exponents is DFloat11's (arXiv 2504.11651), which reaches 11 bits with
-variable-length codes; a fixed 12 can be decoded by any thread without its neighbours.
+have 2.6 bits of entropy). So a weight is kept as sign and mantissa, 8 bits, and a 4-bit code of its
+exponent. Weights outside the window are patches, a short list in each chunk of C weights. The bits
+that come out are exactly those of the checkpoint. The idea of entropy-coding exponents is
+DFloat11's (arXiv 2504.11651), which reaches 11 bits with variable-length codes; a fixed 12 can be
+decoded by any thread without its neighbours.
 
-    low   [C]       sign (bit 7) and mantissa (bits 0 to 6) of a chunk of C weights
-    high  [C / 2]   byte j: the code of weight j (bits 0 to 3) and of weight j + C / 2 (bits 4 to 7)
-    code  0         the weight is +0 or -0, or in the patch list
-    code  1 to 15   its exponent is the chunk's base + code
+    low      [D * C]      uint8: sign (bit 7) and mantissa (bits 0 to 6) of a weight
+    codes    [D * C / 8]  int32: of the weights 0, 1, 4, 5, 2, 3, 6, 7 of eight, from bit 0 up
+    patches  [D, P]       int32: position in the chunk << 16 | the weight's bits; 0 for none;
+                          the first of a chunk is instead the base of its matrix
+
+    code  0         the weight is +0 or -0, or a patch (whose low byte is 0)
+    code  1 to 15   its exponent is base + code
+
+Kernels work with eight weights at a time: a shift and a mask put two codes where the exponents of
+two weights belong, so a product with `packed_kernels.words` costs few instructions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 CODES = 15
-MOST_PATCHES = 0.004
-"""Share of weights outside the window from which packing does not pay."""
-
-
+ORDER = (0, 1, 4, 5, 2, 3, 6, 7)
+"""Of the codes of eight weights."""
+MOST_BASE = 127
+"""Kernels multiply activations by 2^(base - 64): those of 2^64 stay finite."""
+PATCHES = (16, 64)
+"""Entries for a chunk's patches and its base: of the first that does for every chunk of a model."""
 PART = 1024
 """Chunks packed at once, to bound the scratch memory."""
 
 
-class Packed(NamedTuple):
-    """Records of whole chunks, packed. D chunks of C weights, P patches."""
-
-    low_DC: Tensor
-    """uint8"""
-    high_DC: Tensor
-    """uint8 [D, C / 2]"""
-    base_D: Tensor
-    """int32, the exponent below the window"""
-    counts_D: Tensor
-    """int32, patches"""
-    units_P: Tensor
-    """int32, positions of the patches within their chunks"""
-    bits_P: Tensor
-    """int16, the weights there"""
+def packed_bytes(num_chunks: int, chunk: int, patches: int) -> int:
+    """Bytes of so many chunks, packed."""
+    return num_chunks * (chunk * 3 // 2 + 4 * patches)
 
 
-def pack(chunks_DC: Tensor) -> Packed | None:
-    """Pack bfloat16 weights given as int16 [D, C]; None where too many of them need a patch.
+def pack(matrices: list[Tensor], patches: int) -> Tensor | None:
+    """Pack matrices, bfloat16 given as int16 [*, C] each: their chunks one after the other, uint8.
 
-    Runs where the weights are.
+    None where a chunk has no room for its patches. Runs where the weights are.
     """
-    parts = [_pack(some) for some in chunks_DC.split(PART)]
-    packed = Packed(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return packed if len(packed.bits_P) <= MOST_PATCHES * chunks_DC.numel() else None
+    parts = [part for matrix_DC in matrices for part in _pack(matrix_DC, patches)]
+    if any(part is None for part in parts):
+        return None
+    columns = zip(*(part for part in parts if part is not None), strict=True)
+    return torch.cat([some.view(torch.uint8).flatten() for column in columns for some in column])
 
 
-def _pack(chunks_DC: Tensor) -> Packed:
-    bits_DC = chunks_DC.to(torch.int32) & 0xFFFF
-    exponents_DC = (bits_DC >> 7) & 0xFF
-    base_D = _base(exponents_DC)
-    codes_DC = exponents_DC - base_D[:, None]
-    outside_DC = (codes_DC < 1) | (codes_DC > CODES)
-    codes_DC.masked_fill_(outside_DC, 0)
-    patched_DC = outside_DC & ((bits_DC & 0x7FFF) != 0)
-    low_DC = ((bits_DC >> 8) & 0x80 | bits_DC & 0x7F).to(torch.uint8)
-    half = chunks_DC.shape[1] // 2
-    high_DC = (codes_DC[:, :half] | codes_DC[:, half:] << 4).to(torch.uint8)
-    chunk, unit = patched_DC.nonzero(as_tuple=True)
-    counts_D = patched_DC.sum(1, dtype=torch.int32)
-    return Packed(low_DC, high_DC, base_D, counts_D, unit.to(torch.int32), chunks_DC[chunk, unit])
+def _pack(matrix_DC: Tensor, patches: int) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
+    """(low, codes, patches) of parts of a matrix, or None."""
+    base = _base(matrix_DC)
+    for chunks_DC in matrix_DC.split(PART):
+        bits_DC = chunks_DC.to(torch.int32) & 0xFFFF
+        codes_DC = (bits_DC >> 7 & 0xFF) - base
+        outside_DC = (codes_DC < 1) | (codes_DC > CODES)
+        codes_DC.masked_fill_(outside_DC, 0)
+        is_patch_DC = outside_DC & ((bits_DC & 0x7FFF) != 0)
+        patches_DP = _patches(bits_DC, is_patch_DC, patches)
+        if patches_DP is None:
+            yield None
+            return
+        patches_DP[:, 0] = base
+        low_DC = (bits_DC >> 8 & 0x80 | bits_DC & 0x7F).masked_fill_(is_patch_DC, 0)
+        yield low_DC.to(torch.uint8), _eight(codes_DC), patches_DP
 
 
-def _base(exponents_DC: Tensor) -> Tensor:
-    """One less than the first of the 15 exponents in a row that hold most of a chunk's weights."""
-    counts_DX = exponents_DC.new_zeros(len(exponents_DC), 256)
-    counts_DX.scatter_add_(1, exponents_DC.to(torch.int64), torch.ones_like(exponents_DC))
-    counts_DX[:, 0] = 0  # zeros need no window
-    sums_DX = torch.nn.functional.pad(counts_DX.cumsum(1), (1, 0))
-    held_DX = sums_DX[:, CODES:] - sums_DX[:, :-CODES]
-    return (held_DX.argmax(1) - 1).to(torch.int32)
+def _eight(codes_DC: Tensor) -> Tensor:
+    """The codes of eight weights in an int32, [D, C / 8]."""
+    codes_DC8 = codes_DC.unflatten(-1, (-1, 8))
+    eight_DC = codes_DC8[..., ORDER[0]].clone()
+    for place, weight in enumerate(ORDER[1:], 1):
+        eight_DC |= codes_DC8[..., weight] << 4 * place
+    return eight_DC
 
 
-def unpack(packed: Packed) -> Tensor:
-    """The weights again, int16 [D, C]. The kernels do the same (`transfer_kernels.bring`)."""
-    high_DC = packed.high_DC.to(torch.int32)
-    codes_DC = torch.cat([high_DC & 15, high_DC >> 4], 1)
-    low_DC = packed.low_DC.to(torch.int32)
-    magnitudes_DC = (packed.base_D[:, None] + codes_DC) << 7 | low_DC & 0x7F
+def _patches(bits_DC: Tensor, is_patch_DC: Tensor, patches: int) -> Tensor | None:
+    counts_D = is_patch_DC.sum(1)
+    if int(counts_D.max()) >= patches:
+        return None
+    chunk, unit = is_patch_DC.nonzero(as_tuple=True)
+    rank = torch.arange(len(chunk), device=chunk.device) - (counts_D.cumsum(0) - counts_D)[chunk]
+    patches_DP = bits_DC.new_zeros(len(bits_DC), patches)
+    patches_DP[chunk, rank + 1] = unit.to(torch.int32) << 16 | bits_DC[chunk, unit]
+    return patches_DP
+
+
+def _base(matrix_DC: Tensor) -> Tensor:
+    """One less than the first of the 15 exponents in a row that hold most of a matrix's weights."""
+    counts_X = torch.zeros(256, dtype=torch.int64, device=matrix_DC.device)
+    for chunks_DC in matrix_DC.split(PART):
+        exponents = (chunks_DC >> 7 & 0xFF).flatten()
+        counts_X += torch.bincount(exponents, minlength=256)
+    counts_X[0] = 0  # zeros need no window
+    sums_X = torch.nn.functional.pad(counts_X.cumsum(0), (1, 0))
+    held_X = sums_X[1 + CODES :] - sums_X[1:-CODES]
+    base: Tensor = held_X[: MOST_BASE + 1].argmax().to(torch.int32)
+    return base
+
+
+def unpack(packed: Tensor, chunk: int, patches: int) -> Tensor:
+    """The weights again, int16 [D, C]. The kernel does the same (`unpack_kernel`)."""
+    num_chunks = len(packed) // packed_bytes(1, chunk, patches)
+    sizes = [num_chunks * chunk, num_chunks * chunk // 2, num_chunks * 4 * patches]
+    low, eight, rest = packed.split(sizes)
+    patches_DP = rest.clone().view(torch.int32).view(num_chunks, patches)
+    codes_DC8 = eight.clone().view(torch.int32).view(num_chunks, -1, 1).repeat(1, 1, 8)
+    for place, weight in enumerate(ORDER):
+        codes_DC8[..., weight] = codes_DC8[..., weight] >> 4 * place & 15
+    codes_DC = codes_DC8.view(num_chunks, chunk)
+    low_DC = low.view(num_chunks, chunk).to(torch.int32)
+    magnitudes_DC = (patches_DP[:, :1] + codes_DC) << 7 | low_DC & 0x7F
     bits_DC = (low_DC & 0x80) << 8 | torch.where(codes_DC > 0, magnitudes_DC, 0)
-    chunks_DC = torch.where(bits_DC > 0x7FFF, bits_DC - 0x10000, bits_DC).to(torch.int16)
-    numbers = torch.arange(len(chunks_DC), device=chunks_DC.device)
-    chunks_DC[numbers.repeat_interleave(packed.counts_D), packed.units_P.long()] = packed.bits_P
-    return chunks_DC
+    at, entry = (patches_DP[:, 1:] != 0).nonzero(as_tuple=True)
+    patch = patches_DP[at, entry + 1]
+    bits_DC[at, (patch >> 16).long()] = patch & 0xFFFF
+    return torch.where(bits_DC > 0x7FFF, bits_DC - 0x10000, bits_DC).to(torch.int16)

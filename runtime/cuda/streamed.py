@@ -6,7 +6,6 @@ are computed first, and each missing one as soon as it has arrived. While a long
 computes, the experts that the next layer's router will want are already on their way.
 
     copy engine     | missing of layer l | likely of layer l + 1 |
-    landing stream    | unpack into slots, one behind the copies |
     compute stream  | residents of l | arrived of l ... | attention of l + 1 | ...
 """
 
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +23,16 @@ from runtime.cache import FREE, ExpertCache, Lookup
 from runtime.cuda.host import HostTier
 from runtime.cuda.layout import Layout, as_model
 from runtime.cuda.record import Record
-from runtime.cuda.transfer_kernels import LANDINGS
 from runtime.policies import Policy
 from runtime.stats import Stats, format_bytes
 
-STAGES = 3
-"""Packed batches on their way: one lands, one arrives, one waits."""
-STAGE_BYTES = 32 << 20
-"""A batch is as many records as fit, at least one: each costs the host, which the link outruns."""
+WORKSPACE_BYTES = 80 << 20
+"""For records that are unpacked together, at least one."""
+WORKSPACE_RECORDS = 16
+"""Most of them."""
 PROBES = 16
 """Records that are sent to measure the link."""
-GROUP = LANDINGS
+GROUP = 4
 """Missing experts that run together: enough for one launch to pay, few enough not to wait."""
 
 
@@ -65,13 +63,11 @@ class StreamedPool:
         self.cache = ExpertCache(stats.num_layers, stats.num_experts, num_slots, policy)
         self.record, self.num_slots, self.device = record, num_slots, device
         self.slots_SN = slots(num_slots, record, device)
-        self._views = record.views(self.slots_SN)
+        self._views = {} if record.patches else record.views(self.slots_SN)
+        self.workspace_RN = workspace(record, device) if record.patches else None
+        """Where packed records are unpacked for many tokens, int16 [R, units]."""
         self._host, self._stats, self._layout = host, stats, layout
         self._copies = torch.cuda.Stream(device)
-        self._landing = torch.cuda.Stream(device, priority=-1)  # before a long prompt's products
-        self._staging = staging(record, device) if host.packed else []
-        self._landed: list[Any] = [None] * len(self._staging)
-        self._turn = 0
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._early: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
@@ -160,54 +156,34 @@ class StreamedPool:
         missing = np.flatnonzero(lookup.missed)
         if not len(missing):
             return
-        with self._stats.timer("load"):
-            self._landing.wait_stream(torch.cuda.current_stream(self.device))  # slots in use
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # slots in use
+        with self._stats.timer("load"), torch.cuda.stream(self._copies):
             experts, slots = (x[missing].tolist() for x in (lookup.experts, lookup.slots))
-            size = len(self._staging[0][0]) if self._staging else GROUP
-            for start in range(0, len(experts), size):
-                some = slice(start, start + size)
-                arrival = self._bring(layer, experts[some], slots[some])
-                self._arrived |= dict.fromkeys(slots[some], arrival)
-
-    def _bring(self, layer: int, experts: list[int], slots: list[int]) -> torch.cuda.Event:
-        """Start some copies. Packed records go through a ring of staging buffers, so that the next
-        are under way while some are unpacked.
-        """
-        if not self._staging:
-            with torch.cuda.stream(self._landing):
-                for expert, slot in zip(experts, slots, strict=True):
-                    self._host.send(layer, [expert], (self.slots_SN[slot : slot + 1],))
-            return self._landing.record_event()
-        stage = self._turn = (self._turn + 1) % len(self._staging)
-        if self._landed[stage] is not None:
-            self._copies.wait_event(self._landed[stage])
-        with torch.cuda.stream(self._copies):
-            self._host.send(layer, experts, self._staging[stage])
-        self._landing.wait_event(self._copies.record_event())
-        with torch.cuda.stream(self._landing):
-            self._host.land(layer, experts, self._staging[stage], self.slots_SN, slots)
-        event = self._landed[stage] = self._landing.record_event()
-        return event
+            for start in range(0, len(experts), GROUP):
+                some = slice(start, start + GROUP)
+                for expert, slot in zip(experts[some], slots[some], strict=True):
+                    self._host.send(layer, expert, self.slots_SN[slot])
+                self._arrived |= dict.fromkeys(slots[some], self._copies.record_event())
 
     def seconds_per_load(self) -> float:
         """What one expert of layer 0 takes to cross the link, which nothing else may use now."""
-        into = self._staging[0] if self._staging else (torch.empty_like(self.slots_SN[:1]),)
+        into = torch.empty_like(self.slots_SN[0])
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         for probe in range(PROBES):
-            self._host.send(0, [probe % self.cache.num_experts], into)
+            self._host.send(0, probe % self.cache.num_experts, into)
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / PROBES
 
     def settle(self) -> None:
         """Make the current stream wait for every copy under way."""
-        torch.cuda.current_stream(self.device).wait_stream(self._landing)
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
         self._arrived.clear()
 
     def close(self) -> None:
         """Give the device memory back, whoever still holds this pool."""
         self.slots_SN = torch.empty(0, dtype=torch.int16)
-        self._views, self._staging = {}, []
+        self._views, self.workspace_RN = {}, None
         self._arrived.clear()
 
     def clear(self) -> None:
@@ -217,35 +193,23 @@ class StreamedPool:
 
 
 def slots(num_slots: int, record: Record, device: torch.device) -> Tensor:
-    """The slots, int16 [S, N]. Raises ValueError where the device has no room for them."""
+    """The slots, int16 [S, stored units]. Raises ValueError where the device has no room."""
     try:
-        return torch.zeros(num_slots, record.units, dtype=torch.int16, device=device)
+        return torch.zeros(num_slots, record.stored_units, dtype=torch.int16, device=device)
     except torch.OutOfMemoryError as error:
         free, _ = torch.cuda.mem_get_info(device)
         raise ValueError(
-            f"{num_slots} expert slots need {format_bytes(2 * num_slots * record.units)} on "
+            f"{num_slots} expert slots need {format_bytes(2 * num_slots * record.stored_units)} on "
             f"{device}, where {format_bytes(free)} are free; give a smaller memory="
         ) from error
 
 
-def staging(record: Record, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Buffers for packed batches on their way, (low, high) each."""
-    count = stage_records(record.units)
-    return [
-        (
-            torch.empty(count, record.units, dtype=torch.uint8, device=device),
-            torch.empty(count, record.units // 2, dtype=torch.uint8, device=device),
-        )
-        for _ in range(STAGES)
-    ]
+def workspace(record: Record, device: torch.device) -> Tensor:
+    """Room for records that are unpacked together, int16 [R, units]."""
+    count = workspace_bytes(2 * record.units) // (2 * record.units)
+    return torch.empty(count, record.units, dtype=torch.int16, device=device)
 
 
-def stage_records(units: int) -> int:
-    """Packed records of so many weights that travel together."""
-    return max(1, min(GROUP, STAGE_BYTES // (units * 3 // 2)))
-
-
-def staging_bytes(record_bytes: int) -> int:
-    """All staging buffers, for records of 16-bit weights of so many bytes."""
-    units = record_bytes // 2
-    return STAGES * stage_records(units) * units * 3 // 2
+def workspace_bytes(record_bytes: int) -> int:
+    """Of a workspace for records of so many bytes."""
+    return min(max(WORKSPACE_BYTES // record_bytes, 1), WORKSPACE_RECORDS) * record_bytes

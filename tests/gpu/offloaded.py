@@ -101,8 +101,8 @@ def check_slots(model: Any) -> None:
     for slot, key in enumerate(pool.cache.key_of_slot.tolist()):
         if key >= 0:
             layer, expert = divmod(key, pool.cache.num_experts)
-            record_N = host._on_device(host.layers[layer], expert)
-            assert torch.equal(pool.slots_SN[slot], record_N), (layer, expert)
+            stored_N = host.layers[layer][expert]
+            assert torch.equal(pool.slots_SN[slot].cpu(), stored_N), (layer, expert)
 
 
 def forbid_waiting(patch: pytest.MonkeyPatch) -> list[Step]:
