@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from runtime.cuda.expert_kernels import rows_of
 from runtime.cuda.pinned import PinnedMemory
+from runtime.cuda.unpacked_kernels import rows_of
 
 MOST_ROWS = 32
 """Tokens that one launch of the head serves."""

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from runtime.cuda.packed_kernels import UP_AGAIN, add_products, packed_rows_of, patched_one
 from runtime.cuda.transfer_kernels import bring
+from runtime.cuda.unpacked_kernels import add_unpacked, record_elements, rows_of
 
 SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
 SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
@@ -42,48 +43,6 @@ def activate(gate, up, ACT: tl.constexpr):
 
 
 @triton.jit
-def record_elements(slots, UNITS: tl.constexpr):
-    """Length of a record of so many int16 in elements of the slots' type."""
-    return UNITS * 16 // slots.dtype.element_ty.primitive_bitwidth
-
-
-@triton.jit
-def tile_of(matrix, rows_N, mask_N, column_K, WIDTH: tl.constexpr):
-    """Some rows and columns of a matrix [*, WIDTH]."""
-    mask_NK = mask_N[:, None] & (column_K < WIDTH)[None, :]
-    return tl.load(matrix + rows_N[:, None] * WIDTH + column_K[None, :], mask=mask_NK, other=0.0)
-
-
-@triton.jit
-def rows_of(
-    x, matrix, rows_N, mask_N, num_tokens, H: tl.constexpr,
-    M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """X times some rows of a matrix [*, H]: [M, N] in float32.
-
-    One token is a plain sum of products, several are a matrix product padded to M.
-    """
-    if M == 1:
-        sums_NK = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-        for start in tl.static_range(0, H, BLOCK_H):
-            column_K = start + tl.arange(0, BLOCK_H)
-            tile_NK = tile_of(matrix, rows_N, mask_N, column_K, H)
-            x_K = tl.load(x + column_K, mask=column_K < H, other=0.0)
-            sums_NK += tile_NK.to(tl.float32) * x_K.to(tl.float32)[None, :]
-        sums_MN = tl.sum(sums_NK, axis=1)[None, :]
-    else:
-        token_M = tl.arange(0, M)
-        sums_MN = tl.zeros([M, BLOCK_N], tl.float32)
-        for start in range(0, H, BLOCK_H):
-            column_K = start + tl.arange(0, BLOCK_H)
-            tile_NK = tile_of(matrix, rows_N, mask_N, column_K, H)
-            mask_MK = (token_M < num_tokens)[:, None] & (column_K < H)[None, :]
-            x_MK = tl.load(x + token_M[:, None] * H + column_K[None, :], mask=mask_MK, other=0.0)
-            sums_MN += tl.dot(x_MK, tl.trans(tile_NK), input_precision="ieee")
-    return sums_MN
-
-
-@triton.jit
 def fetch_missing(
     slots, records, experts_U, slots_U, order_U, counts, prefetched, progress, program,
     STORED: tl.constexpr, CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
@@ -104,6 +63,29 @@ def fetch_missing(
         if wanted:
             bring(slots, slot, records, expert, chunk, STORED, CHUNK)
         at += FETCHERS
+
+
+@triton.jit
+def packed_gate_and_up(
+    x, record, first, gate_row_I, up_row_I, mask_I, num_tokens, UP: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, ALTERNATING: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """X times BLOCK_I rows each of the gate and the up projection, from `first` on: [M, I]."""
+    SPAN: tl.constexpr = 2 * BLOCK_I if ALTERNATING else BLOCK_I
+    UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_I == 0 else SPAN + 1
+    first_gate = 2 * first if ALTERNATING else first
+    first_up = 2 * first if ALTERNATING else W + first
+    gate_MI = packed_rows_of(
+        x, record, first_gate, gate_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+        SPAN, M, BLOCK_I, BLOCK_H,
+    )  # fmt: skip
+    up_MI = packed_rows_of(
+        x, record, first_up, up_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+        UP_SPAN, M, BLOCK_I, BLOCK_H,
+    )  # fmt: skip
+    return gate_MI, up_MI
 
 
 @triton.jit(
@@ -152,18 +134,9 @@ def gate_up(
     gate_row_I = 2 * row_I if ALTERNATING else row_I
     up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
     if PATCHES > 0:
-        packed = units + slot * STORED
-        SPAN: tl.constexpr = 2 * BLOCK_I if ALTERNATING else BLOCK_I
-        UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_I == 0 else SPAN + 1
-        first_gate = 2 * first if ALTERNATING else first
-        first_up = 2 * first if ALTERNATING else W + first
-        gate_MI = packed_rows_of(
-            x, packed, first_gate, gate_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
-            SPAN, M, BLOCK_I, BLOCK_H,
-        )  # fmt: skip
-        up_MI = packed_rows_of(
-            x, packed, first_up, up_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
-            UP_SPAN, M, BLOCK_I, BLOCK_H,
+        gate_MI, up_MI = packed_gate_and_up(
+            x, units + slot * STORED, first, gate_row_I, up_row_I, mask_I, num_tokens, UP, MATRICES,
+            PATCHES, CHUNK, H, W, ALTERNATING, M, BLOCK_I, BLOCK_H,
         )  # fmt: skip
     else:
         gate_MI = rows_of(x, record + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
@@ -177,6 +150,45 @@ def gate_up(
     to_MI = (at * num_tokens + token_M)[:, None] * W + row_I[None, :]
     h_MI = activate(gate_MI, up_MI, ACT).to(h.dtype.element_ty)
     tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
+
+
+@triton.jit
+def sum_of_one(
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N, mask_N,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a single token's weighted sum over its experts: [1, N] in float32."""
+    LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
+    sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
+    rest_N = tl.zeros([BLOCK_N], tl.float32)
+    for at in tl.static_range(K):
+        if at < num_used:
+            slot = tl.load(slots_U + at).to(tl.int64)
+            record = slots + slot * record_elements(slots, STORED)
+            weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
+            if PATCHES > 0:
+                packed = units + slot * STORED
+                sums_NI = add_products(
+                    sums_NI, h + at * W, weight, packed, row_N, mask_N, DOWN, W, MATRICES, CHUNK,
+                    PATCHES, BLOCK_I,
+                )  # fmt: skip
+                rest_N += weight * patched_one(
+                    h + at * W, packed, first_row, row_N, DOWN, W, MATRICES, CHUNK, PATCHES,
+                    BLOCK_N, BLOCK_N,
+                )  # fmt: skip
+            else:
+                sums_NI = add_unpacked(
+                    sums_NI, h + at * W, weight, record + DOWN, row_N, mask_N, W, BLOCK_I
+                )
+            if HAS_BIAS:
+                bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+                rest_N += weight * bias_N.to(tl.float32)
+    sum_N = tl.sum(sums_NI, axis=1)
+    if PATCHES > 0:
+        sum_N *= UP_AGAIN
+    return (sum_N + rest_N)[None, :]
 
 
 @triton.jit
@@ -249,36 +261,11 @@ def down(
     num_used = tl.load(counts)
     part = tl.program_id(1)
     if M == 1:
-        LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
-        sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
-        rest_N = tl.zeros([BLOCK_N], tl.float32)
-        for at in tl.static_range(K):
-            if at < num_used:
-                slot = tl.load(slots_U + at).to(tl.int64)
-                record = slots + slot * record_elements(slots, STORED)
-                weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
-                if PATCHES > 0:
-                    sums_NI = add_products(
-                        sums_NI, h + at * W, weight, units + slot * STORED, row_N, mask_N,
-                        DOWN, W, MATRICES, CHUNK, PATCHES, BLOCK_I,
-                    )  # fmt: skip
-                    rest_N += weight * patched_one(
-                        h + at * W, units + slot * STORED, first_row, row_N, DOWN, W, MATRICES,
-                        CHUNK, PATCHES, BLOCK_N, BLOCK_N,
-                    )  # fmt: skip
-                else:
-                    for start in tl.static_range(0, W, BLOCK_I):
-                        column_I = start + tl.arange(0, BLOCK_I)
-                        tile_NI = tile_of(record + DOWN, row_N, mask_N, column_I, W)
-                        h_I = tl.load(h + at * W + column_I, mask=column_I < W, other=0.0)
-                        sums_NI += tile_NI.to(tl.float32) * (h_I.to(tl.float32) * weight)[None, :]
-                if HAS_BIAS:
-                    bias_N = tl.load(record + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
-                    rest_N += weight * bias_N.to(tl.float32)
-        sum_N = tl.sum(sums_NI, axis=1)
-        if PATCHES > 0:
-            sum_N *= UP_AGAIN
-        y_MN = (sum_N + rest_N)[None, :]
+        y_MN = sum_of_one(
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N,
+            mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, K, HAS_BIAS, BLOCK_N,
+            BLOCK_I,
+        )  # fmt: skip
     else:
         y_MN = sum_of_part(
             h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,

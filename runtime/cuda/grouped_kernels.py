@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.expert_kernels import activate, record_elements, tile_of
+from runtime.cuda.expert_kernels import activate
+from runtime.cuda.unpacked_kernels import record_elements, tile_of
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 BLOCK_P = tl.constexpr(128)
 """Most entries of patches at a time."""
 UP_AGAIN = tl.constexpr(2.0**64)
-"""What sums of products with `scaled` vectors are to be multiplied by."""
+"""What sums of products with vectors that were scaled are to be multiplied by."""
 
 
 @triton.jit
@@ -185,6 +185,14 @@ def patched_some(
 
 
 @triton.jit
+def add_word(sums_NK, word_NK, first_K, second_K):
+    """The sums and the products with the two weights of each word, element by element."""
+    sums_NK += first_of(word_NK) * first_K[None, :]
+    sums_NK += second_of(word_NK) * second_K[None, :]
+    return sums_NK
+
+
+@triton.jit
 def add_products(
     sums_NK, x, scale, record, rows_N, mask_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, CHUNK: tl.constexpr, PATCHES: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -199,18 +207,10 @@ def add_products(
         column_K = start + tl.arange(0, BLOCK_K)
         x_K = tl.load(x + column_K, mask=column_K < WIDTH, other=0.0).to(tl.float32) * scale
         x_0, x_2, x_1, x_3, x_4, x_6, x_5, x_7 = eighths(tl.reshape(x_K, (BLOCK_K // 8, 2, 2, 2)))
-        word = words(low, codes, 0)
-        sums_NK += first_of(word) * x_0[None, :]
-        sums_NK += second_of(word) * x_2[None, :]
-        word = words(low, codes, 1)
-        sums_NK += first_of(word) * x_1[None, :]
-        sums_NK += second_of(word) * x_3[None, :]
-        word = words(low, codes, 2)
-        sums_NK += first_of(word) * x_4[None, :]
-        sums_NK += second_of(word) * x_6[None, :]
-        word = words(low, codes, 3)
-        sums_NK += first_of(word) * x_5[None, :]
-        sums_NK += second_of(word) * x_7[None, :]
+        sums_NK = add_word(sums_NK, words(low, codes, 0), x_0, x_2)
+        sums_NK = add_word(sums_NK, words(low, codes, 1), x_1, x_3)
+        sums_NK = add_word(sums_NK, words(low, codes, 2), x_4, x_6)
+        sums_NK = add_word(sums_NK, words(low, codes, 3), x_5, x_7)
     return sums_NK
 
 
