@@ -132,6 +132,7 @@ def test_a_kernel_unpacks_stored_records(patches: int, picked: list[int]) -> Non
     first, last = record.fields["gate_up_proj"], record.fields["down_proj"]
     records_EN[:, last.start : last.start + patches // 2] = 0x7FC1
     records_EN[:, first.units - 1] = 1
+    records_EN[:, 100:120], records_EN[:, 120:140] = 0, -(2**15)  # zeros of either sign
     stored = [record.store(record_N) for record_N in records_EN]
     stored_EN = torch.stack([one for one in stored if one is not None])
     assert stored_EN.shape == (5, record.stored_units)
