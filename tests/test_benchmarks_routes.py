@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,18 @@ def test_the_models_other_logits_are_its_own(tmp_path: Path) -> None:
         got = model(passages.token_ids_BT[:, :5]).logits
     differs = (got != expected).nonzero().tolist()
     assert differs == [[0, 4, int(passages.token_ids_BT[0, 5])]]
+
+
+def test_the_text_is_said_too_where_an_engine_computes_the_head_itself(tmp_path: Path) -> None:
+    model: Any = tiny_model("olmoe")
+    passages = traced(tmp_path, model, [12]).passages(1, 6, first=0)
+    replay = Replay(model, 1, 6, CPU, routes=False)
+    replay.start(passages)
+    with replay.installed(), torch.no_grad():
+        model.lm_head.forward = partial(nn.Linear.forward, model.lm_head)
+        said = model(passages.token_ids_BT[:, :5]).logits[0, -1].argmax()
+        del model.lm_head.forward
+    assert said == passages.token_ids_BT[0, 5]
 
 
 def test_a_generation_ends_early_after_enough_tokens() -> None:

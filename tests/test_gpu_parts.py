@@ -1,4 +1,4 @@
-"""Records, layouts, books and counts of the GPU engine, on the CPU."""
+"""Layouts, books and counts of the GPU engine, on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.cache import FREE, ExpertCache
 from runtime.cuda.books import Books
 from runtime.cuda.layout import Layout, activate, as_model, layout_of, stored_specs
 from runtime.cuda.pinned import parse_cores
-from runtime.cuda.record import ALIGNMENT, CHUNK, Record
+from runtime.cuda.record import Record
 from runtime.cuda.streamed import workspace, workspace_bytes
 from runtime.policies import LFU, LRU, Forecast, PredictedReuse
 from runtime.stats import Stats
@@ -27,54 +27,6 @@ from runtime.store import ModuleStore
 from tests.tiny import tiny_model
 
 LAYERS, EXPERTS = 3, 6
-
-# ---------------------------------------------------------------------- records
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.lists(st.integers(1, 70), min_size=1, max_size=2).map(tuple),
-            st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_matrices_lie_in_a_record_in_whole_chunks_and_the_rest_behind_them(
-    shapes: list[Any],
-) -> None:
-    record = Record({f"p{index}": Spec(*shape) for index, shape in enumerate(shapes)})
-    fields = sorted(record.fields.items(), key=lambda item: item[1].start)
-    end, is_behind = 0, False
-    for name, field in fields:
-        is_behind = is_behind or len(field.shape) == 1
-        assert is_behind == (len(field.shape) == 1)
-        alignment = ALIGNMENT if is_behind else CHUNK
-        assert field.start % alignment == 0
-        assert end <= field.start < end + CHUNK
-        assert record.start(name) * field.dtype.itemsize == field.start * 2
-        assert is_behind == (field.start >= record.matrix_units)
-        end = field.start + field.units
-    assert record.units % CHUNK == record.matrix_units % CHUNK == 0
-    assert record.num_chunks == -(-end // CHUNK)
-
-
-def test_views_of_records_are_the_parameters_themselves() -> None:
-    specs = {"weight": Spec((3, 5), torch.float32), "bias": Spec((7,), torch.bfloat16)}
-    record = Record(specs)
-    records = torch.zeros(4, record.units, dtype=torch.int16)
-    views = record.views(records)
-    assert {name: view.shape for name, view in views.items()} == {
-        "weight": (4, 3, 5),
-        "bias": (4, 7),
-    }
-    views["weight"].copy_(torch.randn(4, 3, 5))
-    views["bias"].copy_(torch.randn(4, 7))
-    assert torch.equal(record.views(records[2])["weight"], views["weight"][2])
-    assert torch.equal(record.views(records)["bias"], views["bias"])
-    assert (records[:, record.fields["bias"].start + 7 :] == 0).all()
-
 
 # ---------------------------------------------------------------------- layouts
 

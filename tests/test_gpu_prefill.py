@@ -21,6 +21,7 @@ from runtime.cuda.grouped import run_grouped, table_of
 from runtime.experts import sort_pairs, spans_of
 from runtime.policies import LRU
 from tests.device_twins import Twin, routes
+from tests.tiny import tiny_model
 
 EXPERTS, TOP_K = 6, 2
 OSS = {"activation": "clamped_swiglu", "alternating": True, "has_bias": True}
@@ -108,3 +109,13 @@ def test_a_head_on_the_host_gives_its_logits(shape: tuple[int, int], bias: bool)
     linear = nn.Linear(40, 50, bias=bias)
     x = torch.randn(*shape, 40)
     torch.testing.assert_close(dense.head(linear, x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_modules_whose_forward_somebody_replaced_stay_on_the_device() -> None:
+    model: Any = tiny_model("olmoe")
+    table, head = model.model.embed_tokens.weight.nbytes, model.lm_head.weight.nbytes
+    assert dense.movable_bytes(model) == table + head
+    model.lm_head.forward = model.lm_head.forward
+    assert dense.movable_bytes(model) == table
+    model.model.embed_tokens.forward = model.model.embed_tokens.forward
+    assert dense.movable_bytes(model) == 0
