@@ -41,7 +41,7 @@ ifneq ($(NOTEBOOKS),)
 endif
 
 compatibility: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compatibility_table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.helpers.compatibility_table
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py expertflow.py expertflow.pth expertflow.start
 	$(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ from benchmarks.serving_load import TextLoad
 from routing.cli import run
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine
+    from runtime.engine.engine import Engine
     from runtime.serving.request import Request, Result
 
 COLUMNS = ("scheduler", "same", "tokens before a difference", "margin, median", "margin, most")

@@ -19,12 +19,12 @@ import numpy as np
 
 from routing.cli import run
 from routing.shards import TraceReader
-from runtime.comparison import file_forecasts
-from runtime.onnx_file import open_predictor
-from runtime.policies import FAR, LRU, Belady, Calls, Forecast, Policy, PredictedReuse
-from runtime.replay import document_steps, sample_documents
-from runtime.rivals import answers, used_by
-from runtime.simulation import BypassSimulation, Simulation
+from runtime.cache.policies import FAR, LRU, Belady, Calls, Forecast, Policy, PredictedReuse
+from runtime.prediction.predictor_file import open_predictor
+from runtime.simulation.baselines import answers, used_by
+from runtime.simulation.comparison import file_forecasts
+from runtime.simulation.replay import BypassSimulation, Simulation
+from runtime.simulation.trace_steps import document_steps, sample_documents
 
 
 @dataclass(frozen=True, kw_only=True)

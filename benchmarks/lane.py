@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from runtime.engine import Engine
-    from runtime.serving.job import Job
+    from runtime.engine.engine import Engine
     from runtime.serving.request import Request
+    from runtime.serving.sequence import ServedSequence
     from runtime.serving.settings import ServeSettings
 
 
@@ -52,10 +52,10 @@ class Lane:
         seed: int,
         now: Callable[[], float],
     ) -> None:
-        from runtime.serving.loop import Loop
+        from runtime.serving.serving_loop import ServingLoop
 
         self.arm, self.residency, self.engine, self._now = arm, residency, engine, now
-        self.loop = Loop(engine, None, options)
+        self.loop = ServingLoop(engine, None, options)
         random = np.random.default_rng(seed)
         gaps = random.exponential(1 / rate, len(requests)) if rate else 0.0
         due = np.cumsum(np.broadcast_to(gaps, len(requests)))
@@ -81,9 +81,9 @@ class Lane:
         seconds = self._now() - start
         self.clock += seconds
         self.busy += seconds
-        jobs = *self.loop.waiting, *self.loop.active
-        self.outlook_bytes = max(self.outlook_bytes, sum(map(_outlook_bytes, jobs)))
-        started = (job.request.id for job in self.loop.active if job.num_generated)
+        sequences = *self.loop.waiting, *self.loop.active
+        self.outlook_bytes = max(self.outlook_bytes, sum(map(_outlook_bytes, sequences)))
+        started = (sequence.request.id for sequence in self.loop.active if sequence.num_generated)
         for id in (*started, *(result.id for result in results)):
             self.first.setdefault(id, self.clock - self._due[id])
         for result in results:
@@ -92,7 +92,7 @@ class Lane:
 
     def measure(self) -> dict[str, Any]:
         """What there is to say once all requests ended."""
-        from runtime.serving.predicted import Predicted
+        from runtime.serving.scheduling.predicted import Predicted
 
         loop, stats = self.loop, self.engine.stats()
         ordering = loop.scheduler.ordering
@@ -127,7 +127,7 @@ class Lane:
         }
 
 
-def _outlook_bytes(job: Job) -> int:
+def _outlook_bytes(sequence: ServedSequence) -> int:
     """Of the predictor's memory of a request, and of what it said."""
-    outlook = sum(array.nbytes for array in job.outlook or ())
-    return outlook + (0 if job.history is None else job.history.past.nbytes)
+    forecast = sum(array.nbytes for array in sequence.forecast or ())
+    return forecast + (0 if sequence.history is None else sequence.history.past.nbytes)

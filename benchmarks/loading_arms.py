@@ -68,7 +68,7 @@ def measure(arm: str, folder: Path) -> dict[str, float]:
     import torch
     import transformers
 
-    import runtime.load  # noqa: F401 - imports are not what is measured
+    import runtime.loading  # noqa: F401 - imports are not what is measured
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -134,8 +134,8 @@ def measure_reads(arm: str, folder: Path) -> dict[str, float]:
     """Read every expert once, into eight slots in turn."""
     import torch
 
-    from runtime.arena import Arena
-    from runtime.loader import from_path
+    from runtime.weights.arena import Arena
+    from runtime.weights.source import from_path
 
     source = from_path(folder / ("hub" if arm == READS[0] else "prepared"), None, "auto")
     arena = Arena(source.store.specs(0), 8, torch.device("cpu"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from routing.cli import run
-from runtime.policies import Forecast, Policy, PredictedReuse
+from runtime.cache.policies import Forecast, Policy, PredictedReuse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.recorded_requests import Recorded
 from benchmarks.replay import router_of
 from routing.layers import find_moe_layers
-from runtime.serving.kv import RowCache
-from runtime.serving.runner import Part, Ran, Runner
+from runtime.kv.row_cache import RowCache
+from runtime.serving.model_runner import ModelRunner, Part, Ran
 
 
 class RowReplay:
@@ -83,18 +83,20 @@ class RowReplay:
 class ReplayingRunner:
     """A runner whose requests say the recorded text."""
 
-    def __init__(self, inner: Runner, replay: RowReplay) -> None:
+    def __init__(self, inner: ModelRunner, replay: RowReplay) -> None:
         self._inner, self._replay = inner, replay
         self.overlaps = inner.overlaps
 
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         """As `Runner.run`."""
-        for job, _ in parts:
-            if job.num_cached == 0:
-                self._replay.place(job.row, job.request.id)
+        for sequence, _ in parts:
+            if sequence.num_cached == 0:
+                self._replay.place(sequence.row, sequence.request.id)
         following, routes_TLK = self._inner.run(parts, renew)
         said_N = [self._said(part) for part in parts if part.completes]
         return following._replace(greedy_N=said_N), routes_TLK
 
     def _said(self, part: Part) -> int:
-        return self._replay.token(part.job.request.id, part.job.num_cached + part.num_tokens)
+        return self._replay.token(
+            part.sequence.request.id, part.sequence.num_cached + part.num_tokens
+        )

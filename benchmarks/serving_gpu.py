@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.recorded_requests import Recorded
     from benchmarks.row_replay import RowReplay
     from benchmarks.subject import Subject
-    from runtime.engine import Engine
+    from runtime.engine.engine import Engine
     from runtime.serving.request import Request
 
 
@@ -113,7 +113,7 @@ def serve(
 
     import runtime
     from benchmarks.row_replay import RowReplay
-    from runtime.serving.scheduler import num_rows
+    from runtime.serving.scheduling.scheduler import num_rows
 
     options = settings.serve_settings(arm)
     rows = num_rows(options, arm.scheduler)
@@ -173,7 +173,7 @@ def run_lane(
 
 def row_share(subject: Subject, context: int) -> float:
     """What a row of the key/value cache takes, as a share of all experts' bytes."""
-    from runtime.cuda import kv
+    from runtime.kv import static_cache as kv
 
     model: Any = subject.model
     layers = subject.topology.stack().layers

@@ -26,7 +26,7 @@ from benchmarks.predictor_badge import rebadge
 from benchmarks.replay import Replay
 from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
 from routing.topology import Topology, topology_of
-from runtime.onnx_file import open_predictor
+from runtime.prediction.predictor_file import open_predictor
 
 
 class Pass(NamedTuple):

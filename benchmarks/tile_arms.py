@@ -15,17 +15,17 @@ import triton
 from benchmarks.shapes import empty_model, shape_named
 from benchmarks.tiles import Timed
 from routing.layers import Routes, find_moe_layers
-from runtime.arena import Spec
-from runtime.cache import ExpertCache
-from runtime.cuda.books import Books
-from runtime.cuda.experts import FETCHERS, LEAST_COLUMNS, Blocks, ExpertsCall
-from runtime.cuda.grouped import Products, Tile, Tiles, table_of
-from runtime.cuda.host import unpack_records
-from runtime.cuda.layout import Layout, layout_of, stored_specs
-from runtime.cuda.packing import PATCHES
-from runtime.cuda.record import Record
-from runtime.experts import sort_pairs, spans_of
-from runtime.policies import LRU
+from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.policies import LRU
+from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.experts_call import FETCHERS, LEAST_COLUMNS, Blocks, ExpertsCall
+from runtime.cuda.memory.expert_block import ExpertBlock
+from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
+from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.prefill.grouped_experts import Products, Tile, Tiles, table_of
+from runtime.engine.experts import sort_pairs, spans_of
+from runtime.weights.arena import Spec
 
 LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
 MIDDLE = [
@@ -48,10 +48,10 @@ class Bench:
         parameters = dict(layer.module.named_parameters())
         specs = {name: Spec(p.shape[1:], p.dtype) for name, p in parameters.items()}
         layout = layout_of(layer, specs)
-        assert isinstance(layout, Layout)
+        assert isinstance(layout, KernelLayout)
         self._layout, self._device, self._repeats = layout, device, repeats
         self._num_experts, self._top_k = layer.num_experts, layer.top_k
-        record = Record(stored_specs(specs, layout))
+        record = ExpertBlock(stored_specs(specs, layout))
         shape_EN = self._num_experts, record.units
         self._weights_EN = torch.empty(shape_EN, dtype=torch.int16, device=device)
         for record_N in self._weights_EN:
@@ -108,7 +108,7 @@ class Bench:
         if self._record.patches:
             picked = torch.arange(num_used, dtype=torch.int32, device=self._device)
             to_EN = torch.empty_like(self._weights_EN)
-            launch = partial(unpack_records, self._record, self._slots_SN, picked, to_EN)
+            launch = partial(unpack_blocks, self._record, self._slots_SN, picked, to_EN)
             seconds = self._seconds(launch)
             yield self._timed("unpack", num_tokens, "-", True, seconds, 3, num_used)
 
@@ -170,13 +170,15 @@ class Bench:
 
     def _call(self, batch: int) -> ExpertsCall:
         experts = self._num_experts
-        books = Books(ExpertCache(1, experts, experts, LRU(1, experts)), 1, self._device)
-        books.upload()
-        books.slot_of_key.copy_(torch.arange(experts))
-        books.key_of_slot.copy_(torch.arange(experts))
+        device_cache = DeviceCache(
+            ExpertCache(1, experts, experts, LRU(1, experts)), 1, self._device
+        )
+        device_cache.upload()
+        device_cache.slot_of_key.copy_(torch.arange(experts))
+        device_cache.key_of_slot.copy_(torch.arange(experts))
         host: Any = SimpleNamespace(layers=[self._slots_SN])
         return ExpertsCall(
-            batch, self._top_k, self._layout, self._record, self._slots_SN, host, books
+            batch, self._top_k, self._layout, self._record, self._slots_SN, host, device_cache
         )
 
     def _blocks(self, kernel: str, in_use: Blocks) -> list[Blocks]:

@@ -9,7 +9,7 @@ Name = Literal["qwen3_moe", "qwen2_moe", "olmoe"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Architecture:
     """Sizes of a decoder-only model whose every layer is a mixture of experts."""
 
     architecture: Name = "qwen3_moe"
@@ -42,7 +42,7 @@ class Shape:
             )
 
 
-def new_model(shape: Shape, **text: Any) -> Any:
+def new_model(shape: Architecture, **text: Any) -> Any:
     """A model of `shape` with random float32 weights; `text` goes to its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def new_model(shape: Shape, **text: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def _widths(shape: Shape) -> dict[str, int]:
+def _widths(shape: Architecture) -> dict[str, int]:
     """The widths of the experts, by the names that the architecture has for them."""
     if shape.architecture == "olmoe":
         return {"intermediate_size": shape.expert_size}

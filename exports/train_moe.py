@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from exports.architecture import Shape, new_model
+from exports.architecture import Architecture, new_model
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ NOT_HIDDEN = ("embed_tokens.weight", "gate.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Shape):
+class Settings(Architecture):
     """Train a small mixture-of-experts language model."""
 
     text: Path | None = None
@@ -228,7 +228,7 @@ def new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer
     """The optimizer that the settings ask for."""
     import torch
 
-    from predictor.optimizer import Muon
+    from predictor.training.optimizer import Muon
 
     rate, decay = settings.learning_rate, 0.1
     matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}

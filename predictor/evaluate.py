@@ -41,9 +41,9 @@ class EvaluateSettings:
 
 def evaluate(settings: EvaluateSettings) -> None:
     """Score, print the tables, write what was asked for. Raises ValueError."""
-    from predictor.graph import open_graph
-    from predictor.report import plot_layers, print_report, to_json
-    from predictor.scoring import all_contenders, check, corpora, score
+    from predictor.evaluation.report import plot_layers, print_report, to_json
+    from predictor.evaluation.scoring import all_contenders, check, corpora, score
+    from predictor.file.graph import open_graph
     from routing.shards import TraceReader, write_atomically
 
     reader = TraceReader(settings.trace, settings.stack)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from predictor.checkpoint import Trained, load_checkpoint
-from predictor.interface import HEADS
-from predictor.parity import check_parity
-from predictor.quantization import quantize
+from predictor.file.parity import check_parity
+from predictor.file.quantization import quantize
+from predictor.networks.interface import HEADS
+from predictor.training.checkpoint import Trained, load_checkpoint
 from routing.cli import run
 
 OPSET = 20

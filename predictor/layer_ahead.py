@@ -21,7 +21,7 @@ from routing.cli import run
 if TYPE_CHECKING:
     import numpy as np
 
-    from predictor.ahead_networks import AheadNetworks
+    from predictor.networks.layer_ahead import AheadNetworks
     from routing.shards import TraceReader
 
 WARM_UP = 0.02
@@ -73,8 +73,8 @@ def main(settings: LayerAheadSettings) -> None:
     """Train and annotate. Raises ValueError, before any training, for what does not fit."""
     import torch
 
-    from predictor.data import open_traces
-    from predictor.router_inputs import load_model
+    from predictor.training.data import open_traces
+    from predictor.training.router_inputs import load_model
 
     for path in settings.annotate:
         if (settings.out / path.name).exists():
@@ -92,8 +92,8 @@ def train(model: Any, readers: list[TraceReader], settings: LayerAheadSettings) 
     import torch
     from tqdm.auto import tqdm
 
-    from predictor.ahead_networks import AheadNetworks
-    from predictor.router_inputs import router_inputs
+    from predictor.networks.layer_ahead import AheadNetworks
+    from predictor.training.router_inputs import router_inputs
 
     stack = readers[0].stack
     hidden = model.config.get_text_config().hidden_size
@@ -150,7 +150,7 @@ def annotate(
     """Copy a trace with the look-ahead of `networks`, and print how good it is."""
     import numpy as np
 
-    from predictor.router_inputs import router_inputs
+    from predictor.training.router_inputs import router_inputs
     from routing.lookahead import MLP, recall_ahead
     from routing.shards import signed_experts
     from routing.writer import TraceWriter

@@ -23,11 +23,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from predictor.calibration import calibrate
-from predictor.checkpoint import load_checkpoint, read_checkpoint
-from predictor.curves import plot_curves
-from predictor.data import TraceData
-from predictor.module import CHECKPOINT_KEY, RouteModule
+from predictor.training.calibration import calibrate
+from predictor.training.checkpoint import load_checkpoint, read_checkpoint
+from predictor.training.curves import plot_curves
+from predictor.training.data import TraceData
+from predictor.training.module import CHECKPOINT_KEY, RouteModule
 from routing.cli import friendly_errors
 
 PROG = "python -m predictor.train"

@@ -2,7 +2,8 @@
 
 python -m runtime.batch --model DIR --predictor P.onnx --dataset prompts.jsonl --out out.jsonl
 
-With `--workers N` the rows go to N engines over the hosts of a Ray cluster (`runtime.workers`).
+With `--workers N` the rows go to N engines over the hosts of a Ray cluster
+(`runtime.serving.batch.ray_workers`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from routing.cli import run
-from runtime.serving.model import ModelSettings
+from runtime.serving.model_settings import ModelSettings
 from runtime.serving.settings import ServeSettings
 
 if TYPE_CHECKING:
-    from runtime.serving.journal import Journal
+    from runtime.serving.batch.journal import Journal
+    from runtime.serving.batch.prompts import Row
+    from runtime.serving.batch.ray_workers import Crew
     from runtime.serving.request import Request, Result
-    from runtime.serving.rows import Row
-    from runtime.workers import Crew
 
 PROG = "python -m runtime.batch"
 
@@ -75,8 +76,8 @@ class Served(NamedTuple):
 
 def main(settings: BatchSettings) -> None:
     """Serve every row that has no result yet, then put the results in order."""
-    from runtime.serving.journal import Journal
-    from runtime.serving.rows import read_rows
+    from runtime.serving.batch.journal import Journal
+    from runtime.serving.batch.prompts import read_rows
 
     digest, num_rows = _digest(read_rows(settings.dataset, settings.split))
     if num_rows == 0:
@@ -94,7 +95,7 @@ def main(settings: BatchSettings) -> None:
 def _crew(settings: BatchSettings, tokenizer: Any) -> Alone | Crew:
     if not settings.workers:
         return Alone(settings, tokenizer)
-    from runtime.workers import Crew
+    from runtime.serving.batch.ray_workers import Crew
 
     return Crew(settings)
 
@@ -152,7 +153,7 @@ def _requests(
     settings: BatchSettings, tokenizer: Any, journal: Journal, keep: Any
 ) -> Iterator[Request]:
     """The rows that have no result yet; bad ones are kept as such at once."""
-    from runtime.serving.rows import read_rows, to_request
+    from runtime.serving.batch.prompts import read_rows, to_request
 
     defaults: dict[str, Any] = {
         name: getattr(settings, name) for name in ("max_tokens", "temperature", "top_p")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from routing.cli import run
 
 if TYPE_CHECKING:
-    from runtime.loader import Source
+    from runtime.weights.source import Source
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
@@ -95,10 +95,10 @@ def plan(
 
     Raises ValueError as `runtime.load` would.
     """
-    from runtime.arena import expert_bytes
-    from runtime.budget import least_bytes, total_expert_bytes
-    from runtime.key_value import cache_bytes
-    from runtime.loader import sketch
+    from runtime.kv.size import cache_bytes
+    from runtime.sizing.budget import least_bytes, total_expert_bytes
+    from runtime.weights.arena import expert_bytes
+    from runtime.weights.source import sketch
 
     source = sketch(model)
     return Plan(
@@ -114,11 +114,11 @@ def plan(
 
 def _slots(source: Source, memory: float | int | str, device: str, **sizes: int) -> list[int]:
     """As `runtime.load` counts them: on a GPU, bytes pay for cache and workspace too."""
-    from runtime.budget import parse_memory, slots_per_group
+    from runtime.sizing.budget import parse_memory, slots_per_group
 
     budget = parse_memory(memory)
     if device.startswith("cuda") and isinstance(budget, int):
-        from runtime.cuda.budget import fit
+        from runtime.cuda.device_budget import fit
 
         budget, off_device = fit(source, budget, **sizes)
         return slots_per_group(budget, source, off_device=off_device)
@@ -127,7 +127,7 @@ def _slots(source: Source, memory: float | int | str, device: str, **sizes: int)
 
 def advice(found: Plan, host_bytes: int) -> list[str]:
     """What to do about it, in sentences. host_bytes: the memory of this machine."""
-    from runtime.budget import round_up
+    from runtime.sizing.budget import round_up
 
     said = []
     if found.fraction == 1:
@@ -156,7 +156,7 @@ def main(settings: PlanSettings) -> None:
     """Print the plan."""
     import torch
 
-    from runtime.link import measure_link
+    from runtime.sizing.link import measure_link
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"context": settings.context, "batch": settings.batch}
@@ -173,7 +173,7 @@ def main(settings: PlanSettings) -> None:
 
 def describe(found: Plan, bandwidth: float | None) -> str:
     """The plan as text. bandwidth: of the link, in bytes a second, if it was measured."""
-    from runtime.stats import format_bytes
+    from runtime.cache.stats import format_bytes
 
     source = found.source
     experts = [
@@ -201,7 +201,7 @@ def describe(found: Plan, bandwidth: float | None) -> str:
 
 
 def _line(found: Plan, hit_rate: float, bandwidth: float | None) -> str:
-    from runtime.stats import format_bytes
+    from runtime.cache.stats import format_bytes
 
     moved = found.bytes_per_token(hit_rate)
     text = f"  {hit_rate:.0%}: {format_bytes(moved)} moved"

@@ -17,9 +17,9 @@ from routing.cli import run
 
 if TYPE_CHECKING:
     from routing.layers import MoELayer
-    from runtime.checkpoint import CheckpointStore
-    from runtime.files import CheckpointFiles
-    from runtime.prepared import LayerBlocks
+    from runtime.weights.checkpoint_store import CheckpointStore
+    from runtime.weights.files import CheckpointFiles
+    from runtime.weights.prepared_store import LayerBlocks
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 INDEX_SUFFIX = ".index.json"
@@ -44,11 +44,11 @@ def prepare(model: str | Path, out: str | Path) -> Path:
     weights under the names that transformers looks for. Raises ValueError for a model that
     `runtime.load` would refuse, and where `out` exists.
     """
-    from runtime.checkpoint import CheckpointStore
-    from runtime.files import CheckpointFiles
-    from runtime.loader import Stock, find_directory
-    from runtime.mapping import Mapping
-    from runtime.prepared import is_prepared
+    from runtime.weights.checkpoint_store import CheckpointStore
+    from runtime.weights.files import CheckpointFiles
+    from runtime.weights.mapping import Mapping
+    from runtime.weights.prepared_store import is_prepared
+    from runtime.weights.source import Stock, find_directory
 
     directory, target = find_directory(model), Path(out)
     if target.exists():
@@ -80,7 +80,7 @@ def _copy_small_files(directory: Path, out: Path) -> None:
 def _write_resident(files: CheckpointFiles, store: CheckpointStore, out: Path) -> None:
     from safetensors.torch import save_file
 
-    from runtime.prepared import RESIDENT
+    from runtime.weights.prepared_store import RESIDENT
 
     experts = store.keys
     others = {key: files.get(key).clone() for key in files.entries if key not in experts}
@@ -90,7 +90,7 @@ def _write_resident(files: CheckpointFiles, store: CheckpointStore, out: Path) -
 def _write_experts(layers: list[MoELayer], store: CheckpointStore, out: Path) -> None:
     from rich.progress import track
 
-    from runtime.prepared import BLOCKS, MANIFEST, SCHEMA
+    from runtime.weights.prepared_store import BLOCKS, MANIFEST, SCHEMA
 
     with (out / BLOCKS).open("wb") as file:
         blocks = [
@@ -109,8 +109,8 @@ def _write_layer(
     """Append the blocks of one layer, each padded to the next page."""
     import torch
 
-    from runtime.arena import expert_bytes
-    from runtime.prepared import LayerBlocks, checksum, stride
+    from runtime.weights.arena import expert_bytes
+    from runtime.weights.prepared_store import LayerBlocks, checksum, stride
 
     specs, start, checksums = store.specs(index), file.tell(), []
     block = torch.zeros(stride(specs), dtype=torch.uint8)
@@ -134,7 +134,7 @@ def _write_layer(
 def main(settings: PrepareSettings) -> None:
     """Prepare, or verify."""
     if settings.verify:
-        from runtime.prepared import verify
+        from runtime.weights.prepared_store import verify
 
         print(f"{settings.model}: {verify(Path(settings.model)):,} experts are intact")
     elif settings.out is None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
 from routing.shards import GENERATED, Document, TraceReader
-from runtime.replay import document_steps, sample_documents
+from runtime.simulation.trace_steps import document_steps, sample_documents
 
 if TYPE_CHECKING:
-    from runtime.simulation import Result
+    from runtime.simulation.replay import ReplayResult
 
 COLORS = {
     "lru": "#8c8c8c",
@@ -80,8 +80,8 @@ def main(settings: SimulateSettings) -> None:
     """Simulate, print the table, and write what was asked for."""
     from rich.console import Console
 
-    from runtime.onnx_file import open_predictor
-    from runtime.simulation import simulate
+    from runtime.prediction.predictor_file import open_predictor
+    from runtime.simulation.replay import simulate
 
     reader = TraceReader(settings.trace)
     predictor = None if settings.predictor is None else open_predictor(settings.predictor)
@@ -120,7 +120,7 @@ def main(settings: SimulateSettings) -> None:
 def _compare_all(
     settings: SimulateSettings, reader: TraceReader, documents: list[Document]
 ) -> None:
-    from runtime.comparison_table import as_json, compare
+    from runtime.simulation.report import as_json, compare
 
     outcomes, remarks = compare(settings, reader, documents)
     print("\n".join(remarks))
@@ -141,12 +141,12 @@ def _documents(reader: TraceReader, settings: SimulateSettings) -> list[Document
     return documents
 
 
-def _by_policy(results: Sequence[Result]) -> dict[str, list[Result]]:
+def _by_policy(results: Sequence[ReplayResult]) -> dict[str, list[ReplayResult]]:
     policies = dict.fromkeys(result.policy for result in results)
     return {name: [r for r in results if r.policy == name] for name in policies}
 
 
-def _table(results: Sequence[Result], title: str) -> object:
+def _table(results: Sequence[ReplayResult], title: str) -> object:
     from rich.table import Table
 
     table = Table(
@@ -170,7 +170,7 @@ def _write_json(path: Path, settings: SimulateSettings, results: Sequence[dict[s
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _plot(path: Path, results: Sequence[Result], title: str) -> None:
+def _plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

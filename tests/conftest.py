@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from routing.topology import topology_of
-from tests.onnx_predictor import write_predictor
-from tests.tiny import save_tiny, tiny_model
-from tests.tracing import TEXTS, write_texts
+from tests.helpers.onnx_predictor import write_predictor
+from tests.helpers.tiny import save_tiny, tiny_model
+from tests.helpers.tracing import TEXTS, write_texts
 
 torch.set_num_threads(1)
 

@@ -16,11 +16,11 @@ from routing.shards import TraceReader
 from routing.writer import TraceWriter
 from runtime.batch import BatchSettings, main
 from runtime.server.settings import ServerSettings
-from runtime.serving.journal import Journal
-from runtime.workers import Crew
-from tests.serving import greedy
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
-from tests.tracing import assert_same_documents, trace
+from runtime.serving.batch.journal import Journal
+from runtime.serving.batch.ray_workers import Crew
+from tests.helpers.serving import greedy
+from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.helpers.tracing import assert_same_documents, trace
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
 

@@ -13,12 +13,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from runtime.engine import Engine
-from runtime.server.guard import Guard
+from runtime.engine.engine import Engine
+from runtime.server.auth import Guard
 from runtime.server.metrics import Metrics
+from runtime.server.openai_schema import Answer, Body, ChatBody, CompletionBody, error
 from runtime.server.settings import ServerSettings
-from runtime.server.wire import Answer, Body, ChatBody, CompletionBody, error
-from runtime.serving.front import AsyncServer
+from runtime.serving.async_server import AsyncServer
 from runtime.serving.request import Request as Asked
 from runtime.serving.request import Result
 from runtime.serving.settings import ServeSettings
@@ -40,7 +40,7 @@ def build_app(
     """The application; the steps run while its lifespan lasts. token: what clients must send."""
     options = {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
     server = AsyncServer(engine, tokenizer=tokenizer, **options)
-    desk = Desk(server, tokenizer, settings)
+    handlers = Handlers(server, tokenizer, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,11 +51,11 @@ def build_app(
     app.add_middleware(Guard, token=token, max_body=settings.max_body)
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_api_route("/health", desk.health)
-    app.add_api_route("/metrics", desk.metrics)
-    app.add_api_route("/v1/models", desk.models)
-    app.add_api_route("/v1/completions", desk.completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", desk.chat, methods=["POST"])
+    app.add_api_route("/health", handlers.health)
+    app.add_api_route("/metrics", handlers.metrics)
+    app.add_api_route("/v1/models", handlers.models)
+    app.add_api_route("/v1/completions", handlers.completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", handlers.chat, methods=["POST"])
     return app
 
 
@@ -69,7 +69,7 @@ def load_app(settings: ServerSettings) -> FastAPI:
     return build_app(engine, tokenizer, settings, token)
 
 
-class Desk:
+class Handlers:
     """Takes requests in and gives answers out."""
 
     def __init__(self, server: AsyncServer, tokenizer: Any, settings: ServerSettings) -> None:

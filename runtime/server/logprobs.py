@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.serving.detokenizer import UNFINISHED
 from runtime.serving.request import Logprob
-from runtime.serving.text import UNFINISHED
 
 
 def of_completion(logprobs: Sequence[Logprob], tokenizer: Any, offset: int) -> dict[str, Any]:

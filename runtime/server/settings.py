@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.serving.model import ModelSettings
+from runtime.serving.model_settings import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

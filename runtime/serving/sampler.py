@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.next_tokens import NOT_FINITE
+from runtime.engine.next_tokens import NOT_FINITE
 from runtime.serving.request import Logprob, Request
 
 

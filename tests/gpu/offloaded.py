@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import runtime
-from runtime.cuda.step import Step
-from tests.tiny import PAD, tiny_model
+from runtime.cuda.decode.graph_step import CapturedStep
+from tests.helpers.tiny import PAD, tiny_model
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: make test-gpu"
@@ -105,11 +105,11 @@ def check_slots(model: Any) -> None:
             assert torch.equal(pool.slots_SN[slot].cpu(), stored_N), (layer, expert)
 
 
-def forbid_waiting(patch: pytest.MonkeyPatch) -> list[Step]:
+def forbid_waiting(patch: pytest.MonkeyPatch) -> list[CapturedStep]:
     """From now on a step that is replayed raises if it waits for the device; those that were."""
-    run, watched = Step.__call__, list[Step]()
+    run, watched = CapturedStep.__call__, list[CapturedStep]()
 
-    def watch(step: Step) -> None:
+    def watch(step: CapturedStep) -> None:
         if step._graph is None:
             run(step)
             return
@@ -120,7 +120,7 @@ def forbid_waiting(patch: pytest.MonkeyPatch) -> list[Step]:
             torch.cuda.set_sync_debug_mode("default")
         watched.append(step)
 
-    patch.setattr(Step, "__call__", watch)
+    patch.setattr(CapturedStep, "__call__", watch)
     return watched
 
 

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda import experts
-from runtime.policies import POLICIES, Policy
+from runtime.cache.policies import POLICIES, Policy
+from runtime.cuda.decode import experts_call as experts
 from tests.gpu.offloaded import (
     NEVER,
     allocated,
@@ -24,7 +24,7 @@ from tests.gpu.offloaded import (
     offloaded,
     stock_tokens,
 )
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 pytestmark = needs_gpu
 

@@ -13,11 +13,11 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.arena import expert_bytes
-from runtime.cuda import oracle
-from runtime.cuda.budget import fit
-from runtime.cuda.streamed import StreamedPool
-from runtime.loader import from_module
+from runtime.cuda.decode import predictor_thread as predictor_thread
+from runtime.cuda.device_budget import fit
+from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.weights.arena import expert_bytes
+from runtime.weights.source import from_module
 from tests.gpu.offloaded import (
     MOE_8X32,
     PREDICTOR,
@@ -28,7 +28,7 @@ from tests.gpu.offloaded import (
     offloaded,
     stock_tokens,
 )
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 pytestmark = needs_gpu
 
@@ -65,17 +65,17 @@ class Hanging:
 
 
 def replace_session(model: Any, session: Any) -> None:
-    forecaster = decoder_of(model).oracle._forecaster
+    forecaster = decoder_of(model).predictor_thread._forecaster
     forecaster.file = forecaster.file._replace(session=session)
 
 
 def failure_of(model: Any, seconds: float = 8.0) -> str:
     """Generate until the predictor is given up."""
     end = time.perf_counter() + seconds
-    while decoder_of(model).oracle.failure is None and time.perf_counter() < end:
+    while decoder_of(model).predictor_thread.failure is None and time.perf_counter() < end:
         generate(model)
         time.sleep(0.02)
-    return str(decoder_of(model).oracle.failure)
+    return str(decoder_of(model).predictor_thread.failure)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def expected() -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("number", [0, 1, 5])
 def test_a_predictor_that_raises_is_given_up(number: int, expected: torch.Tensor) -> None:
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=True) as model:
-        session = decoder_of(model).oracle._forecaster.file.session
+        session = decoder_of(model).predictor_thread._forecaster.file.session
         replace_session(model, Raising(session, number))
         assert torch.equal(generate(model), expected)
         assert "weights are gone" in failure_of(model)
@@ -100,8 +100,8 @@ def test_a_predictor_that_raises_is_given_up(number: int, expected: torch.Tensor
 def test_a_predictor_that_hangs_is_given_up_and_never_waited_for(
     expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oracle, "SILENT_AFTER", 0.3)
-    monkeypatch.setattr(oracle, "SILENT_PER_TOKEN", 0.0, raising=False)
+    monkeypatch.setattr(predictor_thread, "SILENT_AFTER", 0.3)
+    monkeypatch.setattr(predictor_thread, "SILENT_PER_TOKEN", 0.0, raising=False)
     session = Hanging()
     try:
         with offloaded(MOE_8X32, predictor=PREDICTOR) as model:
@@ -244,7 +244,7 @@ def test_slots_that_cannot_be_allocated_leave_the_model_as_it_was(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedPool, "__init__", full)
+        patch.setattr(StreamingPool, "__init__", full)
         with pytest.raises(FULL), offloaded(model):
             pass
     after = model.state_dict()

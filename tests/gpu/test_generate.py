@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda import trial
+from runtime.cuda.decode import prefetch_trial as trial
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
@@ -29,7 +29,7 @@ from tests.gpu.offloaded import (
     prompts,
     stock_tokens,
 )
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 pytestmark = needs_gpu
 
@@ -168,8 +168,8 @@ def outputs(options: dict[str, Any], batch: int) -> list[Tensor]:
         made = [greedy, *generate_with_logits(model, batch)]
         assert model.expertflow.decode_path == "graph"
         check_slots(model)
-        oracle = model.expertflow._gpu.decoder.oracle
-        assert oracle is None or oracle.failure is None
+        predictor_thread = model.expertflow._gpu.decoder.predictor_thread
+        assert predictor_thread is None or predictor_thread.failure is None
         return made
 
 
@@ -274,7 +274,7 @@ def test_a_step_never_waits_for_the_device(prefetch: bool, monkeypatch: pytest.M
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=prefetch) as model:
         generate(model, eos_token_id=NEVER)
         generate(model, 2, eos_token_id=NEVER)
-        assert model.expertflow._gpu.decoder.oracle.failure is None
+        assert model.expertflow._gpu.decoder.predictor_thread.failure is None
     assert len(watched) == 2 * (NEW - 2)
     torch.cuda.set_sync_debug_mode("error")  # what the watching would have said
     try:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from runtime.cuda.rows import RowStep
+from runtime.cuda.decode.row_decoder import RowStep
 from runtime.serving.request import Request
 from tests.gpu.offloaded import (
     MOE_8X32,
@@ -20,8 +20,8 @@ from tests.gpu.offloaded import (
     needs_gpu,
     offloaded,
 )
-from tests.serving import by_id, prompts
-from tests.tiny import tiny_model
+from tests.helpers.serving import by_id, prompts
+from tests.helpers.tiny import tiny_model
 
 pytestmark = needs_gpu
 

@@ -1,0 +1,114 @@
+"""Does an exported graph say what the torch model says? Asked before the file is kept."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from predictor.file.session import open_session
+from predictor.networks.interface import HEADS, Cache, RoutePredictor, Windows
+from routing.topology import NO_EXPERT
+
+MAX_ERROR = 3e-4
+"""Of an exact file's logits, absolute up to 1 and relative above."""
+MIN_OVERLAP = 0.9
+"""Of a quantised file's top-k with the exact model's on random tokens, harder than any text."""
+
+
+def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[str, float]:
+    """Compare on random inputs; returns what was found. Raises ValueError if it is not enough.
+
+    An exact file must agree whatever a cache holds; a quantised one, with what it put there itself.
+    """
+    session = open_session(path)
+    found = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if exact or predictor.cache is None:
+            found += [_compare(predictor, session, *sizes) for sizes in _sizes(predictor)]
+        if predictor.cache is not None:
+            found.append(_compare_steps(predictor, session, predictor.cache))
+    error = max(pair[0] for pair in found)
+    overlap = min(pair[1] for pair in found)
+    if exact and not error <= MAX_ERROR:
+        raise ValueError(f"the exported graph differs from torch by {error:.2e}; nothing written")
+    if not exact and not overlap >= MIN_OVERLAP:
+        raise ValueError(
+            f"int8 keeps only {overlap:.3f} of the top-k (at least {MIN_OVERLAP} needed); "
+            "export without --int8"
+        )
+    return {"max_error": error, "top_k_overlap": overlap}
+
+
+def _sizes(predictor: RoutePredictor) -> list[tuple[int, int, int]]:
+    """(batch, tokens, past): the corners, and some at random."""
+    window = predictor.shape.window
+    corners = [(1, 1, 0), (1, 1, window), (1, 2 * window, 0), (3, 1, window)]
+    random = torch.randint(1, window, (3, 3)).tolist()
+    return corners + [(batch % 4 + 1, tokens, past) for batch, tokens, past in random]
+
+
+@torch.no_grad()
+def _compare(
+    predictor: RoutePredictor, session: Any, batch: int, tokens: int, past: int
+) -> tuple[float, float]:
+    inputs = predictor.random_inputs(batch, tokens, past)
+    expected = predictor.run_graph(*(inputs[name] for name in predictor.graph_inputs))
+    feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
+    got = session.run(list(predictor.graph_outputs), feeds)
+    valid_BT = inputs["positions"] >= 0
+    return _distance(predictor, expected[: len(HEADS)], got[: len(HEADS)], valid_BT)
+
+
+@torch.no_grad()
+def _compare_steps(predictor: RoutePredictor, session: Any, cache: Cache) -> tuple[float, float]:
+    """A prompt in one run and then step by step on a ring buffer, against one pass of torch."""
+    shape = predictor.shape
+    window, batch = shape.window, 2
+    tokens = window + window // 2
+    inputs = predictor.random_inputs(batch, tokens, 0)
+    row = Windows(
+        inputs["token_ids"],
+        inputs["routes"],
+        inputs["positions"],
+        torch.full_like(inputs["routes"], NO_EXPERT),
+        torch.ones(batch, dtype=torch.int64),
+    )
+    expected = predictor(row)
+    past = np.zeros((cache.blocks, 2, batch, cache.heads, window, cache.head_dim), np.float32)
+    past_positions = np.full((batch, window), -1, np.int64)
+    outputs: list[list[np.ndarray]] = []
+    edges = [0, *range(window // 2, tokens + 1)]
+    for start, stop in pairwise(edges):
+        feeds = {
+            name: inputs[name][:, start:stop].numpy()
+            for name in ("token_ids", "routes", "positions")
+        }
+        *heads, present = session.run(
+            list(predictor.graph_outputs), feeds | {"past": past, "past_positions": past_positions}
+        )
+        entries = np.arange(start, stop) % window
+        past[..., entries, :] = present
+        past_positions[:, entries] = feeds["positions"]
+        outputs.append(heads)
+    joined = [np.concatenate(parts, 1) for parts in zip(*outputs, strict=True)]
+    return _distance(predictor, expected, joined, row.valid_BT)
+
+
+def _distance(
+    predictor: RoutePredictor, expected: Any, got: list[np.ndarray], valid_BT: Tensor
+) -> tuple[float, float]:
+    """Largest error of the logits, and smallest overlap of the top-k, of any head."""
+    top_k = predictor.shape.top_k
+    errors, overlaps = [0.0], [1.0]
+    for theirs, ours in zip(expected, got, strict=True):
+        left, right = theirs[valid_BT], torch.from_numpy(ours)[valid_BT]
+        if len(left) == 0:
+            continue
+        errors.append(float(((left - right).abs() / left.abs().clamp(min=1)).max()))
+        best = left.topk(top_k).indices[..., :, None] == right.topk(top_k).indices[..., None, :]
+        overlaps.append(float(best.any(-1).float().mean()))
+    return max(errors), min(overlaps)

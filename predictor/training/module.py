@@ -1,0 +1,248 @@
+"""Training of a route predictor: the loss, what is measured, and what a checkpoint keeps."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from predictor.networks.causal import CausalPredictor, CausalSettings
+from predictor.networks.interface import (
+    HEADS,
+    Predictions,
+    PredictorSettings,
+    PredictorShape,
+    RoutePredictor,
+    Windows,
+    targets,
+)
+from predictor.training.embedding import read_embedding
+from predictor.training.metrics import means, route_metrics
+from predictor.training.optimizer import Muon
+from routing.topology import NO_EXPERT, Topology
+
+CHECKPOINT_KEY = "expertflow"
+HEAD_WEIGHTS = (4.0, 1.0, 0.3, 0.1)
+"""Of the heads in the loss: the horizons' is mostly what nobody can know, and drowns the others."""
+HISTORIES = ("known", "unknown")
+"""Validation runs twice: with the true routes of earlier tokens, and without."""
+
+
+class RouteModule(L.LightningModule):
+    """Trains a predictor with binary cross-entropy on its heads (the paper's eq. 1).
+
+    Args:
+        topology: Routing topology of the traced model (comes from the data).
+        stack: The stack of MoE layers that is predicted (comes from the data).
+        window: Tokens a prediction depends on (comes from the data).
+        horizon: Tokens that the horizon head looks ahead (comes from the data).
+        predictor: The predictor and its size.
+        embedding_from: Directory of the traced model, whose token embedding the predictor's starts
+            from.
+        learning_rate: Peak of the schedule: linear warm-up, then a cosine down to zero.
+        weight_decay: On matrices only.
+        warmup: Share of the steps in which the learning rate rises.
+        hide_history: Chance that a training row hides the routes of all, of the first, or of single
+            tokens (a third each), so that prompts are predicted as well as decoded text.
+        compile: Compile the training step (worth its minute of compiling in longer runs on a GPU).
+    """
+
+    def __init__(
+        self,
+        topology: dict[str, Any],
+        stack: str,
+        window: int,
+        horizon: int,
+        predictor: PredictorSettings,
+        embedding_from: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.05,
+        hide_history: float = 0.5,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.topology = Topology.from_json(topology)
+        self.stack = self.topology.stack(stack)
+        self.settings = predictor
+        shape = PredictorShape.of(self.topology, stack, window=window, horizon=horizon)
+        self.predictor: RoutePredictor = predictor.build(shape)
+        if embedding_from is not None:
+            self._start_from(embedding_from)
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.hide_history = hide_history
+        self._train_losses = torch.compile(self._losses_of) if compile else self._losses_of
+        self.metrics = torch.nn.ModuleDict(
+            {f"{head}_{known}": route_metrics(self.stack) for head in HEADS for known in HISTORIES}
+        )
+        self.report: dict[str, Any] = {}
+        """Held-out metrics, filled in by `predictor.train` after fitting."""
+        self.provenance: dict[str, Any] = {}
+
+    def _start_from(self, directory: str) -> None:
+        if not isinstance(self.predictor, CausalPredictor):
+            raise ValueError("embedding_from: only the causal predictor takes an embedding")
+        self.predictor.set_embedding(read_embedding(Path(directory)))
+
+    # ---------------------------------------------------------------- steps
+
+    def training_step(self, batch: Windows, batch_idx: int) -> Tensor:
+        losses_J = self._train_losses(batch)
+        self._log_losses("train", losses_J, len(batch.token_ids_BT))
+        return total_loss(losses_J)
+
+    def _losses_of(self, batch: Windows) -> Tensor:
+        routes_BTLK = hide_routes(batch.routes_BTLK, self.hide_history)
+        return self.losses(self.predictor(batch._replace(routes_BTLK=routes_BTLK)), batch)
+
+    def validation_step(self, batch: Windows, batch_idx: int) -> None:
+        self._measure("val", batch)
+
+    def test_step(self, batch: Windows, batch_idx: int) -> None:
+        self._measure("test", batch)
+
+    def _measure(self, stage: str, batch: Windows) -> None:
+        for known in HISTORIES:
+            seen = batch if known == "known" else batch.without_history()
+            predictions = self.predictor(seen)
+            self._update_metrics(predictions, batch, known)
+            if known == "known":
+                self._log_losses(stage, self.losses(predictions, batch), len(batch.token_ids_BT))
+
+    def losses(self, predictions: Predictions, batch: Windows) -> Tensor:
+        """Mean binary cross-entropy of each head over its answerable tokens, summed over experts.
+
+        [J], in the order of HEADS; divided by L * K, so that sizes compare.
+        """
+        shape, losses = self.predictor.shape, []
+        counted_BT = self.predictor.trained_BT(batch)
+        for logits_BTLE, target in zip(predictions, targets(batch, shape), strict=True):
+            rows_BT = target.valid_BT & counted_BT
+            cross_entropy_BTLE = F.binary_cross_entropy_with_logits(
+                logits_BTLE, target.used_BTLE.to(logits_BTLE.dtype), reduction="none"
+            )
+            total = (cross_entropy_BTLE.sum((2, 3)) * rows_BT).sum()
+            losses.append(total / (rows_BT.sum().clamp(min=1) * shape.num_layers * shape.top_k))
+        return torch.stack(losses)
+
+    def _update_metrics(self, predictions: Predictions, batch: Windows, known: str) -> None:
+        counted_BT = self.predictor.trained_BT(batch)
+        answers = targets(batch, self.predictor.shape)
+        for head, logits_BTLE, target in zip(HEADS, predictions, answers, strict=True):
+            rows = target.valid_BT & counted_BT
+            self.metric(head, known).update(logits_BTLE[rows], target.used_BTLE[rows])
+
+    def metric(self, head: str, known: str) -> MetricCollection:
+        """The metrics of one head with known or unknown history."""
+        collection = self.metrics[f"{head}_{known}"]
+        assert isinstance(collection, MetricCollection)
+        return collection
+
+    def on_validation_epoch_end(self) -> None:
+        self._close_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._close_metrics("test")
+
+    def _close_metrics(self, stage: str) -> None:
+        """Log the means over layers, and keep the figures of each layer in `report`."""
+        self.report = {}
+        for head in HEADS:
+            for known in HISTORIES:
+                metric = self.metric(head, known)
+                values = metric.compute()
+                metric.reset()
+                self.report[f"{head}_{known}"] = {n: v.tolist() for n, v in values.items()}
+                self.log_dict(means(values, prefix=f"{stage}/{head}_{known}_"))
+        recall = torch.tensor(self.report["this_known"]["recall"]).nanmean()
+        self.log(f"{stage}/recall", recall, prog_bar=True)
+
+    def _log_losses(self, stage: str, losses_J: Tensor, batch_size: int) -> None:
+        named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
+        self.log_dict(named | {f"{stage}/loss": total_loss(losses_J)}, batch_size=batch_size)
+
+    # ---------------------------------------------------------------- optimiser, checkpoint
+
+    def configure_optimizers(self) -> Any:
+        """Warm-up and cosine decay over the run: its steps or, if shorter, its time."""
+        matrices = self.predictor.hidden_matrices()
+        taken = {id(matrix) for matrix in matrices}
+        others = [p for p in self.predictor.parameters() if id(p) not in taken]
+        optimizer = Muon(matrices, others, lr=self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: warmup_cosine(max((step + 0.5) / steps, self._spent()), self.warmup),
+        )
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _spent(self) -> float:
+        """Share of `trainer.max_time` that is over; 0 without one."""
+        timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        remaining = None if timer is None else timer.time_remaining()
+        if timer is None or remaining is None:
+            return 0.0
+        elapsed = timer.time_elapsed()
+        return elapsed / max(elapsed + remaining, 1e-9)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything needed to build the predictor again, as JSON: no pickled classes."""
+        checkpoint[CHECKPOINT_KEY] = json.dumps(self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says about its predictor."""
+        shape = self.predictor.shape
+        return {
+            "kind": self.predictor.kind,
+            "settings": vars(self.settings),
+            "topology": self.topology.to_json(),
+            "stack": self.stack.name,
+            "window": shape.window,
+            "horizon": shape.horizon,
+            "metrics": self.report,
+            "provenance": self.provenance,
+        }
+
+
+def total_loss(losses_J: Tensor) -> Tensor:
+    """What is minimised, and what chooses the best checkpoint."""
+    weighted = (weight * loss for weight, loss in zip(HEAD_WEIGHTS, losses_J, strict=True))
+    return torch.stack(tuple(weighted)).sum()
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """The learning rate over its peak, after a share `progress` of the steps."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
+
+
+def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
+    """Hide the routes of a share `chance` of the rows: all, up to some token, or here and there."""
+    batch, tokens = routes_BTLK.shape[:2]
+    device = routes_BTLK.device
+    mode_B1 = torch.rand(batch, 1, device=device) / max(chance, 1e-9)
+    columns_T = torch.arange(tokens, device=device)
+    everywhere_B1 = mode_B1 < 1 / 3
+    first_BT = (mode_B1 < 2 / 3) & (columns_T < torch.randint(tokens, (batch, 1), device=device))
+    some_BT = (mode_B1 >= 2 / 3) & (mode_B1 < 1) & (torch.rand(batch, tokens, device=device) < 0.5)
+    hidden_BT = everywhere_B1 | first_BT | some_BT
+    return routes_BTLK.masked_fill(hidden_BT[:, :, None, None], NO_EXPERT)
+
+
+def settings_of(kind: str) -> type[PredictorSettings]:
+    """The settings class of a kind of predictor ("causal" or "t5")."""
+    from predictor.networks.t5 import T5Settings
+
+    kinds: dict[str, type[PredictorSettings]] = {"causal": CausalSettings, "t5": T5Settings}
+    if kind not in kinds:
+        raise ValueError(f"there is no predictor of kind {kind!r}; there are {', '.join(kinds)}")
+    return kinds[kind]

@@ -1,0 +1,209 @@
+"""What the runtime counted: hits, misses, bytes, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from routing.layers import MoELayer
+from routing.topology import NO_EXPERT
+from runtime.cache.expert_cache import Lookup
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LATENCIES_KEPT = 4096
+
+
+@dataclass(kw_only=True)
+class Stats:
+    """Counts since loading, or since `reset`. A *request* is one distinct expert of one call."""
+
+    layers: list[MoELayer]
+    num_slots: int
+    policy: str
+    packing: float = 1.0
+    """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew (the cache keeps its content)."""
+        self.hits_L = np.zeros(self.num_layers, np.int64)
+        self.late_L = np.zeros(self.num_layers, np.int64)
+        self.misses_L = np.zeros(self.num_layers, np.int64)
+        self.evictions = 0
+        self.bytes_loaded = 0
+        self.prefetches, self.prefetches_used = 0, 0
+        self.bytes_prefetched, self.bytes_wasted = 0, 0
+        self.steps = 0
+        self.tokens = 0
+        self.seconds = {"load": 0.0, "predict": 0.0, "step": 0.0}
+        self.prediction_ms: list[float] = []
+        self._recalled, self._predicted = 0, 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_experts(self) -> int:
+        """E, the largest of any layer."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of all layers."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def all_fit(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return self.num_slots >= self.total_experts
+
+    @property
+    def hits(self) -> int:
+        return int(self.hits_L.sum())
+
+    @property
+    def misses(self) -> int:
+        """Expert loads: each miss copies one expert into a slot."""
+        return int(self.misses_L.sum())
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of requests that found their expert resident (NaN before the first)."""
+        requests = self.hits + int(self.late_L.sum()) + self.misses
+        return self.hits / requests if requests else float("nan")
+
+    @property
+    def recall(self) -> float:
+        """Recall@K of the predictor for the tokens decoded so far (NaN without any)."""
+        return self._recalled / self._predicted if self._predicted else float("nan")
+
+    @property
+    def prediction_ms_median(self) -> float:
+        """Median wall-clock milliseconds of one prediction (NaN without any)."""
+        return float(np.median(self.prediction_ms)) if self.prediction_ms else float("nan")
+
+    def count(self, layer: int, lookup: Lookup, slot_bytes: int) -> None:
+        """Book one served wave of `layer`."""
+        num_missed = int(np.count_nonzero(lookup.missed))
+        self.misses_L[layer] += num_missed
+        self.hits_L[layer] += len(lookup.missed) - num_missed
+        self.evictions += lookup.num_evicted
+        self.bytes_loaded += num_missed * slot_bytes
+
+    def count_step(
+        self, num_used_L: np.ndarray, num_missed_L: np.ndarray, slot_bytes: int, num_tokens: int
+    ) -> None:
+        """Book one captured step of `num_tokens` tokens."""
+        self.misses_L += num_missed_L
+        self.hits_L += num_used_L - num_missed_L
+        self.bytes_loaded += int(num_missed_L.sum()) * slot_bytes
+        self.steps += 1
+        self.tokens += num_tokens
+
+    def count_prefetch(
+        self, share_L: np.ndarray, used_L: np.ndarray, chosen_L: np.ndarray, slot_bytes: int
+    ) -> None:
+        """Book the prefetches of a captured step: which layers had one, the share of its bytes that
+        arrived in time, and whether the layer then needed it. A needed expert's rest is loaded with
+        its layer: it was late.
+        """
+        late_L = chosen_L & used_L & (share_L < 1)
+        wasted = int(share_L[chosen_L & ~used_L].sum() * slot_bytes)
+        self.hits_L -= late_L
+        self.late_L += late_L
+        self.prefetches += int(chosen_L.sum())
+        self.prefetches_used += int((chosen_L & used_L).sum())
+        self.bytes_prefetched += int(share_L[chosen_L].sum() * slot_bytes)
+        self.bytes_loaded += int((chosen_L & used_L).sum()) * slot_bytes + wasted
+        self.bytes_wasted += wasted
+
+    def count_recall(self, logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> None:
+        """Book how many of the used experts (int, NO_EXPERT for none) are among the K of highest
+        predicted logit.
+        """
+        top_k = routes_BLK.shape[-1]
+        best_BLK = np.argpartition(logits_BLE, -top_k, axis=-1)[..., -top_k:]
+        used = routes_BLK != NO_EXPERT
+        found = (best_BLK[..., None] == routes_BLK[..., None, :]).any(-2) & used
+        self._recalled += int(found.sum())
+        self._predicted += int(used.sum())
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the wall-clock time of the block to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_time(name, time.perf_counter() - start)
+
+    def add_time(self, name: str, seconds: float) -> None:
+        """Add to `seconds[name]`."""
+        self.seconds[name] += seconds
+        if name == "predict":
+            self.prediction_ms.append(seconds * 1e3)
+            del self.prediction_ms[:-LATENCIES_KEPT]
+
+    def seconds_per_load(self) -> float:
+        """Mean time of one expert load so far; 0 before the first."""
+        return self.seconds["load"] / self.misses if self.misses else 0.0
+
+    def report(self) -> str:
+        """One line about the run."""
+        line = (
+            f"{self.policy}: {self.num_slots} of {self.total_experts} experts fit, "
+            f"{self.tokens} tokens in {self.steps} steps, hit rate {self.hit_rate:.1%}, "
+            f"{self.misses} loads ({format_bytes(self.bytes_loaded)})"
+        )
+        if self.prediction_ms:
+            line += f", recall {self.recall:.1%}, prediction {self.prediction_ms_median:.2f} ms"
+        if self.seconds["step"]:
+            line += f", {self.tokens / self.seconds['step']:.1f} tok/s"
+        return line
+
+    def table(self) -> Table:
+        """The counts of each layer, as a rich table."""
+        from rich.table import Table
+
+        table = Table("layer", "hits", "misses", "hit rate", title=self.report())
+        names = [layer.name for layer in self.layers]
+        rows = zip(names, self.hits_L.tolist(), self.misses_L.tolist(), strict=True)
+        for name, hits, misses in rows:
+            rate = f"{hits / (hits + misses):.1%}" if hits + misses else "-"
+            table.add_row(name, str(hits), str(misses), rate)
+        return table
+
+    def plot(self, path: str | Path) -> None:
+        """Draw hits and misses of each layer into the picture file `path`."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        layers = np.arange(self.num_layers)
+        axes.bar(layers, self.hits_L, label="hits", color="#3b6ea5")
+        axes.bar(layers, self.misses_L, bottom=self.hits_L, label="misses", color="#d9822b")
+        axes.set(xlabel="MoE layer", ylabel="expert requests")
+        axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
+        axes.legend(loc="lower right")
+        figure.savefig(path, dpi=150)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} TiB"

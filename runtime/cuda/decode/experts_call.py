@@ -1,0 +1,269 @@
+"""One layer's experts call, in kernels: plan, gate and up, down; prefetch beside them.
+
+Everything is enqueued on the current stream without a word from the host, so that it can be
+captured. What the host wants to know of a step is written to one tensor, the ledger:
+
+    routes [L, B * K]   counts [L, 2]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor, nn
+
+from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.kernels import experts as expert_kernels
+from runtime.cuda.kernels import plan as plan_kernel
+from runtime.cuda.kernels import prefetch as prefetch_kernels
+from runtime.cuda.kernels import transfer as transfer_kernels
+from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
+from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
+from runtime.cuda.memory.pinned_experts import PinnedExperts
+
+FETCHERS = 64
+"""Programs that fetch a layer's missing experts: enough to fill the link."""
+PREFETCHERS = 32
+"""Programs of a prefetch."""
+THRESHOLD = 0.5
+"""Least probability of use for a prefetch."""
+LEAST_COLUMNS = 128
+"""A matrix product takes 16, of every eighth of packed weights."""
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of the kernels, chosen for a batch size."""
+
+    rows: int
+    columns: int
+    warps: int
+    down_rows: int
+    down_columns: int
+    down_warps: int
+    parts: int
+    """Of the experts, that are summed apart: one would be a program after the other."""
+    padded: int
+    """Tokens, padded to what a matrix product takes (1 needs none)."""
+
+    @staticmethod
+    def of(num_tokens: int, layout: KernelLayout) -> Blocks:
+        """One token streams long rows; several go through the tensor cores in squarer tiles."""
+        if num_tokens == 1:
+            columns = min(1024, triton.next_power_of_2(layout.hidden))
+            inner = min(1024, triton.next_power_of_2(layout.width))
+            return Blocks(8, columns, 4, 4, inner, 4, 1, 1)
+        padded = max(16, triton.next_power_of_2(num_tokens))
+        columns = 2 * LEAST_COLUMNS if padded == 16 else LEAST_COLUMNS
+        return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
+
+
+class Ledger(NamedTuple):
+    """What one step did, on the host."""
+
+    routes_LBK: np.ndarray
+    num_used_L: np.ndarray
+    num_fetched_L: np.ndarray
+    prefetched_L: np.ndarray
+    """The expert that was chosen, -1 for none."""
+    used_L: np.ndarray
+    """1 where the chosen expert was then needed."""
+    chunks_L: np.ndarray
+    """Chunks of it that arrived in time."""
+
+
+class ExpertsCall:
+    """Kernels, buffers and books for batches of exactly `batch` tokens.
+
+    routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
+    None where there is none to be found. forecast: float32 [L * E], the predictor's probabilities
+    for the running step, or None.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        top_k: int,
+        layout: KernelLayout,
+        block: ExpertBlock,
+        slots_SN: Tensor,
+        host: PinnedExperts,
+        cache: DeviceCache,
+        *,
+        prefetch: bool = False,
+        routers: list[nn.Module | None] | None = None,
+        forecast: Tensor | None = None,
+    ) -> None:
+        device = cache.clock.device
+        self._layout, self._block, self._host, self._cache = (
+            layout,
+            block,
+            host,
+            cache,
+        )
+        self._stored = {"STORED": block.stored_units, "CHUNK": CHUNK}
+        self._packed = {"MATRICES": block.matrix_units, "PATCHES": block.patches}
+        self._units_SN = slots_SN
+        self._slots_SN = slots_SN.view(layout.dtype)
+        self._batch, self._top_k = batch, top_k
+        self.prefetches = prefetch
+        self._routers = routers or [None] * cache.num_layers
+        self._forecast = forecast
+        self._blocks = Blocks.of(batch, layout)
+        self.max_used = min(cache.num_experts, batch * top_k)
+        self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
+        self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
+        self._allocate_ledger(device)
+        self._trust = torch.full((2,), 0.9, device=device)
+        self._choices = torch.full((2,), -1, dtype=torch.int32, device=device)
+        self._slot = torch.full((cache.num_layers,), -1, dtype=torch.int32, device=device)
+        self._stop = torch.zeros(cache.num_layers, dtype=torch.int32, device=device)
+        self._step = torch.zeros(1, dtype=torch.int32, device=device)
+        self._side = torch.cuda.Stream(device) if prefetch else None
+        self._pending: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = None, None
+
+    def _allocate_ledger(self, device: torch.device) -> None:
+        layers, pairs = self._cache.num_layers, self._batch * self._top_k
+        sizes = [layers * pairs, layers * 2, layers, layers, layers * PREFETCHERS]
+        self.ledger = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        routes, counts, self._prefetched, self._used, progress = self.ledger.split(sizes)
+        self._prefetched.fill_(-1)
+        self._routes = routes.view(layers, pairs)
+        self._counts = counts.view(layers, 2)
+        self._progress = progress.view(layers, PREFETCHERS)
+
+    def read(self, ledger: np.ndarray) -> Ledger:
+        """The parts of a ledger that was copied to the host, int32."""
+        layers, pairs = self._cache.num_layers, self._batch * self._top_k
+        ends = np.cumsum([layers * pairs, layers * 2, layers, layers])
+        routes, counts, prefetched, used, progress = np.split(ledger, ends)
+        counts = counts.reshape(layers, 2)
+        return Ledger(
+            routes.reshape(layers, self._batch, self._top_k),
+            counts[:, 0],
+            counts[:, 1],
+            prefetched,
+            used,
+            progress.reshape(layers, PREFETCHERS).sum(1),
+        )
+
+    def begin_step(self) -> None:
+        """Once a step, before its first layer."""
+        self._pending = None, None
+        self._cache.begin_step()
+        if self.prefetches:
+            self._step.add_(1)
+            self._progress.zero_()
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Experts `ids` (int64 [B, K], ids outside 0 .. E-1 are of none) of x [B, H]: [B, H]."""
+        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+        picked, fetched = self._pending
+        self._pending = None, None
+        if picked is not None:
+            torch.cuda.current_stream().wait_event(picked)
+        self._run_plan(layer, ids)
+        if fetched is not None:
+            torch.cuda.current_stream().wait_event(fetched)
+        has_next = self.prefetches and layer + 1 < self._cache.num_layers
+        if has_next:
+            picked = self._run_pick(layer + 1, x)
+        self._run_gate_up(layer, x, FETCHERS)
+        if has_next:
+            self._pending = picked, self._run_fetch(layer + 1)
+        self._run_gate_up(layer, x, 0)
+        return self._run_down(layer, x, ids, weights)
+
+    def _run_plan(self, layer: int, ids: Tensor) -> None:
+        cache = self._cache
+        plan_kernel.plan[(1,)](
+            ids, *self._plan, self._counts[layer],
+            cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
+            cache.clock, self._routes[layer],
+            self._prefetched[layer:], self._slot[layer:], self._used[layer:],
+            self._choices, self._trust, self._stop[layer:], self._step,
+            layer, ids.numel(), len(cache.key_of_slot),
+            E=cache.num_experts, RULE=cache.rule, PREFETCH=self.prefetches,
+            BLOCK_E=triton.next_power_of_2(cache.num_experts),
+            BLOCK_S=triton.next_power_of_2(len(cache.key_of_slot)),
+            BLOCK_P=triton.next_power_of_2(ids.numel()),
+            num_warps=4 if len(cache.key_of_slot) <= 1024 else 16,
+        )  # fmt: skip
+
+    def _run_gate_up(self, layer: int, x: Tensor, fetchers: int) -> None:
+        shape, blocks = self._layout, self._blocks
+        experts, slots, order = self._plan
+        num_blocks = triton.cdiv(shape.width, blocks.rows)
+        expert_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
+            x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
+            experts, slots, order, self._counts[layer],
+            self._prefetched[layer:], self._progress[layer], len(x),
+            UP=self._block.start("gate_up_proj"),
+            UP_BIAS=self._block.start_stored("gate_up_proj_bias"), **self._stored, **self._packed,
+            FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
+            H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
+            ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
+            BLOCK_I=blocks.rows, BLOCK_H=blocks.columns, num_warps=blocks.warps,
+        )  # fmt: skip
+
+    def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        shape, blocks, num_tokens = self._layout, self._blocks, len(x)
+        experts, slots, _ = self._plan
+        y = torch.empty_like(x)
+        to = y
+        if blocks.parts > 1:
+            to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
+        grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
+        expert_kernels.down[grid](
+            self._h, to, ids, weights, self._slots_SN, self._units_SN, experts, slots,
+            self._counts[layer], num_tokens, DOWN=self._block.start("down_proj"),
+            DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._stored, **self._packed,
+            H=shape.hidden, W=shape.width,
+            E=self._cache.num_experts, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
+            PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
+            BLOCK_K=triton.next_power_of_2(self._top_k),
+            BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,
+        )  # fmt: skip
+        if blocks.parts > 1:
+            block = min(1024, triton.next_power_of_2(shape.hidden))
+            expert_kernels.join[(num_tokens, triton.cdiv(shape.hidden, block))](
+                to, y, num_tokens, H=shape.hidden, PARTS=blocks.parts, BLOCK=block
+            )
+        return y
+
+    def _run_pick(self, layer: int, x: Tensor) -> torch.cuda.Event:
+        assert self._side is not None
+        cache, router = self._cache, self._routers[layer]
+        bias = None if router is None else router._parameters.get("bias")
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            prefetch_kernels.pick[(1,)](
+                x, x if router is None else router.weight, x if bias is None else bias,
+                x if self._forecast is None else self._forecast,
+                self._trust, self._choices, self._prefetched[layer:], self._slot[layer:],
+                self._plan[1],
+                self._counts[layer - 1],
+                cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
+                THRESHOLD, layer, len(x), len(cache.key_of_slot),
+                H=self._layout.hidden, E=cache.num_experts, K=self._top_k, RULE=cache.rule,
+                HAS_ROUTER=router is not None, HAS_BIAS=bias is not None,
+                HAS_FORECAST=self._forecast is not None,
+                BLOCK_E=triton.next_power_of_2(cache.num_experts),
+                BLOCK_S=triton.next_power_of_2(len(cache.key_of_slot)),
+                BLOCK_H=min(128, triton.next_power_of_2(self._layout.hidden)),
+                num_warps=8,
+            )  # fmt: skip
+        return self._side.record_event()
+
+    def _run_fetch(self, layer: int) -> torch.cuda.Event:
+        assert self._side is not None
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            transfer_kernels.fetch[(PREFETCHERS,)](
+                self._units_SN, self._host.layers[layer],
+                self._prefetched[layer:], self._slot[layer:], self._stop[layer:], self._step,
+                self._progress[layer], **self._stored, PROGRAMS=PREFETCHERS, num_warps=4,
+            )  # fmt: skip
+        return self._side.record_event()

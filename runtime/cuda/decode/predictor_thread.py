@@ -1,0 +1,153 @@
+"""The predictor beside the steps: a thread that turns tokens and routes into values on the device.
+
+A step never waits for it. Whatever arrives while the step runs serves its later layers; what comes
+too late serves the next. When the predictor raises or stays silent, the steps go on without it.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from runtime.cache.policies import Forecast, Policy
+from runtime.cache.stats import Stats
+from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.prediction.forecaster import Forecaster
+
+SILENT_AFTER = 2.0
+"""Seconds without an answer after which the predictor counts as hanging..."""
+SILENT_PER_TOKEN = 0.01
+"""... and so many more for each token that it was asked about."""
+
+
+class PredictorRequest(NamedTuple):
+    """What the predictor is told about: the tokens about to run, and what the last step used."""
+
+    token_ids_BT: np.ndarray
+    positions_BT: np.ndarray
+    routes_LBK: np.ndarray | None
+    is_new: bool
+    """Whether new sequences start with these tokens."""
+
+
+class DeviceForecast:
+    """What was last foreseen, on the device: values in the books, and probabilities of use."""
+
+    def __init__(self, device_cache: DeviceCache) -> None:
+        device, keys = device_cache.clock.device, len(device_cache.before)
+        self._device_cache = device_cache
+        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        """In the running step, and in the one after it."""
+        self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
+        self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
+        self._stream = torch.cuda.Stream(device)
+        self._sent = self._stream.record_event()
+
+    def begin_step(self) -> None:
+        """Start a step from what is known: what was foreseen for the step after the last one."""
+        self._device_cache.before.copy_(self._device_cache.after)
+        self.likely.copy_(self._next_likely)
+
+    def write(self, policy: Policy, forecast: Forecast) -> None:
+        """Values and probabilities for the steps that are enqueued from here on."""
+        table = policy.table()
+        assert table is not None
+        self._device_cache.write_table(*table)
+        for chances_LE, tensor in zip(forecast, (self.likely, self._next_likely), strict=False):
+            tensor.copy_(torch.from_numpy(chances_LE.reshape(-1)), non_blocking=True)
+
+    def publish(self, policy: Policy, forecast: Forecast) -> None:
+        """Send the values and probabilities, without waiting for the step that reads them."""
+        table = policy.table()
+        assert table is not None
+        self._sent.synchronize()  # the last copies have left the pinned memory
+        rows = *table, forecast.this_LE, forecast.next_LE
+        pinned = *self._values_host, *self._chances_host
+        device = self._device_cache.before, self._device_cache.after, self.likely, self._next_likely
+        with torch.cuda.stream(self._stream):
+            for row, host, tensor in zip(rows, pinned, device, strict=True):
+                host.copy_(torch.from_numpy(row.reshape(-1)))
+                tensor.copy_(host, non_blocking=True)
+        self._sent = self._stream.record_event()
+
+
+class PredictorThread:
+    """Owns the forecaster, and moves the policy on while steps run captured."""
+
+    def __init__(
+        self,
+        forecaster: Forecaster,
+        policy: Policy,
+        device_cache: DeviceCache,
+        stats: Stats,
+    ) -> None:
+        self._forecaster, self._policy, self._stats = forecaster, policy, stats
+        self.failure: str | None = None
+        self.device_forecast = DeviceForecast(device_cache)
+        self._requests: queue.SimpleQueue[PredictorRequest | None] = queue.SimpleQueue()
+        self._deadline = math.inf
+        self._thread = threading.Thread(target=self._work, name="expertflow-oracle", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: PredictorRequest) -> None:
+        """Hand over what is known; returns at once."""
+        if self.failure is None and time.perf_counter() > self._deadline:
+            self.failure = f"the predictor has not answered for over {SILENT_AFTER:g} s"
+        if self.failure is None:
+            self._requests.put(request)
+
+    def close(self) -> None:
+        """End the thread, unless it hangs."""
+        self._requests.put(None)
+        self._thread.join(SILENT_AFTER)
+
+    def _work(self) -> None:
+        while self.failure is None and (requests := self._take()):
+            num_tokens = sum(request.token_ids_BT.size for request in requests)
+            self._deadline = time.perf_counter() + SILENT_AFTER + SILENT_PER_TOKEN * num_tokens
+            try:
+                self._answer(requests)
+            except Exception as error:  # a broken predictor must not stop the model
+                self.failure = f"the predictor failed: {type(error).__name__}: {error!s:.200}"
+            self._deadline = math.inf
+
+    def _take(self) -> list[PredictorRequest]:
+        """All that waits, from the start of the newest sequences on; empty when it is over."""
+        waiting = [self._requests.get()]
+        while not self._requests.empty():
+            waiting.append(self._requests.get())
+        ended = None in waiting
+        requests = [] if ended else [request for request in waiting if request is not None]
+        starts = [index for index, request in enumerate(requests) if request.is_new]
+        return requests[starts[-1] :] if starts else requests
+
+    def _answer(self, requests: list[PredictorRequest]) -> None:
+        """Predict for all tokens of `jobs` in one go: more than one where the model was faster."""
+        start = time.perf_counter()
+        for request in requests:
+            if not request.is_new and request.routes_LBK is not None:
+                self._policy.touch_routes(request.routes_LBK)
+        tokens_BT = np.concatenate([request.token_ids_BT for request in requests], 1)
+        positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
+        self._inform(requests[0], len(tokens_BT))
+        forecast = self._forecaster.forecast(tokens_BT, positions_BT)
+        if self.failure is None:  # it may have been given up meanwhile
+            self._policy.begin_step(forecast)
+            self.device_forecast.publish(self._policy, forecast)
+        self._stats.add_time("predict", time.perf_counter() - start)
+
+    def _inform(self, request: PredictorRequest, batch_size: int) -> None:
+        """What the last step used, for the predictor's input, and for the count of its recall."""
+        if request.is_new or batch_size != self._forecaster.batch_size:
+            self._forecaster.reset(batch_size)
+        elif request.routes_LBK is not None:
+            routes_BLK = np.ascontiguousarray(request.routes_LBK.swapaxes(0, 1))
+            self._forecaster.observe(routes_BLK)
+            if self._forecaster.this_BLE is not None and request.token_ids_BT.shape[1] == 1:
+                self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)

@@ -1,0 +1,209 @@
+"""Captured steps over any rows of the key/value cache: what `engine.serve` decodes with.
+
+    launch -> (the host predicts, revise) -> land
+
+The tokens of a step lie side by side, [1, B], each with its row and position; rows beyond the batch
+repeat the last one, which writes the same keys and values once more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.cache.policies import Forecast
+from runtime.cuda.decode.decoder import Decoder, StepInFlight
+from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.graph_step import CapturedStep
+from runtime.cuda.decode.prefetch_trial import PrefetchTrial
+from runtime.cuda.kernels.attention import attend
+from runtime.engine.next_tokens import NextTokens
+
+if TYPE_CHECKING:
+    from runtime.kv.row_cache import RowCache
+
+
+class SingleTokens:
+    """Where the tokens of a captured step belong: static tensors that a graph reads."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
+        """Token ids, rows, positions."""
+        self.ids_1B, self.rows_T, self.positions_T = (
+            self.inputs_3B[:1],
+            self.inputs_3B[1],
+            self.inputs_3B[2],
+        )
+
+    def attend(
+        self, _: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    ) -> Tensor:
+        """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
+        return attend_singles(query, key, value, self.rows_T, self.positions_T, **kwargs)
+
+
+def attend_singles(
+    query: Tensor, key: Tensor, value: Tensor, rows_B: Tensor, positions_B: Tensor, **kwargs: Any
+) -> Tensor:
+    """Attention of B single tokens, in transformers' terms: see `Places.attend`."""
+    if kwargs.get("softcap") is not None:
+        raise ValueError("soft-capped attention is not captured")
+    scale = kwargs.get("scaling")
+    run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else attend
+    out_BHV: Tensor = run(
+        query[0].transpose(0, 1), key, value, rows_B, positions_B,
+        query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
+        kwargs.get("s_aux"),
+    )  # fmt: skip
+    return out_BHV[None]
+
+
+class RowStep(CapturedStep):
+    """A captured step of `batch` tokens, each of its own sequence. forward: the model's, compiled
+    or not.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        cache: RowCache,
+        experts: ExpertsCall,
+        *,
+        batch: int,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        super().__init__(experts, stream)
+        self._forward, self._cache = forward, cache
+        self._tokens = SingleTokens(batch, device)
+        self._pinned_3B = torch.zeros(3, batch, dtype=torch.int64).pin_memory()
+
+    @property
+    def batch(self) -> int:
+        return self._tokens.inputs_3B.shape[1]
+
+    def give(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> None:
+        """What runs next. The step before has ended, so nobody reads the pinned memory."""
+        last = len(tokens) - 1
+        order = [min(index, last) for index in range(self.batch)]
+        given_3N = torch.tensor([tokens, rows, positions])
+        self._pinned_3B.copy_(given_3N[:, order])
+        self._tokens.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
+
+    def forward(self) -> Tensor:
+        with self._cache.attending(self._tokens):
+            output = self._forward(
+                input_ids=self._tokens.ids_1B,
+                position_ids=self._tokens.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        logits_BV: Tensor = output.logits[0]
+        return logits_BV
+
+    def advance(self, next_B: Tensor) -> None:
+        """Nothing: the host says which rows come next."""
+
+
+class Run(NamedTuple):
+    """A step under way."""
+
+    flight: StepInFlight
+    start: float
+
+
+class RowDecoder:
+    """Runs captured steps over the rows of a `runtime.kv.row_cache.RowCache`."""
+
+    attend_singles = staticmethod(attend_singles)
+
+    def __init__(self, decoder: Decoder, cache: RowCache) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._steps: dict[tuple[int, bool], RowStep] = {}
+        self.trial = None if decoder.trial is None else PrefetchTrial()
+        """Its own: what pays for one sequence need not pay for many."""
+
+    def take_on(self, cache: RowCache) -> bool:
+        """Go on with the rows of another cache; False where they are not the same memory."""
+        if cache.num_rows != self._cache.num_rows:
+            return False
+        self._cache = cache  # for steps that are captured from here on
+        return True
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many sequences can decode in one captured step."""
+        decoder = self._decoder
+        return num_rows <= decoder.batch and decoder.most_experts(num_rows) <= decoder.num_slots
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether most experts have no slot: then the link is the bound."""
+        stats = self._decoder.stats
+        return 2 * stats.num_slots < stats.total_experts
+
+    def launch(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        forecast: Forecast | None,
+    ) -> Run:
+        """Enqueue one step: a token of each sequence, with its row and position."""
+        start, decoder = time.perf_counter(), self._decoder
+        prefetch = decoder.prefetch if self.trial is None else self.trial.prefetches()
+        step = self._step_for(len(tokens), prefetch=prefetch)
+        decoder.take_over()
+        decoder.policy.begin_step(forecast)
+        self._write(forecast)
+        step.give(tokens, rows, positions)
+        return Run(decoder.enqueue(step, len(tokens)), start)
+
+    def revise(self, forecast: Forecast | None) -> None:
+        """What is known better while the step runs; it serves the layers that are left."""
+        predictor_thread, policy = self._decoder.predictor_thread, self._decoder.policy
+        if forecast is not None and predictor_thread is not None:
+            policy.revise(forecast)
+            predictor_thread.device_forecast.publish(policy, forecast)
+
+    def land(self, run: Run) -> tuple[NextTokens, np.ndarray]:
+        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+        result = self._decoder.land(run.flight)
+        if self._decoder.device_cache.is_table:
+            self._decoder.policy.touch_routes(result.routes_LBK)
+        seconds = time.perf_counter() - run.start
+        self._decoder.stats.add_time("step", seconds)
+        if self.trial is not None:
+            self.trial.add(run.flight.step.experts.prefetches, seconds)
+        logits_BV = run.flight.step.logits_BV
+        assert logits_BV is not None
+        greedy_B = np.where(np.isnan(result.best_B), -1, result.tokens_B).tolist()
+        following = NextTokens(greedy_B, logits_BV[: run.flight.num_rows])
+        return following, result.routes_LBK.swapaxes(0, 1)
+
+    def _write(self, forecast: Forecast | None) -> None:
+        """Bring the values on the device up to the step that is about to run."""
+        decoder = self._decoder
+        if forecast is not None and decoder.predictor_thread is not None:
+            decoder.predictor_thread.device_forecast.write(decoder.policy, forecast)
+        elif (table := decoder.policy.table()) is not None:
+            decoder.device_cache.write_table(*table)
+
+    def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
+        key = self._decoder.bucket(num_rows), prefetch
+        if key not in self._steps:
+            self._steps[key] = self._build(*key)
+        return self._steps[key]
+
+    def _build(self, bucket: int, prefetch: bool) -> RowStep:
+        decoder = self._decoder
+        experts = decoder.experts_for(bucket, prefetch=prefetch)
+        return RowStep(
+            decoder.forward, self._cache, experts, batch=bucket,
+            device=decoder.device, stream=decoder.captures,
+        )  # fmt: skip

@@ -1,0 +1,10 @@
+"""Triton kernels, and the operators that torch.compile sees in their place.
+
+plan        hits, victims and loads of one layer's call, decided on the device
+experts     gate, up and down projections out of slots; packed, unpacked: reading weights
+transfer    pinned memory to slots; prefetch: which expert to fetch ahead
+unpack      packed expert blocks to plain ones
+grouped     products of many tokens, grouped by expert
+attention   single tokens of many sequences
+custom_ops  operators for torch.compile
+"""

@@ -1,0 +1,50 @@
+"""Our kernels as opaque operators, for models whose other operations are compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from runtime.cuda.kernels import attention as attend_kernel
+
+if TYPE_CHECKING:
+    from runtime.cuda.decode.decoder import Decoder
+
+DECODERS: WeakValueDictionary[int, Decoder] = WeakValueDictionary()
+"""Live decoders by the id of their model: an operator takes numbers and tensors only."""
+
+
+@torch.library.custom_op("expertflow::experts", mutates_args=())
+def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
+    """`Decoder.run_layer`. What it writes (slots, books) nothing else in a graph touches."""
+    return DECODERS[model].run_layer(layer, x, ids, weights)
+
+
+@experts.register_fake
+def _(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("expertflow::attend", mutates_args=())
+def attend(
+    query_BHD: Tensor,
+    keys_RGCD: Tensor,
+    values_RGCV: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """`attend_kernel.attend`."""
+    return attend_kernel.attend(
+        query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H
+    )
+
+
+@attend.register_fake
+def _(query_BHD: Tensor, keys_RGCD: Tensor, values_RGCV: Tensor, *_: Any) -> Tensor:
+    return query_BHD.new_empty(*query_BHD.shape[:2], values_RGCV.shape[-1])

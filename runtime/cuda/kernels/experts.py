@@ -1,0 +1,291 @@
+"""The kernels that run a layer's experts out of slots, and fetch those that are missing.
+
+`gate_up` computes act(x W_gate^T) * (x W_up^T) of the plan's experts for every token of the batch,
+`down` sums its products with W_down over the experts of each token. An expert that several tokens
+want is read once for all.
+
+`gate_up` runs twice. Its first programs in the first run fetch the missing experts from pinned host
+memory into their slots, as many as keep the link busy; the others run the residents in their
+shadow. The second run is for the experts that were fetched. What was resident changes neither a
+weight's bits nor the order of any sum: outputs are bit-identical.
+
+Shapes: x [B, H], gate_up [2W, H] (gate rows, then up rows; or alternating), down [H, W].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from runtime.cuda.kernels.packed import UP_AGAIN, add_products, packed_rows_of, patched_one
+from runtime.cuda.kernels.transfer import bring
+from runtime.cuda.kernels.unpacked import add_unpacked, record_elements, rows_of
+
+SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
+SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
+
+
+@triton.jit
+def activate(gate, up, ACT: tl.constexpr):
+    """The gated activation, in float32."""
+    if ACT == CLAMPED_SWIGLU:
+        gate = tl.minimum(gate, SWIGLU_LIMIT)
+        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT) + 1.0
+        return gate * tl.sigmoid(gate * SWIGLU_ALPHA) * up
+    if ACT == SILU:
+        return gate * tl.sigmoid(gate) * up
+    if ACT == GELU:
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    if ACT == GELU_TANH:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(inner) * up
+    return tl.maximum(gate, 0.0) * up
+
+
+@triton.jit
+def fetch_missing(
+    slots, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
+    STORED: tl.constexpr, CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+):  # fmt: skip
+    """Program `program` of FETCHERS brings its share of the chunks that the plan misses."""
+    num_chunks: tl.constexpr = STORED // CHUNK
+    left = tl.load(counts + 1) * num_chunks
+    at = program
+    while at < left:
+        index = tl.load(order_U + at // num_chunks)
+        expert = tl.load(experts_U + index).to(tl.int64)
+        slot = tl.load(slots_U + index).to(tl.int64)
+        chunk = at % num_chunks
+        wanted = True
+        if PREFETCHERS > 0:
+            arrived = chunk // PREFETCHERS < tl.load(progress + chunk % PREFETCHERS)
+            wanted = (expert != tl.load(prefetched)) | (arrived == 0)
+        if wanted:
+            bring(slots, slot, blocks, expert, chunk, STORED, CHUNK)
+        at += FETCHERS
+
+
+@triton.jit
+def packed_gate_and_up(
+    x, block, first, gate_row_I, up_row_I, mask_I, num_tokens, UP: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, ALTERNATING: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """X times BLOCK_I rows each of the gate and the up projection, from `first` on: [M, I]."""
+    SPAN: tl.constexpr = 2 * BLOCK_I if ALTERNATING else BLOCK_I
+    UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_I == 0 else SPAN + 1
+    first_gate = 2 * first if ALTERNATING else first
+    first_up = 2 * first if ALTERNATING else W + first
+    gate_MI = packed_rows_of(
+        x, block, first_gate, gate_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+        SPAN, M, BLOCK_I, BLOCK_H,
+    )  # fmt: skip
+    up_MI = packed_rows_of(
+        x, block, first_up, up_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
+        UP_SPAN, M, BLOCK_I, BLOCK_H,
+    )  # fmt: skip
+    return gate_MI, up_MI
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "counts", "prefetched"],
+)
+def gate_up(
+    x, h, slots, units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress,
+    num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
+    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """H [U, B, W] of the residents while the missing are fetched; FETCHERS = 0: of the fetched.
+
+    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], stored
+    records of STORED int16 each, with the projections at elements UP (of the unpacked record) and
+    UP_BIAS. PATCHES: 0 where records are not packed.
+    Grid (FETCHERS + blocks of W * most distinct experts,).
+    """
+    program = tl.program_id(0)
+    if program < FETCHERS:
+        fetch_missing(
+            units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
+            STORED, CHUNK, FETCHERS, PREFETCHERS,
+        )  # fmt: skip
+        return
+    num_blocks: tl.constexpr = (W + BLOCK_I - 1) // BLOCK_I
+    turn = (program - FETCHERS) // num_blocks
+    num_used = tl.load(counts)
+    num_missed = tl.load(counts + 1)
+    if FETCHERS > 0:
+        turn += num_missed
+        if turn >= num_used:
+            return
+    else:
+        if turn >= num_missed:
+            return
+    at = tl.load(order_U + turn)
+    slot = tl.load(slots_U + at).to(tl.int64)
+    block = slots + slot * record_elements(slots, STORED)
+    first = (program - FETCHERS) % num_blocks * BLOCK_I
+    row_I = first + tl.arange(0, BLOCK_I)
+    mask_I = row_I < W
+    gate_row_I = 2 * row_I if ALTERNATING else row_I
+    up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
+    if PATCHES > 0:
+        gate_MI, up_MI = packed_gate_and_up(
+            x, units + slot * STORED, first, gate_row_I, up_row_I, mask_I, num_tokens, UP, MATRICES,
+            PATCHES, CHUNK, H, W, ALTERNATING, M, BLOCK_I, BLOCK_H,
+        )  # fmt: skip
+    else:
+        gate_MI = rows_of(x, block + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+        up_MI = rows_of(x, block + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+    if HAS_BIAS:
+        gate_bias = tl.load(block + UP_BIAS + gate_row_I, mask=mask_I, other=0.0)
+        up_bias = tl.load(block + UP_BIAS + up_row_I, mask=mask_I, other=0.0)
+        gate_MI += gate_bias.to(tl.float32)[None, :]
+        up_MI += up_bias.to(tl.float32)[None, :]
+    token_M = tl.arange(0, M)
+    to_MI = (at * num_tokens + token_M)[:, None] * W + row_I[None, :]
+    h_MI = activate(gate_MI, up_MI, ACT).to(h.dtype.element_ty)
+    tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
+
+
+@triton.jit
+def sum_of_one(
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N, mask_N,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of a single token's weighted sum over its experts: [1, N] in float32."""
+    LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
+    sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
+    rest_N = tl.zeros([BLOCK_N], tl.float32)
+    for at in tl.static_range(K):
+        if at < num_used:
+            slot = tl.load(slots_U + at).to(tl.int64)
+            block = slots + slot * record_elements(slots, STORED)
+            weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
+            if PATCHES > 0:
+                packed = units + slot * STORED
+                sums_NI = add_products(
+                    sums_NI, h + at * W, weight, packed, row_N, mask_N, DOWN, W, MATRICES, CHUNK,
+                    PATCHES, BLOCK_I,
+                )  # fmt: skip
+                rest_N += weight * patched_one(
+                    h + at * W, packed, first_row, row_N, DOWN, W, MATRICES, CHUNK, PATCHES,
+                    BLOCK_N, BLOCK_N,
+                )  # fmt: skip
+            else:
+                sums_NI = add_unpacked(
+                    sums_NI, h + at * W, weight, block + DOWN, row_N, mask_N, W, BLOCK_I
+                )
+            if HAS_BIAS:
+                bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+                rest_N += weight * bias_N.to(tl.float32)
+    sum_N = tl.sum(sums_NI, axis=1)
+    if PATCHES > 0:
+        sum_N *= UP_AGAIN
+    return (sum_N + rest_N)[None, :]
+
+
+@triton.jit
+def sum_of_part(
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
+    first_row, row_N, mask_N, STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
+    E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of several tokens' weighted sums over a range of experts: [M, N] in float32."""
+    y_MN = tl.zeros([M, BLOCK_N], tl.float32)
+    index_U = tl.arange(0, BLOCK_U)
+    experts = tl.load(experts_U + index_U, mask=index_U < num_used, other=E)
+    SPAN: tl.constexpr = (E + PARTS - 1) // PARTS
+    first = part * SPAN
+    at = tl.sum((experts < first).to(tl.int32), axis=0)
+    end = tl.sum((experts < first + SPAN).to(tl.int32), axis=0)
+    end = tl.minimum(end, num_used)
+    while at < end:
+        slot = tl.load(slots_U + at).to(tl.int64)
+        block = slots + slot * record_elements(slots, STORED)
+        expert = tl.load(experts_U + at)
+        weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
+        h_of_expert = h + at * num_tokens * W
+        if PATCHES > 0:
+            product_MN = packed_rows_of(
+                h_of_expert, units + slot * STORED, first_row, row_N, mask_N, num_tokens, DOWN, W,
+                MATRICES, CHUNK, PATCHES, BLOCK_N, M, BLOCK_N, BLOCK_I,
+            )  # fmt: skip
+        else:
+            product_MN = rows_of(
+                h_of_expert, block + DOWN, row_N, mask_N, num_tokens, W, M, BLOCK_N, BLOCK_I
+            )
+        if HAS_BIAS:
+            expert_bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+            product_MN += expert_bias_N.to(tl.float32)[None, :]
+        weighted_MN = weight_M[:, None] * product_MN
+        y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
+        at += 1
+    return y_MN
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
+)
+def down(
+    h, y, ids, weights, slots, units, experts_U, slots_U, counts, num_tokens,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H, PARTS).
+
+    PARTS > 1: over the experts of each part, float32 [PARTS, B, H], for `join`. A part is a range
+    of experts, whoever uses them: a token's sum does not depend on who shares the batch.
+    """
+    first_row = tl.program_id(0) * BLOCK_N
+    row_N = first_row + tl.arange(0, BLOCK_N)
+    mask_N = row_N < H
+    token_M = tl.arange(0, M)
+    k_K = tl.arange(0, BLOCK_K)
+    pair_MK = token_M[:, None] * K + k_K[None, :]
+    mask_MK = (token_M < num_tokens)[:, None] & (k_K < K)[None, :]
+    ids_MK = tl.load(ids + pair_MK, mask=mask_MK, other=-1)
+    weights_MK = tl.load(weights + pair_MK, mask=mask_MK, other=0.0).to(tl.float32)
+    num_used = tl.load(counts)
+    part = tl.program_id(1)
+    if M == 1:
+        y_MN = sum_of_one(
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N,
+            mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, K, HAS_BIAS, BLOCK_N,
+            BLOCK_I,
+        )  # fmt: skip
+    else:
+        y_MN = sum_of_part(
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
+            first_row, row_N, mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, E,
+            HAS_BIAS, M, PARTS, BLOCK_U, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
+    to_MN = (part * num_tokens + token_M)[:, None] * H + row_N[None, :]
+    y_MN = y_MN.to(y.dtype.element_ty)
+    tl.store(y + to_MN, y_MN, mask=(token_M < num_tokens)[:, None] & mask_N[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def join(
+    parts, y, num_tokens, H: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of the parts [PARTS, B, H], ascending: y [B, H]. Grid (B, blocks of H)."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        at = (part * num_tokens + token) * H + column
+        sums += tl.load(parts + at, mask=column < H, other=0.0)
+    tl.store(y + token * H + column, sums.to(y.dtype.element_ty), mask=column < H)

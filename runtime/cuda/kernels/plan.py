@@ -1,0 +1,167 @@
+"""The planning kernel: which experts a layer needs, where they are, whose slots the missing take.
+
+One program a layer. It holds the cache's books on the device and does to them what `ExpertCache`
+does on the host: touch, then give each missing expert the slot of lowest value that this call does
+not need. The values come from one of three rules:
+
+    rule    value of a resident key (layer, expert)
+    CLOCK   when it was last used (LRU)
+    COUNT   how often it was used, fading (LFU)
+    TABLE   before[key] where its layer of this step is still to run, else after[key]
+
+TABLE is any policy that can be computed ahead: predicted reuse, Belady.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CLOCK, COUNT, TABLE = (tl.constexpr(rule) for rule in range(3))
+FREE = tl.constexpr(-1)
+TRUST_DECAY = tl.constexpr(0.98)
+
+
+@triton.jit
+def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.constexpr):
+    """What each slot's content is worth; -inf for a free slot."""
+    is_free = keys_S == FREE
+    safe_S = tl.where(is_free, 0, keys_S)
+    if RULE == TABLE:
+        ran = safe_S // E <= layer
+        worth_S = tl.where(ran, tl.load(after + safe_S), tl.load(before + safe_S))
+    else:
+        worth_S = tl.load(values + safe_S)
+    return tl.where(is_free, float("-inf"), worth_S)
+
+
+@triton.jit
+def touch(
+    used_E, rank_E, num_used, values, clock, layer, E: tl.constexpr, RULE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Tell the rule which experts this layer uses."""
+    experts_E = tl.arange(0, BLOCK_E)
+    if RULE == CLOCK:
+        now = tl.load(clock)
+        tl.store(values + layer * E + experts_E, now + rank_E, mask=used_E)
+        tl.store(clock, now + num_used)
+    if RULE == COUNT:
+        counts_E = tl.load(values + layer * E + experts_E, mask=used_E, other=0.0)
+        tl.store(values + layer * E + experts_E, counts_E + 1.0, mask=used_E)
+
+
+@triton.jit
+def wait_for_copies(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
+    """Credit each predictor whose favourite was used, once the next layer's routes are known."""
+    experts_E = tl.arange(0, BLOCK_E)
+    for predictor in tl.static_range(2):
+        choice = tl.load(first_choices + predictor)
+        if choice >= 0:
+            right = tl.sum((used_E & (experts_E == choice)).to(tl.float32), 0)
+            before = tl.load(trust + predictor)
+            tl.store(trust + predictor, TRUST_DECAY * before + (1.0 - TRUST_DECAY) * right)
+
+
+@triton.jit
+def give_slots(
+    used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values, before,
+    after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Give each missed expert the slot of lowest value that this call does not need; the slots of
+    all experts then.
+    """
+    experts_E = tl.arange(0, BLOCK_E)
+    missed_rank_E = tl.cumsum(missed_E.to(tl.int32), 0) - 1
+    index_S = tl.arange(0, BLOCK_S)
+    keys_S = tl.load(key_of_slot + index_S, mask=index_S < S, other=FREE)
+    keys_S = tl.where(index_S == dropped_slot, FREE, keys_S)
+    worth_S = slot_values(keys_S, values, before, after, layer, E, RULE).to(tl.float64)
+    own_S = keys_S - layer * E
+    is_own_S = (own_S >= 0) & (own_S < E)
+    asked_S = tl.gather(used_E.to(tl.int32), tl.where(is_own_S, own_S, 0), 0)
+    pinned_S = is_own_S & (asked_S > 0)
+    worth_S = tl.where(pinned_S | (index_S >= S), float("inf"), worth_S)
+    i = 0
+    while i < num_missed:
+        victim = tl.argmin(worth_S, axis=0)
+        expert = tl.sum(tl.where(missed_E & (missed_rank_E == i), experts_E, 0), 0)
+        evicted = tl.sum(tl.where(index_S == victim, keys_S, 0), 0)
+        if evicted >= 0:
+            tl.store(slot_of_key + evicted, FREE)
+        tl.store(slot_of_key + layer * E + expert, victim)
+        tl.store(key_of_slot + victim, layer * E + expert)
+        worth_S = tl.where(index_S == victim, float("inf"), worth_S)
+        slots_E = tl.where(experts_E == expert, victim, slots_E)
+        i += 1
+    return slots_E
+
+
+@triton.jit(
+    do_not_specialize=["layer", "num_pairs", "S"],
+    do_not_specialize_on_alignment=[
+        "experts_U", "slots_U", "order_U", "counts", "routes", "prefetched", "prefetched_slot",
+        "used_prefetch", "stop",
+    ],
+)  # fmt: skip
+def plan(
+    ids, experts_U, slots_U, order_U, counts,
+    slot_of_key, key_of_slot, values, before, after, clock,
+    routes, prefetched, prefetched_slot, used_prefetch, first_choices, trust, stop, step,
+    layer, num_pairs, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Plan one expert call.
+
+    ids: int64 [P] expert of each (token, k) pair; ids outside 0 .. E-1 are of no expert.
+    experts_U, slots_U: int32, the distinct experts ascending, and their slots.
+    order_U: int32, positions in experts_U: first those whose bytes have to be fetched.
+    counts: int32 [2], how many are distinct, how many to be fetched.
+    prefetched, prefetched_slot: int32 [1], an expert of this layer on its way, or -1. Where the
+        layer does not need it, its slot is free again: the copy may have stopped half way.
+    stop: int32 [1], receives the step's number: the prefetch for this layer has to end.
+    """
+    pairs_P = tl.arange(0, BLOCK_P)
+    ids_P = tl.load(ids + pairs_P, mask=pairs_P < num_pairs, other=-1).to(tl.int32)
+    tl.store(routes + pairs_P, ids_P, mask=pairs_P < num_pairs)
+    experts_E = tl.arange(0, BLOCK_E)
+    asked_PE = ids_P[:, None] == experts_E[None, :]
+    used_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
+    rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
+    num_used = tl.sum(used_E.to(tl.int32), 0)
+    touch(used_E, rank_E, num_used, values, clock, layer, E, RULE, BLOCK_E)
+
+    slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
+    dropped_slot = FREE
+    if PREFETCH:
+        tl.store(stop, tl.load(step))
+        early = tl.load(prefetched)
+        early_used = tl.sum((used_E & (experts_E == early)).to(tl.int32), 0)
+        tl.store(used_prefetch, early_used)
+        wait_for_copies(first_choices, trust, used_E, BLOCK_E)
+        if (early >= 0) & (early_used == 0):
+            dropped_slot = tl.load(prefetched_slot)
+            slots_E = tl.where(experts_E == early, FREE, slots_E)
+            tl.store(slot_of_key + layer * E + early, FREE)
+            tl.store(key_of_slot + dropped_slot, FREE)
+    missed_E = used_E & (slots_E == FREE)
+    num_missed = tl.sum(missed_E.to(tl.int32), 0)
+    fetched_E = missed_E
+    if PREFETCH:
+        fetched_E = missed_E | (used_E & (experts_E == early))
+    fetched_rank_E = tl.cumsum(fetched_E.to(tl.int32), 0) - 1
+    num_fetched = tl.sum(fetched_E.to(tl.int32), 0)
+
+    if num_missed > 0:
+        slots_E = give_slots(
+            used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
+            before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
+        )  # fmt: skip
+
+    tl.store(experts_U + rank_E, experts_E, mask=used_E)
+    tl.store(slots_U + rank_E, slots_E, mask=used_E)
+    turn_E = tl.where(fetched_E, fetched_rank_E, num_fetched + rank_E - fetched_rank_E - 1)
+    tl.store(order_U + turn_E, rank_E, mask=used_E)
+    tl.store(counts, num_used)
+    tl.store(counts + 1, num_fetched)

@@ -1,0 +1,49 @@
+"""Kernels that bring experts over the link, reading pinned host memory themselves.
+
+A stored record (see `record`) comes in chunks. `bring` is what every user of the link calls for one
+chunk: the experts kernel for what a layer misses, `fetch` for what a prefetch chose.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bring(slots, slot, blocks, expert, chunk, STORED: tl.constexpr, CHUNK: tl.constexpr):
+    """One chunk of `expert` into `slot`. slots, records: int16 [*, STORED]."""
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    tl.store(slots + slot * STORED + at, tl.load(blocks + expert * STORED + at))
+
+
+@triton.jit
+def stopped(stop):
+    """The step that was stopped last, by what is in memory now. Atomic, which one thread does for
+    all of the program: with a load, some warps would see the stop before others, and leave a chunk
+    half copied that counts as done.
+    """
+    return tl.atomic_add(stop, 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["prefetched", "prefetched_slot", "stop"])
+def fetch(
+    slots, blocks, prefetched, prefetched_slot, stop, step, progress,
+    STORED: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Copy the chosen expert (int32 [1], -1 for none) until its layer is planned: stop == step.
+
+    Program p copies chunks p, p + PROGRAMS, ... and leaves their number in progress[p].
+    """
+    expert = tl.load(prefetched).to(tl.int64)
+    if expert < 0:
+        return
+    slot = tl.load(prefetched_slot).to(tl.int64)
+    now = tl.load(step)
+    chunk = tl.program_id(0)
+    done = 0
+    while (chunk < STORED // CHUNK) & (stopped(stop) != now):
+        bring(slots, slot, blocks, expert, chunk, STORED, CHUNK)
+        done += 1
+        chunk += PROGRAMS
+    tl.store(progress + tl.program_id(0), done)

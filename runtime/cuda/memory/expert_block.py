@@ -1,0 +1,136 @@
+"""An expert's record: all its parameters end to end, as the host tier and the slots keep them.
+
+    int16 units   0 .......... | down_proj ............. | biases | padding
+                  matrices, each padded to whole chunks  | others |
+
+One flat record is what crosses the link: it does not matter to a copy where a matrix ends. Weights
+of the model's transposed layouts are kept [out, in] in it. Where all is bfloat16, a record may be
+*stored* with its matrices packed (see `packing`) and the others as they are behind them.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.cuda.memory.packing import pack, packed_bytes
+from runtime.weights.arena import Specs
+
+CHUNK = 8192
+"""int16 units in one chunk: what a program fetches at a time."""
+ALIGNMENT = 64
+"""int16 units: parameters start at multiples of 128 bytes."""
+
+
+class Field(NamedTuple):
+    """Where a parameter lies in the record."""
+
+    start: int
+    """in int16 units"""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def units(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize // 2
+
+
+class ExpertBlock:
+    """The layout of the records of experts with parameters `specs` (as stored).
+
+    patches: of a packed chunk (`packing.PATCHES`); 0 for records that are stored as they are.
+    """
+
+    def __init__(self, specs: Specs, patches: int = 0) -> None:
+        self._specs, self.patches = specs, patches
+        self.fields: dict[str, Field] = {}
+        matrices = {name: spec for name, spec in specs.items() if len(spec.shape) > 1}
+        self.matrix_units = self._place(matrices, 0, CHUNK)
+        """Length of the part that can be packed, a multiple of CHUNK."""
+        end = self._place(specs, self.matrix_units, ALIGNMENT)
+        self.units = _round_up(end, CHUNK)
+        """Length, unpacked, a multiple of CHUNK."""
+        self.stored_units = self.units
+        """Length as stored, a multiple of CHUNK."""
+        if patches:
+            behind = end - self.matrix_units
+            self.stored_units = _round_up(self._packed_units + behind, CHUNK)
+
+    def _place(self, specs: Specs, at: int, alignment: int) -> int:
+        """Give those of `specs` that have no place one from `at` on; where the last ends."""
+        for name, spec in specs.items():
+            if name not in self.fields:
+                field = self.fields[name] = Field(at, spec.shape, spec.dtype)
+                at += _round_up(field.units, alignment)
+        return at
+
+    def packed(self, patches: int) -> ExpertBlock:
+        """The same, stored packed; with 0, stored as they are."""
+        return ExpertBlock(self._specs, patches)
+
+    @property
+    def _packed_units(self) -> int:
+        """Of the packed matrices."""
+        return packed_bytes(self.matrix_units // CHUNK, CHUNK, self.patches) // 2
+
+    @property
+    def num_chunks(self) -> int:
+        """Of a record as stored."""
+        return self.stored_units // CHUNK
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether all of it is bfloat16, in rows of whole eights."""
+        fields = self.fields.values()
+        rows = [field.shape[-1] for field in fields if len(field.shape) > 1]
+        return all(field.dtype == torch.bfloat16 for field in fields) and not any(
+            row % 8 for row in rows
+        )
+
+    def start(self, name: str) -> int:
+        """Where a parameter starts in an unpacked record, in its own elements; 0 for a bias that
+        there is not.
+        """
+        field = self.fields.get(name)
+        return 0 if field is None else field.start * 2 // field.dtype.itemsize
+
+    def start_stored(self, name: str) -> int:
+        """The same of a bias in a record as stored."""
+        if not self.patches or name not in self.fields:
+            return self.start(name)
+        return self.start(name) - self.matrix_units + self._packed_units
+
+    def views(self, units: Tensor) -> dict[str, Tensor]:
+        """The parameters in unpacked records, int16 [*, units]: views [*, *shape]."""
+        return {
+            name: units[..., field.start : field.start + field.units]
+            .view(field.dtype)
+            .unflatten(-1, field.shape)
+            for name, field in self.fields.items()
+        }
+
+    def store(self, block_N: Tensor) -> Tensor | None:
+        """An unpacked record, int16 [units], as stored: int16 [stored_units]; None where a chunk
+        has no room for its patches.
+        """
+        if not self.patches:
+            return block_N
+        ends = [*(field.start for field in self.fields.values()), self.matrix_units]
+        starts = sorted({end for end in ends if end <= self.matrix_units})
+        chunks_DC = block_N[: self.matrix_units].view(-1, CHUNK)
+        sizes = [(b - a) // CHUNK for a, b in pairwise(starts)]
+        packed = pack(list(chunks_DC.split(sizes)), self.patches)
+        if packed is None:
+            return None
+        stored_N = block_N.new_zeros(self.stored_units)
+        stored_N[: self._packed_units] = packed.view(torch.int16)
+        behind_N = block_N[self.matrix_units :][: self.stored_units - self._packed_units]
+        stored_N[self._packed_units :][: len(behind_N)] = behind_N
+        return stored_N
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,198 @@
+"""The host tier on a GPU machine: the records of all experts in pinned memory, packed if that pays.
+
+It takes the experts over from the store underneath: a module's own tensors are freed layer by layer
+and made again, bit by bit the same, when the model is given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.cuda.kernels.unpack import unpack
+from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
+from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
+from runtime.weights.store import ExpertStore
+
+
+class PinnedExperts:
+    """All experts of all layers, pinned.
+
+    records: of one expert, of each layer (layers of one shape share theirs). packs: whether whoever
+    reads them takes packed records. transposed: whether the store hands weights out as [in, out],
+    where records keep [out, in].
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_experts: list[int],
+        expert_blocks: list[ExpertBlock],
+        device: torch.device,
+        *,
+        packs: bool,
+        transposed: bool,
+    ) -> None:
+        self._store, self._num_experts = store, num_experts
+        self._device, self._transposed = device, transposed
+        self._memory = PinnedMemory()
+        self._pads: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self.layers: list[Tensor] = []
+        """Pinned, int16 [E, stored units] each."""
+        can_pack = packs and all(block.can_pack for block in expert_blocks)
+        self.expert_blocks = [
+            block.packed(PATCHES[0] if can_pack else 0) for block in expert_blocks
+        ]
+        """Of each layer, as stored."""
+        try:
+            with near_gpu():
+                self._fill()
+        except BaseException:
+            self._give_back()
+            self._memory.close()
+            raise
+
+    @property
+    def packed(self) -> bool:
+        """Whether records are stored packed."""
+        return self.expert_blocks[0].patches > 0
+
+    def _fill(self) -> None:
+        sizes = [
+            2 * block.units * count
+            for block, count in zip(self.expert_blocks, self._num_experts, strict=True)
+        ]
+        title = "experts to pinned memory"
+        with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar:
+            for layer, size in enumerate(sizes):
+                while (taken := self._take(layer)) is None:
+                    self._store_otherwise()
+                self.layers.append(taken)
+                self._store.release(layer)
+                bar.update(size)
+
+    def _take(self, layer: int) -> Tensor | None:
+        """Store a layer, an expert at a time; None where its weights do not pack."""
+        stored_EN = self._empty(layer, self.expert_blocks[layer])
+        for expert, block_N in enumerate(self._gather(layer)):
+            stored_N = self.expert_blocks[layer].store(block_N)
+            if stored_N is None:
+                self._let_go(stored_EN)
+                return None
+            stored_EN[expert].copy_(stored_N)
+        return stored_EN
+
+    def _empty(self, layer: int, block: ExpertBlock) -> Tensor:
+        return self._memory.empty((self._num_experts[layer], block.stored_units), torch.int16)
+
+    def _store_otherwise(self) -> None:
+        """Some weights have more patches than there is room for: from here on, and from the start,
+        all get more room or are kept as they are, since kernels are compiled for one form.
+        """
+        more = [*PATCHES, 0]
+        patches = more[more.index(self.expert_blocks[0].patches) + 1]
+        expert_blocks = [block.packed(patches) for block in self.expert_blocks]
+        for layer, stored_EN in enumerate(self.layers):
+            again_EN = self._stored_again(layer, expert_blocks[layer])
+            self.layers[layer], self.expert_blocks[layer] = again_EN, expert_blocks[layer]
+            self._let_go(stored_EN)
+        self.expert_blocks = expert_blocks
+
+    def _stored_again(self, layer: int, block: ExpertBlock) -> Tensor:
+        """A layer's experts, as `record` stores them."""
+        again_EN = self._empty(layer, block)
+        for expert in range(len(again_EN)):
+            stored_N = block.store(self._on_device(layer, expert))
+            assert stored_N is not None  # there was room in less
+            again_EN[expert].copy_(stored_N)
+        return again_EN
+
+    def _gather(self, layer: int) -> Iterator[Tensor]:
+        """The layer's records, one after the other in the same device memory, int16 [N]."""
+        block = self.expert_blocks[layer]
+        block_N = torch.zeros(block.units, dtype=torch.int16, device=self._device)
+        views = self._as_model(block.views(block_N))
+        for expert in range(self._num_experts[layer]):
+            self._store.read(layer, expert, views)
+            yield block_N
+
+    def _as_model(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters of one expert in a record, in the store's own orientation."""
+        if not self._transposed:
+            return parameters
+        return {name: p.mT if p.dim() == 2 else p for name, p in parameters.items()}
+
+    # ------------------------------------------------------------------ reading
+
+    def send(self, layer: int, expert: int, into: Tensor) -> None:
+        """Send a stored record over the link, on the current stream, to int16 [stored units]."""
+        into.copy_(self.layers[layer][expert], non_blocking=True)
+
+    def _on_device(self, layer: int, expert: int) -> Tensor:
+        """One record, unpacked, int16 [units], in device memory of its own."""
+        block = self.expert_blocks[layer]
+        stored_N = torch.empty(block.stored_units, dtype=torch.int16, device=self._device)
+        self.send(layer, expert, stored_N)
+        if not block.patches:
+            return stored_N
+        block_1N = torch.empty(1, block.units, dtype=torch.int16, device=self._device)
+        picked = torch.zeros(1, dtype=torch.int32, device=self._device)
+        unpack_blocks(block, stored_N[None], picked, block_1N)
+        return block_1N[0]
+
+    def link_bytes(self, layer: int) -> int:
+        """Bytes that cross the link for one expert of `layer`."""
+        return self.expert_blocks[layer].stored_units * 2
+
+    # ------------------------------------------------------------------ giving back
+
+    def _give_back(self) -> None:
+        """Make the store's own tensors again, an expert at a time, and let go of each layer's
+        records: both copies of a large model would not fit in memory.
+        """
+        for layer in reversed(range(len(self.layers))):
+            if self._store.is_released(layer):
+                self._store.refill(layer, partial(self._read_one, layer))
+            self._let_go(self.layers.pop())
+
+    def _read_one(self, layer: int, expert: int) -> dict[str, Tensor]:
+        block_N = self._on_device(layer, expert)
+        views = self._as_model(self.expert_blocks[layer].views(block_N))
+        return {name: self._landed(name, view) for name, view in views.items()}
+
+    def _landed(self, name: str, view: Tensor) -> Tensor:
+        """A parameter in pinned memory, which it reaches at the link's speed; good until the next.
+
+        Where nothing more can be pinned (which may be why all is given back), as it is.
+        """
+        key = name, tuple(view.shape)
+        try:
+            if key not in self._pads:
+                self._pads[key] = self._memory.empty(key[1], view.dtype)
+        except MemoryError:
+            return view
+        return self._pads[key].copy_(view)
+
+    def _let_go(self, stored_EN: Tensor) -> None:
+        torch.cuda.synchronize()  # the last copy out of them
+        self._memory.release(stored_EN)
+
+    def close(self) -> None:
+        """Give the experts back to the store and unpin. Nothing may be reading."""
+        self._give_back()
+        self._memory.close()
+
+
+def unpack_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
+    """Unpack the stored records in slots `picked`, int32 [R], to int16 [R, units], on the current
+    stream.
+    """
+    unpack[(block.units // CHUNK, len(picked))](
+        to_RN, slots_SN, picked, UNITS=block.units, STORED=block.stored_units,
+        MATRICES=block.matrix_units, CHUNK=CHUNK, PATCHES=block.patches,
+    )  # fmt: skip

@@ -1,0 +1,10 @@
+"""The engine: attached to an unmodified model, it runs the experts out of slots.
+
+engine       hooks on the model; one forward pass is one step
+experts      an experts call out of slots, exact whatever is resident
+pool         slots and the loads that fill them
+step_inputs  what a forward pass is about to run
+observer     the true routes of each step, for the predictor and the route log
+next_tokens  the likeliest next tokens of a step, and its logits
+attachment   changes to a model, each with its way back
+"""

@@ -1,0 +1,276 @@
+"""The key/value cache of sequences in flight: a row each, chosen by index in every step.
+
+A step's tokens lie side by side in one sequence [1, T], whichever sequences they belong to, so a
+prompt's chunk and many single tokens share one forward pass and no padding ever reaches an expert.
+New keys and values are written to (row, position); attention then runs for each sequence over a
+view of its row. Regrouping sequences moves nothing, and a sequence attends exactly as it would
+alone.
+
+Of transformers' own continuous batching this takes the packed step and the attention functions,
+which are run here once a sequence. Its paged cache did not hold up: it sizes heads by
+`config.head_dim` (wrong for latent attention), off the GPU it attends with a mask of all tokens by
+all cached tokens, its scheduler sees no residency, and its steps run in a thread of its own without
+a place for the forecast. `StaticCache` has one length for all rows; `DynamicCache` would copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from runtime.kv.static_cache import PLAIN, Storage, attention_types
+
+if TYPE_CHECKING:
+    from runtime.cuda.decode.row_decoder import SingleTokens
+    from runtime.engine.engine import Engine
+    from runtime.serving.settings import ServeSettings
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+class Span(NamedTuple):
+    """The tokens of one sequence within a step."""
+
+    row: int
+    start: int
+    """Tokens of the sequence that are in the cache already."""
+    num_tokens: int
+    """Tokens of this step."""
+
+
+class TokenLayout:
+    """Where each of a step's tokens belongs.
+
+    attend_singles: attention of single tokens together, as
+    `runtime.cuda.decode.row_decoder` has it; it serves the spans of one token that come first.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        attend_singles: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self._attend_singles = attend_singles
+        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
+        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
+        self.spans = spans
+        rows = [span.row for span in spans for _ in range(span.num_tokens)]
+        positions = [span.start + i for span in spans for i in range(span.num_tokens)]
+        self.rows_T, self.positions_T = torch.tensor([rows, positions], device=device)
+        self._masks: dict[tuple[Span, int | None], Tensor] = {}
+
+    def mask(self, span: Span, window: int | None) -> Tensor | None:
+        """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
+        length = span.start + span.num_tokens
+        if span.num_tokens == 1 and (window is None or length <= window):
+            return None
+        if (span, window) not in self._masks:
+            positions = torch.arange(length, device=self.rows_T.device)
+            query, key = positions[span.start :, None], positions[None]
+            seen = key <= query if window is None else (key <= query) & (key > query - window)
+            self._masks[span, window] = seen[None, None]
+        return self._masks[span, window]
+
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`function`, once a sequence: from queries [1, heads, T, width] and a layer's rows to
+        [1, T, heads, width].
+        """
+        outputs, at = [], self._num_singles
+        if self._attend_singles is not None and at:
+            places = self.rows_T[:at], self.positions_T[:at]
+            outputs.append(self._attend_singles(query[:, :, :at], key, value, *places, **kwargs))
+        for span in self.spans[at:]:
+            length = span.start + span.num_tokens
+            mask = self.mask(span, kwargs.get("sliding_window"))
+            one = slice(span.row, span.row + 1)
+            seen = key[one, :, :length], value[one, :, :length]
+            queries = query[:, :, at : at + span.num_tokens]
+            outputs.append(function(module, queries, *seen, mask, **kwargs)[0])
+            at += span.num_tokens
+        return torch.cat(outputs, 1)
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, [R, heads, context, width]."""
+
+    def __init__(self, rows: RowCache, index: int) -> None:
+        super().__init__()
+        self._rows, self._index = rows, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            self._tensor("keys", key_states),
+            self._tensor("values", value_states),
+        )
+        self.is_initialized = True
+
+    def _tensor(self, name: str, like: Tensor) -> Tensor:
+        rows = self._rows
+        if rows.storage is not None:
+            return rows.storage.view(self._index, name, like, rows.num_rows)
+        return like.new_empty(rows.num_rows, like.shape[1], rows.context, like.shape[-1])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        layout = self._rows.layout
+        self.keys[layout.rows_T, :, layout.positions_T] = key_states[0].transpose(0, 1)
+        self.values[layout.rows_T, :, layout.positions_T] = value_states[0].transpose(0, 1)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self._rows.context
+
+    get_max_cache_shape = get_max_length
+    """Its name in older versions of transformers."""
+
+
+class RowCache(Cache):
+    """`num_rows` sequences of up to `context` tokens, in `storage` where the engine has one (which
+    it may be longer than); else memory is touched as tokens come.
+    """
+
+    def __init__(
+        self, model: nn.Module, num_rows: int, context: int, storage: Storage | None = None
+    ) -> None:
+        config: Any = model.config
+        text = config.get_text_config()
+        _require_plain(text)
+        self.num_rows, self.context, self.storage = num_rows, context, storage
+        self.layout: TokenLayout | SingleTokens
+        self._free = list(range(num_rows - 1, -1, -1))
+        self._configs = _configs(model)
+        self._name = f"expertflow-rows-{id(self)}"
+        self._inner = text._attn_implementation
+        super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows; 0 before the first step."""
+        layers = (layer for layer in self.layers if isinstance(layer, RowLayer))
+        stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
+        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+
+    def take(self) -> int:
+        """A free row."""
+        return self._free.pop()
+
+    def release(self, row: int) -> None:
+        assert row not in self._free
+        self._free.append(row)
+
+    @contextmanager
+    def attending(self, layout: TokenLayout | SingleTokens) -> Iterator[None]:
+        """Within the block, the model's forward runs over the tokens of `layout`."""
+        self.layout = layout
+        AttentionInterface.register(self._name, self._attend)
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = self._name
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+            del ALL_ATTENTION_FUNCTIONS._global_mapping[self._name]
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention by the layout, which knows the masks."""
+        function = self._function(module)
+        return self.layout.attend(function, module, query, key, value, **kwargs), None
+
+    def _function(self, module: nn.Module) -> Attention:
+        if self._inner != "eager":
+            return ALL_ATTENTION_FUNCTIONS[self._inner]
+        return partial(_eager, sys.modules[type(module).__module__].eager_attention_forward)
+
+
+def _eager(
+    function: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Eager attention adds its mask."""
+    if mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+    return function(module, query, key, value, mask, **kwargs)
+
+
+def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
+    """Rows for `num_rows` sequences: of the engine's own key/value cache where it has one, as many
+    as there are. Raises ValueError where it is too small.
+    """
+    storage = engine.key_value_storage
+    if storage is not None:
+        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
+            if reserved < getattr(settings, name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
+                    f"much on a GPU; the model was loaded with {reserved}"
+                )
+        num_rows = min(num_rows, storage.batch)
+    return RowCache(engine.model, num_rows, settings.context, storage)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object that a module of the model reads."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if config is not None}.values())
+
+
+def _require_plain(config: Any) -> None:
+    others = attention_types(config) - PLAIN
+    if others:
+        raise ValueError(
+            f"the model has layers of type {', '.join(sorted(others))}, which cannot be served "
+            "together yet; use model.generate"
+        )
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the model's attention is {config._attn_implementation}; load it with "
+            "attn_implementation='sdpa' to serve it"
+        )

@@ -1,0 +1,8 @@
+"""The route predictor beside the model.
+
+predictor_file        an exported predictor, checked
+forecaster            prediction for one batch that starts and ends together
+sequence_forecaster   prediction for sequences that come and go
+layer_map             which of the model's layers the predictor speaks of
+route_log             the routes of what ran, kept as a trace
+"""

@@ -1,0 +1,148 @@
+"""Keeps the true routes of what the runtime runs, as a trace to train the predictor further with.
+
+Off unless `runtime.load(..., record=DIR)` asks for it. What is kept are token ids and the experts
+they used: whoever has the tokenizer can read the text back, so a new directory is readable by its
+owner only. Nothing leaves the machine. The directory is bounded by `limit` bytes; then recording
+ends, and generating goes on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import warnings
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from routing.shards import GENERATED, MANIFEST, PROMPT, Document, stored_experts
+from routing.topology import Topology
+from routing.writer import TraceWriter
+from runtime.prediction.forecaster import PADDING
+
+LIMIT = 256 << 20
+"""Bytes of a recording, unless told otherwise."""
+SHARD_TOKENS = 1 << 16
+"""Tokens after which a shard is written: what a crash can lose."""
+
+
+@dataclass
+class _Sequence:
+    """The tokens of one sequence so far, without padding."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
+    num_prompt: int = 0
+
+
+class RouteLog:
+    """Appends documents to the trace in `directory`, across runs, up to `limit` bytes in all.
+
+    eos_ids: tokens that end a sequence; what a batch's other sequences still run after it is not
+    recorded. Raises ValueError where the directory holds something else, or another model's trace.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        topology: Topology,
+        *,
+        limit: int = LIMIT,
+        eos_ids: Set[int] = frozenset(),
+    ) -> None:
+        if [stack.name for stack in topology.stacks] != ["decoder"]:
+            raise ValueError("record= is for decoder-only models: trace others with trace.collect")
+        self._stack, self._eos_ids, self._limit = topology.stack(), eos_ids, limit
+        self._sequences: list[_Sequence] = []
+        self._length = 0
+        self._is_open = True
+        self._writer = _open(Path(directory), topology)
+        self._num_bytes = sum(path.stat().st_size for path in self._writer.directory.iterdir())
+        atexit.register(self.close)
+
+    def extend(
+        self, tokens_BT: np.ndarray, positions_BT: np.ndarray, past: int, routes_BTLK: np.ndarray
+    ) -> None:
+        """A forward pass over the next tokens of B sequences, `past` of each being in the cache.
+
+        positions_BT: PADDING where a token is none. A pass that does not continue the last one
+        starts new sequences, or, in the middle of unknown ones, is left out.
+        """
+        if past != self._length or len(tokens_BT) != len(self._sequences):
+            self.end()
+            if past:
+                return
+        if past == 0:
+            self._sequences = [_Sequence() for _ in tokens_BT]
+        self._length = past + tokens_BT.shape[1]
+        for row, sequence in enumerate(self._sequences):
+            is_real_T = positions_BT[row] != PADDING
+            sequence.tokens.append(tokens_BT[row][is_real_T])
+            sequence.routes.append(self._stored(routes_BTLK[row][is_real_T]))
+            if past == 0:
+                sequence.num_prompt = int(is_real_T.sum())
+
+    def follow(self, tokens_B: np.ndarray, routes_BLK: np.ndarray) -> None:
+        """One more token for each sequence of the running generation."""
+        zeros_B1 = np.zeros((len(tokens_B), 1), np.int64)
+        self.extend(tokens_B[:, None], zeros_B1, self._length or 1, routes_BLK[:, None])
+
+    def end(self) -> None:
+        """The sequences of the running generation are over."""
+        sequences, self._sequences, self._length = self._sequences, [], 0
+        for sequence in sequences:
+            tokens_T = np.concatenate(sequence.tokens)
+            kept = self._num_before_end(tokens_T, sequence.num_prompt)
+            self._add(tokens_T[:kept], np.concatenate(sequence.routes)[:kept], sequence.num_prompt)
+
+    def add(self, tokens_T: np.ndarray, routes_TLK: np.ndarray, num_prompt: int) -> None:
+        """One sequence that is over: int [T], int [T, L, K] (NO_EXPERT for none)."""
+        self._add(tokens_T, self._stored(routes_TLK), num_prompt)
+
+    def close(self) -> None:
+        """Write what is not written yet. Idempotent."""
+        self.end()
+        self._guarded(self._writer.flush)
+        self._is_open = False
+        atexit.unregister(self.close)
+
+    def _stored(self, routes: np.ndarray) -> np.ndarray:
+        return stored_experts(routes, self._stack.num_experts)
+
+    def _num_before_end(self, tokens_T: np.ndarray, num_prompt: int) -> int:
+        """How many tokens there are up to the first generated end, the end included."""
+        ended = np.flatnonzero(np.isin(tokens_T[num_prompt:], list(self._eos_ids)))
+        return num_prompt + int(ended[0]) + 1 if len(ended) else len(tokens_T)
+
+    def _add(self, tokens_T: np.ndarray, stored_TLK: np.ndarray, num_prompt: int) -> None:
+        size = 5 * len(tokens_T) + stored_TLK.nbytes
+        if self._is_open and self._num_bytes + size > self._limit:
+            self._stop(f"it has reached its limit of {self._limit:,} bytes (record_limit=)")
+        if not self._is_open:
+            return
+        phase_T = np.where(np.arange(len(tokens_T)) < num_prompt, PROMPT, GENERATED)
+        document = Document(
+            tokens_T.astype(np.int32), stored_TLK, phase_T.astype(np.uint8), "recorded"
+        )
+        self._num_bytes += size
+        self._guarded(partial(self._writer.add, {"decoder": document}))
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        """A full disk ends the recording, not the generation."""
+        try:
+            write()
+        except OSError as error:
+            self._stop(str(error))
+
+    def _stop(self, why: str) -> None:
+        self._is_open = False
+        warnings.warn(f"recording into {self._writer.directory} ends: {why}", stacklevel=2)
+
+
+def _open(directory: Path, topology: Topology) -> TraceWriter:
+    if not (directory / MANIFEST).exists():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    provenance = {"model": topology.model_type, "recorded": "by runtime.load(record=)"}
+    return TraceWriter(directory, topology, provenance=provenance, shard_tokens=SHARD_TOKENS)

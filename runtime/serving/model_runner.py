@@ -1,0 +1,129 @@
+"""Running a step's parts, and giving back what comes next, and routes.
+
+Runner          all parts side by side in one forward pass
+CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it; or all in one
+                pass where experts are fetched for a prompt anyway
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.cache.policies import Forecast
+from runtime.engine.engine import Engine
+from runtime.engine.next_tokens import NextTokens
+from runtime.kv.row_cache import RowCache, Span, TokenLayout
+from runtime.prediction.sequence_forecaster import join
+from runtime.serving.sequence import ServedSequence
+
+if TYPE_CHECKING:
+    from runtime.cuda.decode.row_decoder import RowDecoder
+
+
+Ran = tuple[NextTokens, np.ndarray]
+
+
+class Part(NamedTuple):
+    """What a step runs of one job."""
+
+    sequence: ServedSequence
+    num_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """True when the next token can be chosen after this step."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class ModelRunner:
+    """One forward pass over everything."""
+
+    overlaps = False
+    """Whether predictions are made while a step runs, or before it."""
+    attend_singles: Callable[..., Tensor] | None = None
+    """A kernel for the decoding sequences' attention; None: each by itself, as a prompt."""
+
+    def __init__(self, engine: Engine, cache: RowCache) -> None:
+        self._engine, self._cache = engine, cache
+
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
+        """The next tokens of the parts that complete, and routes [T, L, K] of all tokens.
+
+        renew: brings the outlooks of the parts up to date, where `overlaps`.
+        """
+        return self._pack(parts)
+
+    @torch.no_grad()
+    def _pack(self, parts: Sequence[Part]) -> Ran:
+        device = self._engine.device
+        spans = [Span(sequence.row, sequence.num_cached, count) for sequence, count in parts]
+        layout = TokenLayout(spans, device, self.attend_singles)
+        tokens = [token for part in parts for token in _tokens(part)]
+        lasts = np.cumsum([part.num_tokens for part in parts]) - 1
+        completing = [part.completes for part in parts]
+        with self._cache.attending(layout):
+            logits, routes_TLK = self._engine.run_ragged(
+                _forecast(parts),
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=layout.positions_T[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(lasts[completing]).to(device),
+            )
+        return NextTokens.of(logits[0]), routes_TLK
+
+
+class CapturedRunner(ModelRunner):
+    """Sequences that decode run in a captured step, while the host predicts for them."""
+
+    overlaps = True
+
+    def __init__(self, engine: Engine, cache: RowCache, rows: RowDecoder) -> None:
+        super().__init__(engine, cache)
+        self._rows, self.attend_singles = rows, rows.attend_singles
+
+    def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
+        decoding = [part for part in parts if part.sequence.is_ready]
+        prompts = parts[len(decoding) :]
+        if not self._captures(decoding, prompts):
+            renew()
+            return self._pack(parts)
+        decoded, routes_TLK = self._decode([part.sequence for part in decoding], renew)
+        if not prompts:
+            return decoded, routes_TLK
+        begun, prompt_routes = self._pack(prompts)
+        return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
+
+    def _captures(self, decoding: Sequence[Part], prompts: Sequence[Part]) -> bool:
+        """A prompt uses nearly every expert: what is fetched for it serves the others too."""
+        if not decoding or not self._rows.fits(len(decoding)):
+            return False
+        return not (prompts and self._rows.is_starved)
+
+    @torch.no_grad()
+    def _decode(self, sequences: Sequence[ServedSequence], renew: Callable[[], None]) -> Ran:
+        parts = [Part(sequence, 1) for sequence in sequences]
+        run = self._rows.launch(
+            [sequence.token_ids[-1] for sequence in sequences],
+            [sequence.row for sequence in sequences],
+            [sequence.num_cached for sequence in sequences],
+            _forecast(parts),
+        )
+        renew()
+        self._rows.revise(_forecast(parts))
+        following, routes_NLK = self._rows.land(run)
+        return following, self._engine.tracked(routes_NLK)
+
+
+def _tokens(part: Part) -> list[int]:
+    start = part.sequence.num_cached
+    return part.sequence.token_ids[start : start + part.num_tokens]
+
+
+def _forecast(parts: Sequence[Part]) -> Forecast | None:
+    return join([part.sequence.forecast for part in parts if part.sequence.forecast is not None])

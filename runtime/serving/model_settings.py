@@ -1,0 +1,50 @@
+"""The model that a command line serves, and how it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from runtime.engine.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(ServeSettings):
+    """How requests are served together, and by which model."""
+
+    model: str
+    """Model directory, or an id on the Hub."""
+    predictor: Path | None = None
+    """ONNX predictor of the model."""
+    memory: str = "0.25"
+    """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
+    dtype: str = "auto"
+    """Number format of the model; `auto` is the one it is stored in."""
+    device: str | None = None
+    """cpu or cuda; by default a GPU if there is one."""
+    record: Path | None = None
+    """Directory to keep tokens and routes of everything in, as a trace to train the predictor
+    further with (256 MiB at most). The text can be read back from it.
+    """
+
+    def load(self, tokenizer: Any = None) -> Engine:
+        """The engine, with a key/value cache for these settings. Raises ValueError or OSError."""
+        import runtime
+        from runtime.serving.scheduling.scheduler import num_rows
+
+        engine: Engine = runtime.load(
+            self.model,
+            self.predictor,
+            memory=self.memory,
+            device=self.device,
+            dtype=self.dtype,
+            tokenizer=tokenizer,
+            context=self.context,
+            batch=num_rows(self, self.scheduler),
+            record=self.record,
+        ).expertflow
+        return engine

@@ -1,0 +1,8 @@
+"""Who is admitted and who decodes.
+
+scheduler  bounds on waiting and priorities around an ordering
+ordering   first come, first served; by true domain
+predicted  by predicted routes; bursts: requests that arrive together
+paper      the paper's scheduler
+payoff     when ordering by prediction rests
+"""

@@ -1,0 +1,34 @@
+"""What a request's prompt is in token ids, and whether it can be served at all."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from runtime.serving.request import Request
+
+
+class Validator(NamedTuple):
+    """What requests must fit."""
+
+    tokenizer: Any
+    """None where prompts are token ids."""
+    vocab_size: int
+    context: int
+
+    def encode(self, request: Request) -> list[int]:
+        """The prompt's token ids. Raises ValueError for a request that cannot be served."""
+        if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
+            raise ValueError("text prompts and stop strings need serve(..., tokenizer=)")
+        prompt = request.prompt
+        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else map(int, prompt)
+        ids = list(ids)
+        if not ids:
+            raise ValueError("the prompt is empty")
+        if not all(0 <= i < self.vocab_size for i in ids):
+            raise ValueError(f"the prompt has token ids outside 0 to {self.vocab_size - 1}")
+        if len(ids) + request.max_tokens > self.context:
+            raise ValueError(
+                f"{len(ids)} prompt tokens and max_tokens={request.max_tokens} exceed the context "
+                f"of {self.context} tokens"
+            )
+        return ids

@@ -1,0 +1,198 @@
+"""Every way to predict and every policy on the same recorded tokens, with one yardstick.
+
+For each: recall, hit rate, bytes, and, under the link and compute times of
+`runtime.simulation.link_model`, the time a token takes without prefetching, with the
+priced plan and with a greedy one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from runtime.cache.policies import (
+    LFU,
+    LRU,
+    Belady,
+    Calls,
+    Forecast,
+    LeastStale,
+    Policy,
+    PredictedReuse,
+)
+from runtime.prediction.forecaster import Forecaster
+from runtime.prediction.predictor_file import PredictorFile
+from runtime.simulation.baselines import Documents, Rival, used_by
+from runtime.simulation.link_model import Machine, PrefetchPlan, Tally, Timeline
+from runtime.simulation.replay import BypassSimulation, Simulation
+from runtime.simulation.trace_steps import TraceStep
+
+PLANS: tuple[PrefetchPlan, ...] = ("none", "priced", "greedy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to run a cache."""
+
+    name: str
+    policy: Callable[[], Policy]
+    forecasts: Sequence[Forecast | None]
+    """One a token; None from what predicts nothing."""
+    ahead_TLDE: np.ndarray | None = None
+    """Float16; what becomes known of each token's coming layers while it runs, if anything does:
+    see `Timeline.step`."""
+    recall_this: float | None = None
+    recall_next: float | None = None
+    recall_ahead: tuple[float, ...] = ()
+    """By distance, of what it says at each layer of the layer so far ahead."""
+
+    @property
+    def predicts(self) -> bool:
+        return self.ahead_TLDE is not None or self.forecasts[0] is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a contender reached at one cache size."""
+
+    name: str
+    residency: float
+    recall_this: float | None
+    recall_next: float | None
+    recall_ahead: tuple[float, ...]
+    hit_rate: float
+    loads_per_token: float
+    ms_per_token: dict[str, float]
+    """By plan of prefetching."""
+    prefetched: float = 0.0
+    """Experts a token under the priced plan, and of these: """
+    timely: float = 0.0
+    late: float = 0.0
+    wasted: float = 0.0
+
+    @property
+    def saving(self) -> float | None:
+        """Share of a token's time that the priced plan saves; None without a forecast."""
+        if "priced" not in self.ms_per_token:
+            return None
+        return 1 - self.ms_per_token["priced"] / self.ms_per_token["none"]
+
+
+def rival_forecasts(rival: Rival, documents: Documents, num_experts: int) -> Iterator[Forecast]:
+    """What a rival says before each token."""
+    for steps in documents:
+        rival.reset()
+        for step, used_LE in zip(steps, used_by(steps, num_experts), strict=True):
+            yield rival.forecast(int(step.token_ids_T[0]))
+            rival.observe(used_LE)
+
+
+def file_forecasts(file: PredictorFile, documents: Documents) -> Iterator[Forecast]:
+    """What the runtime would predict before each token."""
+    forecaster = Forecaster(file)
+    for steps in documents:
+        forecaster.reset(1)
+        for step in steps:
+            yield forecaster.forecast(step.token_ids_T[None], step.positions_T[None])
+            forecaster.observe(step.experts_TLK[-1:].astype(np.int64))
+
+
+def predicting(
+    name: str, forecasts: Sequence[Forecast], documents: Documents, shape: tuple[int, int], h: int
+) -> Contender:
+    """A contender that evicts by predicted reuse, scored by its recall of as many as are used."""
+    used = [used_by(steps, shape[1]) for steps in documents]
+    heads = [np.stack([forecast[j] for forecast in forecasts]) for j in (0, 1)]
+    follows = np.concatenate([np.arange(len(u)) < len(u) - 1 for u in used])
+    used_TLE = np.concatenate(used)
+    return Contender(
+        name=name,
+        policy=lambda: PredictedReuse(*shape, horizon=h),
+        forecasts=forecasts,
+        recall_this=recall(heads[0], used_TLE),
+        recall_next=recall(heads[1][follows], np.roll(used_TLE, -1, axis=0)[follows]),
+    )
+
+
+def recall(scores_TLE: np.ndarray, used_TLE: np.ndarray) -> float:
+    """Of the experts used, the share among as many of highest score; mean over the layers."""
+    order_TLE = np.argsort(-scores_TLE, axis=-1, kind="stable")
+    ranked_TLE = np.take_along_axis(used_TLE, order_TLE, axis=-1)
+    within_TLE = np.arange(used_TLE.shape[-1]) < used_TLE.sum(-1, keepdims=True)
+    return float(((ranked_TLE & within_TLE).sum((0, 2)) / used_TLE.sum((0, 2)).clip(1)).mean())
+
+
+def without_forecast(shape: tuple[int, int], calls: Calls, num_steps: int) -> list[Contender]:
+    """The policies that predict nothing, and the one that need not."""
+    nothing: list[Forecast | None] = [None] * num_steps
+    plain = [
+        Contender(name=kind.name, policy=partial(kind, *shape), forecasts=nothing)
+        for kind in (LRU, LFU, LeastStale)
+    ]
+    belady = Contender(
+        name=Belady.name, policy=lambda: Belady(*shape, calls=calls), forecasts=nothing
+    )
+    return [*plain, belady]
+
+
+def outcome(
+    contender: Contender,
+    steps: Sequence[Calls],
+    shape: tuple[int, int],
+    residency: float,
+    machine: Machine,
+) -> Outcome:
+    """Run one contender at one cache size under every plan that it can follow."""
+    slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
+    plans = PLANS if contender.predicts else PLANS[:1]
+    nothing = [None] * len(steps)
+    aheads = nothing if contender.ahead_TLDE is None else contender.ahead_TLDE
+    tallies: dict[str, Tally] = {}
+    for plan in plans:
+        timeline = Timeline(contender.policy(), shape, slots, machine, plan)
+        for forecast, calls, ahead in zip(contender.forecasts, steps, aheads, strict=True):
+            timeline.step(forecast, calls, ahead)
+        tallies[plan] = timeline.tally
+    requests = sum(len(experts) for calls in steps for _, experts in calls)
+    priced, count = tallies.get("priced", Tally()), len(steps)
+    return Outcome(
+        name=contender.name,
+        residency=residency,
+        recall_this=contender.recall_this,
+        recall_next=contender.recall_next,
+        recall_ahead=contender.recall_ahead,
+        hit_rate=1 - tallies["none"].demanded / requests,
+        loads_per_token=tallies["none"].demanded / count,
+        ms_per_token={plan: tally.milliseconds / count for plan, tally in tallies.items()},
+        prefetched=priced.prefetched / count,
+        timely=priced.timely / count,
+        late=priced.late / count,
+        wasted=priced.wasted / count,
+    )
+
+
+def other_replays(
+    steps: Sequence[Calls], shape: tuple[int, int], residency: float
+) -> list[tuple[str, float]]:
+    """Names and hit rates of replays by other rules: an LRU that serves expert by expert, so that
+    it may evict what the running call still needs, and the optimum that may stream experts through.
+    """
+    slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
+    flat = [call for calls in steps for call in calls]
+    optimum = BypassSimulation(Belady(*shape, calls=flat), *shape, slots)
+    singly = Simulation(LRU(*shape), *shape, slots)
+    for calls in steps:
+        optimum.step(None, calls)
+        singly.step(None, [(layer, one) for layer, experts in calls for one in experts[:, None]])
+    return [
+        (name, 1 - simulation.loads / simulation.requests)
+        for name, simulation in (("lru, one by one", singly), (optimum.name, optimum))
+    ]
+
+
+def decode_steps(documents: Documents) -> list[TraceStep]:
+    """All steps, in order."""
+    return [step for steps in documents for step in steps]

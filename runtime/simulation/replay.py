@@ -1,0 +1,156 @@
+"""Cache policies replayed over recorded steps, without a model.
+
+The policies and the cache are the runtime's own, stepped as the runtime steps them, so that hit
+rates are those of a live run over the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.policies import (
+    LFU,
+    LRU,
+    Belady,
+    Calls,
+    Forecast,
+    Policy,
+    PredictedReuse,
+)
+from runtime.prediction.forecaster import Forecaster
+from runtime.prediction.predictor_file import PredictorFile
+from runtime.simulation.trace_steps import TraceStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """One policy at one cache size."""
+
+    policy: str
+    residency: float
+    slots: int
+    requests: int
+    loads: int
+    loads_per_token: float
+    hit_rate: float
+
+
+class Simulation:
+    """One cache under one policy, counting."""
+
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
+        self.name = policy.name
+        self.num_slots = num_slots
+        self._policy = policy
+        self.cache = ExpertCache(num_layers, num_experts, num_slots, policy)
+        self.requests, self.loads = 0, 0
+
+    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+        """Serve the expert calls of one forward pass."""
+        self._policy.begin_step(forecast)
+        for layer, experts in calls:
+            for lookup in self.cache.waves(layer, experts):
+                self.loads += int(np.count_nonzero(lookup.missed))
+            self.requests += len(experts)
+
+
+class BypassSimulation:
+    """A policy that may stream an expert through: after each call what is worth most stays, be it
+    new or old. With `Belady` it is the optimum.
+    """
+
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
+        self.name = f"{policy.name}+bypass"
+        self.num_slots = num_slots
+        self._policy = policy
+        self._resident = np.zeros((num_layers, num_experts), bool)
+        self.requests, self.loads = 0, 0
+
+    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+        """Serve the expert calls of one forward pass."""
+        self._policy.begin_step(forecast)
+        for layer, experts in calls:
+            self._policy.touch(layer, experts)
+            self.loads += int(np.count_nonzero(~self._resident[layer, experts]))
+            self.requests += len(experts)
+            self._resident[layer, experts] = True
+            self._shrink()
+
+    def _shrink(self) -> None:
+        held = np.flatnonzero(self._resident)
+        excess = len(held) - self.num_slots
+        if excess > 0:
+            values = self._policy.values[held]
+            self._resident.reshape(-1)[held[np.argpartition(values, excess)[:excess]]] = False
+
+
+def simulate(
+    steps: Sequence[TraceStep],
+    shape: tuple[int, int],
+    *,
+    residency: Sequence[float],
+    predictor: PredictorFile | None = None,
+) -> list[ReplayResult]:
+    """Replay `steps` under every policy at every residency. shape: (L, E)."""
+    step_calls = [list(step.calls()) for step in steps]
+    calls = [call for step in step_calls for call in step]
+    running = {share: _start(shape, share, calls, predictor) for share in residency}
+    for forecast, called in zip(_forecasts(steps, predictor), step_calls, strict=True):
+        for simulations in running.values():
+            for simulation in simulations:
+                simulation.step(forecast, called)
+    num_tokens = sum(len(step.token_ids_T) for step in steps)
+    return [
+        _result(simulation, share, num_tokens)
+        for share, simulations in running.items()
+        for simulation in simulations
+    ]
+
+
+def _start(
+    shape: tuple[int, int], share: float, calls: Calls, predictor: PredictorFile | None
+) -> list[Simulation | BypassSimulation]:
+    num_slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
+    policies: list[Callable[[], Policy]] = [partial(Belady, *shape, calls=calls)]
+    if predictor is not None:
+        policies.insert(0, partial(PredictedReuse, *shape, horizon=predictor.horizon))
+    plain: list[Callable[[], Policy]] = [partial(LRU, *shape), partial(LFU, *shape), *policies]
+    return [
+        *(Simulation(policy(), *shape, num_slots) for policy in plain),
+        *(BypassSimulation(policy(), *shape, num_slots) for policy in policies),
+    ]
+
+
+def _forecasts(
+    steps: Sequence[TraceStep], predictor: PredictorFile | None
+) -> Iterator[Forecast | None]:
+    """What the runtime would predict before each step."""
+    if predictor is None:
+        yield from (None for _ in steps)
+        return
+    forecaster = Forecaster(predictor)
+    for step in steps:
+        if step.first:
+            forecaster.reset(1)
+        yield forecaster.forecast(step.token_ids_T[None], step.positions_T[None])
+        forecaster.observe(step.experts_TLK[-1:].astype(np.int64))
+
+
+def _result(
+    simulation: Simulation | BypassSimulation, share: float, num_tokens: int
+) -> ReplayResult:
+    return ReplayResult(
+        policy=simulation.name,
+        residency=share,
+        slots=simulation.num_slots,
+        requests=simulation.requests,
+        loads=simulation.loads,
+        loads_per_token=simulation.loads / num_tokens,
+        hit_rate=1 - simulation.loads / simulation.requests if simulation.requests else math.nan,
+    )

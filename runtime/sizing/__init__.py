@@ -1,0 +1,1 @@
+"""What fits: memory budgets in slots, and the bandwidth of the link."""

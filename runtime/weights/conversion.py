@@ -1,0 +1,165 @@
+"""From the tensors of a checkpoint to the parameter of one expert.
+
+transformers' own conversion mapping says which checkpoint tensors make up a parameter. Where they
+are merely stacked they are copied straight into the slot; anything else runs through the library's
+operations, over one expert's tensors.
+
+    on disk                                              parameter
+    experts.3.gate_proj, experts.3.up_proj  [I, H] each  gate_up_proj[3]  [2I, H]
+    experts.gate_up_proj  [E, 2I, H]                     gate_up_proj[3]  [2I, H]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.weights.arena import Spec
+from runtime.weights.files import DTYPES, CheckpointFiles
+
+STACKING: tuple[list[tuple[str, int | None]], ...] = (
+    [],
+    [("MergeModulelist", 0)],
+    [("MergeModulelist", 0), ("Concatenate", 1)],
+    [("Concatenate", 1)],
+    [("ErnieFuseAndSplitTextVisionExperts", None)],
+)
+"""Operations after which an expert's parameter is its tensors stacked along its first dimension."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The checkpoint tensors of one parameter of one MoE layer."""
+
+    name: str
+    """Of the parameter, in the model."""
+    spec: Spec
+    """The parameter of one expert."""
+    shape: tuple[int, ...]
+    """The parameter of all experts; of one, where each expert is a module."""
+    keys: dict[str, list[str]]
+    """By source pattern, in the order of stacking: one tensor for each expert, or a fused one."""
+    per_expert: bool
+    converter: Any
+    config: Any
+
+    @cached_property
+    def is_stacked(self) -> bool:
+        """True where the tensors are copied one below the other, without any operation."""
+        operations = self.converter.operations if self.converter else []
+        return [(type(op).__name__, getattr(op, "dim", None)) for op in operations] in STACKING
+
+    def read(self, files: CheckpointFiles, expert: int, target: Tensor) -> None:
+        """Copy the parameter of `expert` into `target`."""
+        if not self.is_stacked:
+            target.copy_(self._convert(lambda keys: self._tensor(files, keys, expert)))
+            return
+        parts = target.unflatten(0, (len(self.keys), -1))
+        for part, keys in zip(parts, self.keys.values(), strict=True):
+            if self.per_expert:
+                files.read(keys[expert], 0, part)
+            else:
+                files.read(keys[0], expert * part.numel(), part)
+
+    def _tensor(self, files: CheckpointFiles, keys: list[str], expert: int) -> Tensor:
+        """One expert's tensor of `keys`, with a dimension of one expert where they are fused."""
+        if self.per_expert:
+            return files.get(keys[expert])
+        return files.rows(keys[0], expert, expert + 1)
+
+    def _convert(self, fetch: Callable[[list[str]], Tensor]) -> Tensor:
+        """One expert's tensors through the library's operations, as a list of length one."""
+        tensors: dict[str, Any] = {pattern: [fetch(keys)] for pattern, keys in self.keys.items()}
+        one = torch.empty(1, *self.spec.shape, device="meta")
+        for operation in self.converter.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=self.converter.source_patterns,
+                target_patterns=self.converter.target_patterns,
+                full_layer_name=self.name,
+                model=SimpleNamespace(get_parameter=lambda _: one, config=self.config),
+                config=self.config,
+            )
+        result = next(iter(tensors.values()))
+        return (result[0] if isinstance(result, list) else result)[0]
+
+    def check(self, files: CheckpointFiles) -> None:
+        """Raise ValueError, naming the tensor, if one is missing or has another shape or dtype."""
+        self._check_counts(files)
+        for keys in self.keys.values():
+            expected = self._expected_shape(files, keys)
+            for key in keys:
+                entry = files.entries[key]
+                if entry.shape != expected:
+                    raise ValueError(
+                        f"{files.directory}: {key} has shape {entry.shape}, but the model needs "
+                        f"{expected}"
+                    )
+                if entry.dtype not in DTYPES:
+                    raise ValueError(
+                        f"{files.directory}: {key} is stored as {entry.dtype}: quantised experts "
+                        "are not supported"
+                    )
+        if not self.is_stacked:
+            self._check_conversion(files)
+
+    def _check_counts(self, files: CheckpointFiles) -> None:
+        needed = max(len(keys) for keys in self.keys.values())
+        if self.per_expert and self.converter:
+            needed = self.shape[0]
+        for pattern in self.converter.source_patterns if self.converter else self.keys:
+            keys = self.keys.get(pattern, [])
+            if len(keys) != needed:
+                absent = _first_absent(keys, needed)
+                raise ValueError(
+                    f"{files.directory}: the experts {self.name} need {needed} tensors {pattern}, "
+                    f"but there are {len(keys)}" + (f"; {absent} is missing" if absent else "")
+                )
+
+    def _expected_shape(self, files: CheckpointFiles, keys: list[str]) -> tuple[int, ...]:
+        """Of each of `keys`: equal parts of the parameter, or what `_check_conversion` looks at."""
+        if not self.is_stacked:
+            first = files.entries[keys[0]].shape
+            return first if self.per_expert else (self.shape[0], *first[1:])
+        parts = len(self.keys)
+        if self.per_expert:
+            return (self.spec.shape[0] // parts, *self.spec.shape[1:])
+        experts = self.shape[: len(self.shape) - len(self.spec.shape)]
+        rows = self.shape[len(experts)] // parts
+        return (*experts, rows, *self.shape[len(experts) + 1 :])
+
+    def _check_conversion(self, files: CheckpointFiles) -> None:
+        def fetch(keys: list[str]) -> Tensor:
+            shape = files.entries[keys[0]].shape
+            return torch.empty(shape if self.per_expert else (1, *shape[1:]), device="meta")
+
+        key = next(iter(self.keys.values()))[0]
+        try:
+            shape = tuple(self._convert(fetch).shape)
+        except Exception as error:  # the library's operations raise whatever they like
+            names = [type(operation).__name__ for operation in self.converter.operations]
+            raise ValueError(
+                f"{files.directory}: {key} and those like it cannot be converted one expert at a "
+                f"time ({', '.join(names)}: {error!r:.100}); load the model whole, and pass it"
+            ) from error
+        if shape != self.spec.shape:
+            raise ValueError(
+                f"{files.directory}: {key} and those like it make an expert of shape {shape}, but "
+                f"the model needs {self.spec.shape}"
+            )
+
+
+def _first_absent(keys: list[str], num_experts: int) -> str | None:
+    """The first tensor that should be among `keys`, by the expert's number in their names."""
+    for expert in range(num_experts):
+        name = re.sub(r"\.\d+\.(?!.*\.\d+\.)", f".{expert}.", keys[0]) if keys else None
+        if name not in keys:
+            return name
+    return None

@@ -1,0 +1,32 @@
+"""All experts of a model from files, in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.weights.arena import Arena
+from runtime.weights.checkpoint_store import FileStore
+
+
+class MemoryStore(FileStore):
+    """Takes the experts over from another store, which is read once and asked no more.
+
+    The files may change from here on, and no miss waits for a disk or a conversion.
+    """
+
+    def __init__(self, store: FileStore) -> None:
+        super().__init__(store.stock, store.layers, store.dtype)
+        self._experts = [
+            Arena(self.specs(index), layer.num_experts, torch.device("cpu"))
+            for index, layer in enumerate(self.layers)
+        ]
+        for index, arena in enumerate(self._experts):
+            for expert in range(arena.num_slots):
+                store.read(index, expert, arena.slot(expert))
+
+    @torch.no_grad()
+    def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        parameters = self._experts[layer].slot(expert)
+        for name, target in into.items():
+            target.copy_(parameters[name])

@@ -1,0 +1,174 @@
+"""Models prepared by `runtime.prepare`: every expert one contiguous block of one file.
+
+config.json, tokenizer ...    as they were
+model.resident.safetensors    the weights that are not experts'
+experts.bin                   the blocks, each on a page boundary
+experts.json                  the manifest: where each layer's blocks begin, and their checksums
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from routing.layers import MoELayer
+from runtime.weights.arena import Spec, Specs, expert_bytes
+from runtime.weights.checkpoint_store import FileStore
+from runtime.weights.files import WatchedFile
+
+MANIFEST = "experts.json"
+BLOCKS = "experts.bin"
+VARIANT = "resident"
+RESIDENT = f"model.{VARIANT}.safetensors"
+SCHEMA = 1
+PAGE = 4096
+"""Blocks begin at multiples of it: a page can be registered with a GPU."""
+
+
+class LayerBlocks(NamedTuple):
+    """Where the experts of one MoE layer lie in the file of blocks."""
+
+    name: str
+    start: int
+    """Of the first expert."""
+    parameters: dict[str, tuple[str, list[int]]]
+    """dtype and shape of each parameter, in the order in which they lie in a block."""
+    checksums: list[int]
+    """CRC-32 of each expert's block, without the padding up to the next page."""
+
+    @property
+    def specs(self) -> Specs:
+        """The parameters as they are stored."""
+        return {
+            name: Spec(tuple(shape), getattr(torch, dtype))
+            for name, (dtype, shape) in self.parameters.items()
+        }
+
+    def offset(self, expert: int) -> int:
+        """Where the block of an expert begins."""
+        return self.start + expert * stride(self.specs)
+
+    @property
+    def stop(self) -> int:
+        """Where the last block ends."""
+        return self.offset(len(self.checksums) - 1) + expert_bytes(self.specs)
+
+
+def stride(specs: Specs) -> int:
+    """From one block of a layer to the next, in bytes."""
+    return -(-expert_bytes(specs) // PAGE) * PAGE
+
+
+def is_prepared(directory: Path) -> bool:
+    """True for a directory that `runtime.prepare` wrote."""
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> list[LayerBlocks]:
+    """Raises ValueError for a manifest that is none, or of another version."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["schema"] != SCHEMA:
+            raise ValueError(f"schema {manifest['schema']}")
+        layers = [LayerBlocks(**layer) for layer in manifest["layers"]]
+        assert all(isinstance(layer.stop, int) for layer in layers)
+        return layers
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a manifest of experts ({error!r}); prepare the model again"
+        ) from error
+
+
+class PreparedStore(FileStore):
+    """Reads each expert from its block.
+
+    dtype: what experts are handed out in; None for what they are stored in.
+    Raises ValueError when the blocks are not this model's, or the file is cut short.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        stock: list[MoELayer],
+        layers: list[MoELayer],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._blocks = read_manifest(directory)
+        self._file = open_blocks(directory, self._blocks)
+        self._stored = [blocks.specs for blocks in self._blocks]
+        first = next(iter(self._stored[0].values()))
+        super().__init__(stock, layers, dtype or first.dtype)
+        self._starts = [_starts(specs) for specs in self._stored]
+        self._strides = [stride(specs) for specs in self._stored]
+        self._require_match(directory)
+
+    def _require_match(self, directory: Path) -> None:
+        ours = [(layer.name, layer.num_experts) for layer in self.layers]
+        theirs = [(blocks.name, len(blocks.checksums)) for blocks in self._blocks]
+        for layer, stored in enumerate(self._stored if ours == theirs else []):
+            if {n: spec.shape for n, spec in stored.items()} != {
+                n: spec.shape for n, spec in self.specs(layer).items()
+            }:
+                theirs[layer] = (f"other shapes in {ours[layer][0]}", 0)
+        if ours != theirs:
+            raise ValueError(
+                f"{directory / MANIFEST} is of another model than its config.json; prepare it again"
+            )
+
+    @torch.no_grad()
+    def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        start = self._blocks[layer].start + expert * self._strides[layer]
+        for name, target in into.items():
+            dtype = self._stored[layer][name].dtype
+            self._file.read(start + self._starts[layer][name], target, dtype)
+
+
+def _starts(specs: Specs) -> dict[str, int]:
+    """Where each parameter begins in a block."""
+    sizes = [spec.num_bytes for spec in specs.values()]
+    return dict(zip(specs, accumulate(sizes, initial=0), strict=False))
+
+
+def open_blocks(directory: Path, blocks: list[LayerBlocks]) -> WatchedFile:
+    """Raises ValueError when the file of blocks is missing, or shorter than the manifest says."""
+    path = directory / BLOCKS
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; prepare the model again")
+    file = WatchedFile(path)
+    needed = max(layer.stop for layer in blocks)
+    if file.num_bytes < needed:
+        raise ValueError(
+            f"{path} has {file.num_bytes:,} bytes instead of {needed:,}; prepare the model again"
+        )
+    return file
+
+
+def checksum(block: Tensor) -> int:
+    """CRC-32 of a block [bytes] of uint8."""
+    return zlib.crc32(block.numpy().data)
+
+
+def verify(directory: Path) -> int:
+    """Read all blocks and compare their checksums; returns how many experts there are.
+
+    Raises ValueError naming the first expert that is damaged.
+    """
+    blocks = read_manifest(directory)
+    file = open_blocks(directory, blocks)
+    for layer in blocks:
+        block = torch.empty(expert_bytes(layer.specs), dtype=torch.uint8)
+        for expert, expected in enumerate(layer.checksums):
+            file.read(layer.offset(expert), block, torch.uint8)
+            if checksum(block) != expected:
+                raise ValueError(
+                    f"{directory / BLOCKS}: expert {expert} of {layer.name} is damaged; prepare "
+                    "the model again"
+                )
+    return sum(len(layer.checksums) for layer in blocks)

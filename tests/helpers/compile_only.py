@@ -1,0 +1,209 @@
+"""The GPU engine's kernels, compiled for an architecture that is not here.
+
+    python -m tests.helpers.compile_only 90 olmoe-7b gpt-oss-20b
+
+Launches are caught, so nothing runs: what Triton and ptxas make of the kernels at the sizes of
+published models comes back, one JSON line a kernel: its name, registers a thread, bytes of shared
+memory, and bytes of stack (spilled registers).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
+
+import pytest
+import torch
+import triton
+from torch import Tensor, nn
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.policies import LFU, LRU, Policy, PredictedReuse
+from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.kernels.attention import attend
+from runtime.cuda.memory import host_dense as dense
+from runtime.cuda.memory.expert_block import ExpertBlock
+from runtime.cuda.memory.kernel_layout import KernelLayout
+from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.prefill.grouped_experts import TILES, Products
+from tests.helpers.device_twins import specs_of
+from tests.helpers.fake_cuda import without_streams
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CPU = torch.device("cpu")
+
+
+class Size(NamedTuple):
+    """What kernels see of a model."""
+
+    hidden: int
+    width: int
+    num_experts: int
+    top_k: int
+    num_slots: int
+    """A quarter of the model's experts."""
+    heads: int
+    groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocabulary: int
+    is_oss: bool = False
+    """Expert biases, alternating gate and up rows, attention sinks and a window."""
+
+
+SIZES = {
+    "olmoe-7b": Size(2048, 1024, 64, 8, 256, 16, 16, 128, 50304),
+    "qwen3-30b-a3b": Size(2048, 768, 128, 8, 1536, 32, 4, 128, 151936),
+    "mixtral-8x7b": Size(4096, 14336, 8, 2, 64, 32, 8, 128, 32000),
+    "gpt-oss-20b": Size(2880, 2880, 32, 4, 192, 64, 8, 64, 201088, is_oss=True),
+}
+
+
+class Absent:
+    """Triton's driver for a GPU that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Stands in for launches: what would run is compiled."""
+
+    def __init__(self, capability: int) -> None:
+        driver.set_active(Absent(capability))
+        self.found: dict[str, dict[str, Any]] = {}
+        """By the hash of the kernel."""
+        run: Any = JITFunction.run
+
+        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+            self.found.setdefault(compiled.hash, {"name": kernel.__name__} | usage(compiled))
+
+        JITFunction.run = compile_only
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    """What a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", said))
+    return {
+        "registers": int(numbers["REG"]),
+        "shared": compiled.metadata.shared,
+        "stack": int(numbers["STACK"]),
+    }
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor of any size that takes no memory: nobody looks at it."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+class Kernels:
+    """Launches every kernel at one size, of packed bfloat16 experts."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.layout = KernelLayout(
+            hidden=size.hidden, width=size.width, transposed=size.is_oss, has_bias=size.is_oss,
+            activation="clamped_swiglu" if size.is_oss else "silu", alternating=size.is_oss,
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        self.expert_block = ExpertBlock(specs_of(self.layout), PATCHES[0])
+        self.slots_SN = empty(size.num_slots, self.expert_block.stored_units, dtype=torch.int16)
+        self.layers = [
+            empty(size.num_experts, self.expert_block.stored_units, dtype=torch.int16)
+        ] * 2
+
+    def decode(self, batch: int, policy: type[Policy], *, prefetch: bool) -> None:
+        """Two layers of a captured step."""
+        size, options = self.size, {"horizon": 4} if policy is PredictedReuse else {}
+        cache = ExpertCache(
+            2, size.num_experts, size.num_slots, policy(2, size.num_experts, **options)
+        )
+        host: Any = self
+        router = nn.Linear(size.hidden, size.num_experts, size.is_oss, dtype=torch.bfloat16)
+        call = ExpertsCall(
+            batch, size.top_k, self.layout, self.expert_block, self.slots_SN, host,
+            DeviceCache(cache, 2, CPU), prefetch=prefetch, routers=[router, router],
+            forecast=torch.zeros(2 * size.num_experts) if policy is PredictedReuse else None,
+        )  # fmt: skip
+        x = torch.zeros(batch, size.hidden, dtype=torch.bfloat16)
+        weights = torch.zeros(batch, size.top_k, dtype=torch.bfloat16)
+        for layer in range(2):
+            call(layer, x, torch.zeros(batch, size.top_k, dtype=torch.int64), weights)
+
+    def attend(self, batch: int) -> None:
+        """One layer's attention in a step over rows."""
+        size = self.size
+        query = torch.zeros(batch, size.heads, size.head_dim, dtype=torch.bfloat16)
+        keys = torch.zeros(1, size.groups, 16, size.head_dim, dtype=torch.bfloat16)
+        rows, positions = torch.zeros(2, batch, dtype=torch.int64)
+        sinks, window = (torch.zeros(size.heads), 128) if size.is_oss else (None, None)
+        attend(query, keys, keys, rows, positions, scale=0.1, window=window, sinks_H=sinks)
+
+    def prefill(self) -> None:
+        """One layer of many tokens, in tiles of every height."""
+        size = self.size
+        x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
+        order_P = torch.zeros(64 * size.top_k, dtype=torch.int64)
+        workspace_RN = empty(4, self.expert_block.units, dtype=torch.int16)
+        products = Products(
+            self.expert_block, self.slots_SN, self.layout, x_TH, order_P, size.top_k, workspace_RN
+        )
+        for tiles in TILES:
+            products.run([(slice(0, tiles.rows), 0)], tiles)
+        products.combined(torch.zeros(64, size.top_k, dtype=torch.bfloat16))
+
+    def dense(self, batch: int) -> None:
+        """Embedding and head in host memory."""
+        weight = empty(self.size.vocabulary, self.size.hidden)
+        dense.embed(SimpleNamespace(weight=weight), torch.zeros(batch, dtype=torch.int64))
+        x = torch.zeros(batch, self.size.hidden, dtype=torch.bfloat16)
+        dense.head(SimpleNamespace(weight=weight, bias=None), x)
+
+
+def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
+    """What every kernel takes, at the named sizes."""
+    compiler = Compiler(capability)
+    with pytest.MonkeyPatch.context() as patch:
+        without_streams(patch)
+        for name in names:
+            kernels = Kernels(SIZES[name])
+            for batch in (1, 8, 32):
+                kernels.decode(batch, PredictedReuse, prefetch=True)
+                kernels.attend(batch)
+                kernels.dense(batch)
+            for policy in (LRU, LFU, PredictedReuse):
+                kernels.decode(1, policy, prefetch=False)
+            kernels.prefill()
+    return list(compiler.found.values())
+
+
+if __name__ == "__main__":
+    for line in compile_all(int(sys.argv[1]), sys.argv[2:] or list(SIZES)):
+        print(json.dumps(line))

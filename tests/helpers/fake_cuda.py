@@ -1,0 +1,86 @@
+"""The GPU engine without a GPU: streams and pinning that do nothing, steps that run uncaptured, and
+are traced where they would be compiled.
+
+Everything else is the engine's own: books, kernels (interpreted), records, loop, predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.cuda.decode import experts_call as experts
+from runtime.cuda.decode.graph_step import CapturedStep
+from runtime.cuda.memory import pinned
+from runtime.loading import _load_on_gpu, _policy
+from runtime.prediction.predictor_file import open_predictor
+from runtime.prediction.route_log import RouteLog
+from runtime.weights.source import from_module
+
+
+class Stream:
+    """A stream on which everything has happened already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self) -> Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+def without_streams(patch: pytest.MonkeyPatch) -> None:
+    """Everything happens at once, in the order of the calls."""
+    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
+    patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+
+@contextmanager
+def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While active, the GPU engine runs on the CPU."""
+    without_streams(patch)
+    patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    patch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    patch.setattr(pinned.PinnedMemory, "register", lambda self, tensor: None)
+    patch.setattr(pinned, "_cores_of_gpu", set)
+    patch.setattr(CapturedStep, "__call__", CapturedStep._run)
+    patch.setattr(experts, "FETCHERS", 2)
+    patch.setattr(experts, "PREFETCHERS", 2)
+    yield
+
+
+def load_fake(
+    model: Any,
+    predictor: Any = None,
+    *,
+    memory: float = 0.25,
+    policy: str | None = None,
+    **options: Any,
+) -> Any:
+    """`runtime.load` for a GPU, on the CPU, under `fake_cuda`."""
+    from runtime.prediction.forecaster import Forecaster
+
+    source = from_module(model, None)
+    file = None if predictor is None else open_predictor(predictor)
+    chosen = _policy(policy, source, file, options.pop("replay", None))
+    settings = {"context": 48, "batch": 1, "prefetch": False, "compile": False} | options
+    forecaster = None if file is None else Forecaster(file)
+    folder = settings.pop("record", None)
+    route_log = None if folder is None else RouteLog(folder, source.topology)
+    _load_on_gpu(source, memory, torch.device("cpu"), chosen, forecaster, settings, route_log)
+    return model

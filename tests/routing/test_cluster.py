@@ -1,0 +1,50 @@
+"""The extra `ray`, where it is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from routing.cli import run
+from runtime.batch import PROG, BatchSettings, main
+from tests.helpers.tiny import save_tiny
+from trace.collect import collect
+from trace.settings import CollectSettings
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    return save_tiny(tmp_path / "model", "olmoe")
+
+
+def test_a_batch_over_workers_says_what_to_install(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    words = [f"--model={model}", f"--dataset={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'o'}"]
+    with pytest.raises(SystemExit) as stopped:
+        run(main, BatchSettings, [*words, "--workers=2"], prog=PROG)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"{PROG}: error: workers need Ray: install moe-expertflow[ray]\n"
+
+
+def test_a_trace_over_workers_says_what_to_install(model: Path, data: Path, tmp_path: Path) -> None:
+    settings = CollectSettings(
+        model=str(model), dataset=[str(data)], out=str(tmp_path / "out"), workers=2
+    )
+    with pytest.raises(ValueError, match=r"install moe-expertflow\[ray\]"):
+        collect(settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"workers": -1}, {"worker_cpus": 0}])
+def test_workers_that_cannot_be_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        CollectSettings(model="m", dataset=["d"], out="o", **options)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        BatchSettings(model="m", dataset="d", out=tmp_path / "o", **options)

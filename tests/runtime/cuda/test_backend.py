@@ -1,0 +1,256 @@
+"""The whole GPU engine on the CPU: interpreted kernels, streams that do nothing, no capture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+pytest.importorskip("triton")
+
+from routing.topology import topology_of
+from runtime.cuda import backend as gpu
+from runtime.cuda.decode import prefetch_trial as trial
+from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.onnx_predictor import write_predictor
+from tests.helpers.tiny import PAD, tiny_model
+
+NEW = 3
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fake_cuda(monkeypatch):
+        yield
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("olmoe")
+
+
+def generate(model: Any, rows: int = 1, **options: Any) -> Tensor:
+    """Greedy tokens [B, T] after prompts of which each but the first is padded at the left."""
+    ids_BT = torch.randint(2, 256, (rows, 9), generator=torch.Generator().manual_seed(3))
+    mask_BT = (torch.arange(9) >= 2 * torch.arange(rows)[:, None]).long()
+    settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD} | options
+    tokens: Tensor = model.generate(
+        ids_BT.masked_fill(mask_BT == 0, PAD), attention_mask=mask_BT, **settings
+    )
+    return tokens
+
+
+@pytest.mark.parametrize("options", [
+    {"memory": 1.0},
+    {"memory": 0.25, "policy": "lfu"},
+    {"memory": 2 / 32 + 1e-6},
+    {"memory": 0.25, "prefetch": True},
+])  # fmt: skip
+def test_tokens_are_stock_whatever_is_resident(model: Any, options: dict[str, Any]) -> None:
+    want = generate(model)
+    engine = load_fake(model, **options).expertflow
+    assert torch.equal(generate(model), want)
+    assert engine.decode_path == "graph"
+    engine.check_integrity()
+    assert engine.stats().tokens == 9 + NEW - 1
+    assert torch.equal(generate(engine.detach()), want)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
+def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
+    """One graph, in which the experts are an operator: nothing falls back to Python."""
+    torch._dynamo.reset()
+    counters.clear()
+    model: Any = tiny_model(kind)
+    want = generate(model)
+    engine = load_fake(model, memory=0.5, compile=True).expertflow
+    assert torch.equal(generate(model), want)
+    assert engine.decode_path == "graph"
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_belady_replays_what_was_recorded_with_fewer_loads(model: Any, tmp_path: Path) -> None:
+    want = generate(model, max_new_tokens=9)
+    recording = load_fake(model, memory=0.25, record=tmp_path / "routes").expertflow
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    recording.detach()
+    replaying = load_fake(
+        model, memory=0.25, policy="belady", replay=tmp_path / "routes"
+    ).expertflow
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    assert replaying.decode_path == "graph"
+    assert replaying.stats().misses < recording.stats().misses
+    replaying.check_integrity()
+
+
+def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(trial, "SETTLING", 0)
+    monkeypatch.setattr(trial, "NEEDED", 3)
+    want = generate(model, max_new_tokens=9)
+    engine = load_fake(model, memory=0.5, prefetch="auto").expertflow
+    assert engine.prefetching == "prefetching is being tried"
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    assert engine.stats().prefetches > 0
+    assert re.fullmatch(r"prefetching is (on|off): .* with it, .* without", engine.prefetching)
+    assert torch.equal(generate(model, max_new_tokens=9), want)
+    engine.check_integrity()
+
+
+def test_prefetching_is_not_tried_where_every_expert_has_a_slot(model: Any) -> None:
+    engine = load_fake(model, memory=1.0, prefetch="auto").expertflow
+    assert engine.prefetching == "prefetching is off: every expert has a slot"
+    generate(model, max_new_tokens=4)
+    assert engine.stats().prefetches == 0
+    engine.detach()
+    assert load_fake(model, memory=1.0, prefetch=True).expertflow.prefetching == (
+        "prefetching is on, as asked for"
+    )
+
+
+def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:
+    want = generate(model, max_new_tokens=6)
+    end = int(want[0, 10])
+    load_fake(model, memory=0.5)
+    ended = generate(model, max_new_tokens=6, eos_token_id=end)
+    assert torch.equal(ended, want[:, : ended.shape[1]])
+    assert ended.shape[1] < want.shape[1]
+    assert torch.equal(generate(model, max_new_tokens=6), want)
+
+
+def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> None:
+    want = generate(model, rows=3)
+    load_fake(model, memory=0.5, batch=4)
+    assert torch.equal(generate(model, rows=3), want)
+    assert model.expertflow.decode_path == "graph"
+
+
+@pytest.mark.parametrize(("memory", "looks"), [(0.5, True), (1.0, False)])
+def test_a_prompts_layer_sends_for_the_next_ones_experts_if_any_are_missing(
+    model: Any, memory: float, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(side_effect=gpu._wanted)
+    monkeypatch.setattr(gpu, "_wanted", asked)
+    prompt_BT = torch.randint(2, 256, (1, 240), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
+    want = model.generate(**inputs, max_new_tokens=1)
+    engine = load_fake(model, memory=memory).expertflow
+    for _ in range(2):  # the first prompt uses every expert, and brings what there is room for
+        asked.reset_mock()
+        engine.stats().reset()
+        assert torch.equal(model.generate(**inputs, max_new_tokens=1), want)
+    assert asked.called == looks
+    assert (engine.stats().prefetches > 0) == looks
+    assert (engine.stats().prefetches_used > 0) == looks
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"num_beams": 2}, "beam"),
+    ({"max_new_tokens": 60}, "context=48"),
+    ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+])  # fmt: skip
+def test_what_is_not_captured_runs_all_the_same_and_says_why(
+    model: Any, options: dict[str, Any], reason: str
+) -> None:
+    load_fake(model, memory=0.5)
+    with pytest.warns(UserWarning, match=reason):
+        generate(model, **options)
+    assert reason in model.expertflow.decode_path
+    assert generate(model).shape == (1, 9 + NEW)
+    assert model.expertflow.decode_path == "graph"
+
+
+def test_sequences_that_can_need_more_experts_than_fit_run_uncaptured(model: Any) -> None:
+    want = generate(model, rows=3)
+    load_fake(model, memory=3 / 32 + 1e-6, batch=4)
+    with pytest.warns(UserWarning, match="8 slots"):
+        assert torch.equal(generate(model, rows=3), want)
+
+
+def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:
+    want = generate(model)
+    predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
+    engine = load_fake(model, predictor, memory=0.25).expertflow
+    assert torch.equal(generate(model), want)
+    assert engine._gpu.decoder.predictor_thread.failure is None
+    assert engine.stats().prediction_ms
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_predictor_that_fails_costs_no_token(model: Any, tmp_path: Path) -> None:
+    want = generate(model)
+    predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
+    engine = load_fake(model, predictor, memory=0.25).expertflow
+    engine._gpu.decoder.predictor_thread._forecaster.forecast = lambda *_: 1 / 0
+    assert torch.equal(generate(model), want)
+    assert torch.equal(generate(model), want)
+    assert "ZeroDivisionError" in engine._gpu.decoder.predictor_thread.failure
+
+
+def test_nan_is_an_error_and_the_engine_goes_on(model: Any) -> None:
+    want = generate(model)
+    load_fake(model, memory=0.5)
+    norm = model.model.norm.weight
+    kept = norm.data.clone()
+    norm.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        generate(model)
+    norm.data.copy_(kept)
+    assert torch.equal(generate(model), want)
+
+
+def test_only_captured_steps_let_cudnn_plan_their_attention(model: Any) -> None:
+    """A plan for each length costs more than the attention; a captured step has one length."""
+    seen: list[bool] = []
+    attention = model.model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+    )
+    load_fake(model)
+    generate(model)
+    assert seen[0] is False
+    assert set(seen[1:]) == {True}
+    attention.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_an_interrupted_generation_leaves_the_engine_usable(model: Any) -> None:
+    want = generate(model)
+    load_fake(model, memory=0.5)
+
+    class Interrupting:
+        def put(self, _: Tensor) -> None:
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 2:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            raise AssertionError("never reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, streamer=Interrupting())
+    model.expertflow.check_integrity()
+    assert torch.equal(generate(model), want)
+
+
+def test_embedding_and_head_stay_on_the_host_where_a_budget_is_tiny(model: Any) -> None:
+    want = generate(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    load_fake(model, memory=0.5, missing=10**9)
+    assert "weight" not in model.lm_head._parameters
+    assert torch.equal(generate(model), want)
+    model.expertflow.detach()
+    assert isinstance(model.lm_head.weight, torch.nn.Parameter)
+    assert torch.equal(generate(model), want)

@@ -1,0 +1,52 @@
+"""The GPU engine's kernels compile for GPUs that are not here, and fit them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[3]
+NAMES = {
+    "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
+    "combine", "_attend", "gather", "project",
+}  # fmt: skip
+LEAST_SHARED = 99 << 10
+"""Bytes of shared memory that a program may take on a consumer's GPU (8.6, 8.9, 12.0)."""
+MOST_STACK = 64
+"""Bytes a thread: a few spilled registers cost nothing, arrays in memory would."""
+
+
+def compiled(capability: int, name: str, cache: Path) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.compile_only", str(capability), name],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+        env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("capability", "name"), [(80, "olmoe-7b"), (90, "gpt-oss-20b")])
+def test_every_kernel_compiles_and_fits_any_gpu(capability: int, name: str, tmp_path: Path) -> None:
+    kernels = compiled(capability, name, tmp_path)
+    assert {kernel["name"] for kernel in kernels} == NAMES
+    assert all(kernel["shared"] <= LEAST_SHARED for kernel in kernels)
+    assert all(kernel["stack"] <= MOST_STACK for kernel in kernels)
+
+
+def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
+    """Where a layer's entries lie in a shared tensor is no reason to compile anew."""
+    counts = Counter(kernel["name"] for kernel in compiled(90, "olmoe-7b", tmp_path))
+    assert counts["_attend"] == counts["fetch"] == counts["pick"] == 1
+    assert counts["plan"] == 3 + 3  # prefetching for batches 1, 8, 32; three rules without
+    assert counts["gate_up"] == 8  # residents and fetched, for each batch; once more without
+    assert counts["down"] == 3

@@ -1,0 +1,207 @@
+"""Decode steps over the shared key/value cache, uncaptured, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from runtime.cuda.decode.graph_step import DecodeStep
+from runtime.kv import static_cache as kv
+from runtime.kv.static_cache import SharedCache, Storage
+from tests.helpers.fake_cuda import Stream
+from tests.helpers.tiny import tiny_model
+
+CONTEXT = 24
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "olmoe": ("olmoe", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "mixtral with a window": ("mixtral", {"sliding_window": 5}),
+    "mixtral, eager": ("mixtral", {"attn_implementation": "eager"}),
+    "gpt_oss": ("gpt_oss", {}),
+}
+
+
+class StockExperts:
+    """The model's own experts run: nothing to begin, nothing to tell."""
+
+    ledger = torch.zeros(0, dtype=torch.int32)
+
+    def begin_step(self) -> None: ...
+
+
+def make(name: str) -> Any:
+    kind, overrides = KINDS[name]
+    options = dict(overrides)
+    attention = options.pop("attn_implementation", None)
+    model: Any = tiny_model(kind, **options)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def step_of(model: Any, storage: Storage, batch: int) -> DecodeStep:
+    experts: Any = StockExperts()
+    cache = SharedCache(storage, model.config.num_hidden_layers)
+    stream: Any = Stream()
+    return DecodeStep(
+        model.forward, model.config, cache, experts, batch=batch, context=storage.context,
+        dtype=model.dtype, device=torch.device("cpu"), stream=stream,
+    )  # fmt: skip
+
+
+def prompt(batch: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, every row padded at the left but the last."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(2, 256, (batch, length), generator=generator)
+    padding_B1 = torch.arange(batch - 1, -1, -1)[:, None]
+    return ids_BT, (torch.arange(length) >= padding_B1).long()
+
+
+@torch.no_grad()
+def by_steps(step: DecodeStep, model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> Tensor:
+    """Logits [B, count + 1, V] of the prompt's end and of `count` greedy steps after it."""
+    step.cache.reset()
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    output = model(
+        input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT,
+        past_key_values=step.cache, use_cache=True,
+    )  # fmt: skip
+    logits = [output.logits[:, -1]]
+    step.start(ids_BT.shape[1], positions_BT[:, -1] + 1, mask_BT.bool())
+    step.ids_B1.copy_(logits[0].argmax(-1, keepdim=True))
+    for _ in range(count):
+        step._run()
+        assert step.logits_BV is not None
+        logits.append(step.logits_BV.clone())
+    return torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def by_the_library(model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> Tensor:
+    """The same with transformers' own dynamic cache and masks."""
+    past, logits = None, []
+    for number in range(count + 1):
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids_BT if number == 0 else ids_BT[:, -1:], attention_mask=mask_BT,
+            position_ids=positions_BT[:, -(ids_BT.shape[1] if number == 0 else 1) :],
+            past_key_values=past, use_cache=True,
+        )  # fmt: skip
+        past = output.past_key_values
+        logits.append(output.logits[:, -1])
+        ids_BT = torch.cat([ids_BT, logits[-1].argmax(-1, keepdim=True)], 1)
+        mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], 1)
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", KINDS)
+def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
+    """Also where the window is shorter than the prompt, and for rows with padding."""
+    model = make(name)
+    assert kv.unsupported(model.config) is None
+    step = step_of(model, Storage(batch, CONTEXT), batch)
+    ids_BT, mask_BT = prompt(batch, 9)
+    ours, theirs = (
+        by_steps(step, model, ids_BT, mask_BT, 8),
+        by_the_library(model, ids_BT, mask_BT, 8),
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_tells_its_best_logit_and_feeds_its_choice_to_itself() -> None:
+    model = make("olmoe")
+    step = step_of(model, Storage(3, CONTEXT), 3)
+    logits_BTV = by_steps(step, model, *prompt(3, 6), 2)
+    assert step.outcome is not None
+    best_B, tokens_B = step.outcome[:3].view(torch.float32), step.outcome[3:6]
+    assert torch.equal(best_B, logits_BTV[:, -1].max(-1).values)
+    assert torch.equal(tokens_B.long(), logits_BTV[:, -1].argmax(-1))
+    assert torch.equal(step.ids_B1[:, 0], tokens_B.long())
+
+
+def test_batch_sizes_take_turns_in_one_storage() -> None:
+    model, storage = make("gpt_oss"), Storage(3, CONTEXT)
+    steps = {batch: step_of(model, storage, batch) for batch in (1, 3)}
+    alone = {
+        batch: by_steps(step_of(model, Storage(batch, CONTEXT), batch), model, *prompt(batch, 7), 5)
+        for batch in (1, 3)
+    }
+    for batch in (3, 1, 3, 1):
+        again = by_steps(steps[batch], model, *prompt(batch, 7), 5)
+        assert torch.equal(again, alone[batch])
+    used = storage.num_bytes
+    by_steps(steps[3], model, *prompt(3, 12), 5)
+    assert storage.num_bytes == used
+
+
+def test_a_new_sequence_does_not_see_the_last_one() -> None:
+    model = make("olmoe")
+    step = step_of(model, Storage(1, CONTEXT), 1)
+    first = by_steps(step, model, *prompt(1, 5), 4)
+    by_steps(step, model, *prompt(1, 16, seed=1), 6)
+    assert torch.equal(by_steps(step, model, *prompt(1, 5), 4), first)
+
+
+def test_a_step_that_is_taken_back_leaves_no_trace() -> None:
+    """As the warm-up before a capture does it."""
+    model = make("mixtral with a window")
+    step = step_of(model, Storage(2, CONTEXT), 2)
+    undisturbed = by_steps(step, model, *prompt(2, 7), 1)[:, -1]
+    by_steps(step, model, *prompt(2, 7), 0)
+    saved = [tensor.clone() for tensor in step.state]
+    with torch.no_grad():
+        for _ in range(2):
+            step._run()
+            step._restore(saved)
+        step._run()
+    assert step.logits_BV is not None
+    assert torch.equal(step.logits_BV, undisturbed)
+
+
+def test_the_last_position_of_the_context_can_be_used() -> None:
+    model = make("olmoe")
+    step = step_of(model, Storage(1, 10), 1)
+    ids_BT, mask_BT = prompt(1, 6)
+    ours = by_steps(step, model, ids_BT, mask_BT, 4)
+    torch.testing.assert_close(
+        ours, by_the_library(model, ids_BT, mask_BT, 4), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_caches_size_is_known_before_it_is_made(name: str) -> None:
+    model, storage = make(name), Storage(2, CONTEXT)
+    by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 1)
+    assert storage.num_bytes == kv.num_bytes(model.config, 2, CONTEXT, model.dtype)
+
+
+def test_attention_that_a_step_cannot_run_is_refused_by_name() -> None:
+    config = make("olmoe").config
+    config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2" in str(kv.unsupported(config))
+    config = make("gpt_oss").config
+    config.layer_types = ["full_attention", "chunked_attention"] * 2
+    assert "chunked_attention" in str(kv.unsupported(config))
+
+
+def poison(storage: Storage) -> None:
+    for tensor in storage._tensors.values():
+        tensor.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_numbers_that_were_not_finite_do_not_outlive_their_sequence(seen_before: bool) -> None:
+    """A NaN that one batch size left in the storage must not reach another."""
+    model, storage = make("olmoe"), Storage(2, CONTEXT)
+    step = step_of(model, storage, 1)
+    if seen_before:
+        by_steps(step, model, *prompt(1, 5), 1)
+    by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 1)
+    poison(storage)
+    assert by_steps(step, model, *prompt(1, 5), 3).isfinite().all()

@@ -1,0 +1,262 @@
+"""engine.serve over captured steps, on the CPU: interpreted kernels, streams that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+pytest.importorskip("triton")
+
+from routing.topology import topology_of
+from runtime.cuda.decode import prefetch_trial as trial
+from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
+from runtime.cuda.kernels.attention import attend
+from runtime.serving.model_runner import CapturedRunner
+from runtime.serving.request import Request
+from runtime.serving.serving_loop import ServingLoop
+from runtime.serving.settings import ServeSettings
+from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.onnx_predictor import write_predictor
+from tests.helpers.serving import by_id, greedy, prompts
+from tests.helpers.tiny import tiny_model
+
+SMALL: dict[str, Any] = {"batch": 2, "rows": 3, "context": 24, "chunk": 7, "lookahead": 5}
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fake_cuda(monkeypatch):
+        yield
+
+
+def requests(count: int, max_tokens: int = 3) -> list[Request]:
+    asked = prompts(3, count, longest=9)
+    return [Request(id=str(i), prompt=p, max_tokens=max_tokens) for i, p in enumerate(asked)]
+
+
+def load(model: Any, folder: Path | None = None, **options: Any) -> Any:
+    """The engine of `model`, with the hand-made predictor where a folder for it is given."""
+    predictor = None
+    if folder is not None:
+        predictor = write_predictor(folder / "predictor.onnx", topology_of(model))
+    return load_fake(model, predictor, **{"memory": 0.75, "batch": 3} | options).expertflow
+
+
+# ---------------------------------------------------------------------- the kernel
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.sampled_from([1, 2]),
+    shared=st.sampled_from([1, 3]),
+    width=st.sampled_from([8, 12]),
+    value_width=st.sampled_from([8, 5]),
+    window=st.sampled_from([None, 1, 5, 200]),
+    has_sinks=st.booleans(),
+    positions=st.lists(st.integers(0, 149), min_size=1, max_size=3),
+)
+def test_a_token_attends_to_its_own_row_up_to_itself(
+    groups: int, shared: int, width: int, value_width: int, window: int | None, has_sinks: bool,
+    positions: list[int],
+) -> None:  # fmt: skip
+    random = torch.Generator().manual_seed(groups + 2 * width)
+    heads, rows_B = groups * shared, torch.arange(len(positions)).flip(0) + 1
+    keys = torch.randn(5, groups, 150, width, generator=random)
+    values = torch.randn(5, groups, 150, value_width, generator=random)
+    query = torch.randn(len(positions), heads, width, generator=random)
+    sinks = torch.randn(heads, generator=random) if has_sinks else None
+    ours = attend(
+        query, keys, values, rows_B, torch.tensor(positions), scale=0.3, window=window,
+        sinks_H=sinks,
+    )  # fmt: skip
+    for token, (row, position) in enumerate(zip(rows_B.tolist(), positions, strict=True)):
+        seen = slice(max(position + 1 - (window or 200), 0), position + 1)
+        one = [tensor[row, :, seen].repeat_interleave(shared, 0) for tensor in (keys, values)]
+        theirs = reference(query[token], one[0], one[1], sinks)
+        torch.testing.assert_close(ours[token], theirs, rtol=1e-5, atol=1e-5)
+
+
+def reference(query_HD: Tensor, key_HCD: Tensor, value_HCV: Tensor, sinks_H: Any) -> Tensor:
+    scores_HC = torch.einsum("hd,hcd->hc", query_HD, key_HCD) * 0.3
+    if sinks_H is not None:
+        scores_HC = torch.cat([scores_HC, sinks_H[:, None]], 1)
+    shares_HC = scores_HC.softmax(-1)[:, : key_HCD.shape[1]]
+    return torch.einsum("hc,hcv->hv", shares_HC, value_HCV)
+
+
+def test_what_lies_beyond_a_row_is_never_read() -> None:
+    keys, values = torch.full((2, 2, 1, 9, 4), float("nan"))
+    keys[1, 0, :3], values[1, 0, :3] = 1.0, 2.0
+    out = attend(torch.ones(1, 1, 4), keys, values, torch.tensor([1]), torch.tensor([2]), scale=1.0)
+    assert torch.equal(out, torch.full((1, 1, 4), 2.0))
+
+
+# ---------------------------------------------------------------------- the steps
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
+def test_greedy_tokens_are_those_of_each_request_alone(kind: str) -> None:
+    overrides = {"sliding_window": 5} if kind == "mixtral" else {}
+    model: Any = tiny_model(kind, **overrides)
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model)
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize(("memory", "joined"), [(0.75, False), (0.4, True)])
+def test_prompts_take_the_decoding_along_where_most_experts_have_no_slot(
+    memory: float, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[set[bool]] = []
+    together: list[int] = []
+    pack, attend_singles = CapturedRunner._pack, RowDecoder.attend_singles
+
+    def counted(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        together.append(query.shape[2])
+        return attend_singles(query, *args, **kwargs)
+
+    def watched(runner: Any, parts: Any) -> Any:
+        passes.append({part.sequence.is_ready for part in parts})
+        return pack(runner, parts)
+
+    monkeypatch.setattr(CapturedRunner, "_pack", watched)
+    monkeypatch.setattr(RowDecoder, "attend_singles", staticmethod(counted))
+    model: Any = tiny_model("olmoe")
+    asked = requests(4)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    served = by_id(load(model, memory=memory).serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert ({True, False} in passes) == joined
+    if joined:
+        assert max(together) > 1, "decoding sequences attend in one launch"
+    assert {True} not in passes
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
+def test_steps_compile_whole_and_say_the_same(kind: str) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model: Any = tiny_model(kind, **({"sliding_window": 5} if kind == "mixtral" else {}))
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, compile=True)
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert counters["stats"]["unique_graphs"] == 2  # one sequence, several
+    assert not counters["graph_break"]
+
+
+def test_prefetching_is_tried_in_turns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(trial, "SETTLING", 0)
+    monkeypatch.setattr(trial, "NEEDED", 3)
+    model: Any = tiny_model("olmoe")
+    asked = requests(3, max_tokens=12)
+    alone = {r.id: greedy(model, r.prompt, 12) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, prefetch="auto")
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert engine.stats().prefetches > 0
+    assert engine.prefetching.startswith(
+        "prefetching is being tried; while serving, prefetching is "
+    )
+    assert engine.prefetching.endswith(" without")
+
+
+@pytest.mark.parametrize("scheduler", ["fifo", "predicted"])
+def test_predictions_change_no_tokens(scheduler: str, tmp_path: Path) -> None:
+    model: Any = tiny_model("olmoe")
+    asked = requests(4)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, tmp_path, memory=0.5, prefetch=True)
+    loop = ServingLoop(engine, None, ServeSettings(scheduler=scheduler, **SMALL))
+    assert isinstance(loop._runner, CapturedRunner)
+    for request in asked:
+        loop.submit(request)
+    results = []
+    while not loop.is_idle:
+        results += loop.step()
+    assert {result.id: result.token_ids for result in results} == alone
+    stats = engine.stats()
+    assert stats.tokens == sum(len(r.prompt) + 2 for r in asked)
+    assert 0 < stats.recall <= 1
+    assert engine._gpu.decoder.predictor_thread.failure is None
+
+
+def test_a_sequence_that_becomes_nan_while_it_decodes_ends_alone() -> None:
+    model: Any = tiny_model("olmoe")
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model)
+    broken = alone["1"][0]
+    others = [id for id, said in alone.items() if broken not in said]
+    assert others
+    with torch.no_grad():
+        model.get_input_embeddings().weight[broken] = torch.nan
+    served = by_id(engine.serve(asked, **SMALL))
+    assert served["1"].token_ids == (broken,)
+    assert "logits are NaN" in served["1"].error
+    assert all(served[id].token_ids == alone[id] for id in others)
+
+
+def test_decoding_runs_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    give = RowStep.give
+
+    def watch(step: RowStep, tokens: Any, *places: Any) -> None:
+        sizes.append(len(tokens))
+        give(step, tokens, *places)
+
+    monkeypatch.setattr(RowStep, "give", watch)
+    engine = load(tiny_model("olmoe"))
+    list(engine.serve(requests(3), **SMALL))
+    assert sum(sizes) == 3 * 2  # each request's first token comes from its prompt
+    assert max(sizes) == 2
+
+
+def test_generate_and_serve_take_turns_in_one_cache() -> None:
+    model: Any = tiny_model("olmoe")
+    first, second = requests(2)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in (first, second)}  # type: ignore[arg-type]
+    engine = load(model)
+    for request in (first, second):
+        (result,) = engine.serve([request], **SMALL)
+        assert result.token_ids == alone[request.id]
+        assert greedy(model, first.prompt, 3) == alone["0"]  # type: ignore[arg-type]
+        assert engine.decode_path == "graph"
+
+
+def test_too_few_slots_for_a_captured_step_run_the_generic_path() -> None:
+    model: Any = tiny_model("olmoe")
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, memory=2 / 32 + 1e-6)
+    served = by_id(engine.serve(asked, **SMALL))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"batch": 4, "rows": 4}, r"batch=4 needs runtime.load\(..., batch="),
+    ({"context": 100}, r"context=100 needs runtime.load\(..., context="),
+])  # fmt: skip
+def test_what_was_not_reserved_is_refused(asked: dict[str, int], said: str) -> None:
+    engine = load(tiny_model("olmoe"))
+    with pytest.raises(ValueError, match=said):
+        engine.serve(requests(1), **SMALL | asked)
+
+
+def test_no_more_rows_are_used_than_were_reserved() -> None:
+    engine = load(tiny_model("olmoe"), batch=2)
+    assert len(list(engine.serve(requests(3), **SMALL | {"rows": 30}))) == 3
+    assert engine._gpu.decoder.storage.view(0, "keys", torch.zeros(1, 2, 1, 8), 2).shape[0] == 2

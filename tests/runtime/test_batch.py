@@ -1,0 +1,165 @@
+"""`python -m runtime.batch`: one line an input, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from routing.cli import run
+from routing.shards import PROMPT, TraceReader
+from runtime.batch import PROG, BatchSettings, main
+from runtime.serving import serve as feed
+from runtime.serving.batch.journal import Journal
+from runtime.serving.batch.prompts import read_rows, to_request
+from tests.helpers.serving import greedy
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+
+ROWS: list[Any] = [
+    {"prompt": "alpha", "max_tokens": 9},
+    {"prompt": "b"},
+    {"prompt": "gamma delta", "max_tokens": 2},
+    {"prompt": "the end", "temperature": 0.9},
+]
+
+
+@pytest.fixture
+def batch(tiny_directory: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """`batch(rows, **settings)` runs the command and returns the file it wrote."""
+
+    def start(rows: list[Any], **options: Any) -> Path:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        dataset, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+        dataset.write_text("\n".join(lines) + "\n")
+        common: dict[str, Any] = {"memory": "0.5", "max_tokens": 6, "context": 64, "batch": 2}
+        model = str(tiny_directory("olmoe"))
+        main(BatchSettings(model=model, dataset=str(dataset), out=out, **(common | options)))
+        return out
+
+    return start
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_there_is_one_line_an_input_in_their_order(batch: Callable[..., Path]) -> None:
+    out = read(batch(ROWS))
+    assert [line["index"] for line in out] == [0, 1, 2, 3]
+    tokenizer, model = tiny_tokenizer(), tiny_model("olmoe")
+    for row, line in list(zip(ROWS, out, strict=True))[:3]:
+        tokens = greedy(model, tokenizer(row["prompt"]).input_ids, row.get("max_tokens", 6))
+        assert line["text"] == tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def test_bad_rows_are_reported_and_not_fatal(
+    batch: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["not json", "[1]", {}, {"prompt": "a", "top_p": 2}, {"prompt": "a", "max_tokens": "9"}]
+    bad += [{"prompt": "a", "max_tokens": 900}, {"messages": [{"role": "user", "content": "a"}]}]
+    out = read(batch([ROWS[0], *bad, ROWS[1]]))
+    assert ["error" in line for line in out] == [False, *[True] * len(bad), False]
+    said = capsys.readouterr().err
+    assert all(f"row {index}: {out[index]['error']}" in said for index in range(1, len(bad) + 1))
+    assert f"{len(ROWS[:2]) + len(bad)} results, {len(bad)} of them errors" in said
+    assert "hit rate" in said
+
+
+def test_an_interrupted_batch_goes_on_without_repeating_a_row(
+    batch: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = batch(ROWS).read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    asked: list[str] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        for number, result in enumerate(original(*arguments)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield result
+
+    original = feed.run
+    monkeypatch.setattr(feed, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch(ROWS)
+    assert not (tmp_path / "out.jsonl").exists()
+    partial = tmp_path / "out.jsonl.partial"
+    done = {line["index"] for line in read(partial)[1:]}
+    assert len(done) == 2
+    with partial.open("ab") as file:
+        file.write(b'{"index": 3, "te')  # the kill cut a line off
+
+    def watched(loop: Any, requests: Any, lookahead: int) -> Any:
+        kept = [*requests]
+        asked.extend(request.id for request in kept)
+        return original(loop, kept, lookahead)
+
+    monkeypatch.setattr(feed, "run", watched)
+    assert batch(ROWS).read_bytes() == whole
+    assert sorted(asked) == sorted(str(index) for index in set(range(4)) - done)
+    assert not partial.exists()
+
+
+def test_a_partial_file_of_another_batch_is_refused_and_kept(tmp_path: Path) -> None:
+    with Journal(tmp_path / "out", {"rows": "a"}) as journal:
+        journal.add(0, {"text": "x"})
+    before = (tmp_path / "out.partial").read_bytes()
+    with pytest.raises(ValueError, match="of another batch"):
+        Journal(tmp_path / "out", {"rows": "b"})
+    assert (tmp_path / "out.partial").read_bytes() == before
+
+
+def test_a_start_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
+    Journal(tmp_path / "out", {"rows": "a"}).__exit__(None, None, None)
+    with Journal(tmp_path / "out", {"rows": "b"}) as journal:
+        journal.add(0, {"text": "x"})
+        journal.finish()
+    assert read(tmp_path / "out") == [{"index": 0, "text": "x"}]
+
+
+def test_a_batch_can_be_recorded(batch: Callable[..., Path], tmp_path: Path) -> None:
+    batch(ROWS, record=tmp_path / "routes")
+    documents = TraceReader(tmp_path / "routes", verify=True).documents()
+    prompts = {tuple(d.token_ids_T[d.phase_T == PROMPT].tolist()) for d in documents}
+    assert prompts == {tuple(tiny_tokenizer()(row["prompt"]).input_ids) for row in ROWS}
+    with pytest.raises(ValueError, match="several workers cannot write one recording"):
+        batch(ROWS, record=tmp_path / "routes", workers=2)
+
+
+def test_an_output_file_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(ValueError, match="exists already"):
+        Journal(tmp_path / "out", {})
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_the_command_fails_with_one_line(
+    tiny_directory: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, missing = tiny_directory("olmoe"), tmp_path / "no.jsonl"
+    words = [f"--model={model}", f"--dataset={missing}", f"--out={tmp_path / 'o'}"]
+    with pytest.raises(SystemExit) as stopped:
+        run(main, BatchSettings, words, prog=PROG)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{PROG}: error: there is no file {missing}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_file_is_a_prompt_a_line_and_a_parquet_file_a_table(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    Dataset.from_list([{"prompt": "one"}, {"prompt": "two"}]).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.txt", "a.parquet"):
+        rows = [*read_rows(str(tmp_path / name), "train")]
+        assert [to_request(row, "0", None, {}).prompt for row in rows] == ["one", "two"]
+
+
+def test_a_rows_own_settings_go_before_the_batchs() -> None:
+    row = {"prompt": "a", "temperature": 1, "stop": "x", "seed": 3}
+    request = to_request(row, "7", None, {"temperature": 0.5, "max_tokens": 4, "stop": ()})
+    assert (request.id, request.temperature, request.max_tokens) == ("7", 1, 4)
+    assert (request.stop, request.seed) == (("x",), 3)
