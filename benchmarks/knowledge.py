@@ -19,7 +19,11 @@ import numpy as np
 
 from routing.cli import run
 from routing.shards import TraceReader
-from runtime.cache.policies import FAR, LRU, Belady, Calls, Forecast, Policy, PredictedReuse
+from runtime.cache.belady import Belady, Calls
+from runtime.cache.forecast import FAR, Forecast
+from runtime.cache.policies import LRU
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.predictor_file import open_predictor
 from runtime.simulation.baselines import answers, used_by
 from runtime.simulation.comparison import file_forecasts

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from routing.cli import run
-from runtime.cache.policies import Forecast, Policy, PredictedReuse
+from runtime.cache.forecast import Forecast
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.cache.policies import POLICIES, Belady, Policy, PredictedReuse
-from runtime.cache.stats import Stats
+from runtime.cache.belady import Belady
+from runtime.cache.policies import POLICIES
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cuda.options import CudaOptions
+from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
-from runtime.engine.pool import build_pools
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.predictor_file import PredictorFile, open_predictor
 from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
-from runtime.sizing.budget import parse_memory, parse_size, slots_per_group
+from runtime.sizing.budget import slot_budget
+from runtime.sizing.units import parse_memory, parse_size
 from runtime.weights.source import Source, from_module, from_path
 
 if TYPE_CHECKING:
@@ -35,15 +40,15 @@ def load(
     *,
     memory: float | int | str = 0.25,
     policy: str | None = None,
-    device: str | torch.device | None = None,
+    device: str | int | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     tokenizer: PreTrainedTokenizerBase | None = None,
     replay: str | Path | Iterable[tuple[int, np.ndarray]] | None = None,
     host: str = "file",
-    context: int = 2048,
-    batch: int = 1,
-    prefetch: bool | str = "auto",
-    compile: bool = False,
+    context: int | None = None,
+    batch: int | None = None,
+    prefetch: bool | str | None = None,
+    compile: bool | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
 ) -> Any:
@@ -58,74 +63,83 @@ def load(
         bfloat16 experts stay packed, so a third more of them fit.
     policy: "lru", "lfu", "predicted" or "belady"; by default "predicted" with a predictor, else
         "lru".
-    device: where the model computes; by default a GPU for a path, if there is one, and a module's
-        own device.
+    device: where the model computes ("cuda", "cuda:1", 1, "cpu"); by default a GPU for a path, if
+        there is one, and a module's own device.
     dtype: of a model loaded from a path; "auto" is the checkpoint's.
     tokenizer: checked against the predictor's; a directory's own is found by itself.
     replay: for "belady", a trace directory of exactly the calls to come, or the calls themselves.
     host: where the experts of a path live when they are not in a slot: "file" reads each where it
         lies (the system keeps in memory what it has room for), "memory" reads all of them now. On a
         GPU they always end in pinned memory.
-    context, batch: on a GPU, the longest sequence (prompt and generated tokens) and the most
-        sequences that are decoded as captured CUDA graphs; the key/value cache is that large.
-    prefetch: on a GPU, fetch one likely expert of the next layer while the link is idle. "auto"
-        tries it for some three hundred steps in turns with steps without it, keeps the faster way
-        and says so (`model.expertflow.prefetching`).
-    compile: on a GPU, fuse the model's own operations with torch.compile; the first token of each
-        batch size then waits for the compiler, tens of seconds for a large model.
     record: a directory that keeps the token ids and routes of everything that runs, as a trace to
         train the predictor further with. Off by default: the text can be read back from it.
     record_limit: bytes ("256MiB") at which recording into the directory ends.
 
-    Raises ValueError, naming the thing and the mend, when something does not fit together; the
+    These shape captured steps on a GPU; on a CPU they change nothing, and a warning says so:
+
+    context, batch: the longest sequence (prompt and generated tokens; 2048 by default) and the most
+        sequences (1 by default) that are decoded as captured CUDA graphs; the key/value cache is
+        that large.
+    prefetch: fetch likely experts of the next layer while the link is idle, in decode steps and in
+        prompts. "auto", the default, tries it in decode steps for some three hundred steps in turns
+        with steps without it, keeps the faster way and says so (`model.expertflow.prefetching`).
+    compile: fuse the model's own operations with torch.compile (off by default); the first token of
+        each batch size then waits for the compiler, tens of seconds for a large model.
+
+    Slots, pinned memory and threads are freed by `model.expertflow.close()`, or when the garbage
+    collector finds the dropped model.
+
+    Raises ValueError, naming the thing and the remedy, when something does not fit together; the
     model is then as it was.
     """
-    if prefetch not in (True, False, "auto"):
-        raise ValueError(f"prefetch={prefetch!r} is not one of True, False, 'auto'")
-    budget, target = parse_memory(memory), _device(device, model)
+    budget, target = parse_memory(memory), target_device(device, model)
+    given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
+    options = _cuda_options(given, target)
     file = None if predictor is None else open_predictor(predictor)
     source = _open(model, tokenizer, dtype, host if target.type == "cpu" else "file")
     if file is not None:
         source.topology.require_match(
             file.topology, ours="the model", theirs=f"the predictor {predictor}"
         )
-    chosen = _policy(policy, source, file, replay)
+    chosen = choose_policy(policy, source, file, replay)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
     route_log = None if record is None else _route_log(record, record_limit, source)
     if target.type == "cuda":
-        options = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
-        _load_on_gpu(source, budget, target, chosen, forecaster, options, route_log)
-        return source.model
-    slots = slots_per_group(budget, source)
-    stats = Stats(layers=source.layers, num_slots=sum(slots), policy=chosen.name)
-    pools = build_pools(source, slots, target, chosen, stats)
-    Engine(source, chosen, pools, stats, forecaster, target, route_log=route_log)
+        return offload_on_gpu(source, budget, target, chosen, options, forecaster, route_log)
+    backend = CpuBackend(source, slot_budget(budget, source), target, chosen)
+    Engine(source, backend, forecaster, route_log, target)
     return source.model
 
 
-def _load_on_gpu(
+def offload_on_gpu(
     source: Source,
-    budget: float | int,
-    target: torch.device,
+    memory: float | int,
+    device: torch.device,
     policy: Policy,
-    forecaster: Forecaster | None,
-    options: dict[str, Any],
+    options: CudaOptions,
+    forecaster: Forecaster | None = None,
     route_log: RouteLog | None = None,
-) -> None:
+) -> Any:
+    """Attach an engine with the CUDA backend to the model of `source`, and return the model."""
     from runtime.cuda.backend import CudaBackend
-    from runtime.cuda.device_budget import fit
+    from runtime.cuda.device_budget import device_budget
 
-    if isinstance(budget, int):
-        sizes = {name: options[name] for name in ("context", "batch")}
-        budget, options["missing"] = fit(source, budget, **sizes)
-    slots = slots_per_group(budget, source, off_device=options.get("missing", 0))
-    stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
-    gpu = CudaBackend(source, slots, target, policy, stats, **options)
-    if forecaster is not None:
-        gpu.predict_with(forecaster, policy, stats)
-    if route_log is not None:
-        gpu.record_with(route_log)
-    Engine(source, policy, gpu.pools, stats, forecaster, target, gpu, route_log)
+    budget = device_budget(source, memory, context=options.context, batch=options.batch)
+    backend = CudaBackend(source, budget, device, policy, options, forecaster, route_log)
+    Engine(source, backend, forecaster, route_log, device)
+    return source.model
+
+
+def _cuda_options(given: dict[str, Any], device: torch.device) -> CudaOptions:
+    """The options that were given, which say nothing on a CPU: that is reported."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = CudaOptions(**chosen)
+    if chosen and device.type != "cuda":
+        names = ", ".join(f"{name}=" for name in chosen)
+        warnings.warn(
+            f"{names} shape captured steps on a GPU; on {device} they change nothing", stacklevel=3
+        )
+    return options
 
 
 def _route_log(directory: str | Path, limit: int | str, source: Source) -> RouteLog:
@@ -143,7 +157,13 @@ def _open(
     return from_path(model, tokenizer, dtype, in_memory=host == "memory")
 
 
-def _policy(name: str | None, source: Source, file: PredictorFile | None, replay: Any) -> Policy:
+def choose_policy(
+    name: str | None, source: Source, file: PredictorFile | None, replay: Any
+) -> Policy:
+    """The policy of that name; by default predicted reuse with a predictor, else LRU.
+
+    Raises ValueError for an unknown name, and where a policy lacks what it needs.
+    """
     name = name or ("lru" if file is None else PredictedReuse.name)
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} is not one of {', '.join(POLICIES)}")
@@ -165,13 +185,20 @@ def _replayed(replay: Any, source: Source) -> Iterable[tuple[int, np.ndarray]]:
     return trace_calls(replay, source.topology)
 
 
-def _device(device: str | torch.device | None, model: str | Path | nn.Module) -> torch.device:
+def target_device(
+    device: str | int | torch.device | None, model: str | Path | nn.Module
+) -> torch.device:
+    """Where to compute: a GPU for a path, if there is one, and a module's own device, unless said.
+
+    device: also a number, of a GPU. Raises ValueError for anything that is no device here.
+    """
     if device is None and isinstance(model, nn.Module):
         return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     has_cuda = torch.cuda.is_available()
+    place = f"cuda:{device}" if type(device) is int else device
     try:
-        target = torch.device(device or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError as error:
+        target = torch.device(("cuda" if has_cuda else "cpu") if place is None else place)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device={device!r} is not a device: {error!s:.60} ...") from error
     if target.type == "cuda" and not has_cuda:
         raise ValueError(f"device={device!r}: torch sees no CUDA device here")

@@ -114,20 +114,20 @@ def plan(
 
 def _slots(source: Source, memory: float | int | str, device: str, **sizes: int) -> list[int]:
     """As `runtime.load` counts them: on a GPU, bytes pay for cache and workspace too."""
-    from runtime.sizing.budget import parse_memory, slots_per_group
+    from runtime.sizing.budget import slot_budget
+    from runtime.sizing.units import parse_memory
 
     budget = parse_memory(memory)
-    if device.startswith("cuda") and isinstance(budget, int):
-        from runtime.cuda.device_budget import fit
+    if device.startswith("cuda"):
+        from runtime.cuda.device_budget import device_budget
 
-        budget, off_device = fit(source, budget, **sizes)
-        return slots_per_group(budget, source, off_device=off_device)
-    return slots_per_group(budget, source)
+        return device_budget(source, budget, **sizes).slots()
+    return slot_budget(budget, source).slots()
 
 
 def advice(found: Plan, host_bytes: int) -> list[str]:
     """What to do about it, in sentences. host_bytes: the memory of this machine."""
-    from runtime.sizing.budget import round_up
+    from runtime.sizing.units import round_up
 
     said = []
     if found.fraction == 1:
@@ -173,7 +173,7 @@ def main(settings: PlanSettings) -> None:
 
 def describe(found: Plan, bandwidth: float | None) -> str:
     """The plan as text. bandwidth: of the link, in bytes a second, if it was measured."""
-    from runtime.cache.stats import format_bytes
+    from runtime.sizing.units import format_bytes
 
     source = found.source
     experts = [
@@ -201,7 +201,7 @@ def describe(found: Plan, bandwidth: float | None) -> str:
 
 
 def _line(found: Plan, hit_rate: float, bandwidth: float | None) -> str:
-    from runtime.cache.stats import format_bytes
+    from runtime.sizing.units import format_bytes
 
     moved = found.bytes_per_token(hit_rate)
     text = f"  {hit_rate:.0%}: {format_bytes(moved)} moved"

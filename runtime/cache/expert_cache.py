@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.cache.policies import Policy
+from runtime.cache.policy import Policy
 
 FREE = -1
 

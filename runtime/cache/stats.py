@@ -1,4 +1,4 @@
-"""What the runtime counted: hits, misses, bytes, and where the time went."""
+"""Counts of a run: hits, misses, bytes, and where the time went."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from routing.layers import MoELayer
 from routing.topology import NO_EXPERT
 from runtime.cache.expert_cache import Lookup
+from runtime.sizing.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,6 +35,9 @@ class Stats:
 
     def __post_init__(self) -> None:
         self.reset()
+
+    def __repr__(self) -> str:
+        return f"<Stats: {self.report()}>"
 
     def reset(self) -> None:
         """Start counting anew (the cache keeps its content)."""
@@ -79,9 +83,14 @@ class Stats:
         return int(self.misses_L.sum())
 
     @property
+    def late(self) -> int:
+        """Requests whose expert was still on its way."""
+        return int(self.late_L.sum())
+
+    @property
     def hit_rate(self) -> float:
         """Share of requests that found their expert resident (NaN before the first)."""
-        requests = self.hits + int(self.late_L.sum()) + self.misses
+        requests = self.hits + self.late + self.misses
         return self.hits / requests if requests else float("nan")
 
     @property
@@ -95,7 +104,7 @@ class Stats:
         return float(np.median(self.prediction_ms)) if self.prediction_ms else float("nan")
 
     def count(self, layer: int, lookup: Lookup, slot_bytes: int) -> None:
-        """Book one served wave of `layer`."""
+        """Count one served wave of `layer`."""
         num_missed = int(np.count_nonzero(lookup.missed))
         self.misses_L[layer] += num_missed
         self.hits_L[layer] += len(lookup.missed) - num_missed
@@ -105,7 +114,7 @@ class Stats:
     def count_step(
         self, num_used_L: np.ndarray, num_missed_L: np.ndarray, slot_bytes: int, num_tokens: int
     ) -> None:
-        """Book one captured step of `num_tokens` tokens."""
+        """Count one captured step of `num_tokens` tokens."""
         self.misses_L += num_missed_L
         self.hits_L += num_used_L - num_missed_L
         self.bytes_loaded += int(num_missed_L.sum()) * slot_bytes
@@ -115,9 +124,11 @@ class Stats:
     def count_prefetch(
         self, share_L: np.ndarray, used_L: np.ndarray, chosen_L: np.ndarray, slot_bytes: int
     ) -> None:
-        """Book the prefetches of a captured step: which layers had one, the share of its bytes that
-        arrived in time, and whether the layer then needed it. A needed expert's rest is loaded with
-        its layer: it was late.
+        """Count the prefetches of a captured step.
+
+        For each layer: whether it had one (chosen), the share of its bytes that arrived in time,
+        and whether the layer then needed it (used). The rest of a needed expert is loaded with its
+        layer: it was late.
         """
         late_L = chosen_L & used_L & (share_L < 1)
         wasted = int(share_L[chosen_L & ~used_L].sum() * slot_bytes)
@@ -130,7 +141,7 @@ class Stats:
         self.bytes_wasted += wasted
 
     def count_recall(self, logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> None:
-        """Book how many of the used experts (int, NO_EXPERT for none) are among the K of highest
+        """Count how many of the used experts (int, NO_EXPERT for none) are among the K of highest
         predicted logit.
         """
         top_k = routes_BLK.shape[-1]
@@ -160,15 +171,48 @@ class Stats:
         """Mean time of one expert load so far; 0 before the first."""
         return self.seconds["load"] / self.misses if self.misses else 0.0
 
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as plain numbers and lists, for JSON; None where there is nothing yet."""
+        counts = {
+            name: getattr(self, name)
+            for name in (
+                "policy", "num_slots", "total_experts", "steps", "tokens", "hits", "late", "misses",
+                "evictions", "bytes_loaded", "prefetches", "prefetches_used", "bytes_prefetched",
+                "bytes_wasted",
+            )
+        }  # fmt: skip
+        rates = {
+            "hit_rate": self.hit_rate,
+            "recall": self.recall,
+            "prediction_ms": self.prediction_ms_median,
+        }
+        known = {name: None if np.isnan(rate) else rate for name, rate in rates.items()}
+        layers = [
+            {"name": layer.name, "hits": hits, "late": late, "misses": misses}
+            for layer, hits, late, misses in self._by_layer()
+        ]
+        return counts | known | {"seconds": dict(self.seconds), "layers": layers}
+
+    def _by_layer(self) -> Iterator[tuple[MoELayer, int, int, int]]:
+        """Hits, late and misses of each layer."""
+        counts = (self.hits_L.tolist(), self.late_L.tolist(), self.misses_L.tolist())
+        yield from zip(self.layers, *counts, strict=True)
+
     def report(self) -> str:
         """One line about the run."""
         line = (
             f"{self.policy}: {self.num_slots} of {self.total_experts} experts fit, "
-            f"{self.tokens} tokens in {self.steps} steps, hit rate {self.hit_rate:.1%}, "
-            f"{self.misses} loads ({format_bytes(self.bytes_loaded)})"
+            f"{self.tokens} tokens in {self.steps} steps"
         )
+        if self.hits + self.late + self.misses:
+            line += (
+                f", hit rate {self.hit_rate:.1%}, "
+                f"{self.misses} loads ({format_bytes(self.bytes_loaded)})"
+            )
+        if self._predicted:
+            line += f", recall {self.recall:.1%}"
         if self.prediction_ms:
-            line += f", recall {self.recall:.1%}, prediction {self.prediction_ms_median:.2f} ms"
+            line += f", prediction {self.prediction_ms_median:.2f} ms"
         if self.seconds["step"]:
             line += f", {self.tokens / self.seconds['step']:.1f} tok/s"
         return line
@@ -177,33 +221,28 @@ class Stats:
         """The counts of each layer, as a rich table."""
         from rich.table import Table
 
-        table = Table("layer", "hits", "misses", "hit rate", title=self.report())
-        names = [layer.name for layer in self.layers]
-        rows = zip(names, self.hits_L.tolist(), self.misses_L.tolist(), strict=True)
-        for name, hits, misses in rows:
-            rate = f"{hits / (hits + misses):.1%}" if hits + misses else "-"
-            table.add_row(name, str(hits), str(misses), rate)
+        table = Table("layer", "hits", "late", "misses", "hit rate", title=self.report())
+        for layer, hits, late, misses in self._by_layer():
+            requests = hits + late + misses
+            rate = f"{hits / requests:.1%}" if requests else "-"
+            table.add_row(layer.name, str(hits), str(late), str(misses), rate)
         return table
 
     def plot(self, path: str | Path) -> None:
-        """Draw hits and misses of each layer into the picture file `path`."""
+        """Draw hits, late and misses of each layer into the picture file `path`."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.add_subplot()
         layers = np.arange(self.num_layers)
-        axes.bar(layers, self.hits_L, label="hits", color="#3b6ea5")
-        axes.bar(layers, self.misses_L, bottom=self.hits_L, label="misses", color="#d9822b")
+        parts = [("hits", self.hits_L, "#3b6ea5"), ("misses", self.misses_L, "#d9822b")]
+        if self.late:
+            parts.insert(1, ("late", self.late_L, "#e8b98a"))
+        below = np.zeros(self.num_layers)
+        for label, counts_L, color in parts:
+            axes.bar(layers, counts_L, bottom=below, label=label, color=color)
+            below = below + counts_L
         axes.set(xlabel="MoE layer", ylabel="expert requests")
         axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
         axes.legend(loc="lower right")
         figure.savefig(path, dpi=150)
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes for people, in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} TiB"

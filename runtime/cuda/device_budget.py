@@ -1,4 +1,4 @@
-"""Budgets for everything on the device: what the slots get, and what has to stay in host memory."""
+"""A memory budget on a GPU: what the slots get, and what has to stay in host memory."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from typing import Any
 from runtime.cuda.memory.host_dense import movable_bytes
 from runtime.cuda.prefill.streaming_pool import workspace_bytes
 from runtime.kv import static_cache as kv
+from runtime.sizing.budget import SlotBudget, slot_budget
 from runtime.weights.arena import expert_bytes
 from runtime.weights.source import Source
 
 CUBLAS_BYTES = 64 << 20
-"""cuBLAS keeps 32 MiB for each stream it works on: ours and the captured one."""
+"""cuBLAS keeps 32 MiB for each stream that it works on: the current and the captured one."""
 
 
-def fit(source: Source, budget: int, *, context: int, batch: int) -> tuple[int, int]:
-    """Split a budget of bytes for everything on the device.
+def device_budget(source: Source, memory: float | int, *, context: int, batch: int) -> SlotBudget:
+    """The slots that `memory` pays for on a GPU.
 
-    Returns the bytes for `slots_per_group` (the model's other weights and the slots), and how many
-    bytes of other weights have to stay in host memory so that the least slots fit.
+    A fraction counts experts. Bytes are for everything on the device: key/value cache, workspaces
+    and graphs too; weights other than experts move to host memory where the least slots would not
+    fit beside them. Raises ValueError as `slot_budget` does.
     """
-    left = budget - _reserved(source, context, batch)
+    if isinstance(memory, float):
+        return slot_budget(memory, source)
+    reserved = reserved_bytes(source, context=context, batch=batch)
     least = sum(
         expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
         for group in source.groups
     )
-    short = max(source.fixed_bytes + least - left, 0)
-    missing = short if short <= movable_bytes(source.model) else 0
-    return left, missing
+    short = max(source.fixed_bytes + least - (memory - reserved), 0)
+    host_bytes = short if short <= movable_bytes(source.model) else 0
+    return slot_budget(memory, source, reserved=reserved, host_bytes=host_bytes)
 
 
-def _reserved(source: Source, context: int, batch: int) -> int:
+def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     """Bytes beside weights and slots: key/value cache, the activations of a prompt that fills it,
     and the buffers of kernels and copies.
     """

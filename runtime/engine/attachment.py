@@ -1,4 +1,4 @@
-"""What hangs on a model, and taking it off again."""
+"""Changes made to a model, and how each is undone."""
 
 from __future__ import annotations
 
@@ -6,27 +6,40 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+Undo = Callable[[], Any]
+
 
 class Attachment:
-    """Changes to other objects, each with its way back."""
+    """A list of changes to other objects, undone in reverse order.
+
+    Some changes hold memory or references (hooks, slots, pinned experts): these are undone by
+    `release` too, which leaves the others as they are.
+    """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], Any]] = []
+        self._undo: list[tuple[Undo, bool]] = []
 
-    def add(self, *undo: Callable[[], Any]) -> None:
-        """Something was done that these undo."""
-        self._undo.extend(undo)
+    def add(self, *undo: Undo, holds: bool = False) -> None:
+        """Remember how a change is undone. holds: `release` undoes it too."""
+        self._undo.extend((one, holds) for one in undo)
 
     def put(self, owner: Any, name: str, value: Any) -> None:
-        """Give one object an attribute of its own, before that of its class."""
+        """Give one object an attribute of its own, which hides its class's."""
         owner.__dict__[name] = value
-        self.add(partial(owner.__dict__.pop, name))
+        self.add(partial(owner.__dict__.pop, name, None), holds=True)
 
     def keep(self, owner: Any, name: str) -> None:
-        """Whatever becomes of this attribute meanwhile, it gets its value back."""
+        """Remember the present value of an attribute that may change meanwhile."""
         self.add(partial(setattr, owner, name, getattr(owner, name)))
 
     def undo(self) -> None:
-        """Take everything back, the last change first. Idempotent."""
+        """Undo everything, the last change first. Idempotent."""
         while self._undo:
-            self._undo.pop()()
+            self._undo.pop()[0]()
+
+    def release(self) -> None:
+        """Undo what holds memory or references, and forget the rest. Idempotent."""
+        while self._undo:
+            undo, holds = self._undo.pop()
+            if holds:
+                undo()

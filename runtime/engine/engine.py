@@ -1,32 +1,33 @@
-"""The engine: hangs on an unmodified Hugging Face model and runs its experts out of slots.
+"""The engine: attached to an unmodified Hugging Face model, it runs the experts out of slots.
 
-Each forward pass of the model is one step: predict, (the cache's policy then holds the) schedule,
-run, account. Nothing of the model's own code changes: the experts containers get an instance-level
-`forward`, the model a hook before and after its own.
+Each forward pass of the model is one step: predict, schedule (the cache's policy), run, account.
+Nothing of the model's own code changes: the experts containers get an instance-level `forward`, the
+model a hook before and after its own. Where and how the experts run is the backend's business.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from routing.layers import bound_call, read_call
-from runtime.cache.expert_cache import FREE
-from runtime.cache.policies import Forecast, Policy
+from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
-from runtime.engine.experts import run_experts
-from runtime.engine.observer import Observer
-from runtime.engine.pool import Pool
+from runtime.engine.backend import Backend, RowDecoder
+from runtime.engine.observer import build_observer
 from runtime.engine.step_inputs import StepInputs, read_inputs
+from runtime.kv.row_cache import RowCache
+from runtime.kv.static_cache import Storage
 from runtime.prediction.forecaster import Forecaster
+from runtime.prediction.layer_map import LayerMap
 from runtime.prediction.predictor_file import PredictorFile
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import Source
@@ -34,16 +35,11 @@ from runtime.weights.source import Source
 if TYPE_CHECKING:
     from queue import Queue
 
-    from runtime.cuda.backend import CudaBackend
-    from runtime.cuda.decode.row_decoder import RowDecoder
-    from runtime.cuda.prefill.streaming_pool import StreamingPool
-    from runtime.kv.row_cache import RowCache
-    from runtime.kv.static_cache import Storage
     from runtime.serving.request import Request, Result
 
 
 class Engine:
-    """What `runtime.load` puts at `model.expertflow`. Also a context manager that detaches.
+    """The offloading of one model, at `model.expertflow`. Also a context manager that ends it.
 
     One generation at a time: the slots and the predictor's state belong to one caller.
     """
@@ -51,28 +47,22 @@ class Engine:
     def __init__(
         self,
         source: Source,
-        policy: Policy,
-        pools: Sequence[Pool | StreamingPool],
-        stats: Stats,
+        backend: Backend,
         forecaster: Forecaster | None,
+        route_log: RouteLog | None,
         device: torch.device,
-        gpu: CudaBackend | None = None,
-        route_log: RouteLog | None = None,
     ) -> None:
         self.model = source.model
         self.topology = source.topology
         self._layers = source.layers
         self._store = source.store
-        self._policy = policy
-        self._pools = pools
-        self._stats = stats
-        self._gpu = gpu
-        self._observer = None
-        if forecaster is not None or route_log is not None:
-            stack = source.topology.stack() if forecaster is None else forecaster.file.stack
-            self._observer = Observer(source.layers, stack, stats, forecaster, route_log, gpu)
+        self._backend = backend
+        stack = source.topology.stack() if forecaster is None else forecaster.file.stack
+        layer_map = LayerMap(source.layers, stack)
+        self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)
         self._inputs: StepInputs | None = None
-        self._packed: tuple[Forecast | None] | None = None
+        self._given: tuple[Forecast | None] | None = None
+        """The forecast that a ragged step brings along, while it runs."""
         self._step_start = 0.0
         self._attachment = Attachment()
         try:
@@ -81,15 +71,22 @@ class Engine:
             self.detach()
             raise
 
+    def __repr__(self) -> str:
+        stats = self._backend.stats
+        return (
+            f"<Engine of {type(self.model).__name__}: {stats.policy}, {stats.num_slots} of "
+            f"{stats.total_experts} experts fit>"
+        )
+
     # ------------------------------------------------------------------ what users call
 
     def stats(self) -> Stats:
         """Counts since loading or the last `stats().reset()`."""
-        return self._stats
+        return self._backend.stats
 
     def report(self) -> str:
         """One line about the run so far."""
-        return self._stats.report()
+        return self._backend.stats.report()
 
     def serve(
         self,
@@ -105,36 +102,42 @@ class Engine:
         settings: fields of `runtime.serving.settings.ServeSettings`.
         `runtime.serving.async_server.AsyncServer` does the same for asyncio.
         """
-        from runtime.serving.serve import serve
+        from runtime.serving.serve import serve  # lazy on purpose: serving is above the engine
         from runtime.serving.settings import ServeSettings
 
         return serve(self, requests, tokenizer, ServeSettings(**settings))
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
-        if self._gpu is not None:
-            self._gpu.check_integrity()
-        for pool in dict.fromkeys(self._pools):
-            pool.cache.check_integrity()
+        self._backend.check_integrity()
 
     @property
     def decode_path(self) -> str:
         """Either "graph": decode steps run as captured CUDA graphs, or why they do not."""
-        if self._gpu is None:
-            return "the model is not on a CUDA device"
-        return self._gpu.why or "graph"
+        return self._backend.decode_path
 
     @property
     def prefetching(self) -> str:
-        """Whether decode steps prefetch; under prefetch="auto" with the times that decided it."""
-        if self._gpu is None:
-            return "prefetching is off: the model is not on a CUDA device"
-        return self._gpu.prefetching
+        """Whether experts are prefetched; under prefetch="auto" with the times that decided it."""
+        return self._backend.prefetching
 
     def detach(self) -> nn.Module:
         """Restore and return the original model, all experts in memory. Idempotent."""
         self._attachment.undo()
         return self.model
+
+    def close(self) -> None:
+        """Free slots, pinned memory and threads at once, without waiting for the collector.
+
+        A model that was given in memory is detached. One that was loaded from files has no experts
+        from then on: it can only be dropped. Idempotent.
+        """
+        if self._store.owns_experts:
+            self.detach()
+            return
+        self._attachment.release()
+        for layer in self._layers:
+            layer.module.__dict__["forward"] = _refuse_to_run
 
     def __enter__(self) -> Self:
         return self
@@ -152,13 +155,13 @@ class Engine:
     @property
     def predictor(self) -> PredictorFile | None:
         """The predictor that steps run with, if any."""
-        forecaster = None if self._observer is None else self._observer.forecaster
+        forecaster = self._observer.forecaster
         return None if forecaster is None else forecaster.file
 
     @property
     def route_log(self) -> RouteLog | None:
-        """What keeps the routes of what runs, if anything does."""
-        return None if self._observer is None else self._observer.route_log
+        """The log of the routes of what runs, if one is kept."""
+        return self._observer.route_log
 
     @property
     def device(self) -> torch.device:
@@ -168,59 +171,47 @@ class Engine:
     @property
     def key_value_storage(self) -> Storage | None:
         """The key/value cache that captured steps share, where there are any."""
-        decoder = None if self._gpu is None else self._gpu.decoder
-        return None if decoder is None else decoder.storage
+        return self._backend.key_value_storage
 
     def row_decoder(self, cache: RowCache) -> RowDecoder | None:
         """Captured steps over the rows of `cache`, where the model's experts have kernels."""
-        return None if self._gpu is None else self._gpu.row_decoder(cache)
+        return self._backend.row_decoder(cache)
 
     def seconds_per_load(self) -> float:
-        """What loading one expert takes; 0 where that is not known yet."""
-        return self._stats.seconds_per_load() if self._gpu is None else self._gpu.seconds_per_load
+        """Time to load one expert; 0 where that is not known yet."""
+        return self._backend.seconds_per_load()
 
     @property
     def resident_LE(self) -> np.ndarray:
-        """Bool [L, E]: the experts that are in slots, of the predicted stack where there is one."""
-        shape = (self._stats.num_layers, self._stats.num_experts)
-        tables = [pool.cache.slot_of_key for pool in self._pools]
-        if self._gpu is not None and self._gpu.slot_of_key is not None:
-            tables = [self._gpu.slot_of_key] * len(tables)
-        resident_LE = np.array([table.reshape(shape)[i] != FREE for i, table in enumerate(tables)])
-        return resident_LE if self._observer is None else resident_LE[self._observer.stack.rows]
+        """Bool [L, E]: the experts in slots, of the predicted stack where there is one."""
+        return self._observer.of_stack(self._backend.resident_LE(), 0)
 
     def tracked(self, routes_TLK: np.ndarray) -> np.ndarray:
-        """Of routes of all layers, what `run_packed` would give."""
-        if self._observer is None:
-            return routes_TLK[:, :0, :0]
-        return routes_TLK[:, self._observer.stack.rows]
+        """Of routes of all layers, those that `run_ragged` gives."""
+        return self._observer.observed(routes_TLK)
 
     def run_ragged(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].
 
         Returns the logits, and the routes [T, L, K] of the predicted stack, NO_EXPERT where there
-        is none ([T, 0, 0] with neither a predictor nor a recorder).
+        is none ([T, 0, 0] with neither a predictor nor a route log).
         """
-        self._packed = (forecast,)
+        self._given = (forecast,)
         try:
             logits: Tensor = self.model(**inputs).logits
         finally:
-            self._packed = None
-        num_tokens = inputs["input_ids"].shape[1]
-        if self._observer is None:
-            return logits, np.zeros((num_tokens, 0, 0), np.int64)
-        return logits, self._observer.routes(num_tokens)
+            self._given = None
+        return logits, self._observer.routes(inputs["input_ids"].shape[1])
 
     # ------------------------------------------------------------------ attach
 
     def _attach(self, device: torch.device) -> None:
-        changes, model, gpu = self._attachment, self.model, self._gpu
+        changes, model, backend = self._attachment, self.model, self._backend
         before = next(model.parameters()).device
         changes.add(lambda: model.to(before))
         if self.route_log is not None:
-            changes.add(self.route_log.close)
-        if gpu is not None:
-            changes.add(gpu.close)
+            changes.add(self.route_log.close, holds=True)
+        changes.add(backend.close, holds=True)
         for module in model.modules():
             changes.keep(module, "training")
         for index, layer in enumerate(self._layers):
@@ -229,20 +220,23 @@ class Engine:
             changes.put(layer.module, "forward", partial(self._run_layer, index))
         changes.put(model, "expertflow", self)
         changes.put(model, "save_pretrained", _refuse_to_save)
+        self._add_hooks()
+        self._disable_compile()
+        if backend.generate is not None:
+            changes.put(model, "generate", backend.generate)
+        model.to(device).eval()
+
+    def _add_hooks(self) -> None:
+        model = self.model
         hooks = [
             model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
             model.register_forward_hook(self._end_step),
+            model.register_forward_hook(self._backend.end_forward, always_call=True),
         ]
-        if gpu is not None:
-            hooks.append(model.register_forward_hook(gpu.end_forward, always_call=True))
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             encoder = model.get_encoder()  # type: ignore[operator]
             hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
-        changes.add(*(hook.remove for hook in hooks))
-        self._disable_compile()
-        if gpu is not None and gpu.path is not None:
-            changes.put(model, "generate", gpu.path.generate)
-        model.to(device).eval()
+        self._attachment.add(*(hook.remove for hook in hooks), holds=True)
 
     def _disable_compile(self) -> None:
         """Keep generate from compiling the step: it would only break at every experts call."""
@@ -255,45 +249,43 @@ class Engine:
 
     def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._step_start = time.perf_counter()
-        mask_BT = None if self._gpu is None else self._gpu.mask_BT
-        self._inputs = read_inputs(self.model, args, kwargs, mask_BT)
-        if self._gpu is not None:
-            self._gpu.begin_forward()
-        self._policy.begin_step(self._forecast(self._inputs))
+        self._inputs = read_inputs(self.model, args, kwargs, self._backend.mask_BT)
+        self._backend.begin_forward()
+        self._backend.begin_step(self._forecast(self._inputs))
 
     def _begin_encoding(self, *_: Any) -> None:
-        self._policy.begin_step(None)
+        self._backend.begin_step(None)
 
     def _forecast(self, inputs: StepInputs) -> Forecast | None:
-        if self._observer is None:
-            return None
         self._observer.begin_step()
-        if self._packed is not None:
-            return self._packed[0] and self._observer.stack.spread(self._packed[0])
+        if self._given is not None:
+            return self._observer.spread(self._given[0])
         return self._observer.predict(inputs)
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
-        if self._gpu is not None and self._gpu.is_capturing:
-            return self._gpu.run_captured(index, *bound_call(layer, args, kwargs))
+        if self._backend.is_capturing:
+            return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
         hidden_TH, routes = read_call(layer, args, kwargs)
-        if self._observer is not None:
-            self._observer.see(index, args, kwargs)
-        if self._gpu is not None:
-            return self._gpu.run_layer(layer, index, hidden_TH, routes)
-        return run_experts(layer, hidden_TH, routes, partial(self._pools[index].serve, index))
+        self._observer.see(index, args, kwargs)
+        return self._backend.run_layer(layer, index, hidden_TH, routes)
 
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None
-        if self._observer is not None and not self._packed:
+        if self._given is None:
             self._observer.end_step(inputs)
-        self._stats.steps += 1
-        self._stats.tokens += inputs.num_tokens
-        self._stats.seconds["step"] += time.perf_counter() - self._step_start
+        stats = self._backend.stats
+        stats.steps += 1
+        stats.tokens += inputs.num_tokens
+        stats.seconds["step"] += time.perf_counter() - self._step_start
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
+def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         "an offloaded model would be saved without its experts; save model.expertflow.detach()"
     )
+
+
+def _refuse_to_run(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError("this model's engine is closed and its experts are gone; load the model again")

@@ -1,70 +1,110 @@
-"""What is learnt from each step: its true routes, for the predictor and for the recorder."""
+"""The observer of a model's routes: it predicts before a step and learns the truth after it.
+
+`Observer` feeds the predictor and the route log; `NoObserver` stands in where there is neither.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from routing.layers import MoELayer, read_routes
-from routing.topology import Stack
-from runtime.cache.policies import Forecast
+from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
+from runtime.engine.backend import Backend
 from runtime.engine.step_inputs import StepInputs
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.layer_map import LayerMap
 from runtime.prediction.route_log import RouteLog
 
-if TYPE_CHECKING:
-    from runtime.cuda.backend import CudaBackend
+
+class NoObserver:
+    """Predicts nothing and remembers nothing."""
+
+    forecaster: Forecaster | None = None
+    route_log: RouteLog | None = None
+
+    def begin_step(self) -> None:
+        """A step is about to run."""
+
+    def predict(self, inputs: StepInputs) -> Forecast | None:
+        """A forecast of the step; None where nothing is predicted."""
+        return None
+
+    def spread(self, forecast: Forecast | None) -> Forecast | None:
+        """A forecast for the observed layers as one for all layers."""
+        return None
+
+    def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Layer `index` is called with these arguments."""
+
+    def routes(self, num_tokens: int) -> np.ndarray:
+        """The step's true routes, int64 [T, L, K] of the observed layers."""
+        return np.zeros((num_tokens, 0, 0), np.int64)
+
+    def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
+        """The observed layers among all of the model's, along `axis`."""
+        return per_layer
+
+    def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
+        """Of routes of all layers, those that `routes` would give."""
+        return routes_TLK[:, :0, :0]
+
+    def end_step(self, inputs: StepInputs) -> None:
+        """The step has run."""
 
 
-class Observer:
-    """Watches the experts calls of `stack`. At least one of forecaster and recorder is given."""
+class Observer(NoObserver):
+    """Watches the experts calls of one stack. At least one of forecaster and route log is given."""
 
     def __init__(
         self,
         layers: list[MoELayer],
-        stack: Stack,
-        stats: Stats,
+        map: LayerMap,
+        backend: Backend,
         forecaster: Forecaster | None,
         route_log: RouteLog | None,
-        gpu: CudaBackend | None,
     ) -> None:
-        self.stack = LayerMap(layers, stack)
         self.forecaster, self.route_log = forecaster, route_log
-        self._layers, self._stats, self._gpu = layers, stats, gpu
+        self._layers, self._map, self._backend = layers, map, backend
+        self._stats: Stats = backend.stats
         self._routes: dict[int, np.ndarray] = {}
 
     def begin_step(self) -> None:
-        """Forget the routes of the last step."""
         self._routes.clear()
 
-    def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layer `index` runs with these arguments."""
-        self._routes[index] = (
-            read_routes(self._layers[index], args, kwargs).experts_TK.cpu().numpy()
-        )
-
-    def routes(self, num_tokens: int) -> np.ndarray:
-        """The step's routes, int64 [T, L, K] of the stack, NO_EXPERT for none."""
-        return self.stack.routes(self._routes, num_tokens)
-
     def predict(self, inputs: StepInputs) -> Forecast | None:
-        """For the step about to run; None where nothing is predicted, or beside the step."""
         if self.forecaster is None or inputs.token_ids_BT is None:
             return None
-        if self._gpu is not None and self._gpu.announce(inputs):
+        if self._backend.predict_beside(inputs):
             return None
         with self._stats.timer("predict"):
             batch = len(inputs.token_ids_BT)
             if inputs.past_length == 0 or batch != self.forecaster.batch_size:
                 self.forecaster.reset(batch)
             forecast = self.forecaster.forecast(inputs.token_ids_BT, inputs.positions_BT)
-        return self.stack.spread(forecast)
+        return self._map.spread(forecast)
+
+    def spread(self, forecast: Forecast | None) -> Forecast | None:
+        return forecast and self._map.spread(forecast)
+
+    def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        experts_TK = read_routes(self._layers[index], args, kwargs).experts_TK
+        self._routes[index] = experts_TK.cpu().numpy()
+
+    def routes(self, num_tokens: int) -> np.ndarray:
+        """NO_EXPERT where a token uses none, or a layer did not run."""
+        return self._map.routes(self._routes, num_tokens)
+
+    def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
+        return np.take(per_layer, self._map.rows, axis)
+
+    def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
+        return self.of_stack(routes_TLK, 1)
 
     def end_step(self, inputs: StepInputs) -> None:
-        """Tell predictor and recorder what the step used."""
+        """Tell the predictor and the route log what the step used."""
         if inputs.token_ids_BT is None:
             return
         routes_NLK = self.routes(inputs.token_ids_BT.size)
@@ -72,15 +112,28 @@ class Observer:
         if self.forecaster is not None:
             self._learn(self.forecaster, routes_BTLK)
         if self.route_log is not None:
-            rows = slice(self._gpu and self._gpu.num_rows)
+            rows = slice(self._backend.num_rows)
             tokens_BT, positions_BT = inputs.token_ids_BT[rows], inputs.positions_BT[rows]
             self.route_log.extend(tokens_BT, positions_BT, inputs.past_length, routes_BTLK[rows])
 
     def _learn(self, forecaster: Forecaster, routes_BTLK: np.ndarray) -> None:
         """Give the predictor the true routes of each sequence's last token, and score it."""
         routes_BLK = routes_BTLK[:, -1]
-        if self._gpu is not None and self._gpu.remember(routes_BLK):
+        if self._backend.learn(routes_BLK):
             return
         forecaster.observe(routes_BLK)
         if routes_BTLK.shape[1] == 1 and forecaster.this_BLE is not None:
             self._stats.count_recall(forecaster.this_BLE, routes_BLK)
+
+
+def build_observer(
+    layers: list[MoELayer],
+    map: LayerMap,
+    backend: Backend,
+    forecaster: Forecaster | None,
+    route_log: RouteLog | None,
+) -> NoObserver:
+    """An observer of what there is to feed."""
+    if forecaster is None and route_log is None:
+        return NoObserver()
+    return Observer(layers, map, backend, forecaster, route_log)

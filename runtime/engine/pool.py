@@ -1,4 +1,4 @@
-"""Slots with their books: loads what a layer's call needs and hands out the parameters."""
+"""A pool of slots: it loads what a layer's call needs and hands out the parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.cache.expert_cache import ExpertCache, Lookup
-from runtime.cache.policies import Policy
+from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
 from runtime.weights.arena import Arena, Specs
 from runtime.weights.source import Source
@@ -58,6 +58,11 @@ class Pool:
             for i in np.flatnonzero(lookup.missed):
                 into = self.arena.slot(int(lookup.slots[i]))
                 self._store.read(layer, int(lookup.experts[i]), into)
+
+    def close(self) -> None:
+        """Free the slots; nothing is resident any more."""
+        self.cache.clear()
+        self.arena.close()
 
 
 def build_pools(

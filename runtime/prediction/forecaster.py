@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from routing.topology import NO_EXPERT
-from runtime.cache.policies import FAR, Forecast
+from runtime.cache.forecast import FAR, Forecast
 from runtime.prediction.predictor_file import PredictorFile
 
 PADDING = -1

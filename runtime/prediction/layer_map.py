@@ -8,7 +8,7 @@ import numpy as np
 
 from routing.layers import MoELayer
 from routing.topology import NO_EXPERT, Stack
-from runtime.cache.policies import Forecast
+from runtime.cache.forecast import Forecast
 
 
 class LayerMap:

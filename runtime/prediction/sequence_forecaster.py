@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from routing.topology import NO_EXPERT
-from runtime.cache.policies import FAR, Forecast
+from runtime.cache.forecast import FAR, Forecast
 from runtime.prediction.forecaster import PADDING
 from runtime.prediction.predictor_file import PredictorFile
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.cache.policies import Forecast
+from runtime.cache.forecast import Forecast
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.row_cache import RowCache, Span, TokenLayout
@@ -22,7 +22,7 @@ from runtime.prediction.sequence_forecaster import join
 from runtime.serving.sequence import ServedSequence
 
 if TYPE_CHECKING:
-    from runtime.cuda.decode.row_decoder import RowDecoder
+    from runtime.engine.backend import RowDecoder
 
 
 Ran = tuple[NextTokens, np.ndarray]
@@ -116,7 +116,7 @@ class CapturedRunner(ModelRunner):
         )
         renew()
         self._rows.revise(_forecast(parts))
-        following, routes_NLK = self._rows.land(run)
+        following, routes_NLK = self._rows.finish(run)
         return following, self._engine.tracked(routes_NLK)
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from runtime.cache.policies import FAR, Forecast
+from runtime.cache.forecast import FAR, Forecast
 from runtime.simulation.trace_steps import TraceStep
 
 Documents = Sequence[Sequence[TraceStep]]

@@ -13,16 +13,11 @@ from functools import partial
 
 import numpy as np
 
-from runtime.cache.policies import (
-    LFU,
-    LRU,
-    Belady,
-    Calls,
-    Forecast,
-    LeastStale,
-    Policy,
-    PredictedReuse,
-)
+from runtime.cache.belady import Belady, Calls
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LFU, LRU, LeastStale
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.baselines import Documents, Rival, used_by

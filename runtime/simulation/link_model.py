@@ -13,7 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from runtime.cache.policies import Calls, Forecast, Policy
+from runtime.cache.belady import Calls
+from runtime.cache.forecast import Forecast
+from runtime.cache.policy import Policy
 
 PrefetchPlan = Literal["none", "priced", "greedy"]
 NOTHING = -1

@@ -20,7 +20,7 @@ import numpy as np
 from routing.lookahead import LookAhead
 from routing.shards import Document
 from routing.topology import Stack
-from runtime.cache.policies import PredictedReuse
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.baselines import used_by
 from runtime.simulation.calibration import Calibration, Joint

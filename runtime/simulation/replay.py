@@ -13,16 +13,12 @@ from functools import partial
 
 import numpy as np
 
+from runtime.cache.belady import Belady, Calls
 from runtime.cache.expert_cache import ExpertCache
-from runtime.cache.policies import (
-    LFU,
-    LRU,
-    Belady,
-    Calls,
-    Forecast,
-    Policy,
-    PredictedReuse,
-)
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LFU, LRU
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.trace_steps import TraceStep

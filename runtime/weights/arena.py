@@ -46,3 +46,7 @@ class Arena:
     def slot(self, index: int) -> dict[str, Tensor]:
         """The parameters of the expert in slot `index`, as views."""
         return self._views[index]
+
+    def close(self) -> None:
+        """Free the memory of all slots."""
+        self.tensors, self._views = {}, []

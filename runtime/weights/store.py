@@ -15,6 +15,9 @@ from runtime.weights.arena import Spec, Specs
 class ExpertStore(ABC):
     """Hands out the parameters of any expert of any MoE layer."""
 
+    owns_experts = False
+    """Whether the experts exist nowhere else: they must go back into the model."""
+
     @abstractmethod
     def specs(self, layer: int) -> Specs:
         """Shapes and dtypes of one expert of `layer`."""
@@ -46,6 +49,8 @@ class ModuleStore(ExpertStore):
 
     The very same parameters come back with `restore`, then on the CPU, where the host tier is.
     """
+
+    owns_experts = True
 
     def __init__(self, layers: list[MoELayer]) -> None:
         self._layers = layers

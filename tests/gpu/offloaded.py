@@ -97,7 +97,7 @@ def check_slots(model: Any) -> None:
     """Assert that the books are whole, and that every slot holds its owner's bits."""
     engine = model.expertflow
     engine.check_integrity()
-    pool, host = engine._gpu.decoder._pool, engine._gpu.decoder._host
+    pool, host = engine._backend.decoder._pool, engine._backend.decoder._host
     for slot, key in enumerate(pool.cache.key_of_slot.tolist()):
         if key >= 0:
             layer, expert = divmod(key, pool.cache.num_experts)

@@ -13,7 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cache.policies import POLICIES, Policy
+from runtime.cache.policies import POLICIES
+from runtime.cache.policy import Policy
 from runtime.cuda.decode import experts_call as experts
 from tests.gpu.offloaded import (
     NEVER,
@@ -137,7 +138,7 @@ def test_bfloat16_weights_come_back_bit_for_bit_though_they_were_packed() -> Non
         weight.view(-1)[:4] = torch.tensor([-0.0, 1e-39, 3e38, float("inf")]).bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with offloaded(model):
-        assert model.expertflow._gpu.decoder._host.packed
+        assert model.expertflow._backend.decoder._host.packed
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.view(torch.int16), before[name].view(torch.int16)), name
 

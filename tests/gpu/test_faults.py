@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 pytest.importorskip("triton")
 
 from runtime.cuda.decode import predictor_thread as predictor_thread
-from runtime.cuda.device_budget import fit
+from runtime.cuda.device_budget import reserved_bytes
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.weights.arena import expert_bytes
 from runtime.weights.source import from_module
@@ -34,7 +34,7 @@ pytestmark = needs_gpu
 
 
 def decoder_of(model: Any) -> Any:
-    return model.expertflow._gpu.decoder
+    return model.expertflow._backend.decoder
 
 
 # ---------------------------------------------------------------------- the predictor
@@ -65,17 +65,17 @@ class Hanging:
 
 
 def replace_session(model: Any, session: Any) -> None:
-    forecaster = decoder_of(model).predictor_thread._forecaster
+    forecaster = decoder_of(model).driver.thread._forecaster
     forecaster.file = forecaster.file._replace(session=session)
 
 
 def failure_of(model: Any, seconds: float = 8.0) -> str:
     """Generate until the predictor is given up."""
     end = time.perf_counter() + seconds
-    while decoder_of(model).predictor_thread.failure is None and time.perf_counter() < end:
+    while decoder_of(model).driver.thread.failure is None and time.perf_counter() < end:
         generate(model)
         time.sleep(0.02)
-    return str(decoder_of(model).predictor_thread.failure)
+    return str(decoder_of(model).driver.thread.failure)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def expected() -> Iterator[torch.Tensor]:
 @pytest.mark.parametrize("number", [0, 1, 5])
 def test_a_predictor_that_raises_is_given_up(number: int, expected: torch.Tensor) -> None:
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=True) as model:
-        session = decoder_of(model).predictor_thread._forecaster.file.session
+        session = decoder_of(model).driver.thread._forecaster.file.session
         replace_session(model, Raising(session, number))
         assert torch.equal(generate(model), expected)
         assert "weights are gone" in failure_of(model)
@@ -214,7 +214,7 @@ def test_a_context_that_does_not_fit_is_an_error_and_the_model_can_be_had_back()
 
 def test_a_budget_that_is_too_small_leaves_the_model_as_it_was() -> None:
     model: Any = tiny_model("olmoe")
-    with pytest.raises(ValueError, match="slots"), offloaded(model, memory=1000):
+    with pytest.raises(ValueError, match="slots"), offloaded(model, memory="1KB"):
         pass
     assert torch.equal(generate(model), stock_tokens("olmoe", 1))
 
@@ -223,10 +223,10 @@ def test_a_budget_that_holds_the_experts_only_without_the_embedding_keeps_it_on_
     model: Any = tiny_model("olmoe")
     source = from_module(model, None)
     least = source.layers[0].top_k * expert_bytes(source.store.specs(0))
-    left, _ = fit(source, 1 << 30, context=40, batch=1)
-    memory = (1 << 30) - left + source.fixed_bytes + least - 1000
+    reserved = reserved_bytes(source, context=40, batch=1)
+    memory = reserved + source.fixed_bytes + least - 1000
     with offloaded(model, memory=memory, context=40, batch=1):
-        assert model.expertflow._gpu._dense.num_bytes == 256 * 32 * 4
+        assert model.expertflow._backend._dense.num_bytes == 256 * 32 * 4
         assert model.expertflow.stats().num_slots == source.layers[0].top_k
         assert torch.equal(generate(model), stock_tokens("olmoe", 1))
         assert model.expertflow.decode_path == "graph"

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda.decode import prefetch_trial as trial
+from runtime.cuda import prefetching as trial
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
@@ -168,7 +168,7 @@ def outputs(options: dict[str, Any], batch: int) -> list[Tensor]:
         made = [greedy, *generate_with_logits(model, batch)]
         assert model.expertflow.decode_path == "graph"
         check_slots(model)
-        predictor_thread = model.expertflow._gpu.decoder.predictor_thread
+        predictor_thread = model.expertflow._backend.decoder.driver.thread
         assert predictor_thread is None or predictor_thread.failure is None
         return made
 
@@ -274,7 +274,7 @@ def test_a_step_never_waits_for_the_device(prefetch: bool, monkeypatch: pytest.M
     with offloaded(MOE_8X32, predictor=PREDICTOR, prefetch=prefetch) as model:
         generate(model, eos_token_id=NEVER)
         generate(model, 2, eos_token_id=NEVER)
-        assert model.expertflow._gpu.decoder.predictor_thread.failure is None
+        assert model.expertflow._backend.decoder.driver.thread.failure is None
     assert len(watched) == 2 * (NEW - 2)
     torch.cuda.set_sync_debug_mode("error")  # what the watching would have said
     try:
@@ -290,7 +290,7 @@ def test_the_counts_of_captured_steps_add_up() -> None:
         stats = model.expertflow.stats()
         stats.reset()
         generate(model, eos_token_id=NEVER)
-        link_bytes = model.expertflow._gpu.decoder._host.link_bytes(0)
+        link_bytes = model.expertflow._backend.decoder._host.link_bytes(0)
     steps = NEW - 1  # the prompt's pass gives the first token
     assert stats.steps == steps + 1
     assert stats.tokens == 12 + steps

@@ -30,7 +30,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from runtime.cache.expert_cache import ExpertCache
-from runtime.cache.policies import LFU, LRU, Policy, PredictedReuse
+from runtime.cache.policies import LFU, LRU
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts_call import ExpertsCall
 from runtime.cuda.kernels.attention import attend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.cache.expert_cache import ExpertCache
-from runtime.cache.policies import Policy
+from runtime.cache.policy import Policy
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts_call import ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock

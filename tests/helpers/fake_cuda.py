@@ -14,10 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.cuda.backend import CudaBackend
 from runtime.cuda.decode import experts_call as experts
 from runtime.cuda.decode.graph_step import CapturedStep
+from runtime.cuda.device_budget import device_budget
 from runtime.cuda.memory import pinned
-from runtime.loading import _load_on_gpu, _policy
+from runtime.cuda.options import CudaOptions
+from runtime.engine.engine import Engine
+from runtime.loading import choose_policy
+from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.predictor_file import open_predictor
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import from_module
@@ -72,15 +77,21 @@ def load_fake(
     policy: str | None = None,
     **options: Any,
 ) -> Any:
-    """`runtime.load` for a GPU, on the CPU, under `fake_cuda`."""
-    from runtime.prediction.forecaster import Forecaster
+    """`runtime.load` for a GPU, on the CPU, under `fake_cuda`.
 
+    host_bytes: of weights other than experts, to be kept in host memory.
+    """
     source = from_module(model, None)
     file = None if predictor is None else open_predictor(predictor)
-    chosen = _policy(policy, source, file, options.pop("replay", None))
-    settings = {"context": 48, "batch": 1, "prefetch": False, "compile": False} | options
+    chosen = choose_policy(policy, source, file, options.pop("replay", None))
     forecaster = None if file is None else Forecaster(file)
-    folder = settings.pop("record", None)
+    folder = options.pop("record", None)
     route_log = None if folder is None else RouteLog(folder, source.topology)
-    _load_on_gpu(source, memory, torch.device("cpu"), chosen, forecaster, settings, route_log)
+    host_bytes = options.pop("host_bytes", 0)
+    settings = CudaOptions(**({"context": 48, "prefetch": False} | options))
+    budget = device_budget(source, memory, context=settings.context, batch=settings.batch)
+    budget = budget._replace(host_bytes=host_bytes or budget.host_bytes)
+    cpu = torch.device("cpu")
+    backend = CudaBackend(source, budget, cpu, chosen, settings, forecaster, route_log)
+    Engine(source, backend, forecaster, route_log, cpu)
     return model

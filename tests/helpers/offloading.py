@@ -60,5 +60,7 @@ def generate(model: Any, **options: Any) -> Any:
 def check(model: Any) -> None:
     model.expertflow.check_integrity()
     stats = model.expertflow.stats()
-    resident = sum(pool.cache.num_resident for pool in dict.fromkeys(model.expertflow._pools))
+    resident = sum(
+        pool.cache.num_resident for pool in dict.fromkeys(model.expertflow._backend.pools)
+    )
     assert stats.misses == stats.evictions + resident, "whatever was loaded stays or was evicted"

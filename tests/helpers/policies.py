@@ -7,7 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime.cache.policies import POLICIES, Belady, Calls, Forecast, Policy, PredictedReuse
+from runtime.cache.belady import Belady, Calls
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import POLICIES
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 
 LAYERS, NUM_EXPERTS = 3, 6
 HORIZON = 4

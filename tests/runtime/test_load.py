@@ -19,7 +19,8 @@ import runtime
 from routing.layers import MoELayer
 from routing.topology import topology_of
 from routing.writer import TraceWriter
-from runtime.sizing.budget import parse_memory, slots_per_group
+from runtime.sizing.budget import slot_budget
+from runtime.sizing.units import parse_memory
 from runtime.weights.arena import Spec, expert_bytes
 from runtime.weights.source import Group, from_module
 from tests.helpers.onnx_predictor import write_predictor
@@ -84,11 +85,27 @@ def test_memory_that_is_neither_is_refused_with_an_example(memory: Any) -> None:
         parse_memory(memory)
 
 
+@pytest.mark.parametrize(
+    ("memory", "question"),
+    [
+        (1, "did you mean 1.0 (all experts) or '1GiB' (a size)?"),
+        (25, "did you mean 0.25 (25 % of the experts) or '25GiB' (a size)?"),
+        ("25", "did you mean 0.25 (25 % of the experts) or '25GiB' (a size)?"),
+        (512, "did you mean '512MiB' or '512GiB' (a size)?"),
+    ],
+)
+def test_a_number_that_lacks_its_unit_is_asked_about(memory: Any, question: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the whole message is compared
+        parse_memory(memory)
+    assert str(caught.value) == f"memory={memory!r} would be so many bytes: {question}"
+
+
 @pytest.mark.parametrize(("memory", "slots"), [(1.0, 32), (0.5, 16), (0.26, 8), (0.0625, 2)])
 def test_a_fraction_counts_experts(memory: float, slots: int) -> None:
     model = runtime.load(tiny_model("olmoe"), memory=memory)
     assert model.expertflow.stats().num_slots == slots
-    assert [len(pool.arena.tensors["down_proj"]) for pool in model.expertflow._pools] == [slots] * 4
+    sizes = [len(pool.arena.tensors["down_proj"]) for pool in model.expertflow._backend.pools]
+    assert sizes == [slots] * 4
 
 
 def test_bytes_pay_for_the_other_weights_first() -> None:
@@ -96,16 +113,16 @@ def test_bytes_pay_for_the_other_weights_first() -> None:
     one_expert = expert_bytes(source.store.specs(0))
     for num_slots in (2, 9, 32):
         exact = source.fixed_bytes + num_slots * one_expert
-        assert slots_per_group(exact, source) == [num_slots]
-        assert slots_per_group(exact + one_expert - 1, source) == [num_slots]
-    assert slots_per_group(1 << 40, source) == [32], "never more slots than experts"
+        assert slot_budget(exact, source).slots() == [num_slots]
+        assert slot_budget(exact + one_expert - 1, source).slots() == [num_slots]
+    assert slot_budget(1 << 40, source).slots() == [32], "never more slots than experts"
 
 
 def test_the_other_weights_are_counted_from_a_directory_as_from_memory(
     tiny_directory: Directory,
 ) -> None:
     model = runtime.load(tiny_directory("olmoe"), memory=0.5)
-    assert model.expertflow._pools[0].arena.num_slots == 16
+    assert model.expertflow._backend.pools[0].arena.num_slots == 16
     in_memory = from_module(tiny_model("olmoe"), None).fixed_bytes
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     assert held == in_memory
@@ -133,18 +150,19 @@ def sources(draw: st.DrawFn) -> Shapes:
     return Shapes(layers, groups, draw(st.integers(0, 1 << 40)))
 
 
-@given(sources(), st.sampled_from([1e-9, 1]))
+@given(sources(), st.sampled_from([1e-9, "1B"]))
 def test_a_budget_that_is_too_small_is_told_two_that_suffice(
-    source: Any, too_little: float
+    source: Any, too_little: float | str
 ) -> None:
     with pytest.raises(
         ValueError, match=r"a token needs \d+ in one layer; give at least"
     ) as caught:
-        slots_per_group(parse_memory(too_little), source)
+        slot_budget(parse_memory(too_little), source)
     advice = str(caught.value).partition("give at least ")[2]
     fraction, _, size = advice.partition(" (a fraction of the experts) or ")
     for enough in (fraction, size):
-        slots = slots_per_group(parse_memory(enough if enough == size else float(enough)), source)
+        memory = parse_memory(enough if enough == size else float(enough))
+        slots = slot_budget(memory, source).slots()
         for group, num_slots in zip(source.groups, slots, strict=True):
             assert num_slots >= max(source.layers[index].top_k for index in group.layers)
 
@@ -153,7 +171,7 @@ def test_a_budget_that_is_too_small_is_told_two_that_suffice(
 def test_slots_never_cost_more_than_the_budget(source: Any, share: float, size: int) -> None:
     for memory in (share, size):
         try:
-            slots = slots_per_group(memory, source)
+            slots = slot_budget(memory, source).slots()
         except ValueError:
             continue
         bytes_of = [expert_bytes(group.specs) for group in source.groups]
@@ -166,7 +184,7 @@ def test_slots_never_cost_more_than_the_budget(source: Any, share: float, size: 
         assert used <= allowed * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("memory", [0.03, "1KB", 1])
+@pytest.mark.parametrize("memory", [0.03, "1KB", "1B"])
 def test_a_budget_below_one_layers_top_k_is_refused(memory: Any) -> None:
     message = refused(tiny_model("olmoe"), memory=memory)
     assert "a token needs 2 in one layer; give at least 0.0625" in message
@@ -242,6 +260,27 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     assert f"device='{device}'" in refused(tiny_model("olmoe"), device=device)
 
 
+@pytest.mark.parametrize("device", [0, True, 1.5])
+def test_a_device_number_is_a_gpu_or_refused_never_the_cpu(device: Any) -> None:
+    assert f"device={device!r}" in refused(tiny_model("olmoe"), device=device).replace("'", "")
+
+
+@pytest.mark.parametrize(
+    "options", [{"context": 4096}, {"batch": 1}, {"prefetch": False}, {"compile": True}]
+)
+def test_options_of_captured_steps_are_reported_on_a_cpu(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.warns(UserWarning, match=rf"{name}= shape.* on a GPU; on cpu they change nothing"):
+        model = runtime.load(tiny_model("olmoe"), memory=0.5, **options)
+    assert model.expertflow.decode_path == "the model is not on a CUDA device"
+
+
+@pytest.mark.parametrize("options", [{"context": 0}, {"batch": 1.5}, {"prefetch": "sometimes"}])
+def test_options_of_captured_steps_are_checked_on_a_cpu_too(options: dict[str, Any]) -> None:
+    (name,) = options
+    assert refused(tiny_model("olmoe"), **options).startswith(f"{name}=")
+
+
 @pytest.mark.parametrize("dtype", ["float99", "int8"])
 def test_a_number_format_that_is_none_is_refused(dtype: str, tiny_directory: Directory) -> None:
     assert "dtype" in refused(tiny_directory("olmoe"), dtype=dtype)
@@ -250,7 +289,7 @@ def test_a_number_format_that_is_none_is_refused(dtype: str, tiny_directory: Dir
 def test_the_number_format_can_be_chosen(tiny_directory: Directory) -> None:
     model = runtime.load(tiny_directory("olmoe"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.expertflow._pools[0].arena.tensors["down_proj"].dtype == torch.bfloat16
+    assert model.expertflow._backend.pools[0].arena.tensors["down_proj"].dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------- policies

@@ -27,7 +27,7 @@ ODD = ["aria", "dbrx", "ernie4_5_vl_moe", "inkling2_text", "jetmoe", "llama4_tex
 def taken(model: Any) -> int:
     """Bytes of an offloaded model's weights and slots."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    arenas = [pool.arena for pool in dict.fromkeys(model.expertflow._pools)]
+    arenas = [pool.arena for pool in dict.fromkeys(model.expertflow._backend.pools)]
     return weights + sum(arena.num_slots * arena.slot_bytes for arena in arenas)
 
 

@@ -1,9 +1,9 @@
-"""The cache's books on the device: the same state as `ExpertCache`, as tensors that kernels keep.
+"""The device cache: the slot table and the policy's values as tensors that kernels keep up.
 
-    host (ExpertCache, Policy)          device (Books)
-    slot_of_key, key_of_slot  int64     int32
-    policy.values             LRU, LFU  values (float64)   rule CLOCK, COUNT
-    policy.table()            others    before, after      rule TABLE
+    host (ExpertCache, Policy)           device (DeviceCache)
+    slot_of_key, key_of_slot  int64      int32
+    policy.values, .clock     float64    values, clock      rule CLOCK, COUNT
+    policy.table()            float64    before, after      rule TABLE
 
 One side holds the truth at a time: `upload` before a captured step, `download` before a forward
 pass outside of them.
@@ -15,8 +15,11 @@ import numpy as np
 import torch
 
 from runtime.cache.expert_cache import ExpertCache
-from runtime.cache.policies import LFU, LRU
+from runtime.cache.policy import DeviceRule
 from runtime.cuda.kernels.plan import CLOCK, COUNT, TABLE
+
+RULES = {DeviceRule.CLOCK: CLOCK, DeviceRule.COUNT: COUNT, DeviceRule.TABLE: TABLE}
+"""The planning kernel's constant of each rule."""
 
 
 class DeviceCache:
@@ -36,48 +39,37 @@ class DeviceCache:
 
     @property
     def rule(self) -> int:
-        """How the planning kernel values residents."""
-        rules = {LRU: CLOCK, LFU: COUNT}
-        return int(rules.get(type(self._cache.policy), TABLE).value)
-
-    @property
-    def is_table(self) -> bool:
-        """Whether the values come from the host, as the policy's table."""
-        return self.rule == TABLE.value
+        """How the planning kernel values residents: CLOCK, COUNT or TABLE."""
+        return int(RULES[self._cache.policy.rule].value)
 
     def begin_step(self) -> None:
-        """What a rule does once a step, captured with it."""
+        """What the rule does once a step, captured with it."""
         if self.rule == COUNT.value:
-            self.values.mul_(LFU.DECAY)
+            self.values.mul_(self._cache.policy.fade)
 
     def upload(self) -> None:
-        """Make the device's books the truth."""
+        """Make the device's tables the truth."""
         policy = self._cache.policy
         self.slot_of_key.copy_(torch.from_numpy(self._cache.slot_of_key))
         self.key_of_slot.copy_(torch.from_numpy(self._cache.key_of_slot))
         self.values.copy_(torch.from_numpy(policy.values))
-        if isinstance(policy, LRU):
-            self.clock.fill_(policy.clock)
+        self.clock.fill_(policy.clock)
         table = policy.table()
         if table is not None:
             self.write_table(*table)
         self.on_device = True
 
     def write_table(self, before: np.ndarray, after: np.ndarray) -> None:
-        """New values of every key: before and after its layer has run, float64 [L * E]."""
+        """Write new values of every key, before and after its layer has run, float64 [L * E]."""
         self.before.copy_(torch.from_numpy(before), non_blocking=True)
         self.after.copy_(torch.from_numpy(after), non_blocking=True)
 
     def download(self) -> None:
-        """Make the host's books the truth. Waits for the device."""
+        """Make the host's tables the truth. Waits for the device."""
         if not self.on_device:
             return
-        policy = self._cache.policy
         self._cache.adopt(self.key_of_slot.cpu().numpy())
-        if not self.is_table:
-            policy.values[:] = self.values.cpu().numpy()
-        if isinstance(policy, LRU):
-            policy.clock = int(self.clock)
+        self._cache.policy.resume(self.values.cpu().numpy(), int(self.clock))
         self.on_device = False
 
     def check_integrity(self) -> None:

@@ -11,24 +11,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
-from routing.layers import MoELayer
 from runtime.cuda.decode.batch_decoder import BatchDecoder
 from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.generate_loop import Prompt, decode, takes_over
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.engine.next_tokens import NOT_FINITE
 from runtime.kv.static_cache import unsupported
+from runtime.prediction.route_log import RouteLog
 
 
 class CapturedGenerate:
     """What stands in for `model.generate`."""
 
-    def __init__(self, model: Any, decoder: Decoder) -> None:
-        self._model, self.decoder = model, decoder
-        self.batch_decoder = BatchDecoder(decoder)
+    def __init__(self, model: Any, decoder: Decoder, route_log: RouteLog | None) -> None:
+        self._model, self._decoder = model, decoder
+        self.batch_decoder = BatchDecoder(decoder, route_log)
         self._config: Any = model.config.get_text_config(decoder=True)
         self.num_rows: int | None = None
         """Sequences of the running generation; None: as many as a forward pass has."""
@@ -75,14 +75,7 @@ class CapturedGenerate:
         **model_kwargs: Any,
     ) -> Any:
         num_rows, longest = len(input_ids), generation_config.max_length
-        if num_rows > self.decoder.batch:
-            self.why = f"{num_rows} sequences at once, load(..., batch={self.decoder.batch})"
-        elif longest > self.decoder.context:
-            self.why = f"up to {longest} tokens, load(..., context={self.decoder.context})"
-        elif (needed := self.decoder.most_experts(num_rows)) > self.decoder.num_slots:
-            self.why = (
-                f"they can need {needed} slots at once, and there are {self.decoder.num_slots}"
-            )
+        self.why = self._too_large(num_rows, longest)
         if self.why is not None:
             self._complain()
             return type(model)._sample(
@@ -103,6 +96,17 @@ class CapturedGenerate:
             return decode(prompt, partial(self._prefill, prompt, step), run)
         finally:
             self.batch_decoder.drain()
+
+    def _too_large(self, num_rows: int, longest: int) -> str | None:
+        """Why captured steps cannot hold so many sequences of so many tokens; None: they can."""
+        decoder, model = self._decoder, self._decoder.model
+        if num_rows > model.batch:
+            return f"{num_rows} sequences at once, load(..., batch={model.batch})"
+        if longest > model.context:
+            return f"up to {longest} tokens, load(..., context={model.context})"
+        if (needed := decoder.most_experts(num_rows)) > decoder.num_slots:
+            return f"they can need {needed} slots at once, and there are {decoder.num_slots}"
+        return None
 
     # ------------------------------------------------------------------ prefill
 
@@ -137,13 +141,3 @@ def _rows(value: Any, rows: Tensor, num_rows: int) -> Any:
     """Of tensors with one entry a sequence, the given rows; anything else as it is."""
     is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
     return value[rows] if is_batched else value
-
-
-def router_of(model: nn.Module, layer: MoELayer) -> nn.Module | None:
-    """The router beside a layer's experts: the child whose weight is [E, *]."""
-    block = model.get_submodule(layer.name.rpartition(".")[0])
-    for child in block.children():
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == layer.num_experts:
-            return child
-    return None

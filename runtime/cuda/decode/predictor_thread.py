@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from runtime.cache.policies import Forecast, Policy
+from runtime.cache.forecast import Forecast
+from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.prediction.forecaster import Forecaster

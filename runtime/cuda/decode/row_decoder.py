@@ -1,6 +1,6 @@
 """Captured steps over any rows of the key/value cache: what `engine.serve` decodes with.
 
-    launch -> (the host predicts, revise) -> land
+    launch -> (the host predicts, revise) -> finish
 
 The tokens of a step lie side by side, [1, B], each with its row and position; rows beyond the batch
 repeat the last one, which writes the same keys and values once more.
@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.cache.policies import Forecast
+from runtime.cache.forecast import Forecast
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
 from runtime.cuda.decode.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import CapturedStep
-from runtime.cuda.decode.prefetch_trial import PrefetchTrial
 from runtime.cuda.kernels.attention import attend
+from runtime.cuda.prefetching import SERVING
 from runtime.engine.next_tokens import NextTokens
-
-if TYPE_CHECKING:
-    from runtime.kv.row_cache import RowCache
+from runtime.kv.row_cache import RowCache
 
 
 class SingleTokens:
@@ -87,8 +85,10 @@ class RowStep(CapturedStep):
     def batch(self) -> int:
         return self._tokens.inputs_3B.shape[1]
 
-    def give(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> None:
-        """What runs next. The step before has ended, so nobody reads the pinned memory."""
+    def set_inputs(
+        self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """Set what runs next. The step before has ended, so nobody reads the pinned memory."""
         last = len(tokens) - 1
         order = [min(index, last) for index in range(self.batch)]
         given_3N = torch.tensor([tokens, rows, positions])
@@ -112,22 +112,20 @@ class RowStep(CapturedStep):
 
 
 class Run(NamedTuple):
-    """A step under way."""
+    """A step that was launched."""
 
     flight: StepInFlight
     start: float
 
 
 class RowDecoder:
-    """Runs captured steps over the rows of a `runtime.kv.row_cache.RowCache`."""
+    """Runs captured steps over the rows of `cache`."""
 
     attend_singles = staticmethod(attend_singles)
 
     def __init__(self, decoder: Decoder, cache: RowCache) -> None:
         self._decoder, self._cache = decoder, cache
         self._steps: dict[tuple[int, bool], RowStep] = {}
-        self.trial = None if decoder.trial is None else PrefetchTrial()
-        """Its own: what pays for one sequence need not pay for many."""
 
     def take_on(self, cache: RowCache) -> bool:
         """Go on with the rows of another cache; False where they are not the same memory."""
@@ -139,7 +137,9 @@ class RowDecoder:
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step."""
         decoder = self._decoder
-        return num_rows <= decoder.batch and decoder.most_experts(num_rows) <= decoder.num_slots
+        return (
+            num_rows <= decoder.model.batch and decoder.most_experts(num_rows) <= decoder.num_slots
+        )
 
     @property
     def is_starved(self) -> bool:
@@ -156,54 +156,41 @@ class RowDecoder:
     ) -> Run:
         """Enqueue one step: a token of each sequence, with its row and position."""
         start, decoder = time.perf_counter(), self._decoder
-        prefetch = decoder.prefetch if self.trial is None else self.trial.prefetches()
+        prefetch = decoder.prefetching.in_next_step(SERVING)
         step = self._step_for(len(tokens), prefetch=prefetch)
         decoder.take_over()
-        decoder.policy.begin_step(forecast)
-        self._write(forecast)
-        step.give(tokens, rows, positions)
+        decoder.driver.begin_served_step(forecast)
+        step.set_inputs(tokens, rows, positions)
         return Run(decoder.enqueue(step, len(tokens)), start)
 
     def revise(self, forecast: Forecast | None) -> None:
-        """What is known better while the step runs; it serves the layers that are left."""
-        predictor_thread, policy = self._decoder.predictor_thread, self._decoder.policy
-        if forecast is not None and predictor_thread is not None:
-            policy.revise(forecast)
-            predictor_thread.device_forecast.publish(policy, forecast)
+        """Take a better forecast of the running step; it serves the layers that are left."""
+        self._decoder.driver.revise(forecast)
 
-    def land(self, run: Run) -> tuple[NextTokens, np.ndarray]:
+    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
         """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
-        result = self._decoder.land(run.flight)
-        if self._decoder.device_cache.is_table:
-            self._decoder.policy.touch_routes(result.routes_LBK)
+        decoder, flight = self._decoder, run.flight
+        result = decoder.finish(flight)
+        decoder.driver.end_served_step(result.routes_LBK)
         seconds = time.perf_counter() - run.start
-        self._decoder.stats.add_time("step", seconds)
-        if self.trial is not None:
-            self.trial.add(run.flight.step.experts.prefetches, seconds)
-        logits_BV = run.flight.step.logits_BV
+        decoder.stats.add_time("step", seconds)
+        decoder.prefetching.count_step(SERVING, flight.step.experts.prefetches, seconds)
+        logits_BV = flight.step.logits_BV
         assert logits_BV is not None
         greedy_B = np.where(np.isnan(result.best_B), -1, result.tokens_B).tolist()
-        following = NextTokens(greedy_B, logits_BV[: run.flight.num_rows])
+        following = NextTokens(greedy_B, logits_BV[: flight.num_rows])
         return following, result.routes_LBK.swapaxes(0, 1)
 
-    def _write(self, forecast: Forecast | None) -> None:
-        """Bring the values on the device up to the step that is about to run."""
-        decoder = self._decoder
-        if forecast is not None and decoder.predictor_thread is not None:
-            decoder.predictor_thread.device_forecast.write(decoder.policy, forecast)
-        elif (table := decoder.policy.table()) is not None:
-            decoder.device_cache.write_table(*table)
-
     def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
-        key = self._decoder.bucket(num_rows), prefetch
+        key = self._decoder.model.bucket(num_rows), prefetch
         if key not in self._steps:
             self._steps[key] = self._build(*key)
         return self._steps[key]
 
     def _build(self, bucket: int, prefetch: bool) -> RowStep:
-        decoder = self._decoder
-        experts = decoder.experts_for(bucket, prefetch=prefetch)
+        model = self._decoder.model
+        experts = self._decoder.experts_call(bucket, prefetch=prefetch)
         return RowStep(
-            decoder.forward, self._cache, experts, batch=bucket,
-            device=decoder.device, stream=decoder.captures,
+            model.forward, self._cache, experts, batch=bucket, device=model.device,
+            stream=model.stream,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Our kernels as opaque operators, for models whose other operations are compiled."""
+"""The kernels as opaque operators, for models whose other operations are compiled."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,16 +10,21 @@ from torch import Tensor
 
 from runtime.cuda.kernels import attention as attend_kernel
 
-if TYPE_CHECKING:
-    from runtime.cuda.decode.decoder import Decoder
 
-DECODERS: WeakValueDictionary[int, Decoder] = WeakValueDictionary()
+class LayerRunner(Protocol):
+    """Runs the experts calls of one model's captured steps."""
+
+    def run_layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The kernels of layer `index`: x [B, H], ids and weights [B, K], to [B, H]."""
+
+
+DECODERS: WeakValueDictionary[int, LayerRunner] = WeakValueDictionary()
 """Live decoders by the id of their model: an operator takes numbers and tensors only."""
 
 
 @torch.library.custom_op("expertflow::experts", mutates_args=())
 def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
-    """`Decoder.run_layer`. What it writes (slots, books) nothing else in a graph touches."""
+    """`LayerRunner.run_layer`. Nothing else in a graph touches what it writes (slots, tables)."""
     return DECODERS[model].run_layer(layer, x, ids, weights)
 
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from runtime.cache.expert_cache import FREE, ExpertCache, Lookup
-from runtime.cache.policies import Policy
-from runtime.cache.stats import Stats, format_bytes
+from runtime.cache.policy import Policy
+from runtime.cache.stats import Stats
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, as_model
 from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.sizing.units import format_bytes
 
 WORKSPACE_BYTES = 80 << 20
 """For records that are unpacked together, at least one."""

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.cache.belady import Calls
 from runtime.cache.expert_cache import ExpertCache, lowest
-from runtime.cache.policies import Calls, Policy
+from runtime.cache.policy import Policy
 from tests.helpers.policies import (
     LAYERS,
     NUM_EXPERTS,

@@ -9,8 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.cache.policies import LFU, LRU, POLICIES, Belady, Calls, Forecast, PredictedReuse
-from runtime.cache.policies import link_next_uses as link
+from runtime.cache.belady import Belady, Calls
+from runtime.cache.belady import link_next_uses as link
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LFU, LRU, POLICIES
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.replay import BypassSimulation, Simulation
 from tests.helpers.policies import (
     HORIZON,
@@ -118,7 +121,7 @@ def test_lfu_forgets_old_uses_by_a_factor_a_step() -> None:
         for expert, steps in uses.items():
             if step in steps:
                 policy.touch(0, ids(expert))
-    expected = [sum(LFU.DECAY ** (79 - step) for step in uses[expert]) for expert in (0, 1)]
+    expected = [sum(LFU.fade ** (79 - step) for step in uses[expert]) for expert in (0, 1)]
     np.testing.assert_allclose(policy.values[:2], expected)
     assert order(policy.values, 0, 1) == [0, 1], "three old uses are worth less than a recent one"
 

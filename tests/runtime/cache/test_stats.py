@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
+
+from runtime.cache.stats import Stats
 from tests.helpers.offloading import Predictor, generate, logits, offload
 from tests.helpers.tiny import tiny_model
 
@@ -45,3 +49,52 @@ def test_a_second_pass_with_all_experts_resident_only_hits() -> None:
     logits(model)
     stats = model.expertflow.stats()
     assert stats.misses == 0 and stats.hits > 0 and stats.bytes_loaded == 0
+
+
+def prefetching_stats() -> Stats:
+    """Four layers of eight experts; layer 1 needed one that was half there."""
+    model = offload(tiny_model("olmoe"))
+    stats = model.expertflow.stats()
+    stats.count_step(np.full(4, 3), np.array([1, 1, 1, 1]), 100, 1)
+    share_L, used_L = np.array([1.0, 0.5, 0.0, 0.0]), np.array([False, True, False, False])
+    stats.count_prefetch(share_L, used_L, np.array([True, True, False, False]), 100)
+    return stats
+
+
+def test_a_late_expert_is_no_hit_in_the_headline_in_the_table_and_in_the_counts() -> None:
+    stats = prefetching_stats()
+    assert (stats.hits, stats.late, stats.misses) == (7, 1, 4)
+    assert stats.hit_rate == 7 / 12
+    cells = [list(column.cells) for column in stats.table().columns]
+    assert cells[1:] == [
+        ["2", "1", "2", "2"],
+        ["0", "1", "0", "0"],
+        ["1", "1", "1", "1"],
+        ["66.7%", "33.3%", "66.7%", "66.7%"],
+    ]
+    counts = stats.as_dict()
+    assert [layer["late"] for layer in counts["layers"]] == [0, 1, 0, 0]
+    assert counts["hit_rate"] == 7 / 12
+
+
+def test_nothing_is_a_number_before_the_first_step() -> None:
+    stats = offload(tiny_model("olmoe")).expertflow.stats()
+    assert stats.report() == "lru: 8 of 32 experts fit, 0 tokens in 0 steps"
+    counts = stats.as_dict()
+    assert counts["hit_rate"] is None and counts["recall"] is None
+    assert json.loads(json.dumps(counts, allow_nan=False)) == counts
+
+
+def test_the_counts_are_plain_data(tiny_predictor: Predictor) -> None:
+    model = offload(tiny_model("olmoe"), 0.25, "predicted", predictor=tiny_predictor("olmoe"))
+    generate(model, max_new_tokens=4, eos_token_id=None)
+    counts = model.expertflow.stats().as_dict()
+    assert json.loads(json.dumps(counts, allow_nan=False)) == counts
+    assert counts["hits"] == sum(layer["hits"] for layer in counts["layers"])
+    assert counts["policy"] == "predicted" and 0 <= counts["recall"] <= 1
+
+
+def test_the_representations_are_one_short_line() -> None:
+    engine = offload(tiny_model("olmoe")).expertflow
+    assert repr(engine) == "<Engine of OlmoeForCausalLM: lru, 8 of 32 experts fit>"
+    assert repr(engine.stats()).startswith("<Stats: lru: 8 of 32 experts fit, ")

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 pytest.importorskip("triton")
 
 from routing.topology import topology_of
-from runtime.cuda import backend as gpu
-from runtime.cuda.decode import prefetch_trial as trial
+from runtime.cuda import prefetching as trial
+from runtime.cuda.prefill import look_ahead
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.tiny import PAD, tiny_model
@@ -135,16 +135,19 @@ def test_rows_beyond_a_batch_change_nothing_and_are_not_counted(model: Any) -> N
     assert model.expertflow.decode_path == "graph"
 
 
-@pytest.mark.parametrize(("memory", "looks"), [(0.5, True), (1.0, False)])
-def test_a_prompts_layer_sends_for_the_next_ones_experts_if_any_are_missing(
-    model: Any, memory: float, looks: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("memory", "prefetch", "looks"),
+    [(0.5, "auto", True), (0.5, True, True), (0.5, False, False), (1.0, "auto", False)],
+)
+def test_a_prompts_layer_sends_for_missing_experts_of_the_next_one_unless_told_not_to(
+    model: Any, memory: float, prefetch: bool | str, looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = Mock(side_effect=gpu._wanted)
-    monkeypatch.setattr(gpu, "_wanted", asked)
+    asked = Mock(side_effect=look_ahead._wanted)
+    monkeypatch.setattr(look_ahead, "_wanted", asked)
     prompt_BT = torch.randint(2, 256, (1, 240), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
     want = model.generate(**inputs, max_new_tokens=1)
-    engine = load_fake(model, memory=memory).expertflow
+    engine = load_fake(model, memory=memory, prefetch=prefetch).expertflow
     for _ in range(2):  # the first prompt uses every expert, and brings what there is room for
         asked.reset_mock()
         engine.stats().reset()
@@ -182,7 +185,7 @@ def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:
     predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
     engine = load_fake(model, predictor, memory=0.25).expertflow
     assert torch.equal(generate(model), want)
-    assert engine._gpu.decoder.predictor_thread.failure is None
+    assert engine._backend.decoder.driver.thread.failure is None
     assert engine.stats().prediction_ms
 
 
@@ -191,10 +194,10 @@ def test_a_predictor_that_fails_costs_no_token(model: Any, tmp_path: Path) -> No
     want = generate(model)
     predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
     engine = load_fake(model, predictor, memory=0.25).expertflow
-    engine._gpu.decoder.predictor_thread._forecaster.forecast = lambda *_: 1 / 0
+    engine._backend.decoder.driver.thread._forecaster.forecast = lambda *_: 1 / 0
     assert torch.equal(generate(model), want)
     assert torch.equal(generate(model), want)
-    assert "ZeroDivisionError" in engine._gpu.decoder.predictor_thread.failure
+    assert "ZeroDivisionError" in engine._backend.decoder.driver.thread.failure
 
 
 def test_nan_is_an_error_and_the_engine_goes_on(model: Any) -> None:
@@ -248,7 +251,7 @@ def test_an_interrupted_generation_leaves_the_engine_usable(model: Any) -> None:
 def test_embedding_and_head_stay_on_the_host_where_a_budget_is_tiny(model: Any) -> None:
     want = generate(model)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    load_fake(model, memory=0.5, missing=10**9)
+    load_fake(model, memory=0.5, host_bytes=10**9)
     assert "weight" not in model.lm_head._parameters
     assert torch.equal(generate(model), want)
     model.expertflow.detach()

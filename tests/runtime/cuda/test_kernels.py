@@ -13,8 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from runtime.cache.belady import Belady
 from runtime.cache.expert_cache import ExpertCache
-from runtime.cache.policies import LFU, LRU, Belady, Forecast, Policy, PredictedReuse
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LFU, LRU
+from runtime.cache.policy import Policy
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.decode import experts_call as experts
 from tests.helpers.device_twins import Twin, routes
 

@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 
 from routing.layers import MoELayer, find_moe_layers
 from runtime.cache.expert_cache import FREE, ExpertCache
-from runtime.cache.policies import LFU, LRU, Forecast, PredictedReuse
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LFU, LRU
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.stats import Stats
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.memory.expert_block import ExpertBlock

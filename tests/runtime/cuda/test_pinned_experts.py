@@ -74,7 +74,7 @@ def test_weights_come_back_bit_for_bit(
     before = {name: p.clone() for name, p in model.named_parameters()}
     identities = {name: id(p) for name, p in model.named_parameters()}
     engine = load_fake(model).expertflow
-    assert engine._gpu._host.expert_blocks[0].patches == patches
+    assert engine._backend._host.expert_blocks[0].patches == patches
     if is_full:
         monkeypatch.setattr(PinnedMemory, "register", raising(MemoryError("no more")))
     engine.detach()

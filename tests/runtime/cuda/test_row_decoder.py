@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 pytest.importorskip("triton")
 
 from routing.topology import topology_of
-from runtime.cuda.decode import prefetch_trial as trial
+from runtime.cuda import prefetching as trial
 from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
 from runtime.cuda.kernels.attention import attend
 from runtime.serving.model_runner import CapturedRunner
@@ -191,7 +191,7 @@ def test_predictions_change_no_tokens(scheduler: str, tmp_path: Path) -> None:
     stats = engine.stats()
     assert stats.tokens == sum(len(r.prompt) + 2 for r in asked)
     assert 0 < stats.recall <= 1
-    assert engine._gpu.decoder.predictor_thread.failure is None
+    assert engine._backend.decoder.driver.thread.failure is None
 
 
 def test_a_sequence_that_becomes_nan_while_it_decodes_ends_alone() -> None:
@@ -212,13 +212,13 @@ def test_a_sequence_that_becomes_nan_while_it_decodes_ends_alone() -> None:
 
 def test_decoding_runs_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    give = RowStep.give
+    set_inputs = RowStep.set_inputs
 
     def watch(step: RowStep, tokens: Any, *places: Any) -> None:
         sizes.append(len(tokens))
-        give(step, tokens, *places)
+        set_inputs(step, tokens, *places)
 
-    monkeypatch.setattr(RowStep, "give", watch)
+    monkeypatch.setattr(RowStep, "set_inputs", watch)
     engine = load(tiny_model("olmoe"))
     list(engine.serve(requests(3), **SMALL))
     assert sum(sizes) == 3 * 2  # each request's first token comes from its prompt
@@ -259,4 +259,7 @@ def test_what_was_not_reserved_is_refused(asked: dict[str, int], said: str) -> N
 def test_no_more_rows_are_used_than_were_reserved() -> None:
     engine = load(tiny_model("olmoe"), batch=2)
     assert len(list(engine.serve(requests(3), **SMALL | {"rows": 30}))) == 3
-    assert engine._gpu.decoder.storage.view(0, "keys", torch.zeros(1, 2, 1, 8), 2).shape[0] == 2
+    assert (
+        engine._backend.decoder.model.storage.view(0, "keys", torch.zeros(1, 2, 1, 8), 2).shape[0]
+        == 2
+    )

@@ -80,7 +80,7 @@ def test_experts_of_an_offloaded_model_are_those_of_the_slots() -> None:
     expected = logits(model)
     runtime.load(model, memory=1.0)
     assert torch.equal(logits(model), expected)
-    model.expertflow._pools[0].arena.tensors["input_linear.weight"].zero_()
+    model.expertflow._backend.pools[0].arena.tensors["input_linear.weight"].zero_()
     assert not torch.allclose(logits(model), expected, atol=1e-2)
 
 

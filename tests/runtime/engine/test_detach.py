@@ -100,11 +100,46 @@ def test_detaching_twice_does_nothing_and_the_model_can_be_offloaded_again() -> 
 
 def test_a_detached_models_slots_are_freed() -> None:
     model: Any = tiny_model("olmoe")
-    arena = weakref.ref(offload(model).expertflow._pools[0].arena)
+    arena = weakref.ref(offload(model).expertflow._backend.pools[0].arena)
     assert arena() is not None
     model.expertflow.detach()
     gc.collect()
     assert arena() is None
+
+
+def test_a_closed_models_slots_are_freed_at_once(tiny_directory: Callable[[str], Path]) -> None:
+    """Without the garbage collector: the cycle between model and engine is broken."""
+    model: Any = runtime.load(tiny_directory("olmoe"), memory=0.5)
+    logits(model)
+    gc.collect()
+    gc.disable()
+    try:
+        slots = weakref.ref(model.expertflow._backend.pools[0].arena.tensors["down_proj"])
+        whole = weakref.ref(model)
+        model.expertflow.close()
+        assert slots() is None
+        del model
+        assert whole() is None
+    finally:
+        gc.enable()
+
+
+def test_a_closed_model_refuses_to_run(tiny_directory: Callable[[str], Path]) -> None:
+    model: Any = runtime.load(tiny_directory("olmoe"), memory=0.5)
+    engine = model.expertflow
+    engine.close()
+    engine.close()
+    with pytest.raises(ValueError, match=r"engine is closed .* load the model again"):
+        logits(model)
+    assert not hasattr(model, "expertflow")
+
+
+def test_closing_gives_a_model_from_memory_its_experts_back() -> None:
+    model: Any = tiny_model("olmoe")
+    before, expected = footprint(model), logits(model)
+    offload(model).expertflow.close()
+    assert footprint(model) == before
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_failed_attach_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from routing.cli import run
 from routing.shards import TraceReader
-from runtime.cache.policies import LRU, Calls, Forecast, PredictedReuse
+from runtime.cache.belady import Calls
+from runtime.cache.forecast import Forecast
+from runtime.cache.policies import LRU
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulate import SimulateSettings, main
 from runtime.simulation.baselines import Rival, answers, fit_rivals, used_by
 from runtime.simulation.comparison import predicting, recall, rival_forecasts

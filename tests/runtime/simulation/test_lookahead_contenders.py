@@ -14,7 +14,9 @@ from routing.cli import run
 from routing.lookahead import LookAhead
 from routing.shards import Document, TraceReader, signed_experts
 from routing.writer import TraceWriter
-from runtime.cache.policies import Calls, Forecast, PredictedReuse
+from runtime.cache.belady import Calls
+from runtime.cache.forecast import Forecast
+from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulate import SimulateSettings, main
 from runtime.simulation.calibration import Calibration, Joint
 from runtime.simulation.link_model import Machine, Tally, Timeline

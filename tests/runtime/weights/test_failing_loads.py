@@ -44,7 +44,7 @@ def test_an_expert_that_did_not_arrive_is_not_taken_for_resident(
     model: Any = tiny_model("olmoe")
     expected = logits(model)
     engine = offload(model, size).expertflow
-    for pool in dict.fromkeys(engine._pools):
+    for pool in dict.fromkeys(engine._backend.pools):
         pool._store = Failing(pool._store, fail_at, error)
     failed = False
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_an_expert_that_is_booked_when_an_interrupt_comes_is_not_taken_for_resid
     model: Any = tiny_model("olmoe")
     expected = logits(model)
     engine = offload(model, 0.25).expertflow
-    pool = engine._pools[0]
+    pool = engine._backend.pools[0]
     for slots in pool.arena.tensors.values():
         slots.fill_(float("nan"))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.decode.prefetch_trial import AGAIN, NEEDED, SETTLING, TURN, PrefetchTrial, typical
+from runtime.cuda.prefetching import AGAIN, NEEDED, SETTLING, TURN, PrefetchTrial, typical
 
 
 def play(trial: PrefetchTrial, steps: int, with_it: float, without: float) -> list[bool]:

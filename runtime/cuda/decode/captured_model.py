@@ -1,0 +1,59 @@
+"""The model as captured steps run it: its forward, its key/value storage, its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from runtime.cuda.options import CudaOptions
+from runtime.kv.static_cache import Storage
+from runtime.weights.source import Source
+
+COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
+"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth."""
+LARGEST_BATCH = 32
+"""Sequences: beyond, decode kernels would compute more than they load."""
+
+
+class CapturedModel:
+    """What all captured steps of one model share.
+
+    context: tokens of the longest sequence; batch: sequences of the largest step.
+    """
+
+    def __init__(self, source: Source, options: CudaOptions, device: torch.device) -> None:
+        model: Any = source.model
+        self.model = model
+        self.config: Any = model.config.get_text_config(decoder=True)
+        self.device = device
+        self.context, self.batch = options.context, min(options.batch, LARGEST_BATCH)
+        self.top_k = max(layer.top_k for layer in source.layers)
+        self.storage = Storage(options.batch, options.context)
+        self.forward: Any = model.forward
+        """The model's forward, compiled or not."""
+        if options.compile:
+            self.forward = torch.compile(model.forward, options=COMPILER)
+        self.stream = torch.cuda.Stream(device)
+        """Where steps are captured: cuBLAS keeps a workspace for each stream."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the model."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    def bucket(self, num_rows: int) -> int:
+        """Rows of the captured step that serves so many sequences."""
+        return next(size for size in _buckets(self.batch) if size >= num_rows)
+
+    def close(self) -> None:
+        """Free the key/value storage and the compiled forward."""
+        self.storage = Storage(self.storage.batch, self.context)
+        self.forward = None
+
+
+def _buckets(batch: int) -> list[int]:
+    """Powers of two up to `batch`, and `batch`."""
+    return sorted({min(2**power, batch) for power in range(LARGEST_BATCH.bit_length())})

@@ -1,0 +1,31 @@
+"""Options that shape captured steps, and so apply on a GPU only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+AUTO = "auto"
+"""Let a trial by the clock decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaOptions:
+    """What `runtime.load` takes for a model on a GPU."""
+
+    context: int = 2048
+    """The longest sequence, prompt and generated tokens, that is decoded as captured steps."""
+    batch: int = 1
+    """The most sequences that are decoded together as captured steps."""
+    prefetch: bool | str = AUTO
+    """Whether to fetch likely experts while the link is idle; "auto" finds out by the clock."""
+    compile: bool = False
+    """Whether to fuse the model's own operations with torch.compile."""
+
+    def __post_init__(self) -> None:
+        if self.prefetch not in (True, False, AUTO):
+            raise ValueError(f"prefetch={self.prefetch!r} is not one of True, False, 'auto'")
+        for name in ("context", "batch"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a number of at least 1")

@@ -1,0 +1,89 @@
+"""The generic backend: slots in the memory of any device, filled one expert at a time.
+
+It runs every layout, since it calls the experts class's own code; nothing is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from routing.layers import MoELayer, Routes
+from runtime.cache.expert_cache import FREE
+from runtime.cache.forecast import Forecast
+from runtime.cache.policy import Policy
+from runtime.cache.stats import Stats
+from runtime.engine.experts import run_experts
+from runtime.engine.pool import build_pools
+from runtime.engine.step_inputs import StepInputs
+from runtime.kv.row_cache import RowCache
+from runtime.sizing.budget import SlotBudget
+from runtime.weights.source import Source
+
+NOT_ON_A_GPU = "the model is not on a CUDA device"
+
+
+class CpuBackend:
+    """Experts out of slots on `device`; see `Backend` for what the methods promise."""
+
+    generate: Callable[..., Any] | None = None
+    is_capturing = False
+    num_rows: int | None = None
+    mask_BT: Tensor | None = None
+    key_value_storage = None
+    decode_path = NOT_ON_A_GPU
+    prefetching = f"prefetching is off: {NOT_ON_A_GPU}"
+
+    def __init__(
+        self, source: Source, budget: SlotBudget, device: torch.device, policy: Policy
+    ) -> None:
+        slots, self._policy = budget.slots(), policy
+        self.stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
+        self.pools = build_pools(source, slots, device, policy, self.stats)
+        """The pool of each layer; layers of one expert shape share theirs."""
+
+    def begin_forward(self) -> None:
+        """Nothing has to be made ready."""
+
+    def end_forward(self, *_: Any) -> None:
+        """Nothing has to be undone."""
+
+    def begin_step(self, forecast: Forecast | None) -> None:
+        self._policy.begin_step(forecast)
+
+    def run_captured(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        raise AssertionError("this backend captures no steps")
+
+    def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
+        return run_experts(layer, hidden_TH, routes, partial(self.pools[index].serve, index))
+
+    def predict_beside(self, inputs: StepInputs) -> bool:
+        return False
+
+    def learn(self, routes_BLK: np.ndarray) -> bool:
+        return False
+
+    def resident_LE(self) -> np.ndarray:
+        shape = self.stats.num_layers, self.stats.num_experts
+        tables = [pool.cache.slot_of_key.reshape(shape) for pool in self.pools]
+        return np.array([table[layer] != FREE for layer, table in enumerate(tables)])
+
+    def seconds_per_load(self) -> float:
+        return self.stats.seconds_per_load()
+
+    def row_decoder(self, cache: RowCache) -> None:
+        return None
+
+    def check_integrity(self) -> None:
+        for pool in dict.fromkeys(self.pools):
+            pool.cache.check_integrity()
+
+    def close(self) -> None:
+        """Free the slots, whoever still holds a pool."""
+        for pool in dict.fromkeys(self.pools):
+            pool.close()
