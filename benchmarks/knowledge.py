@@ -18,13 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from routing.cli import run
+from routing.predictor_file.format import FAR
+from routing.predictor_file.reader import open_predictor
 from routing.shards import TraceReader
 from runtime.cache.belady import Belady, Calls
-from runtime.cache.forecast import FAR, Forecast
+from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
-from runtime.prediction.predictor_file import open_predictor
 from runtime.simulation.baselines import answers, used_by
 from runtime.simulation.comparison import file_forecasts
 from runtime.simulation.replay import BypassSimulation, Simulation

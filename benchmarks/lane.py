@@ -130,4 +130,4 @@ class Lane:
 def _outlook_bytes(sequence: ServedSequence) -> int:
     """Of the predictor's memory of a request, and of what it said."""
     forecast = sum(array.nbytes for array in sequence.forecast or ())
-    return forecast + (0 if sequence.history is None else sequence.history.past.nbytes)
+    return forecast + (0 if sequence.predictor_past is None else sequence.predictor_past.nbytes)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from routing.cli import run
-from routing.topology import Stack, Topology, topology_of
+from routing.inspect_model import topology_of
+from routing.topology import Stack, Topology
 
 METADATA_KEY = "expertflow"
 

@@ -25,8 +25,9 @@ from benchmarks.passages import (
 from benchmarks.predictor_badge import rebadge
 from benchmarks.replay import Replay
 from benchmarks.shapes import build_model, expert_bytes, shape_named, weight_bytes
-from routing.topology import Topology, topology_of
-from runtime.prediction.predictor_file import open_predictor
+from routing.inspect_model import topology_of
+from routing.predictor_file.reader import open_predictor
+from routing.topology import Topology
 
 
 class Pass(NamedTuple):

@@ -87,7 +87,7 @@ def make_arms(settings: OverheadSettings) -> dict[str, Callable[[], None]]:
     """The two ways to run the same batches."""
     import torch
 
-    from routing.topology import topology_of
+    from routing.inspect_model import topology_of
     from routing.writer import TraceWriter
     from trace.batches import batches, padded
     from trace.recorder import Recorder

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 
 from predictor.file.parity import check_parity
 from predictor.file.quantization import quantize
-from predictor.networks.interface import HEADS
 from predictor.training.checkpoint import Trained, load_checkpoint
 from routing.cli import run
+from routing.predictor_file.format import HEADS, METADATA_KEY, SCHEMA
 
 OPSET = 20
-METADATA_KEY = "expertflow"
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from routing.predictor_file.reader import PredictorFile, open_predictor
 from runtime.cache.belady import Belady
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
@@ -20,7 +21,6 @@ from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.predictor_file import PredictorFile, open_predictor
 from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
 from runtime.sizing.budget import slot_budget

@@ -80,7 +80,7 @@ def main(settings: SimulateSettings) -> None:
     """Simulate, print the table, and write what was asked for."""
     from rich.console import Console
 
-    from runtime.prediction.predictor_file import open_predictor
+    from routing.predictor_file.reader import open_predictor
     from runtime.simulation.replay import simulate
 
     reader = TraceReader(settings.trace)

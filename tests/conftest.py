@@ -14,7 +14,7 @@ if not os.environ["CUDA_VISIBLE_DEVICES"]:
 import pytest
 import torch
 
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.tiny import save_tiny, tiny_model
 from tests.helpers.tracing import TEXTS, write_texts

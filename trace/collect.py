@@ -35,8 +35,8 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
     """
+    from routing.inspect_model import topology_of
     from routing.lookahead import GATE
-    from routing.topology import topology_of
     from routing.writer import TraceWriter
     from trace.sources import read_texts, tokenize
 
@@ -89,7 +89,7 @@ def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
 
-    from routing.architecture import model_class
+    from routing.inspect_model import model_class
 
     config = AutoConfig.from_pretrained(settings.model)
     with torch.device("meta"):
@@ -102,7 +102,7 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
 
-    from routing.architecture import model_class
+    from routing.inspect_model import model_class
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from predictor.networks.interface import (
-    HEADS,
     Predictions,
     PredictorShape,
     Targets,
@@ -24,6 +23,7 @@ from predictor.networks.interface import (
     multi_hot,
     targets,
 )
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
 TABLE_BYTES = 1 << 30

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from predictor.networks.interface import FAR, HEADS
+from routing.predictor_file.format import FAR, HEADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

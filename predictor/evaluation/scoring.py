@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 
 from predictor.evaluation.baselines import Baseline, fit_baselines
 from predictor.file.graph import Graph, StatelessGraph, whole_document
-from predictor.networks.interface import HEADS, Predictions, PredictorShape, Windows, targets
+from predictor.networks.interface import Predictions, PredictorShape, Windows, targets
 from predictor.training.data import split_of
 from predictor.training.metrics import route_metrics
 from routing.names import told_apart
+from routing.predictor_file.format import HEADS
 from routing.shards import PROMPT, TraceReader, signed_experts
 
 if TYPE_CHECKING:

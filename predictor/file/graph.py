@@ -1,24 +1,25 @@
-"""An exported predictor, run over whole documents by onnxruntime: what a file really predicts.
+"""An exported predictor over whole documents: what a file really predicts, and how fast.
 
-Symbols: T tokens, P cached tokens, W tokens of the window, L MoE layers, E experts a layer.
+Symbols: T tokens, L MoE layers, E experts a layer, K experts a token.
 """
 
-import json
+from __future__ import annotations
+
 import statistics
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from predictor.export import METADATA_KEY, SCHEMA
-from predictor.file.session import open_session
-from predictor.networks.causal import CausalPredictor
-from predictor.networks.interface import HEADS, Cache, Predictions, PredictorShape, Windows
-from predictor.networks.t5 import T5Predictor
-from routing.topology import NO_EXPERT, Topology
+from predictor.networks.interface import Predictions, PredictorShape, Windows
+from routing.predictor_file.driver import Heads, Past, run_step, run_window
+from routing.predictor_file.reader import PredictorFile, open_predictor
+from routing.topology import NO_EXPERT
 
 CHUNK = 128
 """Tokens that a cached graph reads at a time."""
@@ -28,84 +29,59 @@ TIMED_STEPS = 30
 class Graph(ABC):
     """An opened file. Calling it predicts one document, a batch of one row."""
 
-    names: ClassVar[frozenset[str]]
-    """Of the inputs and outputs that the file must have."""
     needs_history: ClassVar[bool]
+    """Whether it reads the true routes of the tokens before."""
 
-    def __init__(self, path: Path, session: Any, meta: dict[str, Any]) -> None:
-        self.path = path
-        self.session = session
-        self.topology = Topology.from_json(meta["topology"])
-        self.stack = self.topology.stack(meta["stack"])
+    def __init__(self, path: Path, file: PredictorFile) -> None:
+        self.path, self.file = path, file
+        self.topology, self.stack = file.topology, file.stack
         self.shape = PredictorShape.of(
-            self.topology, meta["stack"], window=meta["window"], horizon=meta["horizon"]
+            file.topology, file.stack.name, window=file.window, horizon=file.horizon
         )
-        have = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
-        if not self.names <= have:
-            raise ValueError(f"no input or output {', '.join(sorted(self.names - have))}")
 
     @abstractmethod
     def __call__(self, batch: Windows) -> Predictions: ...
 
     @abstractmethod
-    def step_feeds(self) -> dict[str, np.ndarray]:
-        """Inputs of one decode step after a full window."""
+    def decode_step(self) -> Callable[[], object]:
+        """What runs one decode step after a full window."""
 
     def step_seconds(self) -> float:
         """Median time of a decode step: batch 1, full window, one thread."""
-        feeds, seconds = self.step_feeds(), []
+        step, seconds = self.decode_step(), []
         for _ in range(TIMED_STEPS):
             start = time.perf_counter()
-            self.session.run(None, feeds)
+            step()
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
 
 class CachedGraph(Graph):
-    """Reads a document in chunks, past keys and values in a ring buffer, as the runtime does."""
+    """Reads a document in chunks on a key/value cache, as the runtime does."""
 
-    names = frozenset({*CausalPredictor.graph_inputs, *CausalPredictor.graph_outputs})
     needs_history = True
 
-    def __init__(self, path: Path, session: Any, meta: dict[str, Any]) -> None:
-        super().__init__(path, session, meta)
-        self.cache = Cache(meta["blocks"], meta["heads"], meta["head_dim"])
-
     def __call__(self, batch: Windows) -> Predictions:
-        window, num_tokens = self.shape.window, batch.token_ids_BT.shape[1]
-        past, past_positions = self._empty_past()
-        chunks = []
-        step = min(CHUNK, window)
-        for start in range(0, num_tokens, step):
-            span = slice(start, start + step)
-            feeds = {
-                "token_ids": batch.token_ids_BT[:, span].numpy(),
-                "routes": batch.routes_BTLK[:, span].long().numpy(),
-                "positions": batch.positions_BT[:, span].numpy(),
-                "past": past,
-                "past_positions": past_positions,
-            }
-            *heads, present = self.session.run([*HEADS, "present"], feeds)
+        past, chunks = Past(self.file, 1), []
+        size = min(CHUNK, self.shape.window)
+        for start in range(0, batch.token_ids_BT.shape[1], size):
+            span = slice(start, start + size)
+            heads = run_step(
+                self.file,
+                past,
+                batch.token_ids_BT[:, span].numpy(),
+                batch.routes_BTLK[:, span].long().numpy(),
+                batch.positions_BT[:, span].numpy(),
+            )
             chunks.append(heads)
-            entries = np.arange(start, start + present.shape[4]) % window
-            past[..., entries, :] = present
-            past_positions[:, entries] = feeds["positions"]
         return _joined(chunks)
 
-    def _empty_past(self) -> tuple[np.ndarray, np.ndarray]:
-        (blocks, heads, channels), window = self.cache, self.shape.window
-        past = np.zeros((blocks, 2, 1, heads, window, channels), np.float32)
-        return past, np.full((1, window), -1, np.int64)
-
-    def step_feeds(self) -> dict[str, np.ndarray]:
-        shape, (past, _) = self.shape, self._empty_past()
-        return {
-            "token_ids": np.zeros((1, 1), np.int64),
-            "routes": np.zeros((1, 1, shape.num_layers, shape.top_k), np.int64),
-            "positions": np.full((1, 1), shape.window, np.int64),
-            "past": past,
-            "past_positions": np.arange(shape.window, dtype=np.int64)[None],
-        }
+    def decode_step(self) -> Callable[[], object]:
+        shape, past = self.shape, Past(self.file, 1)
+        past.positions[:] = np.arange(shape.window)
+        routes = np.zeros((1, 1, shape.num_layers, shape.top_k), np.int64)
+        token_ids, positions = np.zeros((1, 1), np.int64), np.full((1, 1), shape.window, np.int64)
+        return partial(run_step, self.file, past, token_ids, routes, positions)
 
 
 class StatelessGraph(Graph):
@@ -116,7 +92,6 @@ class StatelessGraph(Graph):
     one before as its prompt.
     """
 
-    names = frozenset({*T5Predictor.graph_inputs, *T5Predictor.graph_outputs})
     needs_history = False
 
     def __call__(self, batch: Windows) -> Predictions:
@@ -134,45 +109,30 @@ class StatelessGraph(Graph):
         prompt = int(batch.prompt_lengths_B)
         return prompt if 0 < prompt < length else length // 2
 
-    def _run(self, batch: Windows, start: int, stop: int, prompt: int) -> list[np.ndarray]:
-        feeds = {
-            "token_ids": batch.token_ids_BT[:, start:stop].numpy(),
-            "positions": batch.positions_BT[:, start:stop].numpy(),
-            "prompt_lengths": np.array([prompt]),
-        }
-        heads: list[np.ndarray] = self.session.run(HEADS, feeds)
-        return heads
+    def _run(self, batch: Windows, start: int, stop: int, prompt: int) -> Heads:
+        return run_window(
+            self.file,
+            batch.token_ids_BT[:, start:stop].numpy(),
+            batch.positions_BT[:, start:stop].numpy(),
+            np.array([prompt]),
+        )
 
-    def step_feeds(self) -> dict[str, np.ndarray]:
+    def decode_step(self) -> Callable[[], object]:
         window = self.shape.window
-        return {
-            "token_ids": np.zeros((1, window), np.int64),
-            "positions": np.arange(window, dtype=np.int64)[None],
-            "prompt_lengths": np.array([window // 2]),
-        }
+        token_ids, positions = np.zeros((1, window), np.int64), np.arange(window)[None]
+        return partial(run_window, self.file, token_ids, positions, np.array([window // 2]))
 
 
-def _joined(chunks: list[list[np.ndarray]]) -> Predictions:
+def _joined(chunks: list[Heads]) -> Predictions:
     return Predictions(
         *(torch.from_numpy(np.concatenate(parts, 1)) for parts in zip(*chunks, strict=True))
     )
 
 
 def open_graph(path: Path) -> Graph:
-    """Open an exported predictor. Raises ValueError for any other file, saying what is wrong."""
-    if not path.is_file():
-        raise ValueError(f"there is no predictor {path}")
-    session = open_session(path)
-    raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if raw is None:
-        raise ValueError(f"{path} was not written by predictor.export: it has no metadata of ours")
-    try:
-        meta = json.loads(raw)
-        if meta["schema"] != SCHEMA:
-            raise ValueError(f"schema {meta['schema']}, but this version reads {SCHEMA}")
-        return (CachedGraph if meta["cache"] else StatelessGraph)(path, session, meta)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a predictor that can be run: {error}") from error
+    """Open an exported predictor on one thread. Raises ValueError for any other file."""
+    file = open_predictor(path, num_threads=1)
+    return (CachedGraph if file.cached else StatelessGraph)(path, file)
 
 
 def whole_document(token_ids_T: np.ndarray, experts_TLK: np.ndarray, num_prompt: int) -> Windows:

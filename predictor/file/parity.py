@@ -1,4 +1,4 @@
-"""Does an exported graph say what the torch model says? Asked before the file is kept."""
+"""Parity of an exported graph with the torch model, checked before the file is kept."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from predictor.file.session import open_session
-from predictor.networks.interface import HEADS, Cache, RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor, Windows
+from routing.predictor_file.driver import Heads, Past, run_step
+from routing.predictor_file.format import HEADS
+from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT
 
 MAX_ERROR = 3e-4
@@ -23,14 +25,13 @@ def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[
 
     An exact file must agree whatever a cache holds; a quantised one, with what it put there itself.
     """
-    session = open_session(path)
-    found = []
+    file, found = open_predictor(path, num_threads=1), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if exact or predictor.cache is None:
-            found += [_compare(predictor, session, *sizes) for sizes in _sizes(predictor)]
+            found += [_compare(predictor, file, *sizes) for sizes in _sizes(predictor)]
         if predictor.cache is not None:
-            found.append(_compare_steps(predictor, session, predictor.cache))
+            found.append(_compare_steps(predictor, file))
     error = max(pair[0] for pair in found)
     overlap = min(pair[1] for pair in found)
     if exact and not error <= MAX_ERROR:
@@ -53,21 +54,20 @@ def _sizes(predictor: RoutePredictor) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def _compare(
-    predictor: RoutePredictor, session: Any, batch: int, tokens: int, past: int
+    predictor: RoutePredictor, file: PredictorFile, batch: int, tokens: int, past: int
 ) -> tuple[float, float]:
     inputs = predictor.random_inputs(batch, tokens, past)
     expected = predictor.run_graph(*(inputs[name] for name in predictor.graph_inputs))
     feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
-    got = session.run(list(predictor.graph_outputs), feeds)
+    got = file.session.run(list(predictor.graph_outputs), feeds)
     valid_BT = inputs["positions"] >= 0
     return _distance(predictor, expected[: len(HEADS)], got[: len(HEADS)], valid_BT)
 
 
 @torch.no_grad()
-def _compare_steps(predictor: RoutePredictor, session: Any, cache: Cache) -> tuple[float, float]:
+def _compare_steps(predictor: RoutePredictor, file: PredictorFile) -> tuple[float, float]:
     """A prompt in one run and then step by step on a ring buffer, against one pass of torch."""
-    shape = predictor.shape
-    window, batch = shape.window, 2
+    window, batch = predictor.shape.window, 2
     tokens = window + window // 2
     inputs = predictor.random_inputs(batch, tokens, 0)
     row = Windows(
@@ -78,22 +78,11 @@ def _compare_steps(predictor: RoutePredictor, session: Any, cache: Cache) -> tup
         torch.ones(batch, dtype=torch.int64),
     )
     expected = predictor(row)
-    past = np.zeros((cache.blocks, 2, batch, cache.heads, window, cache.head_dim), np.float32)
-    past_positions = np.full((batch, window), -1, np.int64)
-    outputs: list[list[np.ndarray]] = []
-    edges = [0, *range(window // 2, tokens + 1)]
-    for start, stop in pairwise(edges):
-        feeds = {
-            name: inputs[name][:, start:stop].numpy()
-            for name in ("token_ids", "routes", "positions")
-        }
-        *heads, present = session.run(
-            list(predictor.graph_outputs), feeds | {"past": past, "past_positions": past_positions}
-        )
-        entries = np.arange(start, stop) % window
-        past[..., entries, :] = present
-        past_positions[:, entries] = feeds["positions"]
-        outputs.append(heads)
+    past, outputs = Past(file, batch), list[Heads]()
+    names = ("token_ids", "routes", "positions")
+    for start, stop in pairwise([0, *range(window // 2, tokens + 1)]):
+        given = (inputs[name][:, start:stop].numpy() for name in names)
+        outputs.append(run_step(file, past, *given))
     joined = [np.concatenate(parts, 1) for parts in zip(*outputs, strict=True)]
     return _distance(predictor, expected, joined, row.valid_BT)
 
@@ -104,8 +93,8 @@ def _distance(
     """Largest error of the logits, and smallest overlap of the top-k, of any head."""
     top_k = predictor.shape.top_k
     errors, overlaps = [0.0], [1.0]
-    for theirs, ours in zip(expected, got, strict=True):
-        left, right = theirs[valid_BT], torch.from_numpy(ours)[valid_BT]
+    for exact, exported in zip(expected, got, strict=True):
+        left, right = exact[valid_BT], torch.from_numpy(exported)[valid_BT]
         if len(left) == 0:
             continue
         errors.append(float(((left - right).abs() / left.abs().clamp(min=1)).max()))

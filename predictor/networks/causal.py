@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from predictor.networks.attention import KeysValues, RMSNorm, rotation_of, sliding_mask
 from predictor.networks.block import Block
 from predictor.networks.interface import (
-    HEADS,
     Cache,
     Predictions,
     PredictorSettings,
@@ -23,6 +22,7 @@ from predictor.networks.interface import (
     Windows,
     read_out_map,
 )
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
 

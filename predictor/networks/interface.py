@@ -10,16 +10,8 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from routing.predictor_file.format import FAR, HEADS
 from routing.topology import NO_EXPERT, Topology
-
-HEADS = ("this", "next", "horizon", "far")
-"""What the heads predict, in order; also the names of the ONNX graph's outputs."""
-
-FAR = 4
-"""The last head looks ahead FAR times as many tokens as the third."""
-
-PADDING = -1
-"""The position of a token that is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from predictor.networks.interface import (
-    HEADS,
     Predictions,
     PredictorSettings,
     PredictorShape,
     RoutePredictor,
     Windows,
 )
+from routing.predictor_file.format import HEADS
 
 HIDDEN_SCORE = -1e9
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.networks.interface import HEADS, RoutePredictor, Windows, targets
+from predictor.networks.interface import RoutePredictor, Windows, targets
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
 TOKENS_A_BATCH = 256

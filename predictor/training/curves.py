@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from predictor.networks.interface import HEADS
+from routing.predictor_file.format import HEADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,6 @@ from torchmetrics import MetricCollection
 
 from predictor.networks.causal import CausalPredictor, CausalSettings
 from predictor.networks.interface import (
-    HEADS,
     Predictions,
     PredictorSettings,
     PredictorShape,
@@ -25,6 +24,7 @@ from predictor.networks.interface import (
 from predictor.training.embedding import read_embedding
 from predictor.training.metrics import means, route_metrics
 from predictor.training.optimizer import Muon
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
 
 CHECKPOINT_KEY = "expertflow"

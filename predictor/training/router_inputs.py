@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from routing.blocks import Block, find_blocks
+from routing.inspect_model import topology_of
 from routing.layers import read_routes
-from routing.topology import Topology, topology_of
+from routing.topology import Topology
 
 
 class Routed(NamedTuple):
@@ -29,7 +30,7 @@ def load_model(name: str, topology: Topology, *, device: str) -> Any:
     """The model called `name`, in eval mode. Raises ValueError when `topology` is not its own."""
     from transformers import AutoConfig
 
-    from routing.architecture import model_class
+    from routing.inspect_model import model_class
 
     config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:

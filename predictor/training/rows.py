@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from predictor.networks.interface import PADDING, PredictorShape, Windows
+from predictor.networks.interface import PredictorShape, Windows
+from routing.predictor_file.format import PADDING
 from routing.shards import PROMPT, Document, TraceReader, signed_experts
 from routing.topology import NO_EXPERT
 

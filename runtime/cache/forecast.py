@@ -6,9 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-FAR = 4
-"""A forecast's far horizon over its near one, H."""
-
 
 class Forecast(NamedTuple):
     """Probabilities, float32 [L, E], that an expert is used by any sequence of the batch."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.cache.forecast import FAR, Forecast
+from routing.predictor_file.format import FAR
+from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
 
 

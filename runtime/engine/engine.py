@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.layers import bound_call, read_call
+from routing.predictor_file.reader import PredictorFile
 from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
@@ -28,7 +29,6 @@ from runtime.kv.row_cache import RowCache
 from runtime.kv.static_cache import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.layer_map import LayerMap
-from runtime.prediction.predictor_file import PredictorFile
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import Source
 

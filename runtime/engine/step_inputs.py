@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.prediction.forecaster import PADDING
+from routing.predictor_file.format import PADDING
 
 
 class StepInputs(NamedTuple):

@@ -1,8 +1,7 @@
-"""Live prediction: runs the predictor beside the model, one call for each forward pass.
+"""The forecaster: live prediction for one batch that starts and ends together.
 
-Between passes it keeps, for each sequence, the predictor's keys and values in a ring of `window`
-entries (their order does not matter: visibility goes by position) and the true routes of the last
-token, which only the model's own pass reveals.
+Between forward passes it keeps the predictor's past of the batch and the true routes of each
+sequence's last token, which only the model's own pass reveals.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from routing.predictor_file.driver import Heads, Past, not_used, run_step, run_window
+from routing.predictor_file.format import PADDING
+from routing.predictor_file.reader import PredictorFile
 from routing.topology import NO_EXPERT
-from runtime.cache.forecast import FAR, Forecast
-from runtime.prediction.predictor_file import PredictorFile
-
-PADDING = -1
+from runtime.cache.forecast import Forecast
 
 
 class Forecaster:
@@ -29,22 +28,20 @@ class Forecaster:
 
     def reset(self, batch_size: int) -> None:
         """Forget everything: `batch_size` new sequences start."""
-        file, layers = self.file, self.file.stack
-        blocks, heads, width = file.cache_shape
-        self._past = np.zeros((blocks, 2, batch_size, heads, file.window, width), np.float32)
-        self._past_positions = np.full((batch_size, file.window), PADDING, np.int64)
+        stack = self.file.stack
+        self._past = Past(self.file, batch_size)
         self._prompt = np.zeros((2, batch_size, 0), np.int64)
         self._newest = np.zeros((2, batch_size, 0), np.int64)
-        self._next_entry = 0
-        shape = (batch_size, layers.num_layers, layers.top_k)
+        shape = (batch_size, stack.num_layers, stack.top_k)
         self._last_routes_BLK = np.full(shape, NO_EXPERT, np.int64)
 
     @property
     def batch_size(self) -> int:
+        """Sequences of the running batch."""
         return len(self._last_routes_BLK)
 
     def observe(self, routes_BLK: np.ndarray) -> None:
-        """The true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
+        """Take the true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
         self._last_routes_BLK = routes_BLK
 
     def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
@@ -55,16 +52,14 @@ class Forecaster:
         """
         unused_LE = np.ones((), np.float32)
         for heads, valid_BT in self._chunks(token_ids_BT, positions_BT):
-            unused_LE = unused_LE * _unused(heads[0], valid_BT)
+            unused_LE = unused_LE * _used_by_none(heads[0], valid_BT)
         self.this_BLE = heads[0][:, -1]
-        later = [_unused(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
-        if len(later) == 2:  # no head for the far horizon: as if every H tokens were alike
-            later.append(later[-1] ** FAR)
+        later = [_used_by_none(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
         return Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
 
     def _chunks(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray
-    ) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    ) -> Iterator[tuple[Heads, np.ndarray]]:
         run = self._run_cached if self.file.cached else self._run_window
         start = 0
         while start < token_ids_BT.shape[1]:
@@ -73,31 +68,16 @@ class Forecaster:
             yield run(token_ids_BT[:, span], positions), positions != PADDING
             start = span.stop
 
-    def _run_cached(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> list[np.ndarray]:
-        batch, length = token_ids_BT.shape
-        routes = np.full((batch, length, *self._last_routes_BLK.shape[1:]), NO_EXPERT, np.int64)
+    def _run_cached(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Heads:
+        routes = np.full(
+            (*token_ids_BT.shape, *self._last_routes_BLK.shape[1:]), NO_EXPERT, np.int64
+        )
         routes[:, 0] = self._last_routes_BLK
         self._last_routes_BLK = np.full_like(self._last_routes_BLK, NO_EXPERT)
-        feeds = {
-            "token_ids": token_ids_BT,
-            "routes": routes,
-            "positions": positions_BT,
-            "past": self._past,
-            "past_positions": self._past_positions,
-        }
-        *heads, present = self.file.session.run([*self.file.outputs, "present"], feeds)
-        self._remember(present, positions_BT)
-        return heads
+        return run_step(self.file, self._past, token_ids_BT, routes, positions_BT)
 
-    def _remember(self, present: np.ndarray, positions_BT: np.ndarray) -> None:
-        length, window = positions_BT.shape[1], self.file.window
-        entries = (self._next_entry + np.arange(length)) % window
-        self._past[:, :, :, :, entries] = present
-        self._past_positions[:, entries] = positions_BT
-        self._next_entry = (self._next_entry + length) % window
-
-    def _run_window(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> list[np.ndarray]:
-        """A stateless predictor runs again over the prompt's end and the newest tokens.
+    def _run_window(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Heads:
+        """A predictor without a cache runs again over the prompt's end and the newest tokens.
 
         The first pass after `reset` brings the prompt, whose end keeps half the window.
         """
@@ -107,16 +87,16 @@ class Forecaster:
         newest = _last(self._newest, self.file.window - num_prompt - length)
         token_ids, positions = np.concatenate([self._prompt, newest, tokens], -1)
         closed_up = np.arange(positions.shape[1])  # else the prompt would be out of the window
-        feeds = {
-            "token_ids": np.ascontiguousarray(token_ids),
-            "positions": np.where(positions != PADDING, closed_up, PADDING),
-            "prompt_lengths": np.full(len(token_ids), num_prompt, np.int64),
-        }
         if self._prompt.shape[-1] == 0:
             self._prompt = _last(tokens, self.file.window // 2)
         else:
             self._newest = np.concatenate([newest, tokens], -1)
-        heads = self.file.session.run(list(self.file.outputs), feeds)
+        heads = run_window(
+            self.file,
+            np.ascontiguousarray(token_ids),
+            np.where(positions != PADDING, closed_up, PADDING),
+            np.full(len(token_ids), num_prompt, np.int64),
+        )
         return [head[:, -length:] for head in heads]
 
 
@@ -125,14 +105,9 @@ def _last(array: np.ndarray, count: int) -> np.ndarray:
     return array[..., max(array.shape[-1] - max(count, 0), 0) :]
 
 
-def _unused(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
-    """Probability [L, E] that no valid token uses the expert: the product of sigmoid(-logit).
-
-    NaN counts as unused: whatever a predictor says, its values must compare.
-    """
-    with np.errstate(over="ignore"):  # surely used: 1 / inf
-        unused_BTLE = 1 / (1 + np.exp(logits_BTLE))
+def _used_by_none(logits_BTLE: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+    """Probability [L, E] that no valid token uses the expert."""
+    unused_BTLE = not_used(logits_BTLE)
     unused_BTLE[~valid_BT] = 1.0
-    unused_BTLE[np.isnan(unused_BTLE)] = 1.0
     unused: np.ndarray = unused_BTLE.prod((0, 1))
     return unused

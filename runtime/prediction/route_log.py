@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from routing.predictor_file.format import PADDING
 from routing.shards import GENERATED, MANIFEST, PROMPT, Document, stored_experts
 from routing.topology import Topology
 from routing.writer import TraceWriter
-from runtime.prediction.forecaster import PADDING
 
 LIMIT = 256 << 20
 """Bytes of a recording, unless told otherwise."""

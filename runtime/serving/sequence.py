@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from runtime.prediction.sequence_forecaster import PredictorHistory, SequenceForecast
+from routing.predictor_file.driver import Past
+from runtime.prediction.sequence_forecaster import SequenceForecast
 from runtime.serving.detokenizer import TextStream
 from runtime.serving.request import Delta, Finish, Logprob, Request, Result
 from runtime.serving.sampler import Sampler, logprob_of
@@ -38,7 +39,7 @@ class ServedSequence:
         """Steps in a row that ran without this sequence."""
         self.routes: list[np.ndarray] = []
         """int64 [T, L, K] of the tokens that ran, step by step, where they are recorded."""
-        self.history: PredictorHistory | None = None
+        self.predictor_past: Past | None = None
         self.forecast: SequenceForecast | None = None
         """What the predictor says of the pending tokens; None without a predictor."""
         self._sampler = Sampler(request)
@@ -68,8 +69,8 @@ class ServedSequence:
 
     def forget(self) -> None:
         """Keep of the prediction what admission asks for; the rest is made anew when admitted."""
-        if self.history is not None and self.forecast is not None:
-            self.history, self.forecast = None, self.forecast.brief()
+        if self.predictor_past is not None and self.forecast is not None:
+            self.predictor_past, self.forecast = None, self.forecast.brief()
 
     def accept(self, greedy: int, logits_V: Any, eos_ids: frozenset[int]) -> Finish | None:
         """Choose the next token; returns how the request ends, if it does."""

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from routing.predictor_file.driver import Past
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
 from runtime.kv.row_cache import open_rows
 from runtime.prediction.sequence_forecaster import (
-    PredictorHistory,
     SequenceForecast,
     SequenceForecaster,
 )
@@ -179,11 +179,13 @@ class ServingLoop:
                 self._foresee(sequence)
 
     def _foresee(self, sequence: ServedSequence) -> None:
-        if self._forecaster is None or sequence.history is not None:
+        if self._forecaster is None or sequence.predictor_past is not None:
             return
         with self._engine.stats().timer("predict"):
-            sequence.history = PredictorHistory(self._forecaster.file, sequence.limit)
-            sequence.forecast = self._forecaster.read_prompt(sequence.history, sequence.token_ids)
+            sequence.predictor_past = Past(self._forecaster.file, 1, sequence.limit)
+            sequence.forecast = self._forecaster.read_prompt(
+                sequence.predictor_past, sequence.token_ids
+            )
 
     def _missing_K(self) -> np.ndarray:
         return (~self._engine.resident_LE).astype(np.float32).reshape(-1)
@@ -267,10 +269,12 @@ class ServingLoop:
     def _foretell(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
         assert self._forecaster is not None
         before = [sequence.forecast for sequence in sequences if sequence.forecast is not None]
-        histories = [sequence.history for sequence in sequences if sequence.history is not None]
+        pasts = [
+            sequence.predictor_past for sequence in sequences if sequence.predictor_past is not None
+        ]
         with self._engine.stats().timer("predict"):
             newest = [sequence.token_ids[-1] for sequence in sequences]
-            forecasts = self._forecaster.step(histories, newest, routes_BLK, before)
+            forecasts = self._forecaster.step(pasts, newest, routes_BLK, before)
         for sequence, forecast in zip(sequences, forecasts, strict=True):
             sequence.forecast = forecast
 

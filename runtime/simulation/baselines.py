@@ -15,7 +15,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from runtime.cache.forecast import FAR, Forecast
+from routing.predictor_file.format import FAR
+from runtime.cache.forecast import Forecast
 from runtime.simulation.trace_steps import TraceStep
 
 Documents = Sequence[Sequence[TraceStep]]

@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 
+from routing.predictor_file.reader import PredictorFile
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LFU, LRU, LeastStale
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.baselines import Documents, Rival, used_by
 from runtime.simulation.link_model import Machine, PrefetchPlan, Tally, Timeline
 from runtime.simulation.replay import BypassSimulation, Simulation

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from routing.lookahead import LookAhead
+from routing.predictor_file.reader import PredictorFile
 from routing.shards import Document
 from routing.topology import Stack
 from runtime.cache.predicted_reuse import PredictedReuse
-from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.baselines import used_by
 from runtime.simulation.calibration import Calibration, Joint
 from runtime.simulation.comparison import Contender, file_forecasts, recall

@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 
+from routing.predictor_file.reader import PredictorFile
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.forecast import Forecast
@@ -20,7 +21,6 @@ from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.predictor_file import PredictorFile
 from runtime.simulation.trace_steps import TraceStep
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routing.names import told_apart
+from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document, TraceReader
-from runtime.prediction.predictor_file import PredictorFile, open_predictor
 from runtime.simulation.baselines import fit_rivals
 from runtime.simulation.comparison import (
     Contender,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from routing.architecture import model_class
+from routing.inspect_model import model_class, topology_of
 from routing.layers import MoELayer, find_moe_layers
-from routing.topology import Topology, topology_of
+from routing.topology import Topology
 from runtime.weights.arena import Specs
 from runtime.weights.checkpoint_store import CheckpointStore, FileStore
 from runtime.weights.files import CheckpointFiles

@@ -21,11 +21,11 @@ from benchmarks.replay import CHOSEN_LOGIT, Replay
 from benchmarks.trace_slice import SliceSettings
 from benchmarks.trace_slice import main as cut
 from benchmarks.workload import Workload
+from routing.inspect_model import topology_of
 from routing.layers import find_moe_layers, read_routes
+from routing.predictor_file.reader import open_predictor
 from routing.shards import Document, TraceReader
-from routing.topology import topology_of
 from routing.writer import TraceWriter
-from runtime.prediction.predictor_file import open_predictor
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.tiny import KINDS, VOCAB_SIZE, tiny_model
 

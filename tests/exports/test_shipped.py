@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import exports
 from exports.routing_metrics import RouterTap, measure
 from exports.token_stream import read_documents
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 
 HERE = Path(exports.__file__).parent
 MODEL = HERE / "moe-8x32"

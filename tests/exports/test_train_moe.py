@@ -28,7 +28,7 @@ from exports.train_moe import (
     untrained_model,
 )
 from routing.cli import run
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from tests.helpers.tracing import trace
 
 TINY = Settings(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import runtime
+from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers
-from routing.topology import topology_of
 from runtime.weights.source import from_path
 from runtime.weights.store import expert_parameters, expert_part
 from tests.helpers.architectures import architecture_model

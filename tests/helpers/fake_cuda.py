@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from routing.predictor_file.reader import open_predictor
 from runtime.cuda.backend import CudaBackend
 from runtime.cuda.decode import experts_call as experts
 from runtime.cuda.decode.graph_step import CapturedStep
@@ -23,7 +24,6 @@ from runtime.cuda.options import CudaOptions
 from runtime.engine.engine import Engine
 from runtime.loading import choose_policy
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.predictor_file import open_predictor
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import from_module
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import runtime
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from tests.helpers.tiny import PAD
 
 Predictor = Callable[[str], Path]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import runtime
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from runtime.engine.engine import Engine
 from runtime.prediction.sequence_forecaster import SequenceForecast
 from runtime.serving.request import Request, Result

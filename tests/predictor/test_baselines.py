@@ -9,8 +9,9 @@ from torch import Tensor
 
 from predictor.evaluation.baselines import Frequency, PreviousToken, TokenTable, fit_baselines
 from predictor.file.graph import whole_document
-from predictor.networks.interface import HEADS, PredictorShape, Windows, targets
+from predictor.networks.interface import PredictorShape, Windows, targets
 from predictor.training.metrics import route_metrics
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 from tests.helpers.predicting import (
     NUM_EXPERTS,

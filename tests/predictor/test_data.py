@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from predictor.networks.interface import PADDING, Windows
+from predictor.networks.interface import Windows
 from predictor.training.data import TraceData
 from predictor.training.embedding import read_embedding
+from routing.predictor_file.format import PADDING
 from routing.shards import TraceReader, signed_experts
 from routing.topology import NO_EXPERT
 from routing.writer import TraceWriter

@@ -14,12 +14,13 @@ import torch
 from predictor.evaluate import EvaluateSettings, evaluate
 from predictor.export import write_graph
 from predictor.file.graph import CachedGraph, StatelessGraph, open_graph, whole_document
-from predictor.networks.interface import HEADS, RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor, Windows
 from predictor.networks.t5 import T5Settings
 from predictor.training.checkpoint import Trained
 from predictor.training.curves import plot_curves
 from predictor.training.metrics import route_metrics
 from routing.cli import run
+from routing.predictor_file.format import HEADS
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import TOPOLOGY, random_document, shape, tiny_predictor, write_trace
 
@@ -181,9 +182,9 @@ def test_a_predictor_of_another_model_is_refused(trace, folder, capsys) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"not a graph", "cannot be read as an ONNX file"),
-        ({"metadata": "{}"}, "is not a predictor that can be run"),
-        ({"without": ["horizon"]}, "no input or output horizon"),
+        (b"not a graph", "is not a readable ONNX file"),
+        ({"metadata": "{}"}, "has damaged predictor metadata"),
+        ({"without": ["horizon"]}, "lacks the predictor inputs or outputs ['horizon']"),
     ],
 )
 def test_a_file_that_is_no_predictor_of_ours_is_refused(

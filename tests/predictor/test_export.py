@@ -21,11 +21,12 @@ from predictor.export import ExportSettings, export, write_quantized
 from predictor.file.parity import check_parity
 from predictor.file.quantization import block_size
 from predictor.networks.causal import CausalPredictor
-from predictor.networks.interface import HEADS, PredictorSettings, PredictorShape, RoutePredictor
+from predictor.networks.interface import PredictorSettings, PredictorShape, RoutePredictor
 from predictor.networks.t5 import T5Settings
 from predictor.training.checkpoint import load_checkpoint
 from predictor.training.module import RouteModule
 from routing.cli import run
+from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
 from tests.helpers.predicting import TOPOLOGY, tiny_predictor
 
@@ -155,7 +156,7 @@ def test_the_command_line_reports_the_file_and_its_parity(export_run):
 
 
 def test_the_runtime_accepts_the_file(exported):
-    from runtime.prediction.predictor_file import open_predictor
+    from routing.predictor_file.reader import open_predictor
 
     file = open_predictor(exported)
     assert file.topology == TOPOLOGY and file.cached

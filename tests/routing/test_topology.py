@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from routing.topology import Layer, Stack, Topology, tokenizer_fingerprint, topology_of
+from routing.inspect_model import tokenizer_fingerprint, topology_of
+from routing.topology import Layer, Stack, Topology
 from tests.helpers.tiny import KINDS, tiny_model, tiny_tokenizer
 
 layers = st.lists(

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime
+from routing.inspect_model import topology_of
 from routing.layers import MoELayer
-from routing.topology import topology_of
 from routing.writer import TraceWriter
 from runtime.sizing.budget import slot_budget
 from runtime.sizing.units import parse_memory

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import runtime
 from routing.cli import run
+from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers, read_routes
 from routing.shards import GENERATED, PROMPT, Document, TraceReader, stored_experts
-from routing.topology import topology_of
 from routing.writer import TraceWriter
 from runtime.simulate import SimulateSettings, main
 from tests.helpers.onnx_predictor import write_predictor

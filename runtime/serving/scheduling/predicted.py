@@ -123,4 +123,4 @@ def _habit(sequence: ServedSequence) -> np.ndarray:
 
 def _pending(sequence: ServedSequence) -> np.ndarray:
     assert sequence.forecast is not None
-    return sequence.forecast.this_LE.reshape(-1).astype(np.float32, copy=False)
+    return sequence.forecast.unused_LE.reshape(-1).astype(np.float32, copy=False)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
 from runtime.cuda.prefill import look_ahead
 from tests.helpers.fake_cuda import fake_cuda, load_fake

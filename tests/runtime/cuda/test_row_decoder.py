@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
-from routing.topology import topology_of
+from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
 from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
 from runtime.cuda.kernels.attention import attend

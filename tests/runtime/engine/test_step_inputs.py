@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from routing.predictor_file.format import PADDING
 from runtime.engine.step_inputs import StepInputs, read_inputs
-from runtime.prediction.forecaster import PADDING
 from tests.helpers.tiny import tiny_model
 
 TOKENS = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 4]])

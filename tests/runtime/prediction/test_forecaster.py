@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.predictor_file.format import PADDING
+from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
-from runtime.prediction.forecaster import PADDING, Forecaster
-from runtime.prediction.predictor_file import PredictorFile, open_predictor
+from runtime.prediction.forecaster import Forecaster
 from tests.helpers.onnx_predictor import write_predictor
 
 L, E, K = 2, 5, 2

@@ -14,9 +14,9 @@ from torch import nn
 
 import runtime
 from predictor.training.data import TraceData
+from routing.inspect_model import topology_of
 from routing.layers import find_moe_layers, read_routes
 from routing.shards import GENERATED, PROMPT, Document, TraceReader, signed_experts
-from routing.topology import topology_of
 from runtime.prediction.route_log import RouteLog
 from runtime.serving.request import Request
 from tests.helpers.fake_cuda import fake_cuda, load_fake

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.predictor_file.driver import Past
+from routing.predictor_file.reader import open_predictor
 from routing.topology import Layer, Stack
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.predictor_file import open_predictor
-from runtime.prediction.sequence_forecaster import PredictorHistory, SequenceForecaster, join
+from runtime.prediction.sequence_forecaster import SequenceForecaster, join
 from runtime.serving.request import Request
 from runtime.serving.scheduling.bursts import Bursts, StepTimes
 from runtime.serving.scheduling.ordering import DomainOracle, Ordering
@@ -406,10 +407,10 @@ def test_sequences_side_by_side_are_predicted_as_each_alone(
     texts = [random.integers(0, 100, length + steps) for length in lengths]
     routes = random.integers(0, 5, (len(lengths), steps, *(2, 2)))
     forecaster = SequenceForecaster(file)
-    histories = [PredictorHistory(file, length + steps) for length in lengths]
+    pasts = [Past(file, 1, length + steps) for length in lengths]
     forecasts = [
-        forecaster.read_prompt(history, text[:length].tolist())
-        for history, text, length in zip(histories, texts, lengths, strict=True)
+        forecaster.read_prompt(past, text[:length].tolist())
+        for past, text, length in zip(pasts, texts, lengths, strict=True)
     ]
     alone = [Forecaster(file) for _ in lengths]
     for one, text, length, forecast in zip(alone, texts, lengths, forecasts, strict=True):
@@ -418,7 +419,7 @@ def test_sequences_side_by_side_are_predicted_as_each_alone(
         assert_same(join([forecast]), expected)
     for step in range(steps):
         newest = [int(text[n + step]) for text, n in zip(texts, lengths, strict=True)]
-        forecasts = forecaster.step(histories, newest, routes[:, step], forecasts)
+        forecasts = forecaster.step(pasts, newest, routes[:, step], forecasts)
         for i, one in enumerate(alone):
             one.observe(routes[i : i + 1, step])
             position = np.array([[lengths[i] + step]])

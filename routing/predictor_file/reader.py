@@ -1,4 +1,4 @@
-"""The predictor's ONNX file, as the runtime reads it: checked before anything of it runs."""
+"""An exported predictor, opened and checked before anything of it runs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from routing.predictor_file.format import (
+    CACHED_INPUTS,
+    HEADS,
+    METADATA_KEY,
+    OLDEST_HEADS,
+    PRESENT,
+    SCHEMA,
+    WINDOW_INPUTS,
+)
 from routing.topology import Stack, Topology
 
 if TYPE_CHECKING:
     import onnxruntime
-
-METADATA_KEY = "expertflow"
-SCHEMA = 1
-INPUTS = {
-    True: ("token_ids", "routes", "positions", "past", "past_positions"),
-    False: ("token_ids", "positions", "prompt_lengths"),
-}
-OUTPUTS = ("this", "next", "horizon")
-FAR = "far"
-"""An output that older predictors do not have."""
 
 
 class PredictorFile(NamedTuple):
@@ -29,6 +28,7 @@ class PredictorFile(NamedTuple):
     session: onnxruntime.InferenceSession
     topology: Topology
     stack: Stack
+    """The MoE layers that it predicts."""
     window: int
     """Tokens of history that a prediction depends on."""
     horizon: int
@@ -36,17 +36,20 @@ class PredictorFile(NamedTuple):
     cached: bool
     """True when single steps run on a key/value cache; else the last `window` tokens run again."""
     outputs: tuple[str, ...]
-    """The heads: OUTPUTS, and FAR where the file has it."""
+    """The heads that the file has: HEADS, or OLDEST_HEADS."""
     cache_shape: tuple[int, int, int]
-    """(blocks, heads, head_dim) of the key/value cache."""
+    """(blocks, heads, head_dim) of the key/value cache; zeros without one."""
 
 
-def open_predictor(path: str | Path) -> PredictorFile:
-    """Open and check `path`. Raises ValueError for a file that is not a predictor of ours."""
+def open_predictor(path: str | Path, *, num_threads: int | None = None) -> PredictorFile:
+    """Open and check `path`; num_threads: of onnxruntime, a quarter of the cores by default.
+
+    Raises ValueError for a file that predictor.export did not write.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no predictor at {path}")
-    session = _session(path)
+    session = open_session(path, num_threads)
     raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if raw is None:
         raise ValueError(f"{path} is an ONNX file, but not one that predictor.export wrote")
@@ -58,7 +61,8 @@ def open_predictor(path: str | Path) -> PredictorFile:
     return file
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path, num_threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU. Raises ValueError for what is no ONNX file."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -66,7 +70,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
             "predictors need onnxruntime: install moe-expertflow[cpu] or moe-expertflow[gpu]"
         ) from None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = max(1, min(4, (os.cpu_count() or 1) // 4))
+    options.intra_op_num_threads = num_threads or max(1, min(4, (os.cpu_count() or 1) // 4))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
@@ -82,7 +86,7 @@ def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> Pr
     if min(int(meta["window"]), int(meta["horizon"])) < 1:
         raise ValueError(f"window {meta['window']} and horizon {meta['horizon']} are not positive")
     topology = Topology.from_json(meta["topology"])
-    has_far = any(node.name == FAR for node in session.get_outputs())
+    has_far = any(node.name == HEADS[-1] for node in session.get_outputs())
     return PredictorFile(
         session=session,
         topology=topology,
@@ -90,7 +94,7 @@ def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> Pr
         window=int(meta["window"]),
         horizon=int(meta["horizon"]),
         cached=bool(meta["cache"]),
-        outputs=(*OUTPUTS, FAR) if has_far else OUTPUTS,
+        outputs=HEADS if has_far else OLDEST_HEADS,
         cache_shape=(int(meta["blocks"]), int(meta["heads"]), int(meta["head_dim"]))
         if meta["cache"]
         else (0, 0, 0),
@@ -99,6 +103,7 @@ def _describe(session: onnxruntime.InferenceSession, meta: dict[str, Any]) -> Pr
 
 def _check_names(path: Path, file: PredictorFile) -> None:
     have = {node.name for node in (*file.session.get_inputs(), *file.session.get_outputs())}
-    want = {*INPUTS[file.cached], *OUTPUTS, *(("present",) if file.cached else ())}
+    inputs = CACHED_INPUTS if file.cached else WINDOW_INPUTS
+    want = {*inputs, *OLDEST_HEADS, *((PRESENT,) if file.cached else ())}
     if not want <= have:
         raise ValueError(f"{path} lacks the predictor inputs or outputs {sorted(want - have)}")
