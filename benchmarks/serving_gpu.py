@@ -173,12 +173,12 @@ def run_lane(
 
 def row_share(subject: Subject, context: int) -> float:
     """What a row of the key/value cache takes, as a share of all experts' bytes."""
-    from runtime.kv import static_cache as kv
+    from runtime.kv.size import storage_bytes
 
     model: Any = subject.model
     layers = subject.topology.stack().layers
     experts = subject.expert_bytes * sum(layer.num_experts for layer in layers)
-    return kv.num_bytes(model.config, 1, context, model.dtype) / experts
+    return storage_bytes(model.config, 1, context, model.dtype) / experts
 
 
 def print_table(settings: GpuServingSettings, rows: Sequence[dict[str, Any]]) -> None:

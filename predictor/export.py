@@ -4,28 +4,13 @@ The file appears only after onnxruntime agreed with torch on it: on random input
 and, for a graph with a key/value cache, step by step through a ring buffer against one pass.
 """
 
-import io
 import json
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from predictor.file.parity import check_parity
-from predictor.file.quantization import quantize
-from predictor.training.checkpoint import Trained, load_checkpoint
 from routing.cli import run
-from routing.predictor_file.format import HEADS, METADATA_KEY, SCHEMA
-
-OPSET = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +25,12 @@ class ExportSettings:
     """Store the weights in int8: a smaller and faster file."""
 
 
-class Graph(nn.Module):
-    """The predictor as the exporter sees it."""
-
-    def __init__(self, trained: Trained) -> None:
-        super().__init__()
-        self.predictor = trained.predictor
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.predictor.run_graph(*inputs)
-
-
 def export(settings: ExportSettings) -> None:
     """Write `settings.out`, or raise ValueError and leave it as it was."""
+    from predictor.file.exporter import write_graph, write_quantized
+    from predictor.file.parity import check_parity
+    from predictor.training.checkpoint import load_checkpoint
+
     trained = load_checkpoint(settings.checkpoint)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=".export-") as scratch:
@@ -66,92 +44,6 @@ def export(settings: ExportSettings) -> None:
         os.replace(result, settings.out)
     size = settings.out.stat().st_size / 2**20
     print(json.dumps({"file": str(settings.out), "MiB": round(size, 2), **parity}))
-
-
-def write_graph(trained: Trained, path: Path) -> None:
-    """Export to one file, weights inside, with the metadata that the runtime reads."""
-    predictor = trained.predictor
-    example = predictor.random_inputs(2, 3, 5)
-    dynamic = tuple(predictor.graph_inputs[name] for name in predictor.graph_inputs)
-    with _quiet():
-        program = torch.onnx.export(
-            Graph(trained).eval(),
-            tuple(example[name] for name in predictor.graph_inputs),
-            input_names=list(predictor.graph_inputs),
-            output_names=list(predictor.graph_outputs),
-            dynamic_shapes=(dynamic,),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None
-    forget_origin(program.model)
-    program.model.metadata_props[METADATA_KEY] = json.dumps(metadata(trained))
-    program.save(str(path))
-
-
-def forget_origin(model: Any) -> None:
-    """Drop what the exporter notes about where each node came from: the paths of this machine."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-
-
-def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:
-    """What the file says about itself, see the contract in docs/formats.md."""
-    predictor = trained.predictor
-    cache = predictor.cache
-    sizes = {} if cache is None else cache._asdict()
-    return {
-        "schema": SCHEMA,
-        "kind": predictor.kind,
-        "topology": trained.topology.to_json(),
-        "stack": trained.stack,
-        "window": predictor.shape.window,
-        "horizon": predictor.shape.horizon,
-        "cache": cache is not None,
-        **sizes,
-        "quantization": quantization,
-        "calibration": dict(
-            zip(
-                HEADS,
-                torch.stack([predictor.scale_J, predictor.shift_J], 1).tolist(),
-                strict=True,
-            )
-        ),
-        "metrics": trained.metrics,
-        "provenance": trained.provenance | {"settings": trained.settings},
-    }
-
-
-def write_quantized(source: Path, target: Path) -> None:
-    """The exported file again with int8 weights, saying so in its metadata."""
-    import onnx
-
-    model = onnx.load(str(source))
-    meta = json.loads({p.key: p.value for p in model.metadata_props}[METADATA_KEY])
-    with _quiet():
-        model = quantize(model)
-    entry = {METADATA_KEY: json.dumps(meta | {"quantization": "int8"})}
-    onnx.helper.set_model_props(model, entry)
-    onnx.save(model, str(target))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's and the quantiser's advice out of the terminal."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 if __name__ == "__main__":

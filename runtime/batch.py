@@ -12,66 +12,20 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
-from runtime.serving.model_settings import ModelSettings
-from runtime.serving.settings import ServeSettings
+from runtime.serving.batch.settings import BatchSettings, read_tokenizer
 
 if TYPE_CHECKING:
     from runtime.serving.batch.journal import Journal
+    from runtime.serving.batch.local import LocalWorker
     from runtime.serving.batch.prompts import Row
     from runtime.serving.batch.ray_workers import Crew
     from runtime.serving.request import Request, Result
 
 PROG = "python -m runtime.batch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSettings(ModelSettings):
-    """Continue every prompt of a data set; interrupted, the same command goes on."""
-
-    dataset: str
-    """A .jsonl file (rows with `prompt` or `messages`, and options of their own), a .txt file (a
-    prompt a line), a .parquet file, or a data set on the Hub.
-    """
-    out: Path
-    """JSON lines to write, one an input and in their order."""
-    split: str = "train"
-    """Of a data set on the Hub."""
-    max_tokens: int = 128
-    """Tokens to generate for a prompt at the most."""
-    temperature: float = 0.0
-    """0 is greedy decoding."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens of this joint probability."""
-    seed: int = 0
-    """A row's own random numbers come from this plus its index."""
-    stop: list[str] = field(default_factory=list)
-    """Generation ends before the first of these."""
-    workers: int = 0
-    """Ray actors to spread the rows over, each with the model: on the cluster that RAY_ADDRESS
-    names, else on this machine. 0 serves them here. Needs the extra `ray`.
-    """
-    worker_cpus: int = 1
-    """Cores of a worker."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.workers and self.record:
-            raise ValueError("record: several workers cannot write one recording; serve without")
-        for name, least in (("workers", 0), ("worker_cpus", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
-
-
-class Served(NamedTuple):
-    """A result and the hit rate, so far, of the engine that gave it."""
-
-    result: Result
-    hit_rate: float
 
 
 def main(settings: BatchSettings) -> None:
@@ -92,41 +46,22 @@ def main(settings: BatchSettings) -> None:
     print(report, file=sys.stderr)
 
 
-def _crew(settings: BatchSettings, tokenizer: Any) -> Alone | Crew:
+def _crew(settings: BatchSettings, tokenizer: Any) -> LocalWorker | Crew:
     if not settings.workers:
-        return Alone(settings, tokenizer)
+        from runtime.serving.batch.local import LocalWorker
+
+        return LocalWorker(settings, tokenizer)
     from runtime.serving.batch.ray_workers import Crew
 
     return Crew(settings)
 
 
-class Alone:
-    """One engine, in this process."""
-
-    def __init__(self, settings: BatchSettings, tokenizer: Any) -> None:
-        self._engine = settings.load(tokenizer)
-        self._options = serve_settings(settings) | {"tokenizer": tokenizer}
-
-    def serve(self, requests: Iterator[Request]) -> Iterator[Served]:
-        """Results as they end."""
-        for result in self._engine.serve(requests, **self._options):
-            yield Served(result, self._engine.stats().hit_rate)
-
-    def report(self) -> str:
-        """One line about the run so far."""
-        return self._engine.report()
-
-    def close(self) -> None:
-        self._engine.detach()
-
-
-def serve_settings(settings: BatchSettings) -> dict[str, Any]:
-    """What `engine.serve` is told."""
-    return {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
-
-
 def _serve(
-    settings: BatchSettings, crew: Alone | Crew, tokenizer: Any, journal: Journal, num_rows: int
+    settings: BatchSettings,
+    crew: LocalWorker | Crew,
+    tokenizer: Any,
+    journal: Journal,
+    num_rows: int,
 ) -> int:
     from tqdm import tqdm
 
@@ -193,17 +128,6 @@ def _identity(settings: BatchSettings, digest: str) -> dict[str, Any]:
     """What a batch's results depend on."""
     names = ("model", "dtype", "max_tokens", "temperature", "top_p", "seed", "stop", "context")
     return {"rows": digest} | {name: asdict(settings)[name] for name in names}
-
-
-def read_tokenizer(model: str) -> Any:
-    """The tokenizer of `model`. Raises ValueError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{model} has no tokenizer that can be used: {reason:.200}") from error
 
 
 if __name__ == "__main__":

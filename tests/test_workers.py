@@ -14,10 +14,11 @@ import pytest
 
 from routing.shards import TraceReader
 from routing.writer import TraceWriter
-from runtime.batch import BatchSettings, main
+from runtime.batch import main
 from runtime.server.settings import ServerSettings
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.ray_workers import Crew
+from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.serving import greedy
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.helpers.tracing import assert_same_documents, trace

@@ -7,27 +7,19 @@ With `--workers N` the batches go to N models over the hosts of a Ray cluster (`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from routing.cli import run
 from trace.settings import CollectSettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from routing.shards import Document
     from routing.writer import TraceWriter
-    from trace.runner import Runner
+    from trace.runner import Run, Runner
     from trace.sources import Prompt
-
-    Run = Callable[
-        [Iterator[list[Prompt]]], Iterator[tuple[list[Prompt], list[dict[str, Document]]]]
-    ]
-    """Batches in, each with its documents traced out, in their order."""
 
 
 def collect(settings: CollectSettings) -> None:
@@ -38,13 +30,14 @@ def collect(settings: CollectSettings) -> None:
     from routing.inspect_model import topology_of
     from routing.lookahead import GATE
     from routing.writer import TraceWriter
+    from trace.models import build_runner, context, load_model_and_tokenizer
     from trace.sources import read_texts, tokenize
 
     texts = read_texts(settings)
     first = next(texts, None)  # a mistake in the data sets shows before the model is loaded
     if first is None:
         raise ValueError(f"{', '.join(settings.dataset)}: no document with any text")
-    model, tokenizer = load(settings)
+    model, tokenizer = load_model_and_tokenizer(settings)
     writer = TraceWriter(
         settings.out,
         topology_of(model, tokenizer),
@@ -69,75 +62,6 @@ def collect(settings: CollectSettings) -> None:
     print(f"traced {writer.num_documents:,} documents into {settings.out}")
     if cuts:
         print(f"{len(cuts):,} of them were cut to fit: {sum(cuts):,} tokens left out")
-
-
-def load(settings: CollectSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, which has no weights here where workers have them, and its tokenizer.
-
-    Raises ValueError or OSError.
-    """
-    from transformers import AutoTokenizer
-
-    if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
-        raise ValueError(f"--model {settings.model}: there is no such directory")
-    model = load_skeleton(settings) if settings.workers else load_model(settings)
-    return model, AutoTokenizer.from_pretrained(settings.model)
-
-
-def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
-    """The model without weights, on the meta device."""
-    import torch
-    from transformers import AutoConfig
-
-    from routing.inspect_model import model_class
-
-    config = AutoConfig.from_pretrained(settings.model)
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = model_class(config)(config)
-    return skeleton
-
-
-def load_model(settings: CollectSettings) -> PreTrainedModel:
-    """The model, in eval mode on its device. Raises ValueError or OSError."""
-    import torch
-    from transformers import AutoConfig
-
-    from routing.inspect_model import model_class
-
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
-    config = AutoConfig.from_pretrained(settings.model)
-    model: PreTrainedModel = model_class(config).from_pretrained(
-        settings.model, dtype=settings.dtype
-    )
-    return model.eval().to(settings.device)
-
-
-def build_runner(model: Any, settings: CollectSettings) -> Runner:
-    """What traces batches with `model`. Raises ValueError where it needs other settings."""
-    from trace.runner import Runner
-
-    return Runner(
-        model,
-        generate=settings.generate,
-        sample=settings.sample,
-        weights=settings.weights,
-        lookahead=settings.lookahead,
-    )
-
-
-def context(model: Any, settings: CollectSettings) -> int:
-    """The most tokens of a document that fit the model beside the tokens to be generated."""
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or model.config.is_encoder_decoder:
-        return settings.max_tokens
-    if settings.generate >= positions:
-        raise ValueError(
-            f"--generate {settings.generate} leaves no room for a prompt in the model's context of "
-            f"{positions} tokens"
-        )
-    return min(settings.max_tokens, positions - settings.generate)
 
 
 def _crew(settings: CollectSettings, runner: Runner) -> AbstractContextManager[Run]:

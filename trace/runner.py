@@ -1,9 +1,9 @@
-"""Runs batches of documents through a model and returns them traced, one `Document` per stack."""
+"""The runner of traces: batches of documents through a model, one `Document` a stack."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,9 @@ from routing.shards import GENERATED, PROMPT, Document
 from trace.batches import padded
 from trace.recorder import Record, Recorder
 from trace.sources import Prompt
+
+Run = Callable[[Iterator[list[Prompt]]], Iterator[tuple[list[Prompt], list[dict[str, Document]]]]]
+"""Batches in, each with its documents traced out, in their order."""
 
 
 class Passage(NamedTuple):

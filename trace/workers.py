@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from routing.cluster import connect, errors_as_here, start_workers
-from trace.collect import build_runner, load_model
+from trace.models import build_runner, load_model
 from trace.recorder import Recorder
 from trace.settings import CollectSettings
 
 if TYPE_CHECKING:
     from routing.shards import Document
-    from trace.collect import Run
+    from trace.runner import Run
     from trace.sources import Prompt
 
 DEPTH = 4

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from predictor.evaluation.scoring import Score
+from predictor.evaluation.settings import EvaluateSettings
+from predictor.file.graph import Graph
 from routing.predictor_file.format import FAR, HEADS
+from routing.topology import Stack
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from predictor.evaluate import EvaluateSettings
-    from predictor.evaluation.scoring import Score
-    from predictor.file.graph import Graph
-    from routing.topology import Stack
 
 METRICS = ("recall", "recall_1_5k", "precision", "calibration_error")
 TITLES = {

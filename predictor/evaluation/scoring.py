@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
 from predictor.evaluation.baselines import Baseline, fit_baselines
+from predictor.evaluation.settings import EvaluateSettings
 from predictor.file.graph import Graph, StatelessGraph, whole_document
 from predictor.networks.interface import Predictions, PredictorShape, Windows, targets
 from predictor.training.data import split_of
@@ -18,9 +19,6 @@ from predictor.training.metrics import route_metrics
 from routing.names import told_apart
 from routing.predictor_file.format import HEADS
 from routing.shards import PROMPT, TraceReader, signed_experts
-
-if TYPE_CHECKING:
-    from predictor.evaluate import EvaluateSettings
 
 VAL_FRACTION, TEST_FRACTION = 0.05, 0.05
 """The defaults of `predictor.training.data`."""

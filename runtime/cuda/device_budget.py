@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.cuda.memory.host_dense import movable_bytes
 from runtime.cuda.prefill.streaming_pool import workspace_bytes
-from runtime.kv import static_cache as kv
+from runtime.kv.size import storage_bytes
 from runtime.sizing.budget import SlotBudget, slot_budget
 from runtime.weights.arena import expert_bytes
 from runtime.weights.source import Source
@@ -46,7 +46,7 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
     activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
     logits = 4 * batch * text.vocab_size * 4
-    cache = kv.num_bytes(text, batch, context, dtype)
+    cache = storage_bytes(text, batch, context, dtype)
     return (
         CUBLAS_BYTES + workspace_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
     )

@@ -99,13 +99,15 @@ class Engine:
 
         requests: an iterable, taken as they can be scheduled, or a queue that None ends.
         tokenizer: for prompts of text and for the text of results; without, prompts are token ids.
-        settings: fields of `runtime.serving.settings.ServeSettings`.
+        settings: fields of `runtime.serving.settings.ServeSettings`; on a GPU, `batch` and
+            `context` are by default what was reserved when the model was loaded.
         `runtime.serving.async_server.AsyncServer` does the same for asyncio.
         """
         from runtime.serving.serve import serve  # lazy on purpose: serving is above the engine
         from runtime.serving.settings import ServeSettings
 
-        return serve(self, requests, tokenizer, ServeSettings(**settings))
+        within = ServeSettings.within(self.key_value_storage, **settings)
+        return serve(self, requests, tokenizer, within)
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""

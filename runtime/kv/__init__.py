@@ -1,6 +1,7 @@
 """Key/value caches.
 
-static_cache  the cache of captured steps: transformers' StaticCache over shared storage
-row_cache     one row for each sequence that is served
-size          how large a cache gets
+static_cache     the cache of captured steps: transformers' StaticCache over shared storage
+row_cache        one row for each sequence that is served
+attention_kinds  the kinds of attention of a model's layers, and which can be captured
+size             sizes of caches
 """

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.kv.static_cache import PLAIN, Storage, attention_types
-
-if TYPE_CHECKING:
-    from runtime.cuda.decode.row_decoder import SingleTokens
-    from runtime.engine.engine import Engine
-    from runtime.serving.settings import ServeSettings
+from runtime.kv.attention_kinds import PLAIN, attention_types
+from runtime.kv.static_cache import Storage
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -45,6 +41,24 @@ class Span(NamedTuple):
     """Tokens of the sequence that are in the cache already."""
     num_tokens: int
     """Tokens of this step."""
+
+
+class StepTokens(Protocol):
+    """The rows and positions of a step's tokens, and their attention."""
+
+    rows_T: Tensor
+    positions_T: Tensor
+
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width]."""
 
 
 class TokenLayout:
@@ -164,7 +178,7 @@ class RowCache(Cache):
         text = config.get_text_config()
         _require_plain(text)
         self.num_rows, self.context, self.storage = num_rows, context, storage
-        self.layout: TokenLayout | SingleTokens
+        self.layout: StepTokens
         self._free = list(range(num_rows - 1, -1, -1))
         self._configs = _configs(model)
         self._name = f"expertflow-rows-{id(self)}"
@@ -191,7 +205,7 @@ class RowCache(Cache):
         self._free.append(row)
 
     @contextmanager
-    def attending(self, layout: TokenLayout | SingleTokens) -> Iterator[None]:
+    def attending(self, layout: StepTokens) -> Iterator[None]:
         """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
         AttentionInterface.register(self._name, self._attend)
@@ -238,22 +252,6 @@ def _eager(
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
     return function(module, query, key, value, mask, **kwargs)
-
-
-def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
-    """Rows for `num_rows` sequences: of the engine's own key/value cache where it has one, as many
-    as there are. Raises ValueError where it is too small.
-    """
-    storage = engine.key_value_storage
-    if storage is not None:
-        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
-            if reserved < getattr(settings, name):
-                raise ValueError(
-                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
-                    f"much on a GPU; the model was loaded with {reserved}"
-                )
-        num_rows = min(num_rows, storage.batch)
-    return RowCache(engine.model, num_rows, settings.context, storage)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""How large a key/value cache gets: asked of the model itself, on the meta device."""
+"""Sizes of key/value caches: of any model, on the meta device, and of captured steps' storage."""
 
 from __future__ import annotations
 
@@ -46,3 +46,15 @@ def tensor_bytes(cache: Any) -> int:
         elif type(item).__module__.startswith("transformers.cache_utils"):
             stack += vars(item).values()
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+
+
+def storage_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
+    """Bytes of `Storage` for a model, from its configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "qk_head_dim", None) or width
+    values = getattr(config, "v_head_dim", None) or width
+    if hasattr(config, "kv_lora_rank"):  # latent attention caches every head, expanded
+        heads = config.num_attention_heads
+    layers = config.num_hidden_layers
+    return layers * batch * context * heads * (keys + values) * dtype.itemsize

@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-PLAIN = {"full_attention", "sliding_attention"}
-"""Attention types that a cache of all positions and a mask can serve."""
-
 
 class Storage:
     """Keys and values of all layers, for up to `batch` sequences of up to `context` tokens."""
@@ -76,34 +73,3 @@ class SharedCache(Cache):
         layers: list[Any] = self.layers
         for layer in layers:
             layer.cumulative_length.fill_(length)
-
-
-def attention_types(config: Any) -> set[str]:
-    """The kinds of attention that the model's layers have."""
-    types = getattr(config, "layer_types", None)
-    if types:
-        return set(types)
-    windowed = getattr(config, "sliding_window", None) is not None
-    return {"sliding_attention" if windowed else "full_attention"}
-
-
-def unsupported(config: Any) -> str | None:
-    """Why a model's attention cannot run captured; None where it can."""
-    types = attention_types(config)
-    if not types <= PLAIN:
-        return f"it has layers of type {', '.join(sorted(types - PLAIN))}"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention implementation is {config._attn_implementation}, not sdpa or eager"
-    return None
-
-
-def num_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes of `Storage` for a model, from its configuration."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "qk_head_dim", None) or width
-    values = getattr(config, "v_head_dim", None) or width
-    if hasattr(config, "kv_lora_rank"):  # latent attention caches every head, expanded
-        heads = config.num_attention_heads
-    layers = config.num_hidden_layers
-    return layers * batch * context * heads * (keys + values) * dtype.itemsize

@@ -25,7 +25,8 @@ class AsyncServer:
 
     def __init__(self, engine: Engine, *, tokenizer: Any = None, **settings: Any) -> None:
         self.engine = engine
-        self.loop = ServingLoop(engine, tokenizer, ServeSettings(**settings))
+        within = ServeSettings.within(engine.key_value_storage, **settings)
+        self.loop = ServingLoop(engine, tokenizer, within)
         self.failure = ""
         """Why the steps ended before they should; empty while all is well."""
         self._streams: dict[str, asyncio.Queue[Item]] = {}

@@ -1,4 +1,4 @@
-"""Running a step's parts, and giving back what comes next, and routes.
+"""Model runners: a step's parts run through the model; next tokens and routes come back.
 
 Runner          all parts side by side in one forward pass
 CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it; or all in one
@@ -8,22 +8,19 @@ CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from runtime.cache.forecast import Forecast
+from runtime.engine.backend import RowDecoder
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.row_cache import RowCache, Span, TokenLayout
 from runtime.prediction.sequence_forecaster import join
 from runtime.serving.sequence import ServedSequence
-
-if TYPE_CHECKING:
-    from runtime.engine.backend import RowDecoder
-
 
 Ran = tuple[NextTokens, np.ndarray]
 

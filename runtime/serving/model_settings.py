@@ -1,4 +1,4 @@
-"""The model that a command line serves, and how it is loaded."""
+"""Settings of commands that serve a model: which one, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ class ModelSettings(ServeSettings):
 
     def load(self, tokenizer: Any = None) -> Engine:
         """The engine, with a key/value cache for these settings. Raises ValueError or OSError."""
-        import runtime
+        from runtime.loading import load, target_device
         from runtime.serving.scheduling.scheduler import num_rows
 
-        engine: Engine = runtime.load(
+        on_gpu = target_device(self.device, self.model).type == "cuda"
+        engine: Engine = load(
             self.model,
             self.predictor,
             memory=self.memory,
             device=self.device,
             dtype=self.dtype,
             tokenizer=tokenizer,
-            context=self.context,
-            batch=num_rows(self, self.scheduler),
             record=self.record,
+            context=self.context if on_gpu else None,
+            batch=num_rows(self, self.scheduler) if on_gpu else None,
         ).expertflow
         return engine

@@ -25,7 +25,7 @@ from routing.predictor_file.driver import Past
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
-from runtime.kv.row_cache import open_rows
+from runtime.kv.row_cache import RowCache
 from runtime.prediction.sequence_forecaster import (
     SequenceForecast,
     SequenceForecaster,
@@ -298,3 +298,19 @@ class ServingLoop:
             tokens_T, routes_TLK = np.array(sequence.token_ids), np.concatenate(sequence.routes)
             self._engine.route_log.add(tokens_T[: len(routes_TLK)], routes_TLK, sequence.num_prompt)
         return sequence.result(finish, error)
+
+
+def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
+    """A cache of rows for `num_rows` sequences: the engine's own where it has one, as far as it
+    goes. Raises ValueError where that holds less than the settings ask for.
+    """
+    storage = engine.key_value_storage
+    if storage is not None:
+        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
+            if reserved < getattr(settings, name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
+                    f"much on a GPU; the model was loaded with {reserved}"
+                )
+        num_rows = min(num_rows, storage.batch)
+    return RowCache(engine.model, num_rows, settings.context, storage)

@@ -1,8 +1,12 @@
-"""How requests are served together."""
+"""Settings of serving: how requests run together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from runtime.kv.static_cache import Storage
 
 SCHEDULERS = ("fifo", "predicted", "paper", "domain-oracle")
 
@@ -17,15 +21,17 @@ class ServeSettings:
     else fifo.
     """
     batch: int = 32
-    """Sequences that decode together in one step. Where memory is all that bounds it, as many as
-    `rows` take the least time.
+    """Sequences that decode together in one step; on a GPU, as many as the engine reserved. Where
+    memory is all that bounds it, as many as `rows` take the least time.
     """
     rows: int = 32
     """Sequences in flight, each with a row of the key/value cache; those beyond `batch` are parked
     between steps, for the scheduler to choose from. fifo uses `batch` of them, paper 2 x `batch`.
     """
     context: int = 1024
-    """Tokens of a sequence at the most, prompt and generated."""
+    """Tokens of a sequence at the most, prompt and generated; on a GPU, as many as the engine
+    reserved.
+    """
     chunk: int = 512
     """Prompt tokens that join a step at the most."""
     burst: int | None = None
@@ -55,6 +61,19 @@ class ServeSettings:
             raise ValueError(f"burst={self.burst} is not in 1 to rows={self.rows}")
         if self.rows < self.batch:
             raise ValueError(f"rows={self.rows} are fewer than batch={self.batch}: raise rows")
+
+    @classmethod
+    def within(cls, storage: Storage | None, **given: Any) -> Self:
+        """The given settings, and for the others defaults that fit.
+
+        storage: an engine's key/value cache, where it has one: `batch` and `context` are by default
+        what it holds.
+        """
+        if storage is None:
+            return cls(**given)
+        reserved = {"batch": storage.batch, "context": storage.context} | given
+        reserved.setdefault("rows", max(cls.rows, reserved["batch"]))
+        return cls(**reserved)
 
     @property
     def num_burst(self) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from routing.names import told_apart
 from routing.predictor_file.reader import PredictorFile, open_predictor
@@ -30,10 +30,8 @@ from runtime.simulation.lookahead_contenders import (
     unpredicted,
     with_recall_ahead,
 )
+from runtime.simulation.settings import SimulateSettings
 from runtime.simulation.trace_steps import document_steps, sample_documents
-
-if TYPE_CHECKING:
-    from runtime.simulate import SimulateSettings
 
 COLUMNS = (
     "",

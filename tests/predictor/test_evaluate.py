@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from predictor.evaluate import EvaluateSettings, evaluate
-from predictor.export import write_graph
+from predictor.evaluate import evaluate
+from predictor.evaluation.settings import EvaluateSettings
+from predictor.file.exporter import write_graph
 from predictor.file.graph import CachedGraph, StatelessGraph, open_graph, whole_document
 from predictor.networks.interface import RoutePredictor, Windows
 from predictor.networks.t5 import T5Settings

@@ -17,7 +17,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from predictor.export import ExportSettings, export, write_quantized
+from predictor.export import ExportSettings, export
+from predictor.file.exporter import write_quantized
 from predictor.file.parity import check_parity
 from predictor.file.quantization import block_size
 from predictor.networks.causal import CausalPredictor
@@ -88,7 +89,7 @@ def main(*argv: str) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
     """Let the exporter copy the finished file instead of making it again."""
-    monkeypatch.setattr("predictor.export.write_graph", lambda _, path: copy(exported, path))
+    monkeypatch.setattr("predictor.file.exporter.write_graph", lambda _, path: copy(exported, path))
 
 
 def session_of(path: Path) -> onnxruntime.InferenceSession:

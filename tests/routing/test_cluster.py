@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from routing.cli import run
-from runtime.batch import PROG, BatchSettings, main
+from runtime.batch import PROG, main
+from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.tiny import save_tiny
 from trace.collect import collect
 from trace.settings import CollectSettings

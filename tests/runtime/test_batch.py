@@ -11,10 +11,11 @@ import pytest
 
 from routing.cli import run
 from routing.shards import PROMPT, TraceReader
-from runtime.batch import PROG, BatchSettings, main
+from runtime.batch import PROG, main
 from runtime.serving import serve as feed
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.prompts import read_rows, to_request
+from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.serving import greedy
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 

@@ -20,7 +20,8 @@ from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers, read_routes
 from routing.shards import GENERATED, PROMPT, Document, TraceReader, stored_experts
 from routing.writer import TraceWriter
-from runtime.simulate import SimulateSettings, main
+from runtime.simulate import main
+from runtime.simulation.settings import SimulateSettings
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.tiny import KINDS, save_tiny, tiny_model
 from tests.routing.test_shards import PROVENANCE, a_document, a_topology

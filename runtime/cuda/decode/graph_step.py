@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.decode.experts_call import ExpertsCall
-from runtime.kv.static_cache import SharedCache, attention_types
+from runtime.kv.attention_kinds import attention_types
+from runtime.kv.static_cache import SharedCache
 
 WARM_UPS = 2
 """Eager runs before the capture: Triton compiles, cuBLAS takes its workspace."""

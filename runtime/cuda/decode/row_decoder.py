@@ -23,7 +23,7 @@ from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.kernels.attention import attend
 from runtime.cuda.prefetching import SERVING
 from runtime.engine.next_tokens import NextTokens
-from runtime.kv.row_cache import RowCache
+from runtime.kv.row_cache import Attention, RowCache
 
 
 class SingleTokens:
@@ -39,7 +39,13 @@ class SingleTokens:
         )
 
     def attend(
-        self, _: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
     ) -> Tensor:
         """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
         return attend_singles(query, key, value, self.rows_T, self.positions_T, **kwargs)

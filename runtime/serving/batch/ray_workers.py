@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from routing.cluster import connect, errors_as_here, start_workers
-from runtime.batch import BatchSettings, Served, read_tokenizer, serve_settings
 from runtime.serving.async_server import AsyncServer
+from runtime.serving.batch.settings import (
+    BatchSettings,
+    Served,
+    read_tokenizer,
+    serve_settings,
+)
 from runtime.serving.request import Request
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cuda.decode.graph_step import DecodeStep
-from runtime.kv import static_cache as kv
+from runtime.kv.attention_kinds import unsupported
+from runtime.kv.size import storage_bytes
 from runtime.kv.static_cache import SharedCache, Storage
 from tests.helpers.fake_cuda import Stream
 from tests.helpers.tiny import tiny_model
@@ -104,7 +105,7 @@ def by_the_library(model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> T
 def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
     """Also where the window is shorter than the prompt, and for rows with padding."""
     model = make(name)
-    assert kv.unsupported(model.config) is None
+    assert unsupported(model.config) is None
     step = step_of(model, Storage(batch, CONTEXT), batch)
     ids_BT, mask_BT = prompt(batch, 9)
     ours, theirs = (
@@ -178,16 +179,16 @@ def test_the_last_position_of_the_context_can_be_used() -> None:
 def test_the_caches_size_is_known_before_it_is_made(name: str) -> None:
     model, storage = make(name), Storage(2, CONTEXT)
     by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 1)
-    assert storage.num_bytes == kv.num_bytes(model.config, 2, CONTEXT, model.dtype)
+    assert storage.num_bytes == storage_bytes(model.config, 2, CONTEXT, model.dtype)
 
 
 def test_attention_that_a_step_cannot_run_is_refused_by_name() -> None:
     config = make("olmoe").config
     config._attn_implementation = "flash_attention_2"
-    assert "flash_attention_2" in str(kv.unsupported(config))
+    assert "flash_attention_2" in str(unsupported(config))
     config = make("gpt_oss").config
     config.layer_types = ["full_attention", "chunked_attention"] * 2
-    assert "chunked_attention" in str(kv.unsupported(config))
+    assert "chunked_attention" in str(unsupported(config))
 
 
 def poison(storage: Storage) -> None:

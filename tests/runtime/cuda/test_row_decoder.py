@@ -256,6 +256,17 @@ def test_what_was_not_reserved_is_refused(asked: dict[str, int], said: str) -> N
         engine.serve(requests(1), **SMALL | asked)
 
 
+@pytest.mark.parametrize("options", [{}, {"batch": 2}, {"batch": 40}, {"context": 24}])
+def test_serving_takes_what_was_reserved_where_nothing_is_said(options: dict[str, int]) -> None:
+    """After a plain load, which reserves one sequence, a plain serve works."""
+    model: Any = tiny_model("olmoe")
+    asked = requests(3)
+    alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
+    engine = load(model, **{"batch": 1} | options)
+    served = by_id(engine.serve(asked))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+
+
 def test_no_more_rows_are_used_than_were_reserved() -> None:
     engine = load(tiny_model("olmoe"), batch=2)
     assert len(list(engine.serve(requests(3), **SMALL | {"rows": 30}))) == 3

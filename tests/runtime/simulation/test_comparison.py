@@ -16,11 +16,12 @@ from runtime.cache.belady import Calls
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LRU
 from runtime.cache.predicted_reuse import PredictedReuse
-from runtime.simulate import SimulateSettings, main
+from runtime.simulate import main
 from runtime.simulation.baselines import Rival, answers, fit_rivals, used_by
 from runtime.simulation.comparison import predicting, recall, rival_forecasts
 from runtime.simulation.link_model import Machine, Timeline
 from runtime.simulation.replay import Simulation
+from runtime.simulation.settings import SimulateSettings
 from runtime.simulation.trace_steps import TraceStep, document_steps
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import NUM_EXPERTS, NUM_LAYERS, TOPOLOGY, write_trace

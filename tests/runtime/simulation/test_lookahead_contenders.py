@@ -17,9 +17,10 @@ from routing.writer import TraceWriter
 from runtime.cache.belady import Calls
 from runtime.cache.forecast import Forecast
 from runtime.cache.predicted_reuse import PredictedReuse
-from runtime.simulate import SimulateSettings, main
+from runtime.simulate import main
 from runtime.simulation.calibration import Calibration, Joint
 from runtime.simulation.link_model import Machine, Tally, Timeline
+from runtime.simulation.settings import SimulateSettings
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import NUM_EXPERTS, NUM_LAYERS, TOP_K, TOPOLOGY, write_trace
 

@@ -1,0 +1,83 @@
+"""The model to trace: loaded whole, or without weights, and what runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from trace.runner import Runner
+    from trace.settings import CollectSettings
+
+
+def load_model_and_tokenizer(
+    settings: CollectSettings,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, which has no weights here where workers have them, and its tokenizer.
+
+    Raises ValueError or OSError.
+    """
+    from transformers import AutoTokenizer
+
+    if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
+        raise ValueError(f"--model {settings.model}: there is no such directory")
+    model = load_skeleton(settings) if settings.workers else load_model(settings)
+    return model, AutoTokenizer.from_pretrained(settings.model)
+
+
+def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
+    """The model without weights, on the meta device."""
+    import torch
+    from transformers import AutoConfig
+
+    from routing.inspect_model import model_class
+
+    config = AutoConfig.from_pretrained(settings.model)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = model_class(config)(config)
+    return skeleton
+
+
+def load_model(settings: CollectSettings) -> PreTrainedModel:
+    """The model, in eval mode on its device. Raises ValueError or OSError."""
+    import torch
+    from transformers import AutoConfig
+
+    from routing.inspect_model import model_class
+
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
+    config = AutoConfig.from_pretrained(settings.model)
+    model: PreTrainedModel = model_class(config).from_pretrained(
+        settings.model, dtype=settings.dtype
+    )
+    return model.eval().to(settings.device)
+
+
+def build_runner(model: Any, settings: CollectSettings) -> Runner:
+    """What traces batches with `model`. Raises ValueError where it needs other settings."""
+    from trace.runner import Runner
+
+    return Runner(
+        model,
+        generate=settings.generate,
+        sample=settings.sample,
+        weights=settings.weights,
+        lookahead=settings.lookahead,
+    )
+
+
+def context(model: Any, settings: CollectSettings) -> int:
+    """The most tokens of a document that fit the model beside the tokens to be generated."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or model.config.is_encoder_decoder:
+        return settings.max_tokens
+    if settings.generate >= positions:
+        raise ValueError(
+            f"--generate {settings.generate} leaves no room for a prompt in the model's context of "
+            f"{positions} tokens"
+        )
+    return min(settings.max_tokens, positions - settings.generate)
