@@ -262,7 +262,8 @@ def test_serving_takes_what_was_reserved_where_nothing_is_said(options: dict[str
     model: Any = tiny_model("olmoe")
     asked = requests(3)
     alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
-    engine = load(model, **{"batch": 1} | options)
+    reserved: dict[str, Any] = {"batch": 1} | options
+    engine = load(model, **reserved)
     served = by_id(engine.serve(asked))
     assert {id: result.token_ids for id, result in served.items()} == alone
 
