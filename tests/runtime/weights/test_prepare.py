@@ -105,7 +105,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_like_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.prepare._write_layer", interrupt)
+        patch.setattr("runtime.weights.preparation._write_layer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "hub", tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
