@@ -1,6 +1,7 @@
 """Replay a trace through every cache policy: `python -m runtime.simulate --trace DIR`.
 
 python -m runtime.simulate --trace DIR --predictor predictor.onnx --plot hits.png
+python -m runtime.simulate --trace DIR --all --fit_trace OTHER --predictor predictor.onnx
 """
 
 from __future__ import annotations
@@ -14,16 +15,12 @@ from runtime.simulation.settings import SimulateSettings
 from runtime.simulation.trace_steps import document_steps, sample_documents
 
 if TYPE_CHECKING:
-    pass
+    from routing.predictor_file.reader import PredictorFile
 
 
 def main(settings: SimulateSettings) -> None:
-    """Simulate, print the table, and write what was asked for."""
-    from rich.console import Console
-
+    """Simulate, print the results, and write the files that were asked for."""
     from routing.predictor_file.reader import open_predictor
-    from runtime.simulation.hit_rates import plot, table, write_json
-    from runtime.simulation.replay import simulate
 
     reader = TraceReader(settings.trace)
     predictor = None if settings.predictor is None else open_predictor(settings.predictor)
@@ -40,7 +37,22 @@ def main(settings: SimulateSettings) -> None:
     documents = _documents(reader, settings)
     if settings.all:
         _compare_all(settings, reader, documents)
-        return
+    else:
+        _replay(settings, reader, documents, predictor)
+
+
+def _replay(
+    settings: SimulateSettings,
+    reader: TraceReader,
+    documents: list[Document],
+    predictor: PredictorFile | None,
+) -> None:
+    """Hit rates of every policy at every cache size."""
+    from rich.console import Console
+
+    from runtime.simulation.hit_rates import plot, table, write_json
+    from runtime.simulation.replay import simulate
+
     decode_all = settings.decode_all or not any((d.phase_T == GENERATED).any() for d in documents)
     num_experts = reader.stack.num_experts
     steps = [
@@ -62,16 +74,18 @@ def main(settings: SimulateSettings) -> None:
 def _compare_all(
     settings: SimulateSettings, reader: TraceReader, documents: list[Document]
 ) -> None:
+    """Every predictor and baseline, with prefetching on a modelled link."""
     from runtime.simulation.hit_rates import write_json
     from runtime.simulation.report import as_json, compare
 
-    outcomes, remarks = compare(settings, reader, documents)
+    results, remarks = compare(settings, reader, documents)
     print("\n".join(remarks))
     if settings.json is not None:
-        write_json(settings.json, settings, as_json(outcomes))
+        write_json(settings.json, settings, as_json(results))
 
 
 def _documents(reader: TraceReader, settings: SimulateSettings) -> list[Document]:
+    """The documents to replay. Raises ValueError for a trace without any."""
     documents = list(
         sample_documents(
             reader,

@@ -44,7 +44,7 @@ from runtime.kv.static_cache import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import RouteLog
 from runtime.sizing.budget import SlotBudget
-from runtime.weights.source import Group, Source
+from runtime.weights.source import ShapeGroup, Source
 
 
 class CudaBackend:
@@ -115,7 +115,9 @@ class CudaBackend:
             source.store, counts, blocks, device, packs=layout is not None, transposed=transposed
         )
 
-    def _build_pools(self, groups: list[Group], slots: list[int], device: torch.device) -> None:
+    def _build_pools(
+        self, groups: list[ShapeGroup], slots: list[int], device: torch.device
+    ) -> None:
         pools: dict[int, StreamingPool] = {}
         for group, num_slots in zip(groups, slots, strict=True):
             block = self._host.expert_blocks[group.layers[0]]

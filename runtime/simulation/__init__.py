@@ -1,9 +1,11 @@
 """Cache policies and predictors compared on recorded traces, without a model.
 
-trace_steps   recorded documents as steps
-replay        policies over recorded steps
-baselines     predictors that need no training
+settings       the options of `python -m runtime.simulate`
+trace_steps    recorded documents as decode steps
+replay         policies over recorded steps; hit_rates: their table, JSON and plot
+link_model     the time that decoding would take on a modelled link
+baselines      predictors that need no training by gradient
 calibration, lookahead_contenders   look-ahead from a layer's router input
-link_model    how long decoding would take on a link
-comparison    every predictor and policy with one yardstick; report: the table
+comparison     a contender, and its result at one cache size
+contenders     all contenders of `--all`; report: their tables
 """

@@ -1,10 +1,11 @@
-"""Forecasts that need no learning by gradient: what a learned predictor has to beat, as forecasts.
+"""The baselines that a learned predictor has to beat: forecasts from counts, without gradients.
 
-Each is fitted on the documents of a trace and then, token by token, says what the runtime's
-predictor says: for every expert the probabilities of use by this token, the next, the next H and
-the next FAR * H. Probabilities are observed frequencies, so that the same policy can use them all.
+Each is fitted on the documents of a trace. Then it forecasts token by token, as the runtime's
+predictor does: for every expert the probabilities of use by this token, by the next, within the
+next H and within the next FAR * H. The probabilities are observed frequencies, so that the same
+policy can use all of them.
 
-Symbols: N documents, T tokens, L layers, E experts, J = 4 questions, R rows of a table.
+Symbols: N documents, T tokens, L layers, E experts, J = 4 heads, R rows of a table, X = L * E.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def used_by(steps: Sequence[TraceStep], num_experts: int) -> np.ndarray:
 
 
 def answers(used_TLE: np.ndarray, horizon: int) -> Iterator[np.ndarray]:
-    """The four questions' answers, bool [T, L, E] each; the end of the document uses nothing."""
+    """The targets of the four heads, bool [T, L, E] each. Beyond the document nothing is used."""
     yield used_TLE
     zeros = np.zeros((1, *used_TLE.shape[1:]), np.int32)
     counts = np.concatenate([zeros, np.cumsum(used_TLE, axis=0, dtype=np.int32)])
@@ -41,24 +42,24 @@ def answers(used_TLE: np.ndarray, horizon: int) -> Iterator[np.ndarray]:
         yield counts[np.minimum(first_T + ahead, last)] > counts[first_T]
 
 
-class Rival(ABC):
-    """Forecasts one document at a time; `reset` starts the next."""
+class Baseline(ABC):
+    """A forecast from counts, made token by token for one document at a time."""
 
     name: ClassVar[str]
 
     def reset(self) -> None:  # noqa: B027 - most keep nothing between tokens
-        """A new document starts."""
+        """Start a new document."""
 
     @abstractmethod
     def forecast(self, token_id: int) -> Forecast:
-        """Before the token runs."""
+        """The probabilities of use, as known before the token runs."""
 
     def observe(self, used_LE: np.ndarray) -> None:  # noqa: B027 - most learn nothing
-        """The experts (bool) that the token has used."""
+        """Take note of the experts (bool) that the token has used."""
 
 
-class StaticSet(Rival):
-    """Every token uses the experts that tokens use most: a fixed hot set."""
+class StaticSet(Baseline):
+    """A fixed hot set: the rates of use over all tokens."""
 
     name = "static hot set"
 
@@ -74,12 +75,17 @@ class StaticSet(Rival):
         return Forecast(*self.rates_JLE)
 
 
-class PreviousToken(Rival):
-    """What the last token used is used again at one rate, what it did not at each expert's own."""
+class PreviousToken(Baseline):
+    """Reuse of the last token's experts.
+
+    Experts that the last token used stay in use at one rate a layer. All others enter at their own.
+    """
 
     name = "previous token"
 
-    def __init__(self, documents: Documents, num_experts: int, horizon: int, base: Rival) -> None:
+    def __init__(
+        self, documents: Documents, num_experts: int, horizon: int, base: Baseline
+    ) -> None:
         self._base = base
         uses, seen = np.zeros(()), np.zeros(())
         for steps in documents:
@@ -106,8 +112,8 @@ class PreviousToken(Rival):
         self._last_LE = used_LE
 
 
-class TokenTable(Rival):
-    """What tokens of the same id used; ids never seen use what all tokens do."""
+class TokenTable(Baseline):
+    """The rates of use by tokens of the same id, or by all tokens for an id never seen."""
 
     name = "token table"
 
@@ -133,19 +139,22 @@ class TokenTable(Rival):
         return self._base.forecast(token_id) if row is None else Forecast(*self._rates_RJLE[row])
 
 
-class NearestMaps(Rival):
-    """What followed the moments most like this one, by the map of recently used experts.
+class NearestMaps(Baseline):
+    """A vote of the traced tokens whose recently used experts are most like this token's.
 
-    After MoE-Infinity (arXiv 2401.14361) and FineMoE (2502.05370): a library of activation maps of
-    traced sequences, here fading means of the uses; the nearest NEIGHBOURS by cosine vote.
+    After MoE-Infinity (arXiv 2401.14361) and FineMoE (2502.05370): a library of expert activation
+    maps of traced sequences, here exponentially fading sums of the uses. The NEIGHBOURS nearest by
+    cosine similarity vote.
     """
 
     name = "nearest maps"
-    FADING = 0.7
+    DECAY = 0.7
     NEIGHBOURS = 32
     LIBRARY = 4096
 
-    def __init__(self, documents: Documents, num_experts: int, horizon: int, base: Rival) -> None:
+    def __init__(
+        self, documents: Documents, num_experts: int, horizon: int, base: Baseline
+    ) -> None:
         self._base = base
         maps, outcomes = [], []
         for steps in documents:
@@ -168,24 +177,25 @@ class NearestMaps(Rival):
     def forecast(self, token_id: int) -> Forecast:
         if self._map_X is None:
             return self._base.forecast(token_id)
-        likeness_R = self._maps_RX @ _unit(self._map_X)
-        nearest = np.argpartition(-likeness_R, min(self.NEIGHBOURS, len(likeness_R) - 1))
+        similarity_R = self._maps_RX @ _unit(self._map_X)
+        nearest = np.argpartition(-similarity_R, min(self.NEIGHBOURS, len(similarity_R) - 1))
         votes_JLE = self._outcomes_RJLE[nearest[: self.NEIGHBOURS]].mean(0, dtype=np.float32)
         prior = np.stack(self._base.forecast(token_id))
         return Forecast(*((self.NEIGHBOURS * votes_JLE + prior) / (self.NEIGHBOURS + 1)))
 
     def observe(self, used_LE: np.ndarray) -> None:
         used_X = used_LE.reshape(-1).astype(np.float32)
-        self._map_X = used_X if self._map_X is None else self.FADING * self._map_X + used_X
+        self._map_X = used_X if self._map_X is None else self.DECAY * self._map_X + used_X
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:
+    """The vector at length 1; a zero vector as it is."""
     unit: np.ndarray = vector / max(float(np.linalg.norm(vector)), 1e-9)
     return unit
 
 
-def fit_rivals(documents: Documents, num_experts: int, horizon: int) -> list[Rival]:
-    """All rivals, fitted on documents decoded token by token."""
+def fit_baselines(documents: Documents, num_experts: int, horizon: int) -> list[Baseline]:
+    """All baselines, fitted on documents that are decoded token by token."""
     static = StaticSet(documents, num_experts, horizon)
     return [
         static,

@@ -1,6 +1,6 @@
-"""A trace's look-aheads as probabilities: calibrated on other text, alone or beside a predictor.
+"""Look-aheads of a trace as probabilities: calibrated on other text, alone or with a predictor.
 
-T tokens, L layers, D distances, M experts named, E experts, K experts a token.
+Symbols: T tokens, L layers, D distances, M experts named, E experts, K experts a token.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from routing.lookahead import LookAhead
 
 NO_SCORE = -30.0
-"""Below every score of an expert that is named."""
+"""A score below that of every named expert."""
 
 
 class Calibration:
-    """How often experts are used that a source names, by layer, distance, rank and lead.
+    """The rates at which the experts named by a source are used, by layer, distance, rank and lead.
 
-    The lead is an expert's score less the middle between the K-th and the next; it is cut into
-    `BINS` quantiles. Sources have scales of their own: only the order of leads is used.
+    The lead of an expert is its score minus the midpoint between the K-th score and the next. Leads
+    are cut into `BINS` quantiles: sources have scales of their own, so only the order counts.
     """
 
     BINS = 8
@@ -48,14 +48,18 @@ class Calibration:
                 self._edges_LDMB[*place, rank], self._rates_LDMB[*place, rank] = edges, rates
 
     def _leads(self, ahead: LookAhead) -> np.ndarray:
+        """Float32 [T, L, D, M]."""
         scores_TLDM = np.maximum(ahead.scores_TLDM.astype(np.float32), NO_SCORE)
         last, after = self._top_k - 1, min(self._top_k, scores_TLDM.shape[-1] - 1)
-        middle_TLD = (scores_TLDM[..., last] + scores_TLDM[..., after]) / 2
-        leads: np.ndarray = scores_TLDM - middle_TLD[..., None]
+        midpoint_TLD = (scores_TLDM[..., last] + scores_TLDM[..., after]) / 2
+        leads: np.ndarray = scores_TLDM - midpoint_TLD[..., None]
         return leads
 
     def probabilities(self, ahead: LookAhead) -> np.ndarray:
-        """Float16 [T, L, D, E]: [t, l, d - 1] is of layer l + d; 0 beyond the last layer."""
+        """Probabilities of use, float16 [T, L, D, E]: [t, l, d - 1] is for layer l + d.
+
+        They are 0 beyond the last layer.
+        """
         num_tokens, *size = ahead.experts_TLDM.shape
         lead_TLDM = self._leads(ahead)
         all_TLDE = np.zeros((num_tokens, *size[:2], self._num_experts), np.float16)
@@ -76,21 +80,22 @@ class Calibration:
 
 
 def _ids(ahead: LookAhead, source: int, place: int) -> np.ndarray:
+    """The named experts, int64 [T, M]."""
     ids: np.ndarray = ahead.experts_TLDM[:, source, place].astype(np.int64)
     return ids
 
 
 def pairs(num_layers: int, depth: int) -> Iterator[tuple[int, int]]:
-    """Every layer with each distance from it to a layer that there is."""
+    """Every (layer, distance) whose target layer exists, for distances up to `depth`."""
     for source in range(num_layers):
         for distance in range(1, min(depth, num_layers - 1 - source) + 1):
             yield source, distance
 
 
 class Joint:
-    """Logistic regression, one for each distance, on the log-odds of a look-ahead and a predictor.
+    """A logistic regression for each distance on the log-odds of a look-ahead and a predictor.
 
-    The predictor has said what it knows before the step; the look-ahead corrects it as layers run.
+    The predictor's forecast is known before the step. The look-ahead corrects it as layers run.
     """
 
     ITERATIONS = 8
@@ -103,7 +108,7 @@ class Joint:
 
     @staticmethod
     def _features(ahead_TLDE: np.ndarray, this_TLE: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """By distance: [N, 3]."""
+        """Each distance with its features [N, 3]: both log-odds and 1."""
         for distance in range(1, min(ahead_TLDE.shape[2], this_TLE.shape[1] - 1) + 1):
             odds = [
                 log_odds(p.reshape(-1))
@@ -112,7 +117,7 @@ class Joint:
             yield distance, np.stack([*odds, np.ones_like(odds[0])], axis=1)
 
     def _fit(self, features_N3: np.ndarray, used_N: np.ndarray) -> np.ndarray:
-        """Newton's method from the mean of both."""
+        """Newton's method, starting from the mean of both log-odds."""
         weights = np.array([0.5, 0.5, 0.0])
         for _ in range(self.ITERATIONS):
             p_N = 1 / (1 + np.exp(-(features_N3 @ weights)))
@@ -122,7 +127,7 @@ class Joint:
         return weights
 
     def probabilities(self, ahead_TLDE: np.ndarray, this_TLE: np.ndarray) -> np.ndarray:
-        """Float16 [T, L, D, E], like the look-ahead's own."""
+        """Probabilities of use, float16 [T, L, D, E], laid out as the look-ahead's own."""
         both_TLDE = np.zeros_like(ahead_TLDE)
         for (distance, features), weights in zip(
             self._features(ahead_TLDE, this_TLE), self._weights, strict=True
@@ -133,7 +138,7 @@ class Joint:
 
 
 def log_odds(probability: np.ndarray) -> np.ndarray:
-    """Float32, kept finite."""
+    """Log-odds of probabilities, float32 and finite."""
     p = np.clip(probability.astype(np.float32), 1e-4, 1 - 1e-4)
     odds: np.ndarray = np.log(p) - np.log1p(-p)
     return odds

@@ -1,8 +1,7 @@
-"""Every way to predict and every policy on the same recorded tokens, with one yardstick.
+"""Contenders (a policy, with or without a predictor) and their results on the same tokens.
 
-For each: recall, hit rate, bytes, and, under the link and compute times of
-`runtime.simulation.link_model`, the time a token takes without prefetching, with the
-priced plan and with a greedy one.
+A result has recall, hit rate and loads. By the model of `runtime.simulation.link_model` it also has
+the time of a token without prefetching, with the priced plan and with the greedy one.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from runtime.cache.policies import LFU, LRU, LeastStale
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.prediction.forecaster import Forecaster
-from runtime.simulation.baselines import Documents, Rival, used_by
-from runtime.simulation.link_model import Machine, PrefetchPlan, Tally, Timeline
+from runtime.simulation.baselines import Baseline, Documents, used_by
+from runtime.simulation.link_model import Machine, PrefetchPlan, Timeline, TimelineCounts
 from runtime.simulation.replay import BypassSimulation, Simulation
 from runtime.simulation.trace_steps import TraceStep
 
@@ -30,28 +29,30 @@ PLANS: tuple[PrefetchPlan, ...] = ("none", "priced", "greedy")
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to run a cache."""
+    """One way to run a cache: a policy and what it is told."""
 
     name: str
     policy: Callable[[], Policy]
     forecasts: Sequence[Forecast | None]
-    """One a token; None from what predicts nothing."""
+    """One a token; None where nothing is predicted."""
     ahead_TLDE: np.ndarray | None = None
-    """Float16; what becomes known of each token's coming layers while it runs, if anything does:
-    see `Timeline.step`."""
+    """Float16; what becomes known of a token's coming layers while it runs (`Timeline.step`)."""
     recall_this: float | None = None
+    """Recall of the experts of the token itself."""
     recall_next: float | None = None
+    """Recall of the experts of the next token."""
     recall_ahead: tuple[float, ...] = ()
-    """By distance, of what it says at each layer of the layer so far ahead."""
+    """By distance: recall of the experts of the layer that far ahead."""
 
     @property
     def predicts(self) -> bool:
+        """True if there is anything to prefetch by."""
         return self.ahead_TLDE is not None or self.forecasts[0] is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a contender reached at one cache size."""
+class ContenderResult:
+    """The result of one contender at one cache size."""
 
     name: str
     residency: float
@@ -61,32 +62,34 @@ class Outcome:
     hit_rate: float
     loads_per_token: float
     ms_per_token: dict[str, float]
-    """By plan of prefetching."""
+    """By prefetch plan."""
     prefetched: float = 0.0
-    """Experts a token under the priced plan, and of these: """
+    """Experts prefetched per token under the priced plan. Of these:"""
     timely: float = 0.0
     late: float = 0.0
     wasted: float = 0.0
 
     @property
     def saving(self) -> float | None:
-        """Share of a token's time that the priced plan saves; None without a forecast."""
+        """The share of a token's time that the priced plan saves; None without a forecast."""
         if "priced" not in self.ms_per_token:
             return None
         return 1 - self.ms_per_token["priced"] / self.ms_per_token["none"]
 
 
-def rival_forecasts(rival: Rival, documents: Documents, num_experts: int) -> Iterator[Forecast]:
-    """What a rival says before each token."""
+def baseline_forecasts(
+    baseline: Baseline, documents: Documents, num_experts: int
+) -> Iterator[Forecast]:
+    """The forecast of a baseline before each token."""
     for steps in documents:
-        rival.reset()
+        baseline.reset()
         for step, used_LE in zip(steps, used_by(steps, num_experts), strict=True):
-            yield rival.forecast(int(step.token_ids_T[0]))
-            rival.observe(used_LE)
+            yield baseline.forecast(int(step.token_ids_T[0]))
+            baseline.observe(used_LE)
 
 
 def file_forecasts(file: PredictorFile, documents: Documents) -> Iterator[Forecast]:
-    """What the runtime would predict before each token."""
+    """The forecast that the runtime would make before each token."""
     forecaster = Forecaster(file)
     for steps in documents:
         forecaster.reset(1)
@@ -96,16 +99,20 @@ def file_forecasts(file: PredictorFile, documents: Documents) -> Iterator[Foreca
 
 
 def predicting(
-    name: str, forecasts: Sequence[Forecast], documents: Documents, shape: tuple[int, int], h: int
+    name: str,
+    forecasts: Sequence[Forecast],
+    documents: Documents,
+    shape: tuple[int, int],
+    horizon: int,
 ) -> Contender:
-    """A contender that evicts by predicted reuse, scored by its recall of as many as are used."""
+    """A contender that evicts by predicted reuse, with the recall of its forecasts."""
     used = [used_by(steps, shape[1]) for steps in documents]
     heads = [np.stack([forecast[j] for forecast in forecasts]) for j in (0, 1)]
     follows = np.concatenate([np.arange(len(u)) < len(u) - 1 for u in used])
     used_TLE = np.concatenate(used)
     return Contender(
         name=name,
-        policy=lambda: PredictedReuse(*shape, horizon=h),
+        policy=lambda: PredictedReuse(*shape, horizon=horizon),
         forecasts=forecasts,
         recall_this=recall(heads[0], used_TLE),
         recall_next=recall(heads[1][follows], np.roll(used_TLE, -1, axis=0)[follows]),
@@ -113,7 +120,7 @@ def predicting(
 
 
 def recall(scores_TLE: np.ndarray, used_TLE: np.ndarray) -> float:
-    """Of the experts used, the share among as many of highest score; mean over the layers."""
+    """Recall@K with K the number of experts used, averaged over the layers."""
     order_TLE = np.argsort(-scores_TLE, axis=-1, kind="stable")
     ranked_TLE = np.take_along_axis(used_TLE, order_TLE, axis=-1)
     within_TLE = np.arange(used_TLE.shape[-1]) < used_TLE.sum(-1, keepdims=True)
@@ -121,7 +128,7 @@ def recall(scores_TLE: np.ndarray, used_TLE: np.ndarray) -> float:
 
 
 def without_forecast(shape: tuple[int, int], calls: Calls, num_steps: int) -> list[Contender]:
-    """The policies that predict nothing, and the one that need not."""
+    """The policies without a forecast: LRU, LFU, least-stale and Belady."""
     nothing: list[Forecast | None] = [None] * num_steps
     plain = [
         Contender(name=kind.name, policy=partial(kind, *shape), forecasts=nothing)
@@ -133,47 +140,52 @@ def without_forecast(shape: tuple[int, int], calls: Calls, num_steps: int) -> li
     return [*plain, belady]
 
 
-def outcome(
+def run_contender(
     contender: Contender,
     steps: Sequence[Calls],
     shape: tuple[int, int],
     residency: float,
     machine: Machine,
-) -> Outcome:
-    """Run one contender at one cache size under every plan that it can follow."""
+) -> ContenderResult:
+    """Run one contender at one cache size, under every prefetch plan that it can follow.
+
+    steps: the expert calls of each step. shape: (L, E).
+    """
     slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
     plans = PLANS if contender.predicts else PLANS[:1]
     nothing = [None] * len(steps)
     aheads = nothing if contender.ahead_TLDE is None else contender.ahead_TLDE
-    tallies: dict[str, Tally] = {}
+    counts: dict[str, TimelineCounts] = {}
     for plan in plans:
         timeline = Timeline(contender.policy(), shape, slots, machine, plan)
         for forecast, calls, ahead in zip(contender.forecasts, steps, aheads, strict=True):
             timeline.step(forecast, calls, ahead)
-        tallies[plan] = timeline.tally
+        counts[plan] = timeline.counts
     requests = sum(len(experts) for calls in steps for _, experts in calls)
-    priced, count = tallies.get("priced", Tally()), len(steps)
-    return Outcome(
+    priced, num_steps = counts.get("priced", TimelineCounts()), len(steps)
+    return ContenderResult(
         name=contender.name,
         residency=residency,
         recall_this=contender.recall_this,
         recall_next=contender.recall_next,
         recall_ahead=contender.recall_ahead,
-        hit_rate=1 - tallies["none"].demanded / requests,
-        loads_per_token=tallies["none"].demanded / count,
-        ms_per_token={plan: tally.milliseconds / count for plan, tally in tallies.items()},
-        prefetched=priced.prefetched / count,
-        timely=priced.timely / count,
-        late=priced.late / count,
-        wasted=priced.wasted / count,
+        hit_rate=1 - counts["none"].demanded / requests,
+        loads_per_token=counts["none"].demanded / num_steps,
+        ms_per_token={plan: of_plan.milliseconds / num_steps for plan, of_plan in counts.items()},
+        prefetched=priced.prefetched / num_steps,
+        timely=priced.timely / num_steps,
+        late=priced.late / num_steps,
+        wasted=priced.wasted / num_steps,
     )
 
 
 def other_replays(
     steps: Sequence[Calls], shape: tuple[int, int], residency: float
 ) -> list[tuple[str, float]]:
-    """Names and hit rates of replays by other rules: an LRU that serves expert by expert, so that
-    it may evict what the running call still needs, and the optimum that may stream experts through.
+    """Names and hit rates of replays by other rules.
+
+    One is an LRU that serves a call expert by expert, so that it may evict what the running call
+    still needs. The other is the optimum, which may stream experts through.
     """
     slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
     flat = [call for calls in steps for call in calls]
@@ -189,5 +201,5 @@ def other_replays(
 
 
 def decode_steps(documents: Documents) -> list[TraceStep]:
-    """All steps, in order."""
+    """The steps of all documents, in order."""
     return [step for steps in documents for step in steps]

@@ -1,4 +1,4 @@
-"""Hit rates of a replay, as a table, as JSON and as a picture."""
+"""The hit rates of a replay as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COLORS = {
 
 
 def _by_policy(results: Sequence[ReplayResult]) -> dict[str, list[ReplayResult]]:
+    """The results of each policy, in the order of its first."""
     policies = dict.fromkeys(result.policy for result in results)
     return {name: [r for r in results if r.policy == name] for name in policies}
 
@@ -54,7 +55,7 @@ def write_json(path: Path, settings: SimulateSettings, results: Sequence[dict[st
 
 
 def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
-    """Draw hit rates over cache sizes into the picture file `path`."""
+    """Plot hit rates over cache sizes into the image file `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")

@@ -1,9 +1,9 @@
-"""How long decoding would take: a link, a compute time, and prefetches that have a price.
+"""A model of decoding time: one link, one compute time a layer, and priced prefetches.
 
-The model of one step: layer after layer, first the missing experts cross the link one by one, then
-the layer computes. While it computes the link is idle, and may carry experts of later layers. A
-transfer once begun is finished. An expert that is on its way when its layer wants it is *late*: the
-layer waits for the rest of it. The figures are of the model, not of a machine.
+In each layer of a step the missing experts cross the link one by one, then the layer computes.
+Meanwhile the link is idle and may carry experts of later layers. A transfer that has begun is
+finished. An expert that is still in transfer when its layer needs it is *late*: the layer waits for
+the rest of it. The times are those of this model, not of a real machine.
 """
 
 from __future__ import annotations
@@ -23,35 +23,40 @@ NOTHING = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Times in milliseconds."""
+    """The modelled machine; times in milliseconds."""
 
     expert_ms: float
-    """One expert over the link."""
+    """Time of one expert on the link."""
     layer_ms: float
-    """One layer with its experts at hand."""
+    """Time to compute one layer whose experts are resident."""
 
 
 @dataclass(kw_only=True)
-class Tally:
-    """What happened, over all steps."""
+class TimelineCounts:
+    """Time and counts of experts, over all steps."""
 
     milliseconds: float = 0.0
     demanded: int = 0
-    """Experts loaded when they were needed."""
+    """Experts loaded when they were needed: misses."""
     timely: int = 0
     """Prefetched experts that had arrived when needed."""
     late: int = 0
-    """Prefetched experts that were on their way when needed."""
+    """Prefetched experts that were still in transfer when needed."""
     prefetched: int = 0
+    """All prefetched experts."""
 
     @property
     def wasted(self) -> int:
-        """Prefetched experts that were not used in the step they were meant for."""
+        """Prefetched experts that were not used in the step for which they were prefetched."""
         return self.prefetched - self.timely - self.late
 
 
 class Timeline:
-    """One cache under one policy and one plan of prefetching, on one machine."""
+    """One cache under one policy and one prefetch plan, on one modelled machine.
+
+    plan: "none"; "priced", which prefetches where the expected saving exceeds the cost; "greedy",
+    which prefetches for the next layer whatever is more likely used than not.
+    """
 
     def __init__(
         self,
@@ -67,20 +72,20 @@ class Timeline:
         self._resident = np.zeros(shape[0] * shape[1], bool)
         self._evictable = self._resident.copy()
         self._known_LE = np.zeros(shape, np.float32)
-        self._early: set[int] = set()
+        self._prefetched: set[int] = set()
         self._now = self._link_free = 0.0
         self._arriving = NOTHING
         self._misses = 0.5
-        self.tally = Tally()
+        self.counts = TimelineCounts()
 
     def step(
         self, forecast: Forecast | None, calls: Calls, ahead_LDE: np.ndarray | None = None
     ) -> None:
         """Decode one token.
 
-        `ahead_LDE`: [l, d - 1] are the probabilities of layer l + d's experts that are known once
-        layer l's router input exists, which is when its missing experts are asked for. They take
-        the place of the forecast and of what was said from further off.
+        ahead_LDE: [l, d - 1] are the probabilities of the experts of layer l + d, known once the
+        router input of layer l exists, which is when its own misses are loaded. They replace the
+        forecast, and what was predicted from a greater distance.
         """
         start = self._now
         self._policy.begin_step(forecast)
@@ -89,26 +94,28 @@ class Timeline:
             if ahead_LDE is not None:
                 self._reveal(layer, ahead_LDE[layer])
             self._run(layer, experts)
-        self._early.clear()
-        self.tally.milliseconds += self._now - start
+        self._prefetched.clear()
+        self.counts.milliseconds += self._now - start
 
     def _reveal(self, layer: int, probability_DE: np.ndarray) -> None:
+        """Replace what is known of the layers after `layer`."""
         for coming, probability_E in enumerate(probability_DE, layer + 1):
             if coming < self._num_layers:
                 self._known_LE[coming] = probability_E
                 self._policy.reveal(coming, self._known_LE[coming])
 
     def _run(self, layer: int, experts: np.ndarray) -> None:
+        """Load the misses of one layer, compute it, and prefetch meanwhile."""
         keys = layer * self._num_experts + experts
         self._evictable[:] = self._resident
         self._evictable[keys] = False
         self._policy.touch(layer, experts)
-        self._settle(keys)
+        self._count_prefetched(keys)
         missing = keys[~self._resident[keys]]
         if len(missing):
             ready = max(self._now, self._link_free) + len(missing) * self._machine.expert_ms
             self._now = self._link_free = ready
-            self.tally.demanded += len(missing)
+            self.counts.demanded += len(missing)
             for key in missing:
                 self._admit(int(key))
         self._misses = 0.95 * self._misses + 0.05 * (len(missing) > 0)
@@ -117,16 +124,17 @@ class Timeline:
             self._prefetch(layer, end)
         self._now = end
 
-    def _settle(self, keys: np.ndarray) -> None:
-        """Count the prefetches of this layer, and wait for the one that is late."""
+    def _count_prefetched(self, keys: np.ndarray) -> None:
+        """Count the prefetched experts of this layer, and wait for the one that is late."""
         for key in keys.tolist():
-            if key in self._early and self._resident[key]:
+            if key in self._prefetched and self._resident[key]:
                 late = key == self._arriving and self._link_free > self._now
-                self.tally.late += late
-                self.tally.timely += not late
+                self.counts.late += late
+                self.counts.timely += not late
                 self._now = max(self._now, self._link_free) if late else self._now
 
     def _admit(self, key: int) -> None:
+        """Make an expert resident, evicting another if no slot is free."""
         if self._free:
             self._free -= 1
         else:
@@ -135,12 +143,12 @@ class Timeline:
         self._resident[key] = True
 
     def _victim(self) -> int:
-        """The resident of lowest value that the running layer does not need."""
+        """The resident expert of lowest value that the running layer does not need."""
         residents = self._evictable.nonzero()[0]
         return int(residents[self._policy.values[residents].argmin()])
 
     def _prefetch(self, layer: int, end: float) -> None:
-        """Fill the link while `layer` computes, with experts of later layers of this step."""
+        """Prefetch experts of later layers of this step while `layer` computes."""
         probability = self._known_LE.reshape(-1).copy()
         probability[: (layer + 1) * self._num_experts] = 0.0
         if self._plan == "greedy":  # only the next layer's, as look-ahead prefetchers do
@@ -153,17 +161,17 @@ class Timeline:
             self._link_free = max(self._now, self._link_free) + self._machine.expert_ms
             self._admit(key)
             self._evictable[key] = True
-            self._early.add(key)
+            self._prefetched.add(key)
             self._arriving = key
-            self.tally.prefetched += 1
+            self.counts.prefetched += 1
             probability[key] = 0.0
 
     def _pays(self, probability: float, idle: float) -> bool:
-        """Is the time that the prefetch saves, if used, worth more than what it costs?
+        """True if the time that the prefetch is expected to save exceeds its cost.
 
-        Saved: a transfer, at the probability of use. Paid: the victim's own expected reuse, and the
-        part of the transfer that outlasts the idle time, which delays the next layer's loads at the
-        rate at which layers have any. Probabilities and values are in units of one use.
+        It saves a transfer, at the probability of use. It costs the victim's own expected reuse,
+        and the part of the transfer that outlasts the idle time: that delays the misses of the next
+        layer, at the rate at which layers have any. The unit of all is the transfer of one expert.
         """
         if self._plan == "greedy":
             return probability > 0.5

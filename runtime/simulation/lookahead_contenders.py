@@ -1,11 +1,11 @@
-"""Contenders that learn, while a step runs, which experts its coming layers will use.
+"""Contenders that predict the experts of coming layers while a step runs.
 
-They read the look-aheads that a trace holds ("gate": `trace.collect --lookahead`; "mlp":
-`predictor.layer_ahead`). Nothing is known of a step before its first layer, nor of any later token.
-So they evict by the formula of all predictors with what the cache has seen in place of the heads
-(predicted reuse without a forecast: uses fading as LFU's do), and protect the experts predicted for
-the next 1 to D layers from the moment the router input of this one exists. They prefetch those
-only. Running the gates or networks takes no time in this model.
+They read the look-aheads in a trace ("gate": `trace.collect --lookahead`; "mlp":
+`predictor.layer_ahead`). These say nothing of a step before its first layer, nor of later tokens.
+So the contenders evict by predicted reuse without a forecast: past uses, fading as LFU's do, stand
+in place of the heads. The experts predicted for the next 1 to D layers are protected as soon as the
+router input of this layer exists, and only those are prefetched. In this model the gates or
+networks themselves take no time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtime.simulation.comparison import Contender, file_forecasts, recall
 from runtime.simulation.trace_steps import TraceStep
 
 JOINT_TOKENS = 4096
-"""Tokens that the weights of a predictor and a look-ahead together are fitted on."""
+"""Tokens on which a predictor and a look-ahead are fitted together."""
 
 
 class Sample(NamedTuple):
@@ -38,11 +38,11 @@ class Sample(NamedTuple):
     steps: Sequence[Sequence[TraceStep]]
 
     def ahead(self, name: str) -> LookAhead:
-        """What the source `name` says of all tokens."""
+        """The look-ahead of the source `name`, over all tokens."""
         return LookAhead.joined([document.lookahead[name] for document in self.documents])
 
     def used(self, num_experts: int) -> np.ndarray:
-        """Bool [T, L, E]."""
+        """The experts used by each token, bool [T, L, E]."""
         return np.concatenate([used_by(steps, num_experts) for steps in self.steps])
 
     def beginning(self, num_tokens: int) -> Sample:
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def unpredicted(stack: Stack, num_steps: int) -> Contender:
-    """The formula of all predictors, with nothing but what the cache has seen."""
+    """Predicted reuse without a forecast, from what the cache has seen."""
     return Contender(
         name="uses seen",
         policy=partial(PredictedReuse, stack.num_layers, stack.num_experts, horizon=1),
@@ -68,23 +68,27 @@ def ahead_contenders(
     fit: Sample,
     predicting: Mapping[str, tuple[PredictorFile, Contender]],
 ) -> Iterator[Contender]:
-    """For each source: looking 1, 2 ... layers ahead; then the first predictor corrected by it."""
+    """For each source: looking 1, 2 ... layers ahead; then the first predictor corrected by it.
+
+    names: the sources, which both samples hold. fit: the documents to calibrate on. predicting:
+    files and contenders by name.
+    """
     used_TLE = sample.used(stack.num_experts)
     first = next(iter(predicting.items()), None)
     for name in names:
         calibration = Calibration(fit.ahead(name), fit.used(stack.num_experts), stack.top_k)
-        said_TLDE = calibration.probabilities(sample.ahead(name))
-        for depth in range(1, said_TLDE.shape[2] + 1):
+        ahead_TLDE = calibration.probabilities(sample.ahead(name))
+        for depth in range(1, ahead_TLDE.shape[2] + 1):
             yield replace(
                 unpredicted(stack, len(used_TLE)),
                 name=f"{name}, {depth} ahead",
-                ahead_TLDE=said_TLDE[:, :, :depth],
-                recall_ahead=recall_by_distance(said_TLDE[:, :, :depth], used_TLE),
+                ahead_TLDE=ahead_TLDE[:, :, :depth],
+                recall_ahead=recall_by_distance(ahead_TLDE[:, :, :depth], used_TLE),
             )
         if first is not None:
             file, alone = first[1]
             joint = _joint(file, calibration, fit.beginning(JOINT_TOKENS), name)
-            both_TLDE = joint.probabilities(said_TLDE, this_of(alone))
+            both_TLDE = joint.probabilities(ahead_TLDE, this_of(alone))
             yield replace(
                 alone,
                 name=f"{first[0]} + {name}",
@@ -94,27 +98,28 @@ def ahead_contenders(
 
 
 def _joint(file: PredictorFile, calibration: Calibration, fit: Sample, name: str) -> Joint:
+    """The regression on a predictor and a calibrated look-ahead."""
     forecasts = list(file_forecasts(file, fit.steps))
     this_TLE = np.stack([forecast.this_LE for forecast in forecasts])
-    said_TLDE = calibration.probabilities(fit.ahead(name))
-    return Joint(said_TLDE, this_TLE, fit.used(this_TLE.shape[-1]))
+    ahead_TLDE = calibration.probabilities(fit.ahead(name))
+    return Joint(ahead_TLDE, this_TLE, fit.used(this_TLE.shape[-1]))
 
 
 def this_of(contender: Contender) -> np.ndarray:
-    """What a predictor says of each token itself, float32 [T, L, E]."""
+    """A contender's forecast of each token's own experts, float32 [T, L, E]."""
     return np.stack([forecast.this_LE for forecast in contender.forecasts if forecast is not None])
 
 
-def recall_by_distance(said_TLDE: np.ndarray, used_TLE: np.ndarray) -> tuple[float, ...]:
-    """Recall of as many experts as are used, of the layers that have one so far before them."""
+def recall_by_distance(ahead_TLDE: np.ndarray, used_TLE: np.ndarray) -> tuple[float, ...]:
+    """`recall` at each distance, over the layers that have a layer so far before them."""
     return tuple(
-        recall(said_TLDE[:, :-distance, distance - 1], used_TLE[:, distance:])
-        for distance in range(1, min(said_TLDE.shape[2], used_TLE.shape[1] - 1) + 1)
+        recall(ahead_TLDE[:, :-distance, distance - 1], used_TLE[:, distance:])
+        for distance in range(1, min(ahead_TLDE.shape[2], used_TLE.shape[1] - 1) + 1)
     )
 
 
 def with_recall_ahead(contender: Contender, used_TLE: np.ndarray, depth: int) -> Contender:
-    """A predictor of whole tokens, scored on the same layers as those that look ahead."""
+    """A predictor of whole tokens, scored on the same layers as the look-aheads."""
     this_TLE = this_of(contender)
     distances = range(1, min(depth, used_TLE.shape[1] - 1) + 1)
     recalls = tuple(recall(this_TLE[:, d:], used_TLE[:, d:]) for d in distances)

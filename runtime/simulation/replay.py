@@ -1,7 +1,7 @@
 """Cache policies replayed over recorded steps, without a model.
 
-The policies and the cache are the runtime's own, stepped as the runtime steps them, so that hit
-rates are those of a live run over the same tokens.
+The policies and the cache are the runtime's own, driven as the runtime drives them. So the hit
+rates equal those of a live run over the same tokens.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ from runtime.simulation.trace_steps import TraceStep
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayResult:
-    """One policy at one cache size."""
+    """The result of one policy at one cache size."""
 
     policy: str
     residency: float
+    """Cache size, as a fraction of all experts."""
     slots: int
     requests: int
+    """Experts that calls needed; one is counted once a call."""
     loads: int
+    """Experts that were not resident when needed."""
     loads_per_token: float
     hit_rate: float
+    """NaN without any request."""
 
 
 class Simulation:
-    """One cache under one policy, counting."""
+    """A cache under one policy that counts its requests and loads."""
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
         self.name = policy.name
@@ -57,8 +61,10 @@ class Simulation:
 
 
 class BypassSimulation:
-    """A policy that may stream an expert through: after each call what is worth most stays, be it
-    new or old. With `Belady` it is the optimum.
+    """A cache that may stream an expert through, counting its requests and loads.
+
+    After each call the experts of highest value stay, whether they are new or old. With `Belady`
+    this is the optimum.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
@@ -79,6 +85,7 @@ class BypassSimulation:
             self._shrink()
 
     def _shrink(self) -> None:
+        """Evict the experts of lowest value until the rest fit."""
         held = np.flatnonzero(self._resident)
         excess = len(held) - self.num_slots
         if excess > 0:
@@ -93,10 +100,14 @@ def simulate(
     residency: Sequence[float],
     predictor: PredictorFile | None = None,
 ) -> list[ReplayResult]:
-    """Replay `steps` under every policy at every residency. shape: (L, E)."""
+    """Replay `steps` under every policy at every residency. shape: (L, E).
+
+    The policies are LRU, LFU and Belady, and predicted reuse if there is a predictor; Belady and
+    predicted reuse also with bypass.
+    """
     step_calls = [list(step.calls()) for step in steps]
     calls = [call for step in step_calls for call in step]
-    running = {share: _start(shape, share, calls, predictor) for share in residency}
+    running = {share: _simulations(shape, share, calls, predictor) for share in residency}
     for forecast, called in zip(_forecasts(steps, predictor), step_calls, strict=True):
         for simulations in running.values():
             for simulation in simulations:
@@ -109,9 +120,10 @@ def simulate(
     ]
 
 
-def _start(
+def _simulations(
     shape: tuple[int, int], share: float, calls: Calls, predictor: PredictorFile | None
 ) -> list[Simulation | BypassSimulation]:
+    """One simulation for each policy at one cache size."""
     num_slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
     policies: list[Callable[[], Policy]] = [partial(Belady, *shape, calls=calls)]
     if predictor is not None:
@@ -126,7 +138,7 @@ def _start(
 def _forecasts(
     steps: Sequence[TraceStep], predictor: PredictorFile | None
 ) -> Iterator[Forecast | None]:
-    """What the runtime would predict before each step."""
+    """The forecast that the runtime would make before each step; None without a predictor."""
     if predictor is None:
         yield from (None for _ in steps)
         return

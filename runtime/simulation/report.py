@@ -1,37 +1,21 @@
-"""`python -m runtime.simulate --all`: fits the rivals, compares all, prints, says what prefetching
-is worth.
-"""
+"""The report of `python -m runtime.simulate --all`: tables, and a verdict on prefetching."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from routing.names import told_apart
-from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document, TraceReader
-from runtime.simulation.baselines import fit_rivals
 from runtime.simulation.comparison import (
     Contender,
-    Outcome,
+    ContenderResult,
     decode_steps,
-    file_forecasts,
     other_replays,
-    outcome,
-    predicting,
-    rival_forecasts,
-    without_forecast,
+    run_contender,
 )
+from runtime.simulation.contenders import all_contenders, decoded
 from runtime.simulation.link_model import Machine
-from runtime.simulation.lookahead_contenders import (
-    Sample,
-    ahead_contenders,
-    unpredicted,
-    with_recall_ahead,
-)
 from runtime.simulation.settings import SimulateSettings
-from runtime.simulation.trace_steps import document_steps, sample_documents
 
 COLUMNS = (
     "",
@@ -47,96 +31,42 @@ COLUMNS = (
     "timely",
 )
 WORTH_IT = 0.005
-"""Share of a token's time below which prefetching stays off: it also costs what is not modelled."""
+"""The share of a token's time that prefetching has to save: it has costs that are not modelled."""
 
 
 def compare(
     settings: SimulateSettings, reader: TraceReader, documents: Sequence[Document]
-) -> tuple[list[Outcome], list[str]]:
-    """Run everything and print a table for each cache size. Also returns the closing remarks.
+) -> tuple[list[ContenderResult], list[str]]:
+    """Run all contenders and print a table for each cache size.
 
-    Raises ValueError for a trace or predictor of another model.
+    Returns the results and the closing remarks. Raises ValueError for a trace or a predictor of
+    another model.
     """
     shape = reader.stack.num_layers, reader.stack.num_experts
-    sample = _sample(documents, shape[1])
-    contenders = list(_contenders(settings, reader, sample, shape))
+    sample = decoded(documents, shape[1])
+    contenders = list(all_contenders(settings, reader, sample, shape))
     calls = [list(step.calls()) for step in decode_steps(sample.steps)]
     machine = Machine(expert_ms=settings.expert_mb / settings.link_gb_s, layer_ms=settings.layer_ms)
-    outcomes, remarks = [], []
+    results, remarks = [], []
     for share in settings.residency:
-        rows = [outcome(contender, calls, shape, share, machine) for contender in contenders]
+        rows = [run_contender(contender, calls, shape, share, machine) for contender in contenders]
         print_table(rows, other_replays(calls, shape, share), settings, share)
         remarks += [remark(row) for row in rows if row.saving is not None]
-        outcomes += rows
+        results += rows
     print_recall_ahead(contenders)
-    return outcomes, remarks
-
-
-def _sample(documents: Sequence[Document], num_experts: int) -> Sample:
-    steps = [list(document_steps(d, num_experts, decode_all=True)) for d in documents]
-    return Sample(documents, steps)
-
-
-def _contenders(
-    settings: SimulateSettings,
-    reader: TraceReader,
-    sample: Sample,
-    shape: tuple[int, int],
-) -> Iterator[Contender]:
-    steps = decode_steps(sample.steps)
-    yield from without_forecast(shape, [c for step in steps for c in step.calls()], len(steps))
-    yield unpredicted(reader.stack, len(steps))
-    fit, sources = _fit_sample(settings, reader)
-    paths = settings.predictors()
-    names = told_apart(paths, lambda path: path.stem)
-    files = {name: _opened(path, reader) for name, path in zip(names, paths, strict=True)}
-    horizon = next(iter(files.values())).horizon if files else 4
-    for rival in fit_rivals(fit.steps, shape[1], horizon):
-        forecasts = list(rival_forecasts(rival, sample.steps, shape[1]))
-        yield predicting(rival.name, forecasts, sample.steps, shape, horizon)
-    of_files, used_TLE = {}, sample.used(shape[1])
-    for name, file in files.items():
-        forecasts = list(file_forecasts(file, sample.steps))
-        plain = predicting(name, forecasts, sample.steps, shape, file.horizon)
-        depth = max((reader.lookahead[source] for source in sources), default=0)
-        of_files[name] = file, with_recall_ahead(plain, used_TLE, depth)
-        yield of_files[name][1]
-    yield from ahead_contenders(sources, reader.stack, sample, fit, of_files)
-
-
-def _opened(path: Path, reader: TraceReader) -> PredictorFile:
-    file = open_predictor(path)
-    reader.topology.require_match(
-        file.topology, ours=f"the trace {reader.directory}", theirs=f"the predictor {path}"
-    )
-    return file
-
-
-def _fit_sample(settings: SimulateSettings, reader: TraceReader) -> tuple[Sample, list[str]]:
-    """Documents to fit on, and the look-aheads that they and the trace both hold."""
-    assert settings.fit_trace is not None
-    fit = TraceReader(settings.fit_trace)
-    reader.topology.require_match(
-        fit.topology,
-        ours=f"the trace {reader.directory}",
-        theirs=f"the trace {settings.fit_trace}",
-    )
-    chosen = sample_documents(
-        fit, max_tokens=settings.fit_tokens, document_tokens=settings.document_tokens
-    )
-    sources = [name for name in reader.lookahead if name in fit.lookahead]
-    if missing := sorted(reader.lookahead.keys() - fit.lookahead.keys()):
-        print(f"without look-ahead by {', '.join(missing)}: {fit.directory} does not hold it")
-    return _sample(list(chosen), fit.stack.num_experts), sources
+    return results, remarks
 
 
 def print_table(
-    rows: Sequence[Outcome],
+    rows: Sequence[ContenderResult],
     others: Sequence[tuple[str, float]],
     settings: SimulateSettings,
     share: float,
 ) -> None:
-    """One cache size: a row for each contender."""
+    """Print the table of one cache size, a row for each contender.
+
+    others: names and hit rates of replays by other rules.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -154,7 +84,9 @@ def print_table(
     Console(width=120).print(table)
 
 
-def _cells(row: Outcome, expert_mb: float) -> list[str]:
+def _cells(row: ContenderResult, expert_mb: float) -> list[str]:
+    """One row of the table, in the order of `COLUMNS`."""
+
     def number(value: float | None, digits: int = 3) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
@@ -174,7 +106,7 @@ def _cells(row: Outcome, expert_mb: float) -> list[str]:
 
 
 def print_recall_ahead(contenders: Sequence[Contender]) -> None:
-    """How well each contender knows, at a layer, the experts of the layers 1, 2 ... further on."""
+    """Print each contender's recall of the experts 1, 2 ... layers ahead, if any looks ahead."""
     from rich.console import Console
     from rich.table import Table
 
@@ -190,8 +122,8 @@ def print_recall_ahead(contenders: Sequence[Contender]) -> None:
         Console(width=120).print(table)
 
 
-def remark(row: Outcome) -> str:
-    """The verdict on prefetching by one contender's forecasts."""
+def remark(row: ContenderResult) -> str:
+    """The verdict on prefetching by the forecasts of one contender."""
     assert row.saving is not None
     verdict = "on" if row.saving >= WORTH_IT else "off"
     return (
@@ -200,6 +132,6 @@ def remark(row: Outcome) -> str:
     )
 
 
-def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The same as plain data."""
-    return [vars(row) | {"saving": row.saving} for row in outcomes]
+def as_json(results: Sequence[ContenderResult]) -> list[dict[str, Any]]:
+    """The results as plain data."""
+    return [vars(row) | {"saving": row.saving} for row in results]

@@ -1,4 +1,4 @@
-"""A recorded trace as the steps and expert calls that the runtime would make of it."""
+"""The steps and expert calls that the runtime would make of a recorded trace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from routing.topology import NO_EXPERT, Topology
 
 
 class TraceStep(NamedTuple):
-    """One forward pass over consecutive tokens of one document."""
+    """A forward pass over consecutive tokens of one document."""
 
     first: bool
     """True at the start of a document."""
@@ -26,7 +26,7 @@ class TraceStep(NamedTuple):
     """int16 or int32, NO_EXPERT where there is none."""
 
     def calls(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The step's expert calls: each layer with its distinct experts, int64 ascending."""
+        """The expert calls of the step: each layer with its distinct experts, int64 ascending."""
         for layer in range(self.experts_TLK.shape[1]):
             experts = np.unique(self.experts_TLK[:, layer])
             experts = experts[experts != NO_EXPERT]
@@ -37,7 +37,10 @@ class TraceStep(NamedTuple):
 def document_steps(
     document: Document, num_experts: int, *, decode_all: bool
 ) -> Iterator[TraceStep]:
-    """The prompt in one step, then a step a token; `decode_all` takes the prompt token by token."""
+    """The steps of a document: its prompt in one, then one a token.
+
+    decode_all: take the prompt token by token too.
+    """
     num_prompt = int((document.phase_T == PROMPT).sum())
     first = 1 if decode_all or num_prompt == 0 else num_prompt
     experts_TLK = signed_experts(document.experts_TLK, num_experts)
@@ -52,7 +55,7 @@ def document_steps(
 def trace_calls(directory: str | Path, topology: Topology) -> list[tuple[int, np.ndarray]]:
     """The expert calls of every document of a trace, in order.
 
-    Raises ValueError when the trace is damaged or another model's.
+    Raises ValueError if the trace is damaged or of another model.
     """
     reader = TraceReader(directory)
     topology.require_match(reader.topology, ours="the model", theirs=f"the trace {directory}")
@@ -69,7 +72,7 @@ def trace_calls(directory: str | Path, topology: Topology) -> list[tuple[int, np
 def sample_documents(
     reader: TraceReader, *, max_tokens: int, document_tokens: int
 ) -> Iterator[Document]:
-    """Documents of every label in turn, cut to `document_tokens`, `max_tokens` in all."""
+    """Documents of every label in turn, cut to `document_tokens` each and `max_tokens` in all."""
     of_label = [np.flatnonzero(reader.doc_labels == label) for label in range(len(reader.labels))]
     turns = zip_longest(*of_label)
     for index in (index for turn in turns for index in turn if index is not None):

@@ -1,1 +1,7 @@
-"""What fits: memory budgets in slots, and the bandwidth of the link."""
+"""Memory budgets: the slots that they pay for, and the bandwidth of the link.
+
+units        sizes in text
+budget       slots of a budget
+memory_plan  the memory and the traffic of a model, before it is loaded (`runtime.plan`)
+link         the bandwidth between host memory and slots, measured
+"""

@@ -1,11 +1,14 @@
-"""Where experts come from: a checkpoint, a prepared model or a module in memory.
+"""The experts of a checkpoint, a prepared model or a module in memory, and the model without them.
 
-source            a model without its experts, its layers, and the store that holds them
-skeleton          building the model without its experts
-files, mapping, conversion   experts out of a checkpoint's tensors
-store             the contract of a store; a module's own tensors as one
+source            a model built without its experts, its MoE layers, and the store of its experts
+directory         a model directory, local or from the Hub; the model on the meta device
+skeleton          a model built without its experts
+files             safetensors files, watched for changes
+mapping, conversion   the checkpoint tensors that make up an expert
+store             the contract of all stores, and the store of a module's own tensors
 checkpoint_store  experts read from where they lie in the files
-memory_store      all experts read once, kept in memory
-prepared_store    experts as contiguous, checksummed blocks (`runtime.prepare`)
-arena             slots of one expert shape
+memory_store      all experts read once and held in memory
+prepared_store    experts as contiguous, checksummed blocks
+preparation       writes these blocks (`runtime.prepare`)
+arena             slots for experts of one shape
 """

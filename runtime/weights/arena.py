@@ -16,11 +16,12 @@ class Spec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the parameter."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 Specs = dict[str, Spec]
-"""The parameters of one expert, by their name within it."""
+"""Shapes and dtypes of the parameters of one expert, by their name within it."""
 
 
 def expert_bytes(specs: Specs) -> int:

@@ -1,77 +1,45 @@
-"""Experts read one by one from files."""
+"""Experts read one by one from the safetensors files of a checkpoint."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from routing.layers import MoELayer
-from runtime.weights.arena import Spec, Specs
 from runtime.weights.files import DTYPES, CheckpointFiles
-from runtime.weights.mapping import Mapping
-from runtime.weights.store import ExpertStore, expert_parameters, expert_part
+from runtime.weights.mapping import CheckpointMapping
+from runtime.weights.store import SkeletonStore
 
 
-class FileStore(ExpertStore):
-    """Knows shapes and names; those below know where the bytes are.
+class CheckpointStore(SkeletonStore):
+    """A store that reads each expert from where it lies in a safetensors checkpoint.
 
-    stock: the layers of the stock model on the meta device. layers: the live ones.
-    """
-
-    def __init__(self, stock: list[MoELayer], layers: list[MoELayer], dtype: torch.dtype) -> None:
-        self.stock = stock
-        self.layers = layers
-        self.dtype = dtype
-        self._names = [layer.container.names(layer.module) for layer in stock]
-        self._shapes = [
-            {path: parameter.shape for path, parameter in expert_parameters(layer).items()}
-            for layer in stock
-        ]
-
-    def specs(self, layer: int) -> Specs:
-        whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
-        parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
-        return {name: Spec(tuple(part.shape), self.dtype) for name, part in parts.items()}
-
-    def restore(self, layer: int) -> None:
-        container = self.layers[layer]
-        whole = {p: torch.zeros(s, dtype=self.dtype) for p, s in self._shapes[layer].items()}
-        for expert in range(container.num_experts):
-            self.read(layer, expert, expert_part(container, self._names[layer], whole, expert))
-        for path, tensor in whole.items():
-            holder, _, name = path.rpartition(".")
-            setattr(container.module.get_submodule(holder), name, nn.Parameter(tensor))
-
-
-class CheckpointStore(FileStore):
-    """Reads experts from where they lie in a safetensors checkpoint.
-
-    dtype: what experts are handed out in; None for what they are stored in.
+    dtype: the dtype in which experts are handed out; None for the stored one.
     Raises ValueError, naming the tensor, when an expert is missing or has another shape.
     """
 
     def __init__(
         self,
         files: CheckpointFiles,
-        mapping: Mapping,
-        stock: list[MoELayer],
+        mapping: CheckpointMapping,
+        meta_layers: list[MoELayer],
         layers: list[MoELayer],
         dtype: torch.dtype | None,
     ) -> None:
         self._files = files
-        self._sources = [mapping.sources(layer) for layer in stock]
-        for sources in self._sources:
-            for source in sources.values():
-                source.check(files)
-        super().__init__(stock, layers, dtype or DTYPES[files.entries[min(self.keys)].dtype])
+        self._parameters = [mapping.parameters(layer) for layer in meta_layers]
+        for parameters in self._parameters:
+            for parameter in parameters.values():
+                parameter.check(files)
+        super().__init__(meta_layers, layers, dtype or DTYPES[files.entries[min(self.keys)].dtype])
 
     @property
     def keys(self) -> set[str]:
-        """All tensors of the checkpoint that hold experts."""
-        sources = [source for found in self._sources for source in found.values()]
-        return {key for source in sources for keys in source.keys.values() for key in keys}
+        """The keys of all checkpoint tensors that hold experts."""
+        parameters = [one for of_layer in self._parameters for one in of_layer.values()]
+        return {key for one in parameters for keys in one.keys.values() for key in keys}
 
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         for name, target in into.items():
-            self._sources[layer][name].read(self._files, expert, target)
+            self._parameters[layer][name].read(self._files, expert, target)

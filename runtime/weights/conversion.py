@@ -1,8 +1,8 @@
-"""From the tensors of a checkpoint to the parameter of one expert.
+"""The conversion of checkpoint tensors into the parameters of one expert.
 
-transformers' own conversion mapping says which checkpoint tensors make up a parameter. Where they
-are merely stacked they are copied straight into the slot; anything else runs through the library's
-operations, over one expert's tensors.
+transformers' own conversion mapping says which checkpoint tensors make up a parameter. Where it
+only stacks them, they are copied straight into the slot. Any other conversion runs the library's
+own operations over the tensors of one expert.
 
     on disk                                              parameter
     experts.3.gate_proj, experts.3.up_proj  [I, H] each  gate_up_proj[3]  [2I, H]
@@ -31,28 +31,32 @@ STACKING: tuple[list[tuple[str, int | None]], ...] = (
     [("Concatenate", 1)],
     [("ErnieFuseAndSplitTextVisionExperts", None)],
 )
-"""Operations after which an expert's parameter is its tensors stacked along its first dimension."""
+"""Operations whose result for one expert is its tensors, stacked along the first dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The checkpoint tensors of one parameter of one MoE layer."""
+class CheckpointParameter:
+    """One parameter of the experts of an MoE layer, and the checkpoint tensors it is made of."""
 
     name: str
-    """Of the parameter, in the model."""
+    """Name of the parameter in the model."""
     spec: Spec
-    """The parameter of one expert."""
+    """Shape and dtype of the parameter of one expert."""
     shape: tuple[int, ...]
-    """The parameter of all experts; of one, where each expert is a module."""
+    """Shape of the model's parameter: of all experts, or of one if each expert is a module."""
     keys: dict[str, list[str]]
-    """By source pattern, in the order of stacking: one tensor for each expert, or a fused one."""
+    """Checkpoint keys by source pattern, in the order of stacking: one key for each expert, or that
+    of one fused tensor."""
     per_expert: bool
+    """True if each expert has a tensor of its own."""
     converter: Any
+    """transformers' `WeightConverter`, or None."""
     config: Any
+    """Configuration of the model."""
 
     @cached_property
     def is_stacked(self) -> bool:
-        """True where the tensors are copied one below the other, without any operation."""
+        """True if the tensors are copied one below the other, without any computation."""
         operations = self.converter.operations if self.converter else []
         return [(type(op).__name__, getattr(op, "dim", None)) for op in operations] in STACKING
 
@@ -69,13 +73,13 @@ class Sources:
                 files.read(keys[0], expert * part.numel(), part)
 
     def _tensor(self, files: CheckpointFiles, keys: list[str], expert: int) -> Tensor:
-        """One expert's tensor of `keys`, with a dimension of one expert where they are fused."""
+        """The tensor of one expert; if fused, with a leading dimension of one expert."""
         if self.per_expert:
             return files.get(keys[expert])
         return files.rows(keys[0], expert, expert + 1)
 
     def _convert(self, fetch: Callable[[list[str]], Tensor]) -> Tensor:
-        """One expert's tensors through the library's operations, as a list of length one."""
+        """Run the library's operations over the tensors of one expert."""
         tensors: dict[str, Any] = {pattern: [fetch(keys)] for pattern, keys in self.keys.items()}
         one = torch.empty(1, *self.spec.shape, device="meta")
         for operation in self.converter.operations:
@@ -91,7 +95,7 @@ class Sources:
         return (result[0] if isinstance(result, list) else result)[0]
 
     def check(self, files: CheckpointFiles) -> None:
-        """Raise ValueError, naming the tensor, if one is missing or has another shape or dtype."""
+        """Raise ValueError, naming the tensor, if one is missing or of another shape or dtype."""
         self._check_counts(files)
         for keys in self.keys.values():
             expected = self._expected_shape(files, keys)
@@ -124,7 +128,10 @@ class Sources:
                 )
 
     def _expected_shape(self, files: CheckpointFiles, keys: list[str]) -> tuple[int, ...]:
-        """Of each of `keys`: equal parts of the parameter, or what `_check_conversion` looks at."""
+        """The shape that each of `keys` must have.
+
+        It is an equal part of the parameter, or the shape of the first for `_check_conversion`.
+        """
         if not self.is_stacked:
             first = files.entries[keys[0]].shape
             return first if self.per_expert else (self.shape[0], *first[1:])
@@ -143,7 +150,7 @@ class Sources:
         key = next(iter(self.keys.values()))[0]
         try:
             shape = tuple(self._convert(fetch).shape)
-        except Exception as error:  # the library's operations raise whatever they like
+        except Exception as error:  # the library's operations raise anything
             names = [type(operation).__name__ for operation in self.converter.operations]
             raise ValueError(
                 f"{files.directory}: {key} and those like it cannot be converted one expert at a "
@@ -157,7 +164,7 @@ class Sources:
 
 
 def _first_absent(keys: list[str], num_experts: int) -> str | None:
-    """The first tensor that should be among `keys`, by the expert's number in their names."""
+    """The first key that `keys` lacks, by the number of the expert in their names."""
     for expert in range(num_experts):
         name = re.sub(r"\.\d+\.(?!.*\.\d+\.)", f".{expert}.", keys[0]) if keys else None
         if name not in keys:

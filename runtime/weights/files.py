@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory, read in pieces and watched for changes."""
+"""The safetensors files of a checkpoint, read in pieces and watched for changes."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Of weights that can be read as they are, by safetensors' names."""
+"""The dtypes that can be read as they are, by their names in safetensors."""
 
 
 class Entry(NamedTuple):
-    """What a file's header says of a tensor."""
+    """A tensor as the header of its file describes it."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Where in the file its bytes begin."""
+    """Offset of its first byte in the file."""
     stop: int
+    """Offset after its last byte."""
 
 
 class WatchedFile:
     """An open file that notices when somebody writes into it.
 
-    A file that is replaced or deleted stays as it was for those that hold it open; one that is
-    rewritten in place changes under them, and a mapping of one that shrinks is deadly to read.
+    A file that is replaced or deleted stays as it was for a process that holds it open. A file that
+    is rewritten in place changes under it. If a mapped file shrinks, reading it kills the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,6 +53,7 @@ class WatchedFile:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the file when it was opened."""
         return self._state[0]
 
     def require_unchanged(self) -> None:
@@ -62,10 +64,11 @@ class WatchedFile:
             )
 
     def read(self, start: int, target: Tensor, dtype: torch.dtype) -> None:
-        """Fill `target` with what begins at byte `start`, stored as `dtype`.
+        """Fill `target` with the elements of `dtype` that begin at byte `start`.
 
-        Straight into the memory of `target` where that is possible, and never by way of a mapping:
-        that costs a page fault for every few pages, and ends the process where the file is cut.
+        The bytes go straight into the memory of `target` where that is possible. They are never
+        read through a mapping, which costs a page fault for every few pages and kills the process
+        if the file is truncated.
         """
         self.require_unchanged()
         if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
@@ -85,10 +88,11 @@ class WatchedFile:
 
 
 class CheckpointFiles:
-    """The tensors of a checkpoint directory; `single` is the file of one without an index.
+    """The tensors of a checkpoint directory.
 
-    Raises ValueError when the directory has no safetensors, or a file is missing or truncated; and
-    on reading, when a file was changed after it was opened.
+    single: the file to open in a directory without an index of shards.
+    Raises ValueError if the directory has no safetensors, or if a file is missing or truncated.
+    Reading raises ValueError if a file was changed after it was opened.
     """
 
     def __init__(self, directory: Path, single: str = SINGLE) -> None:
@@ -116,7 +120,7 @@ class CheckpointFiles:
         return {key: headers[file][key] for key, file in index.items()}
 
     def _open(self, file: str) -> dict[str, Entry]:
-        """Map `file`, and read its header; safetensors checks it against the file's size."""
+        """Map `file` and read its header, which safetensors compares with the size of the file."""
         path = self.directory / file
         try:
             watched, mapped = WatchedFile(path), safe_open(path, framework="pt")
@@ -138,7 +142,7 @@ class CheckpointFiles:
         return tensor
 
     def read(self, key: str, start: int, target: Tensor) -> None:
-        """Fill `target` with the tensor `key` from its element `start` on."""
+        """Fill `target` with elements of the tensor `key`, beginning at element `start`."""
         entry = self.entries[key]
         dtype = DTYPES[entry.dtype]
         watched, _ = self._files[entry.file]
@@ -151,7 +155,7 @@ class CheckpointFiles:
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, in the order in which they lie in it."""
+    """The tensors of a safetensors file, in the order of their bytes."""
     with path.open("rb") as file:
         begin = 8 + (length := int.from_bytes(file.read(8), "little"))
         header = json.loads(file.read(length))
@@ -165,7 +169,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def _cut(path: Path) -> str:
-    """The first tensor that a file is too short for, as a part of a sentence."""
+    """The first tensor that a truncated file cuts off, worded for an error message."""
     try:
         size = path.stat().st_size
         return next(f"; cut in {k}" for k, e in read_header(path).items() if e.stop > size)

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint belong to which parameter: transformers' own conversion mapping."""
+"""The checkpoint tensors of each model parameter, by transformers' own conversion mapping."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from routing.layers import MoELayer
 from runtime.weights.arena import Spec
-from runtime.weights.conversion import Sources
+from runtime.weights.conversion import CheckpointParameter
 from runtime.weights.files import CheckpointFiles
 from runtime.weights.store import expert_parameters, expert_part
 
 MERGING = ("MergeModulelist", "ErnieFuseAndSplitTextVisionExperts")
-"""The operations that take each expert's tensor from a list."""
+"""Operations that take a list of one tensor per expert."""
 
 
-class Mapping:
-    """The tensors of `files` by the parameter of `model` that they make up.
+class CheckpointMapping:
+    """The tensors of `files`, grouped by the parameter of `model` that they make up.
 
-    model: the stock model on the meta device.
+    model: on the meta device.
     """
 
     def __init__(self, files: CheckpointFiles, model: Any) -> None:
@@ -41,54 +41,57 @@ class Mapping:
             name, pattern = rename_source_key(key, renamings, converters, prefix, names)
             self._keys.setdefault(name, {}).setdefault(pattern or "", []).append(key)
 
-    def sources(self, layer: MoELayer) -> dict[str, Sources]:
-        """Where each parameter of an expert of `layer` (of the stock model) comes from.
+    def parameters(self, layer: MoELayer) -> dict[str, CheckpointParameter]:
+        """The parameters of the experts of `layer` (of the model on the meta device), by name.
 
-        Raises ValueError, naming the parameter, when there is nothing for it in the checkpoint.
+        Raises ValueError, naming the parameter, if the checkpoint has no tensors for it.
         """
         names = layer.container.names(layer.module)
-        parameters = expert_parameters(layer)
-        experts = expert_part(layer, names, parameters, 0)
+        whole = expert_parameters(layer)
+        experts = expert_part(layer, names, whole, 0)
         found = {}
         for name in names:
             paths = [layer.container.path(name, e) for e in range(layer.num_experts)]
-            shape = tuple(parameters[paths[0]].shape)
-            found[name] = self._sources(
+            shape = tuple(whole[paths[0]].shape)
+            found[name] = self._parameter(
                 [f"{layer.name}.{path}" for path in dict.fromkeys(paths)],
                 spec=Spec(tuple(experts[name].shape), experts[name].dtype),
                 shape=shape,
             )
         return found
 
-    def _sources(self, names: list[str], **shapes: Any) -> Sources:
-        """Of a parameter that all experts share, or that each has in a module of its own."""
-        found = [self._found(name) for name in names]
+    def _parameter(self, names: list[str], **shapes: Any) -> CheckpointParameter:
+        """names: one, if the experts are stacked in one parameter; else one per expert."""
+        found = [self._keys_of(name) for name in names]
         if len(names) > 1:
             keys = {
                 "": [key for (pattern,) in (keys.values() for keys in found) for key in pattern]
             }
-            return self._made(names[0], keys, None, per_expert=True, **shapes)
+            return self._build(names[0], keys, None, per_expert=True, **shapes)
         (keys,) = found
         converter = self._converters.get(next(iter(keys)))
         if converter is None:
-            return self._made(names[0], keys, None, per_expert=False, **shapes)
+            return self._build(names[0], keys, None, per_expert=False, **shapes)
         ordered = {p: keys[p] for p in converter.source_patterns if p in keys}
         merging = any(type(operation).__name__ in MERGING for operation in converter.operations)
-        return self._made(names[0], ordered, converter, per_expert=merging, **shapes)
+        return self._build(names[0], ordered, converter, per_expert=merging, **shapes)
 
-    def _made(self, name: str, keys: Any, converter: Any, **fields: Any) -> Sources:
-        return Sources(name=name, keys=keys, converter=converter, config=self._config, **fields)
+    def _build(self, name: str, keys: Any, converter: Any, **fields: Any) -> CheckpointParameter:
+        return CheckpointParameter(
+            name=name, keys=keys, converter=converter, config=self._config, **fields
+        )
 
-    def _found(self, name: str) -> dict[str, list[str]]:
-        keys = self._split(name) or self._keys.get(name)
+    def _keys_of(self, name: str) -> dict[str, list[str]]:
+        """The checkpoint keys of one model parameter, by source pattern."""
+        keys = self._share_of(name) or self._keys.get(name)
         if not keys:
             raise ValueError(f"{self._directory} has no tensors for the experts {name}")
         return keys
 
-    def _split(self, name: str) -> dict[str, list[str]]:
-        """The share of a parameter whose tensors are listed with those of others.
+    def _share_of(self, name: str) -> dict[str, list[str]]:
+        """The keys of a parameter whose converter makes several parameters; empty for all others.
 
-        They are found under the name of the converter's first target (`rename_source_key`).
+        `rename_source_key` lists the keys of all of them under the converter's first target.
         """
         for converter in self._converters.values():
             targets = converter.target_patterns
@@ -100,5 +103,6 @@ class Mapping:
 
 
 def _share(keys: dict[str, list[str]], index: int, num_shares: int) -> dict[str, list[str]]:
+    """The part `index` of `num_shares` equal parts of each list of keys."""
     size = -(-len(next(iter(keys.values()))) // num_shares)
     return {pattern: part[index * size : (index + 1) * size] for pattern, part in keys.items()}

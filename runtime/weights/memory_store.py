@@ -1,4 +1,4 @@
-"""All experts of a model from files, in memory."""
+"""All experts of a checkpoint, held in memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Arena
-from runtime.weights.checkpoint_store import FileStore
+from runtime.weights.store import SkeletonStore
 
 
-class MemoryStore(FileStore):
-    """Takes the experts over from another store, which is read once and asked no more.
+class MemoryStore(SkeletonStore):
+    """A copy of all experts of another store, which is read once and never again.
 
-    The files may change from here on, and no miss waits for a disk or a conversion.
+    Afterwards the files may change, and no miss waits for a disk or a conversion.
     """
 
-    def __init__(self, store: FileStore) -> None:
-        super().__init__(store.stock, store.layers, store.dtype)
+    def __init__(self, store: SkeletonStore) -> None:
+        super().__init__(store.meta_layers, store.layers, store.dtype)
         self._experts = [
             Arena(self.specs(index), layer.num_experts, torch.device("cpu"))
             for index, layer in enumerate(self.layers)

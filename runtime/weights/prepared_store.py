@@ -1,9 +1,9 @@
-"""Models prepared by `runtime.prepare`: every expert one contiguous block of one file.
+"""A prepared model (`runtime.prepare`): every expert is one contiguous block of one file.
 
-config.json, tokenizer ...    as they were
-model.resident.safetensors    the weights that are not experts'
+config.json, tokenizer ...    as in the checkpoint
+model.resident.safetensors    all weights but the experts
 experts.bin                   the blocks, each on a page boundary
-experts.json                  the manifest: where each layer's blocks begin, and their checksums
+experts.json                  the manifest: offsets of each layer's blocks, and their checksums
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from routing.layers import MoELayer
 from runtime.weights.arena import Spec, Specs, expert_bytes
-from runtime.weights.checkpoint_store import FileStore
 from runtime.weights.files import WatchedFile
+from runtime.weights.store import SkeletonStore
 
 MANIFEST = "experts.json"
 BLOCKS = "experts.bin"
@@ -28,40 +28,41 @@ VARIANT = "resident"
 RESIDENT = f"model.{VARIANT}.safetensors"
 SCHEMA = 1
 PAGE = 4096
-"""Blocks begin at multiples of it: a page can be registered with a GPU."""
+"""Alignment of the blocks in bytes: pages can be registered with a GPU."""
 
 
 class LayerBlocks(NamedTuple):
-    """Where the experts of one MoE layer lie in the file of blocks."""
+    """The blocks of one MoE layer in `experts.bin`."""
 
     name: str
+    """Name of the layer in the model."""
     start: int
-    """Of the first expert."""
+    """Offset of the first expert's block, in bytes."""
     parameters: dict[str, tuple[str, list[int]]]
-    """dtype and shape of each parameter, in the order in which they lie in a block."""
+    """dtype and shape of each parameter, in their order within a block."""
     checksums: list[int]
-    """CRC-32 of each expert's block, without the padding up to the next page."""
+    """CRC-32 of each expert's block, without its padding."""
 
     @property
     def specs(self) -> Specs:
-        """The parameters as they are stored."""
+        """Shapes and dtypes of the parameters as stored."""
         return {
             name: Spec(tuple(shape), getattr(torch, dtype))
             for name, (dtype, shape) in self.parameters.items()
         }
 
     def offset(self, expert: int) -> int:
-        """Where the block of an expert begins."""
+        """Offset of the block of `expert`, in bytes."""
         return self.start + expert * stride(self.specs)
 
     @property
     def stop(self) -> int:
-        """Where the last block ends."""
+        """Offset after the last block, without its padding."""
         return self.offset(len(self.checksums) - 1) + expert_bytes(self.specs)
 
 
 def stride(specs: Specs) -> int:
-    """From one block of a layer to the next, in bytes."""
+    """Bytes from one block of a layer to the next."""
     return -(-expert_bytes(specs) // PAGE) * PAGE
 
 
@@ -71,7 +72,10 @@ def is_prepared(directory: Path) -> bool:
 
 
 def read_manifest(directory: Path) -> list[LayerBlocks]:
-    """Raises ValueError for a manifest that is none, or of another version."""
+    """Read the manifest of a prepared directory, one entry a layer.
+
+    Raises ValueError for a file that is no manifest, or one of another version.
+    """
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -86,17 +90,17 @@ def read_manifest(directory: Path) -> list[LayerBlocks]:
         ) from error
 
 
-class PreparedStore(FileStore):
-    """Reads each expert from its block.
+class PreparedStore(SkeletonStore):
+    """A store that reads each expert from its block.
 
-    dtype: what experts are handed out in; None for what they are stored in.
-    Raises ValueError when the blocks are not this model's, or the file is cut short.
+    dtype: the dtype in which experts are handed out; None for the stored one.
+    Raises ValueError if the blocks belong to another model, or if the file is truncated.
     """
 
     def __init__(
         self,
         directory: Path,
-        stock: list[MoELayer],
+        meta_layers: list[MoELayer],
         layers: list[MoELayer],
         dtype: torch.dtype | None,
     ) -> None:
@@ -104,7 +108,7 @@ class PreparedStore(FileStore):
         self._file = open_blocks(directory, self._blocks)
         self._stored = [blocks.specs for blocks in self._blocks]
         first = next(iter(self._stored[0].values()))
-        super().__init__(stock, layers, dtype or first.dtype)
+        super().__init__(meta_layers, layers, dtype or first.dtype)
         self._starts = [_starts(specs) for specs in self._stored]
         self._strides = [stride(specs) for specs in self._stored]
         self._require_match(directory)
@@ -131,13 +135,16 @@ class PreparedStore(FileStore):
 
 
 def _starts(specs: Specs) -> dict[str, int]:
-    """Where each parameter begins in a block."""
+    """Offset of each parameter within a block, in bytes."""
     sizes = [spec.num_bytes for spec in specs.values()]
     return dict(zip(specs, accumulate(sizes, initial=0), strict=False))
 
 
 def open_blocks(directory: Path, blocks: list[LayerBlocks]) -> WatchedFile:
-    """Raises ValueError when the file of blocks is missing, or shorter than the manifest says."""
+    """Open the file of blocks.
+
+    Raises ValueError if it is missing, or shorter than the manifest says.
+    """
     path = directory / BLOCKS
     if not path.is_file():
         raise ValueError(f"{path} is missing; prepare the model again")
@@ -151,14 +158,14 @@ def open_blocks(directory: Path, blocks: list[LayerBlocks]) -> WatchedFile:
 
 
 def checksum(block: Tensor) -> int:
-    """CRC-32 of a block [bytes] of uint8."""
+    """CRC-32 of a block, a uint8 tensor [bytes]."""
     return zlib.crc32(block.numpy().data)
 
 
 def verify(directory: Path) -> int:
-    """Read all blocks and compare their checksums; returns how many experts there are.
+    """Read all blocks and compare their checksums. Returns the number of experts.
 
-    Raises ValueError naming the first expert that is damaged.
+    Raises ValueError naming the first damaged expert.
     """
     blocks = read_manifest(directory)
     file = open_blocks(directory, blocks)

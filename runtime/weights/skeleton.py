@@ -1,4 +1,4 @@
-"""A model built without its experts, and its other weights read."""
+"""The skeleton of a model: built without its experts, all other weights read from files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from runtime.weights.store import expert_parameters
 
 
 def read_weights(
-    stock_class: Any, directory: Path, dtype: str | torch.dtype, variant: str | None
+    model_class: Any, directory: Path, dtype: str | torch.dtype, variant: str | None
 ) -> Any:
-    """`from_pretrained` that refuses what the library would fill with random numbers."""
+    """`from_pretrained`, but refusing what the library would fill with random numbers.
+
+    variant: of the file names, as in transformers.
+    Raises ValueError naming the tensor that is missing or has another shape.
+    """
     with _errors_only():
-        model, found = stock_class.from_pretrained(
+        model, found = model_class.from_pretrained(
             directory,
             dtype=dtype,
             variant=variant,
@@ -33,19 +37,19 @@ def read_weights(
         raise ValueError(
             f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
         )
-    _own(model)
+    _copy_weights(model)
     return model
 
 
-def _own(model: nn.Module) -> None:
-    """Copy the weights: the library leaves them pages of the file, which somebody might shorten."""
+def _copy_weights(model: nn.Module) -> None:
+    """Give the model its own memory: the library maps the file, which somebody might truncate."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
 
 
 @contextmanager
 def stripped(layers: list[MoELayer]) -> Iterator[None]:
-    """While active, the modeling modules build these layers' classes without expert parameters."""
+    """A context in which transformers builds the containers of these layers without experts."""
     classes = {type(layer.module): layer for layer in layers}
     try:
         for original, layer in classes.items():
@@ -65,13 +69,16 @@ def _strip(original: type[nn.Module], layer: MoELayer) -> type[nn.Module]:
             holder, _, name = path.rpartition(".")
             owner = self.get_submodule(holder)
             del owner._parameters[name]
-            setattr(owner, name, torch.empty(0))  # transformers' weight initialisation looks at it
+            setattr(owner, name, torch.empty(0))  # read by transformers' weight initialisation
 
     return type(original.__name__, (original,), {"__init__": __init__})
 
 
 def unstrip(model: nn.Module, layer: MoELayer) -> nn.Module:
-    """The live container of `layer`, of its own class again; without parameters, as if taken."""
+    """Return the live container of `layer`, in its own class again.
+
+    It has no expert parameters, as after `ExpertStore.take`.
+    """
     module = model.get_submodule(layer.name)
     module.__class__ = type(layer.module)
     for path in expert_parameters(layer):
@@ -84,7 +91,7 @@ def unstrip(model: nn.Module, layer: MoELayer) -> nn.Module:
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Keep transformers from listing every expert tensor that it did not load."""
+    """Silence the warning in which transformers lists every expert tensor it did not load."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The host tier: where the experts live when they are not in a slot. Read-only."""
+"""The host tier: a read-only store of the experts that are in no slot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from runtime.weights.arena import Spec, Specs
 
 
 class ExpertStore(ABC):
-    """Hands out the parameters of any expert of any MoE layer."""
+    """The parameters of every expert of every MoE layer, one expert at a time."""
 
     owns_experts = False
-    """Whether the experts exist nowhere else: they must go back into the model."""
+    """True if the experts exist nowhere else, so that they must go back into the model."""
 
     @abstractmethod
     def specs(self, layer: int) -> Specs:
@@ -24,30 +24,30 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
-        """Copy one expert into the given tensors (a slot's views)."""
+        """Copy one expert into the given tensors (views of a slot)."""
 
-    def release(self, layer: int) -> None:  # noqa: B027 - a store that owns no memory keeps its bytes
-        """Free the memory of the experts of `layer`, which somebody else holds now."""
+    def release(self, layer: int) -> None:  # noqa: B027 - files occupy no memory
+        """Free the memory of the experts of `layer`, of which another tier now has a copy."""
 
     def refill(self, layer: int, read: Callable[[int], dict[str, Tensor]]) -> None:  # noqa: B027
-        """Undo `release`: read(expert) gives one expert's parameters, on any device."""
+        """Undo `release`. read(expert) returns the parameters of one expert, on any device."""
 
     def is_released(self, layer: int) -> bool:
-        """Whether `refill` has to follow."""
+        """True if `refill` has to follow."""
         return False
 
-    def take(self, layer: int) -> None:  # noqa: B027 - a store of its own bytes has nothing to take
-        """Take the experts' parameters out of the container of `layer`."""
+    def take(self, layer: int) -> None:  # noqa: B027 - a model built without experts has none
+        """Remove the experts' parameters from the container of `layer`."""
 
     @abstractmethod
     def restore(self, layer: int) -> None:
-        """Give the experts container of `layer` all its parameters back."""
+        """Put all parameters back into the experts container of `layer`."""
 
 
 class ModuleStore(ExpertStore):
-    """The experts of a module that was given whole: its own tensors, taken out of it.
+    """The experts of a module that was passed whole: its own tensors, removed from it.
 
-    The very same parameters come back with `restore`, then on the CPU, where the host tier is.
+    `restore` puts the very same parameters back. They are on the CPU then, as the host tier is.
     """
 
     owns_experts = True
@@ -104,8 +104,42 @@ class ModuleStore(ExpertStore):
         self._layers[layer].module.get_submodule(owner)._parameters[name] = parameter
 
 
+class SkeletonStore(ExpertStore):
+    """A store for a model that was built without its experts; subclasses say where the bytes are.
+
+    meta_layers: the layers of the model on the meta device, which know the experts' shapes.
+    layers: those of the live model.
+    """
+
+    def __init__(
+        self, meta_layers: list[MoELayer], layers: list[MoELayer], dtype: torch.dtype
+    ) -> None:
+        self.meta_layers = meta_layers
+        self.layers = layers
+        self.dtype = dtype
+        self._names = [layer.container.names(layer.module) for layer in meta_layers]
+        self._shapes = [
+            {path: parameter.shape for path, parameter in expert_parameters(layer).items()}
+            for layer in meta_layers
+        ]
+
+    def specs(self, layer: int) -> Specs:
+        whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
+        parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
+        return {name: Spec(tuple(part.shape), self.dtype) for name, part in parts.items()}
+
+    def restore(self, layer: int) -> None:
+        container = self.layers[layer]
+        whole = {p: torch.zeros(s, dtype=self.dtype) for p, s in self._shapes[layer].items()}
+        for expert in range(container.num_experts):
+            self.read(layer, expert, expert_part(container, self._names[layer], whole, expert))
+        for path, tensor in whole.items():
+            holder, _, name = path.rpartition(".")
+            setattr(container.module.get_submodule(holder), name, nn.Parameter(tensor))
+
+
 def expert_parameters(layer: MoELayer) -> dict[str, nn.Parameter]:
-    """The parameters of a container that belong to its experts, by path within it."""
+    """The parameters of a container that belong to its experts, by their path within it."""
     container = layer.container
     names = container.names(layer.module)
     paths = dict.fromkeys(
@@ -117,7 +151,7 @@ def expert_parameters(layer: MoELayer) -> dict[str, nn.Parameter]:
 def expert_part(
     layer: MoELayer, names: list[str], parameters: Mapping[str, Tensor], expert: int
 ) -> dict[str, Tensor]:
-    """Views of one expert's parameters, by name; `parameters` are by path."""
+    """Views of the parameters of one expert, by name. `parameters` are keyed by path."""
     container = layer.container
     return {
         name: container.part(parameters[container.path(name, expert)], expert, layer.num_experts)

@@ -22,7 +22,7 @@ from routing.writer import TraceWriter
 from runtime.sizing.budget import slot_budget
 from runtime.sizing.units import parse_memory
 from runtime.weights.arena import Spec, expert_bytes
-from runtime.weights.source import Group, from_module
+from runtime.weights.source import ShapeGroup, from_module
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.routing.test_shards import PROVENANCE, a_document, a_topology
@@ -132,20 +132,20 @@ class Shapes(NamedTuple):
     """As much of a `Source` as a budget looks at."""
 
     layers: list[MoELayer]
-    groups: list[Group]
+    groups: list[ShapeGroup]
     fixed_bytes: int
 
 
 @st.composite
 def sources(draw: st.DrawFn) -> Shapes:
     layers: list[MoELayer] = []
-    groups: list[Group] = []
+    groups: list[ShapeGroup] = []
     for width in range(1, draw(st.integers(1, 3)) + 1):
         specs = {"w": Spec((draw(st.integers(1, 5_000_000)), width), torch.bfloat16)}
         num_layers, num_experts = draw(st.integers(1, 40)), draw(st.integers(1, 300))
         top_k = draw(st.integers(1, num_experts))
         layer = MoELayer("", nn.Module(), "fused", "decoder", num_experts, top_k)
-        groups.append(Group(specs, list(range(len(layers), len(layers) + num_layers))))
+        groups.append(ShapeGroup(specs, list(range(len(layers), len(layers) + num_layers))))
         layers += [layer] * num_layers
     return Shapes(layers, groups, draw(st.integers(0, 1 << 40)))
 

@@ -1,4 +1,4 @@
-"""runtime.plan: the forecast is what loading takes, and nothing of the weights is read for it."""
+"""runtime.plan: the plan is what loading takes, and no weights are read for it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import runtime
 from routing.layers import find_moe_layers
 from runtime.kv.size import cache_bytes, tensor_bytes
-from runtime.plan import Plan, PlanSettings, advice, main, plan
+from runtime.plan import PlanSettings, main, plan
 from runtime.sizing.link import measure_link
+from runtime.sizing.memory_plan import MemoryPlan, advice
 from runtime.weights.files import CheckpointFiles
 from tests.helpers.architectures import architecture_model, is_known
 from tests.helpers.tiny import KINDS, save_tiny
@@ -24,7 +25,7 @@ from tests.helpers.tiny import KINDS, save_tiny
 ODD = ["aria", "dbrx", "ernie4_5_vl_moe", "inkling2_text", "jetmoe", "llama4_text", "longcat_flash"]
 
 
-def taken(model: Any) -> int:
+def loaded_bytes(model: Any) -> int:
     """Bytes of an offloaded model's weights and slots."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     arenas = [pool.arena for pool in dict.fromkeys(model.expertflow._backend.pools)]
@@ -33,14 +34,14 @@ def taken(model: Any) -> int:
 
 @pytest.mark.parametrize("memory", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("kind", [*KINDS, *ODD, "nllb-moe"])
-def test_the_forecast_is_what_loading_takes(kind: str, memory: float, tmp_path: Path) -> None:
+def test_the_plan_is_what_loading_takes(kind: str, memory: float, tmp_path: Path) -> None:
     if not is_known(kind):
         pytest.skip(f"this version of transformers has no {kind}")
     architecture_model(kind).to(torch.bfloat16).save_pretrained(tmp_path)  # type: ignore[operator]
-    forecast = plan(tmp_path, memory)
+    planned = plan(tmp_path, memory)
     model: Any = runtime.load(tmp_path, memory=memory)
-    assert sum(forecast.slots) == model.expertflow.stats().num_slots
-    assert forecast.resident_bytes == pytest.approx(taken(model), rel=0.05)
+    assert sum(planned.slots) == model.expertflow.stats().num_slots
+    assert planned.resident_bytes == pytest.approx(loaded_bytes(model), rel=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +52,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_budget_in_bytes_is_kept_and_the_least_one_works(saved: Path) -> None:
     least = plan(saved, 1.0).least_bytes
     model: Any = runtime.load(saved, memory=least)
-    assert plan(saved, least).resident_bytes == taken(model) <= least
+    assert plan(saved, least).resident_bytes == loaded_bytes(model) <= least
     with pytest.raises(ValueError, match="a token needs 2 in one layer"):
         plan(saved, least - 3 * plan(saved).expert_bytes[0])
 
 
-def test_no_weights_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_no_weights(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("weights were read")
 
@@ -78,7 +79,7 @@ def test_the_key_value_cache_is_as_large_as_a_real_one(kind: str) -> None:
     assert cache_bytes(meta, find_moe_layers(meta), 24) == tensor_bytes(cache)
 
 
-def test_a_cache_that_the_models_code_cannot_tell_is_not_known() -> None:
+def test_a_cache_size_that_the_model_does_not_reveal_is_not_known() -> None:
     meta = architecture_model("jetmoe").to("meta")
     layers = find_moe_layers(meta)
     assert cache_bytes(meta, layers, 24) is None
@@ -92,20 +93,20 @@ def test_on_a_gpu_bytes_pay_for_the_cache_too(saved: Path) -> None:
         plan(saved, "600MiB", device="cuda", context=1 << 20, batch=16)
 
 
-@pytest.mark.parametrize(("device", "is_told"), [("cpu", False), ("cuda", True)])
-def test_on_a_gpu_packing_is_told(
-    saved: Path, device: str, is_told: bool, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("device", "is_mentioned"), [("cpu", False), ("cuda", True)])
+def test_on_a_gpu_packing_is_mentioned(
+    saved: Path, device: str, is_mentioned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ("packed" in printed(capsys, saved, device=device)) == is_told
+    assert ("packed" in printed(capsys, saved, device=device)) == is_mentioned
 
 
-def test_bytes_for_a_token_are_the_misses_of_its_top_k(saved: Path) -> None:
-    found = plan(saved)
-    assert found.bytes_per_token(0.0) == 4 * 2 * found.expert_bytes[0]
-    assert found.bytes_per_token(0.75) == 2 * found.expert_bytes[0]
+def test_the_bytes_of_a_token_are_the_misses_of_its_top_k(saved: Path) -> None:
+    planned = plan(saved)
+    assert planned.bytes_per_token(0.0) == 4 * 2 * planned.expert_bytes[0]
+    assert planned.bytes_per_token(0.75) == 2 * planned.expert_bytes[0]
 
 
-def test_a_large_model_is_planned_in_its_own_number_format(tmp_path: Path) -> None:
+def test_a_model_is_planned_in_its_own_dtype(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "olmoe", hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, num_experts=4, num_experts_per_tok=2, vocab_size=64,
@@ -123,7 +124,7 @@ def printed(capsys: pytest.CaptureFixture[str], model: Path, **options: Any) -> 
     return capsys.readouterr().out
 
 
-def test_the_plan_says_sizes_caches_and_traffic(
+def test_the_command_prints_sizes_caches_and_traffic(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = printed(capsys, saved, memory="0.5")
@@ -138,23 +139,23 @@ def test_a_measured_link_gives_tokens_a_second(
     assert "tokens/s over" in printed(capsys, saved, measure=True, device="cpu")
 
 
-def test_the_link_is_measured_in_bytes_a_second() -> None:
+def test_the_measured_bandwidth_is_in_bytes_a_second() -> None:
     assert 1e8 < measure_link(torch.device("cpu"), 1 << 20) < 1e12
 
 
 @pytest.fixture
-def planned(saved: Path) -> Callable[[float], Plan]:
+def planned(saved: Path) -> Callable[[float], MemoryPlan]:
     return lambda memory: plan(saved, memory)
 
 
-def test_advice_fits_the_budget(planned: Callable[[float], Plan]) -> None:
+def test_advice_fits_the_budget(planned: Callable[[float], MemoryPlan]) -> None:
     assert advice(planned(1.0), 1 << 30)[0].startswith("Everything fits")
     assert advice(planned(0.1), 1 << 30)[0].startswith("Only 9% of the experts are resident")
     assert any("wait for the disk" in line for line in advice(planned(0.5), 1 << 10))
     assert [line for line in advice(planned(0.5), 1 << 30) if "least" not in line] == []
 
 
-def test_what_loading_refuses_is_refused_by_the_plan(tmp_path: Path) -> None:
+def test_the_plan_refuses_what_loading_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no model directory"):
         plan(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no config\.json"):

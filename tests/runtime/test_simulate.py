@@ -1,4 +1,4 @@
-"""runtime.simulate: the same loads as a live run over the same tokens, and its command line."""
+"""runtime.simulate: the same loads as in a live run over the same tokens; its command line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def generate(model: Any) -> Iterable[Tensor]:
 
 
 def teacher_forced(model: Any, documents: Iterable[Document], *, decode_all: bool = False) -> None:
-    """Run documents again: the prompt in one step, then a step a token."""
+    """Run documents again: the prompt in one step, then one step a token."""
     for document in documents:
         token_ids = torch.from_numpy(np.array(document.token_ids_T, np.int64))[None]
         num_prompt = 1 if decode_all else int((document.phase_T == PROMPT).sum())
@@ -56,7 +56,7 @@ def teacher_forced(model: Any, documents: Iterable[Document], *, decode_all: boo
 
 
 def record(kind: str, directory: Path) -> Path:
-    """Generate with the stock model, and write the trace of what its experts calls were."""
+    """Generate with the stock model, and write the trace of its expert calls."""
     model: Any = tiny_model(kind)
     layers, topology = find_moe_layers(model), topology_of(model)
     calls: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
@@ -83,7 +83,7 @@ def record(kind: str, directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`traced(kind)`: the recorded trace of that tiny model, made once."""
+    """`traced(kind)`: the trace of that tiny model, recorded once."""
     made: dict[str, Path] = {}
 
     def directory(kind: str) -> Path:
@@ -109,7 +109,7 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def simulate(trace: Path, out: Path, **options: Any) -> dict[tuple[str, float], dict[str, Any]]:
-    """The results that the command wrote, by policy and residency."""
+    """The results that the command writes, by policy and residency."""
     main(SimulateSettings(trace=trace, json=out / "results.json", residency=RESIDENCY, **options))
     results = json.loads((out / "results.json").read_text())["results"]
     return {(result["policy"], result["residency"]): result for result in results}
@@ -141,14 +141,14 @@ def assert_same_counts(model: Any, simulated: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_a_generation_loads_what_the_simulation_of_its_trace_says(
+def test_a_generation_loads_what_the_simulation_of_its_trace_loads(
     kind: str,
     policy: str,
     traced: Callable[[str], Path],
     predictors: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Prompts of several lengths, some with more distinct experts than slots."""
+    """The prompts have several lengths; some need more distinct experts than there are slots."""
     simulated = simulate(traced(kind), tmp_path, predictor=predictors(kind))
     for share in RESIDENCY:
         model = offload(kind, share, policy, traced(kind), predictors(kind))
@@ -159,7 +159,7 @@ def test_a_generation_loads_what_the_simulation_of_its_trace_says(
     assert simulated[policy, 0.125]["loads"] > simulated[policy, 1.0]["loads"]
 
 
-def test_a_stateless_predictor_loads_what_its_simulation_says(
+def test_a_generation_with_a_stateless_predictor_loads_what_its_simulation_loads(
     traced: Callable[[str], Path], predictors: Callable[..., Path], tmp_path: Path
 ) -> None:
     predictor = predictors("olmoe", cache=False)
@@ -179,7 +179,7 @@ def test_prompts_replayed_token_by_token_load_what_a_live_run_token_by_token_loa
     simulated = simulate(trace, tmp_path, predictor=predictor, decode_all=True)
     for share in RESIDENCY:
         model = offload("olmoe", share, policy, trace, predictor)
-        if policy == "belady":  # its replay is of whole prompts
+        if policy == "belady":  # it replays whole prompts
             with pytest.raises(ValueError, match="differs from the recorded trace"):
                 teacher_forced(model, TraceReader(trace).documents(), decode_all=True)
             continue
@@ -188,7 +188,7 @@ def test_prompts_replayed_token_by_token_load_what_a_live_run_token_by_token_loa
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_trace_of_trace_collect_is_simulated_as_it_runs(
+def test_a_trace_of_trace_collect_is_simulated_as_the_model_runs_it(
     policy: str, predictors: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("the first\n<|endoftext|>\nand the second document\n")
@@ -225,7 +225,7 @@ def command(*argv: object) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line on stderr; the exit code must be 2."""
+    """The one line on stderr of a command that exits with code 2."""
     with pytest.raises(SystemExit) as caught:
         command(*argv)
     out, err = capsys.readouterr()
@@ -234,7 +234,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return err
 
 
-def test_the_command_prints_a_table_and_writes_json_and_a_picture(
+def test_the_command_prints_a_table_and_writes_json_and_a_plot(
     traced: Callable[[str], Path], predictors: Callable[..., Path], tmp_path: Path
 ) -> None:
     options = {
@@ -263,14 +263,14 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(
     assert (tmp_path / "hits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tokens_are_limited_in_all_and_in_each_document(
+def test_tokens_are_limited_in_total_and_per_document(
     traced: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command("--trace", traced("olmoe"), "--max_tokens", 20, "--document_tokens", 8)
     assert "20 tokens of 3 documents" in capsys.readouterr().out
 
 
-def test_a_trace_that_is_not_there_is_refused(
+def test_a_directory_that_is_no_trace_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert f"{tmp_path} is not a trace" in refused(capsys, "--trace", tmp_path)
@@ -297,7 +297,7 @@ def test_a_damaged_trace_is_refused_and_left_as_it_was(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_predictor_of_another_model_is_refused_by_both_names(
+def test_a_predictor_of_another_model_is_refused_naming_both(
     traced: Callable[[str], Path],
     predictors: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
@@ -308,7 +308,7 @@ def test_a_predictor_of_another_model_is_refused_by_both_names(
     assert f"the predictor {predictor} is for mixtral" in message
 
 
-def test_a_predictor_that_is_none_is_refused(
+def test_a_file_that_is_no_predictor_is_refused(
     traced: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "predictor.onnx").write_text("nothing")

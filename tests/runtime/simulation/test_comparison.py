@@ -1,4 +1,4 @@
-"""Rivals, the timeline of a link, and the table of them all."""
+"""Baselines, the timeline of the link model, and the table of all contenders."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LRU
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulate import main
-from runtime.simulation.baselines import Rival, answers, fit_rivals, used_by
-from runtime.simulation.comparison import predicting, recall, rival_forecasts
+from runtime.simulation.baselines import Baseline, answers, fit_baselines, used_by
+from runtime.simulation.comparison import baseline_forecasts, predicting, recall
 from runtime.simulation.link_model import Machine, Timeline
 from runtime.simulation.replay import Simulation
 from runtime.simulation.settings import SimulateSettings
@@ -29,7 +29,7 @@ from tests.helpers.predicting import NUM_EXPERTS, NUM_LAYERS, TOPOLOGY, write_tr
 SHAPE = NUM_LAYERS, NUM_EXPERTS
 MACHINE = Machine(expert_ms=2.0, layer_ms=3.0)
 BY_TOKEN, BY_SECRET = 0, 2
-"""Layers of the traces of tests.helpers.predicting: what decides their routes."""
+"""Layers of the traces of tests.helpers.predicting, by what decides their routes."""
 
 
 def documents_of(directory: Path) -> list[list[TraceStep]]:
@@ -40,9 +40,9 @@ def documents_of(directory: Path) -> list[list[TraceStep]]:
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rival]:
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Baseline]:
     directory = write_trace(tmp_path_factory.mktemp("fit") / "rules", num_documents=60)
-    return {r.name: r for r in fit_rivals(documents_of(directory), NUM_EXPERTS, 3)}
+    return {r.name: r for r in fit_baselines(documents_of(directory), NUM_EXPERTS, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,15 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> list[list[TraceStep]]:
     return documents_of(write_trace(tmp_path_factory.mktemp("t") / "rules", seed=9))[:12]
 
 
-def recall_of_layer(rival: Rival, documents: list[list[TraceStep]], layer: int) -> float:
-    said = np.stack([f.this_LE for f in rival_forecasts(rival, documents, NUM_EXPERTS)])
+def recall_of_layer(baseline: Baseline, documents: list[list[TraceStep]], layer: int) -> float:
+    forecast = np.stack([f.this_LE for f in baseline_forecasts(baseline, documents, NUM_EXPERTS)])
     used = np.concatenate([used_by(steps, NUM_EXPERTS) for steps in documents])
-    return recall(said[:, layer : layer + 1], used[:, layer : layer + 1])
+    return recall(forecast[:, layer : layer + 1], used[:, layer : layer + 1])
 
 
-def test_each_rival_knows_the_layer_that_follows_its_rule_and_no_other(fitted, held_out) -> None:
+def test_each_baseline_predicts_the_layer_that_follows_its_rule_and_no_other(
+    fitted, held_out
+) -> None:
     by_token = {n: recall_of_layer(r, held_out, BY_TOKEN) for n, r in fitted.items()}
     by_secret = {n: recall_of_layer(r, held_out, BY_SECRET) for n, r in fitted.items()}
     assert by_token["token table"] > 0.99 > 0.6 > by_token["previous token"]
@@ -65,16 +67,18 @@ def test_each_rival_knows_the_layer_that_follows_its_rule_and_no_other(fitted, h
     assert max(by_token["static hot set"], by_secret["static hot set"]) < 0.6
 
 
-def test_every_rival_gives_probabilities_that_grow_with_the_horizon(fitted, held_out) -> None:
-    for rival in fitted.values():
-        for said in rival_forecasts(rival, held_out, NUM_EXPERTS):
-            planes = np.stack(said)
+def test_every_baseline_gives_probabilities_that_grow_with_the_horizon(fitted, held_out) -> None:
+    for baseline in fitted.values():
+        for forecast in baseline_forecasts(baseline, held_out, NUM_EXPERTS):
+            planes = np.stack(forecast)
             assert planes.shape == (4, *SHAPE) and planes.min() >= 0 and planes.max() <= 1
             assert (np.diff(planes[1:], axis=0) > -1e-6).all()
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
-def test_answers_are_what_a_search_ahead_finds(length: int, horizon: int, seed: int) -> None:
+def test_answers_are_what_a_search_of_the_coming_tokens_finds(
+    length: int, horizon: int, seed: int
+) -> None:
     used_TLE = np.random.default_rng(seed).random((length, 2, 3)) < 0.3
     for ahead, answer in zip((0, 1, horizon, 4 * horizon), answers(used_TLE, horizon), strict=True):
         for t in range(length):
@@ -93,11 +97,11 @@ def random_steps(seed: int, count: int = 30, top_k: int = 2) -> list[Calls]:
     ]
 
 
-def knowing(calls: Calls, sure: float = 1.0) -> Forecast:
-    """Says what this step uses, and nothing of later ones."""
+def forecast_of(calls: Calls, probability: float = 1.0) -> Forecast:
+    """A forecast of the experts of this step alone."""
     planes = np.zeros((4, *SHAPE), np.float32)
     for layer, experts in calls:
-        planes[0, layer, experts] = sure
+        planes[0, layer, experts] = probability
     return Forecast(*planes)
 
 
@@ -109,10 +113,10 @@ def test_without_prefetching_it_loads_what_the_simulation_loads(seed: int, slots
     for calls in steps:
         timeline.step(None, calls)
         simulation.step(None, calls)
-    tally = timeline.tally
-    assert tally.demanded == simulation.loads
+    counts = timeline.counts
+    assert counts.demanded == simulation.loads
     layers = len(steps) * NUM_LAYERS
-    assert tally.milliseconds == pytest.approx(2.0 * tally.demanded + 3.0 * layers)
+    assert counts.milliseconds == pytest.approx(2.0 * counts.demanded + 3.0 * layers)
 
 
 @given(st.integers(0, 99), st.integers(6, 20), st.sampled_from(["priced", "greedy"]))
@@ -122,27 +126,27 @@ def test_every_prefetch_is_timely_late_or_wasted_and_saves_a_load_unless_wasted(
     steps = random_steps(seed)
     timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, slots, MACHINE, plan)
     for calls in steps:
-        timeline.step(knowing(calls, 0.9), calls)
-    tally = timeline.tally
-    assert min(tally.timely, tally.late, tally.wasted) >= 0
-    assert tally.prefetched > 0
+        timeline.step(forecast_of(calls, 0.9), calls)
+    counts = timeline.counts
+    assert min(counts.timely, counts.late, counts.wasted) >= 0
+    assert counts.prefetched > 0
 
 
 def test_a_prefetch_that_arrives_while_layers_compute_hides_its_load() -> None:
     calls: Calls = [(0, np.array([1])), (1, np.array([2]))]
     timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, 8, MACHINE, "priced")
-    timeline.step(knowing(calls), calls)
-    assert (timeline.tally.demanded, timeline.tally.timely, timeline.tally.late) == (1, 1, 0)
-    assert timeline.tally.milliseconds == pytest.approx(2.0 + 3.0 + 3.0)
+    timeline.step(forecast_of(calls), calls)
+    assert (timeline.counts.demanded, timeline.counts.timely, timeline.counts.late) == (1, 1, 0)
+    assert timeline.counts.milliseconds == pytest.approx(2.0 + 3.0 + 3.0)
 
 
-def test_a_prefetch_that_is_still_on_its_way_is_late_and_waited_for() -> None:
+def test_a_prefetch_that_is_still_in_transfer_is_late_and_waited_for() -> None:
     calls: Calls = [(0, np.array([1])), (1, np.array([2]))]
     slow = Machine(expert_ms=4.0, layer_ms=3.0)
     timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, 8, slow, "priced")
-    timeline.step(knowing(calls), calls)
-    assert (timeline.tally.timely, timeline.tally.late) == (0, 1)
-    assert timeline.tally.milliseconds == pytest.approx(4.0 + 4.0 + 3.0)
+    timeline.step(forecast_of(calls), calls)
+    assert (timeline.counts.timely, timeline.counts.late) == (0, 1)
+    assert timeline.counts.milliseconds == pytest.approx(4.0 + 4.0 + 3.0)
 
 
 def test_a_flat_forecast_is_not_worth_a_prefetch_that_delays_the_next_layer() -> None:
@@ -153,8 +157,8 @@ def test_a_flat_forecast_is_not_worth_a_prefetch_that_delays_the_next_layer() ->
         timeline = Timeline(PredictedReuse(*SHAPE, horizon=4), SHAPE, 8, slow, plan)
         for calls in steps:
             timeline.step(flat, calls)
-        times[plan] = timeline.tally.milliseconds
-    assert timeline.tally.prefetched == 0
+        times[plan] = timeline.counts.milliseconds
+    assert timeline.counts.prefetched == 0
     assert times["priced"] == times["none"]
 
 
@@ -167,7 +171,7 @@ def test_the_recall_of_the_next_token_leaves_out_the_last_of_a_document(held_out
         Forecast(*np.stack([now, after, now, now]).astype(np.float32))
         for now, after in zip(used, np.roll(used, -1, axis=0), strict=True)
     ]
-    scored = predicting("oracle", perfect, held_out, SHAPE, 3)
+    scored = predicting("perfect", perfect, held_out, SHAPE, 3)
     assert scored.recall_this == scored.recall_next == 1.0
 
 
@@ -185,12 +189,12 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
 def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     out, arguments = compared
     run(main, SimulateSettings, arguments, prog="python -m runtime.simulate")
-    said, rows = capsys.readouterr().out, json.loads(out.read_text())["results"]
+    printed, rows = capsys.readouterr().out, json.loads(out.read_text())["results"]
     names = ["lru", "lfu", "least-stale", "belady", "uses seen", "static hot set"]
     names += ["previous token", "token table", "nearest maps", "ours"]
     assert [row["name"] for row in rows] == 2 * names
-    assert all(name in said for name in [*names, "lru, one by one", "belady+bypass"])
-    assert said.count("prefetch on") + said.count("prefetch off") == 2 * 5
+    assert all(name in printed for name in [*names, "lru, one by one", "belady+bypass"])
+    assert printed.count("prefetch on") + printed.count("prefetch off") == 2 * 5
     best = {row["residency"]: row["hit_rate"] for row in rows if row["name"] == "belady"}
     assert all(row["hit_rate"] <= best[row["residency"]] + 1e-9 for row in rows)
 

@@ -1,4 +1,4 @@
-"""Look-ahead in the simulator: calibration, timeliness, and what it may know."""
+"""Look-ahead in the simulator: calibration, timeliness, and what is known when."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulate import main
 from runtime.simulation.calibration import Calibration, Joint
-from runtime.simulation.link_model import Machine, Tally, Timeline
+from runtime.simulation.link_model import Machine, Timeline, TimelineCounts
 from runtime.simulation.settings import SimulateSettings
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import NUM_EXPERTS, NUM_LAYERS, TOP_K, TOPOLOGY, write_trace
@@ -28,8 +28,8 @@ SHAPE = NUM_LAYERS, NUM_EXPERTS
 DEPTH = 2
 
 
-def knowing_look_ahead(used_TLK: np.ndarray, wrong: float, seed: int) -> LookAhead:
-    """Names the experts used first, but for a share of tokens where it names others, unsurely."""
+def mostly_right_look_ahead(used_TLK: np.ndarray, wrong: float, seed: int) -> LookAhead:
+    """Names the experts used; on a share `wrong` of tokens, other experts with low scores."""
     random = np.random.default_rng(seed)
     length = len(used_TLK)
     size = (length, NUM_LAYERS, DEPTH)
@@ -63,26 +63,26 @@ def test_calibrated_probabilities_add_up_to_the_experts_used(
     length: int, wrong: float, seed: int
 ) -> None:
     routes_TLK = random_routes(length, seed)
-    ahead = knowing_look_ahead(routes_TLK, wrong, seed)
-    said = Calibration(ahead, used_in(routes_TLK), TOP_K).probabilities(ahead)
-    assert said.shape == (length, NUM_LAYERS, DEPTH, NUM_EXPERTS)
-    assert said.min() >= 0 and said.max() <= 1
-    assert not said[:, 2].any() and not said[:, 1, 1].any()  # beyond the last layer
-    sums = said.astype(np.float32).sum(-1)[:, :1].mean(0)
-    assert np.abs(sums - TOP_K).max() < 0.9  # but for the half use that every bin begins with
+    ahead = mostly_right_look_ahead(routes_TLK, wrong, seed)
+    probability = Calibration(ahead, used_in(routes_TLK), TOP_K).probabilities(ahead)
+    assert probability.shape == (length, NUM_LAYERS, DEPTH, NUM_EXPERTS)
+    assert probability.min() >= 0 and probability.max() <= 1
+    assert not probability[:, 2].any() and not probability[:, 1, 1].any()  # beyond the last layer
+    sums = probability.astype(np.float32).sum(-1)[:, :1].mean(0)
+    assert np.abs(sums - TOP_K).max() < 0.9  # each bin begins with half a use
 
 
-def test_a_sure_look_ahead_is_believed_and_an_unsure_one_is_not() -> None:
+def test_a_confident_look_ahead_is_trusted_and_an_unsure_one_is_not() -> None:
     routes_TLK = random_routes(4000, 0)
-    ahead = knowing_look_ahead(routes_TLK, 0.5, 0)
+    ahead = mostly_right_look_ahead(routes_TLK, 0.5, 0)
     used_TLE = used_in(routes_TLK)
-    said = Calibration(ahead, used_TLE, TOP_K).probabilities(ahead)[:, 0, 0]
+    probability = Calibration(ahead, used_TLE, TOP_K).probabilities(ahead)[:, 0, 0]
     sure = ahead.scores_TLDM[:, 0, 0, 0] == 3.0
-    assert said[sure][used_TLE[sure, 1]].min() > 0.9
-    assert 0.1 < said[~sure].max(-1).mean() < 0.5
+    assert probability[sure][used_TLE[sure, 1]].min() > 0.9
+    assert 0.1 < probability[~sure].max(-1).mean() < 0.5
 
 
-def test_a_predictor_and_a_look_ahead_together_know_more_than_each() -> None:
+def test_a_predictor_and_a_look_ahead_together_beat_either_alone() -> None:
     random = np.random.default_rng(0)
     used_TLE = used_in(random_routes(3000, 1))
     signal = np.where(used_TLE, 1.0, -1.0)
@@ -105,7 +105,7 @@ def test_a_predictor_and_a_look_ahead_together_know_more_than_each() -> None:
 
 
 @given(st.integers(0, 99), st.integers(0, NUM_LAYERS - 1))
-def test_revealing_what_the_forecast_said_changes_no_value(seed: int, layer: int) -> None:
+def test_revealing_the_forecast_itself_changes_no_value(seed: int, layer: int) -> None:
     random = np.random.default_rng(seed)
     forecast = Forecast(*np.sort(random.random((4, *SHAPE)).astype(np.float32), axis=0))
     policy = PredictedReuse(*SHAPE, horizon=3)
@@ -115,7 +115,7 @@ def test_revealing_what_the_forecast_said_changes_no_value(seed: int, layer: int
     np.testing.assert_allclose(policy.values, before, rtol=1e-5)
 
 
-def test_an_expert_revealed_to_be_needed_outlives_all_that_was_used_before() -> None:
+def test_an_expert_predicted_by_a_look_ahead_outlives_all_experts_used_before() -> None:
     policy = PredictedReuse(*SHAPE, horizon=3)
     for _ in range(50):
         policy.begin_step(None)
@@ -129,7 +129,7 @@ def test_an_expert_revealed_to_be_needed_outlives_all_that_was_used_before() -> 
 
 
 def ahead_of(calls: Calls, depth: int) -> np.ndarray:
-    """Knows the next `depth` layers of one step for sure."""
+    """A certain look-ahead over the next `depth` layers of one step."""
     ahead = np.zeros((NUM_LAYERS, depth, NUM_EXPERTS), np.float16)
     for layer, experts in calls:
         for distance in range(1, min(depth, layer) + 1):
@@ -137,31 +137,31 @@ def ahead_of(calls: Calls, depth: int) -> np.ndarray:
     return ahead
 
 
-def decode(calls: Calls, depth: int, machine: Machine, *, resident: Calls = ()) -> Tally:
-    """One step, after one that leaves `resident` in a cache of all experts."""
+def decode(calls: Calls, depth: int, machine: Machine, *, resident: Calls = ()) -> TimelineCounts:
+    """Decode one step, after another has left `resident` in a cache that fits all experts."""
     policy = PredictedReuse(*SHAPE, horizon=3)
     timeline = Timeline(policy, SHAPE, NUM_LAYERS * NUM_EXPERTS, machine, "priced")
     timeline.step(None, resident)
-    timeline.tally = Tally()
+    timeline.counts = TimelineCounts()
     timeline.step(None, calls, ahead_of(calls, depth))
-    return timeline.tally
+    return timeline.counts
 
 
 STEP: Calls = [(0, np.array([1, 2])), (1, np.array([3, 4])), (2, np.array([5, 6]))]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_with_a_fast_link_all_is_hidden_but_the_first_layer(depth: int) -> None:
-    tally = decode(STEP, depth, Machine(expert_ms=0.1, layer_ms=3.0))
-    assert (tally.demanded, tally.timely, tally.late, tally.wasted) == (2, 4, 0, 0)
-    assert tally.milliseconds == pytest.approx(0.2 + 3 * 3.0)
+def test_a_fast_link_hides_all_loads_but_the_first_layers(depth: int) -> None:
+    counts = decode(STEP, depth, Machine(expert_ms=0.1, layer_ms=3.0))
+    assert (counts.demanded, counts.timely, counts.late, counts.wasted) == (2, 4, 0, 0)
+    assert counts.milliseconds == pytest.approx(0.2 + 3 * 3.0)
 
 
-def test_nothing_of_a_layer_is_fetched_before_a_router_input_says_so() -> None:
-    """Layer 0 computes with an idle link, but from there depth 1 sees no further than layer 1."""
+def test_no_expert_of_a_layer_is_prefetched_before_a_router_input_predicts_it() -> None:
+    """The link is idle while layer 0 computes, but depth 1 sees no farther than layer 1."""
     machine = Machine(expert_ms=2.5, layer_ms=3.0)
     near = decode(STEP, 1, machine, resident=STEP[:2])
-    assert (near.timely, near.late) == (1, 1)  # both are asked for while layer 1 computes
+    assert (near.timely, near.late) == (1, 1)  # both are prefetched while layer 1 computes
     assert near.milliseconds == pytest.approx(3 + 5 + 3)
     far = decode(STEP, 2, machine, resident=STEP[:2])
     assert (far.timely, far.late) == (2, 0)
@@ -169,21 +169,23 @@ def test_nothing_of_a_layer_is_fetched_before_a_router_input_says_so() -> None:
 
 
 def test_a_look_ahead_that_comes_too_late_is_late_and_waited_for() -> None:
-    tally = decode(STEP[:2], 1, Machine(expert_ms=4.0, layer_ms=3.0), resident=STEP[:1])
-    assert (tally.demanded, tally.timely, tally.late) == (1, 0, 1)
-    assert tally.milliseconds == pytest.approx(4 + 4 + 3)
+    counts = decode(STEP[:2], 1, Machine(expert_ms=4.0, layer_ms=3.0), resident=STEP[:1])
+    assert (counts.demanded, counts.timely, counts.late) == (1, 0, 1)
+    assert counts.milliseconds == pytest.approx(4 + 4 + 3)
 
 
-def test_a_later_word_replaces_what_was_said_from_further_off() -> None:
-    """From layer 0 expert 5 of layer 2 looks certain; layer 1, which is nearer, says it is not."""
+def test_a_nearer_layers_look_ahead_replaces_that_of_a_farther_one() -> None:
+    """From layer 0 expert 5 of layer 2 looks certain; layer 1 corrects that."""
     calls: Calls = [(0, np.array([1])), (1, np.array([3])), (2, np.array([6]))]
     ahead = ahead_of(calls, 2)
     ahead[0, 1], ahead[1, 0] = np.eye(NUM_EXPERTS)[5], 0.0
     policy, machine = PredictedReuse(*SHAPE, horizon=3), Machine(expert_ms=3.0, layer_ms=3.0)
     timeline = Timeline(policy, SHAPE, 24, machine, "priced")
     timeline.step(None, calls, ahead)
-    tally = timeline.tally  # layer 0 computes while expert 3 crosses, and then there is time for 5
-    assert (tally.demanded, tally.prefetched, tally.timely) == (2, 1, 1)
+    counts = (
+        timeline.counts
+    )  # while layer 0 computes expert 3 crosses, and then there is time for 5
+    assert (counts.demanded, counts.prefetched, counts.timely) == (2, 1, 1)
 
 
 # ------------------------------------------------------------------------------ the command
@@ -199,7 +201,7 @@ def with_look_ahead(directory: Path, out: Path, wrong: float) -> Path:
 
 def _with(document: Document, wrong: float, seed: int) -> Document:
     routes_TLK = signed_experts(document.experts_TLK, NUM_EXPERTS).astype(np.int64)
-    return document._replace(lookahead={"gate": knowing_look_ahead(routes_TLK, wrong, seed)})
+    return document._replace(lookahead={"gate": mostly_right_look_ahead(routes_TLK, wrong, seed)})
 
 
 @pytest.fixture(scope="module")
@@ -227,11 +229,11 @@ def test_look_aheads_of_a_trace_join_the_comparison(compared, capsys) -> None:
     assert "recall of the experts of a coming layer" in capsys.readouterr().out
 
 
-def test_a_look_ahead_that_cannot_be_calibrated_is_left_out_and_said_to_be(
+def test_a_look_ahead_that_cannot_be_calibrated_is_left_out_with_a_message(
     compared, capsys
 ) -> None:
     folder, words = compared
     plain = [word for word in words if not word.startswith("--fit_trace")]
     run(main, SimulateSettings, [*plain, f"--fit_trace={folder / 'f'}"], prog="simulate")
-    said = capsys.readouterr().out
-    assert "without look-ahead by gate" in said and "gate, 1 ahead" not in said
+    printed = capsys.readouterr().out
+    assert "without look-ahead by gate" in printed and "gate, 1 ahead" not in printed

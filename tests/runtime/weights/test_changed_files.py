@@ -1,4 +1,4 @@
-"""A checkpoint that is written to under a running model, and experts that cannot be read at all."""
+"""Checkpoints that change under a running model, and experts that cannot be read at all."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ WEIGHTS = "model.safetensors"
 
 
 def rewrite(path: Path) -> None:
-    """Zeroes into the middle of the file, in place."""
+    """Write zeros into the middle of the file, in place."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(bytes(4096))
 
 
-def shorten(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -37,8 +37,8 @@ def touch(path: Path) -> None:
     os.utime(path, (0, 0))
 
 
-@pytest.mark.parametrize("change", [rewrite, shorten, touch])
-def test_a_file_written_to_under_a_running_model_is_noticed_and_named(
+@pytest.mark.parametrize("change", [rewrite, truncate, touch])
+def test_a_file_changed_under_a_running_model_is_noticed_and_named(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = save_tiny(tmp_path, "olmoe") / WEIGHTS
@@ -50,8 +50,8 @@ def test_a_file_written_to_under_a_running_model_is_noticed_and_named(
     model.expertflow.check_integrity()
 
 
-@pytest.mark.parametrize("change", [rewrite, shorten])
-def test_experts_already_resident_go_on_without_the_file(
+@pytest.mark.parametrize("change", [rewrite, truncate])
+def test_resident_experts_need_their_file_no_more(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = save_tiny(tmp_path, "olmoe") / WEIGHTS
@@ -68,7 +68,7 @@ def replace(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replace, Path.unlink])
-def test_a_file_that_is_replaced_or_deleted_stays_as_it_was(
+def test_a_file_that_is_replaced_or_deleted_is_still_read_as_it_was(
     change: Callable[[Path], None], tmp_path: Path
 ) -> None:
     path = save_tiny(tmp_path, "olmoe") / WEIGHTS
@@ -86,12 +86,12 @@ def test_experts_held_in_memory_need_their_file_no_more(kind: str, tmp_path: Pat
     architecture_model(kind).save_pretrained(tmp_path)  # type: ignore[operator]
     expected = logits(runtime.load(tmp_path, memory=0.5))
     model: Any = runtime.load(tmp_path, memory=0.5, host="memory")
-    shorten(tmp_path / WEIGHTS)
+    truncate(tmp_path / WEIGHTS)
     assert torch.equal(logits(model), expected)
     torch.testing.assert_close(logits(model.expertflow.detach()), expected, rtol=0, atol=1e-5)
 
 
-def test_an_unknown_host_tier_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_host_tier_is_refused_naming_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="host='disk' is not one of file, memory"):
         runtime.load(save_tiny(tmp_path, "olmoe"), host="disk")
 
@@ -124,14 +124,14 @@ EXPERTS = {
 
 
 def tensors_of(directory: Path, name: str) -> tuple[dict[str, Tensor], str]:
-    """All tensors, and which of them is meant by `name`."""
+    """All tensors of a checkpoint, and the full key of the one that ends in `name`."""
     tensors = load_file(directory / WEIGHTS)
     (key,) = [key for key in tensors if key.endswith(name)]
     return tensors, key
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_missing_tensor_of_the_experts_is_refused_by_its_name(
+def test_a_missing_tensor_of_the_experts_is_refused_by_name(
     kind: str, saved: Callable[[str, Path], Path], tmp_path: Path
 ) -> None:
     directory = saved(kind, tmp_path)
@@ -145,7 +145,7 @@ def test_a_missing_tensor_of_the_experts_is_refused_by_its_name(
 
 @pytest.mark.parametrize("axis", [0, -1])
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_tensor_of_the_experts_of_another_shape_is_refused_by_its_name(
+def test_a_tensor_of_the_experts_of_another_shape_is_refused_by_name(
     kind: str, axis: int, saved: Callable[[str, Path], Path], tmp_path: Path
 ) -> None:
     directory = saved(kind, tmp_path)
@@ -157,7 +157,7 @@ def test_a_tensor_of_the_experts_of_another_shape_is_refused_by_its_name(
     assert "shape" in str(caught.value)
 
 
-def test_a_conversion_that_needs_all_experts_is_refused_with_the_mend(
+def test_a_conversion_that_needs_all_experts_is_refused_with_the_remedy(
     saved: Callable[[str, Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.core_model_loading import Transpose
@@ -171,7 +171,7 @@ def test_a_conversion_that_needs_all_experts_is_refused_with_the_mend(
         runtime.load(directory)
 
 
-def test_experts_stored_in_eight_bits_are_refused_by_their_name(tmp_path: Path) -> None:
+def test_experts_stored_in_eight_bits_are_refused_by_name(tmp_path: Path) -> None:
     path = save_tiny(tmp_path, "olmoe") / WEIGHTS
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     tensors = load_file(path)
@@ -189,7 +189,7 @@ def test_a_quantised_directory_is_refused(tmp_path: Path) -> None:
         runtime.load(tmp_path)
 
 
-def test_experts_shared_between_layers_are_refused_with_the_mend(tmp_path: Path) -> None:
+def test_experts_shared_between_layers_are_refused_with_the_remedy(tmp_path: Path) -> None:
     architecture_model("diffusion_gemma").save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"shares the experts .* pass the model instead"):
         runtime.load(tmp_path)

@@ -1,4 +1,4 @@
-"""An expert whose load failed is never taken for resident."""
+"""Failing loads: an expert whose load failed is never treated as resident."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.tiny import tiny_model
 
 
 class Failing(ExpertStore):
-    """Another store, whose reads fail at the given one, half done."""
+    """A wrapper of a store in which one read fails half done."""
 
     def __init__(self, store: ExpertStore, fail_at: int, error: BaseException) -> None:
         self._store, self._error = store, error
@@ -38,7 +38,7 @@ class Failing(ExpertStore):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("the disk is gone")])
 @pytest.mark.parametrize("fail_at", [0, 1, 5, 17, 40])
 @pytest.mark.parametrize("size", [0.0625, 0.25, 1.0])
-def test_an_expert_that_did_not_arrive_is_not_taken_for_resident(
+def test_an_expert_that_did_not_arrive_is_not_treated_as_resident(
     size: float, fail_at: int, error: BaseException
 ) -> None:
     model: Any = tiny_model("olmoe")
@@ -53,19 +53,21 @@ def test_an_expert_that_did_not_arrive_is_not_taken_for_resident(
         except (KeyboardInterrupt, OSError):
             failed = True
         engine.check_integrity()
-    assert failed == (fail_at < 32 or size < 1), "with all resident there are 32 reads at most"
+    assert failed == (fail_at < 32 or size < 1), (
+        "with all experts resident there are at most 32 reads"
+    )
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
 
 
 class Interrupting(np.ndarray):
-    """Interrupts the program where something is written to it."""
+    """An array that interrupts the program when it is written to."""
 
     def __setitem__(self, *_: Any) -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["between the books", "after the books"])
-def test_an_expert_that_is_booked_when_an_interrupt_comes_is_not_taken_for_resident(
+@pytest.mark.parametrize("where", ["within the slot table", "after the slot table"])
+def test_an_expert_whose_slot_is_being_assigned_at_an_interrupt_is_not_treated_as_resident(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = tiny_model("olmoe")
@@ -79,7 +81,7 @@ def test_an_expert_that_is_booked_when_an_interrupt_comes_is_not_taken_for_resid
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if where == "between the books":
+        if where == "within the slot table":
             patch.setattr(pool.cache, "key_of_slot", pool.cache.key_of_slot.view(Interrupting))
         else:
             patch.setattr(pool, "_load", interrupted)

@@ -1,4 +1,4 @@
-"""runtime.prepare: the same model out of contiguous blocks, or a clear word about why not."""
+"""runtime.prepare: the same model in contiguous blocks, or a clear error."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepared(tmp_path: Path) -> Path:
     return prepare(tmp_path / "hub", tmp_path / "prepared")
 
 
-def test_a_prepared_model_can_be_detached_whole(prepared: Path) -> None:
+def test_a_prepared_model_can_be_detached_complete(prepared: Path) -> None:
     model: Any = runtime.load(prepared).expertflow.detach()
     stock: Any = AutoModelForCausalLM.from_pretrained(prepared.parent / "hub")
     theirs = stock.state_dict()
@@ -49,7 +49,7 @@ def test_a_prepared_model_can_be_detached_whole(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_format_can_be_chosen(dtype: torch.dtype, prepared: Path) -> None:
+def test_the_dtype_can_be_chosen(dtype: torch.dtype, prepared: Path) -> None:
     ours, theirs = (
         runtime.load(path, dtype=dtype, memory=0.5) for path in (prepared, prepared.parent / "hub")
     )
@@ -72,7 +72,7 @@ def test_every_expert_begins_on_a_page_and_is_contiguous(prepared: Path) -> None
             assert blocks[layer.offset(expert) :].startswith(expected)
 
 
-def test_the_tokenizer_goes_along_and_no_weights_twice(prepared: Path) -> None:
+def test_the_tokenizer_is_copied_and_no_weights_are_stored_twice(prepared: Path) -> None:
     names = {path.name for path in prepared.iterdir()}
     assert {"config.json", "tokenizer.json", "experts.bin", "experts.json"} <= names
     assert [name for name in names if name.endswith(".safetensors")] == [
@@ -82,12 +82,12 @@ def test_the_tokenizer_goes_along_and_no_weights_twice(prepared: Path) -> None:
     assert sum(path.stat().st_size for path in prepared.iterdir()) < hub + 32 * PAGE + 10_000
 
 
-def test_transformers_does_not_take_it_for_a_model_with_random_experts(prepared: Path) -> None:
+def test_transformers_refuses_it_instead_of_making_up_experts(prepared: Path) -> None:
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(prepared)
 
 
-def test_a_prepared_model_is_planned_like_the_other(prepared: Path) -> None:
+def test_a_prepared_model_is_planned_like_its_checkpoint(prepared: Path) -> None:
     ours, theirs = plan(prepared, 0.5), plan(prepared.parent / "hub", 0.5)
     assert ours.resident_bytes == theirs.resident_bytes
     assert ours.cache_bytes == theirs.cache_bytes
@@ -105,7 +105,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_like_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.prepare._write_layer", interrupt)
+        patch.setattr("runtime.weights.preparation._write_layer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "hub", tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
@@ -121,7 +121,7 @@ def flip(path: Path, place: int) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
-def test_a_damaged_block_is_found_by_its_checksum_and_named(prepared: Path) -> None:
+def test_a_damaged_block_is_found_by_its_checksum_and_its_expert_named(prepared: Path) -> None:
     assert verify(prepared) == 32
     layer = read_manifest(prepared)[2]
     flip(prepared / "experts.bin", layer.offset(5) + 17)
@@ -129,7 +129,7 @@ def test_a_damaged_block_is_found_by_its_checksum_and_named(prepared: Path) -> N
         verify(prepared)
 
 
-def test_blocks_cut_short_are_refused_at_load(prepared: Path) -> None:
+def test_truncated_blocks_are_refused_at_load(prepared: Path) -> None:
     path = prepared / "experts.bin"
     os.truncate(path, path.stat().st_size - PAGE)
     with pytest.raises(ValueError, match=r"experts\.bin has .* bytes instead of"):
@@ -137,7 +137,7 @@ def test_blocks_cut_short_are_refused_at_load(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 99), lambda path: flip(path, 9)])
-def test_blocks_written_to_under_a_running_model_are_noticed(
+def test_blocks_changed_under_a_running_model_are_noticed(
     change: Callable[[Path], None], prepared: Path
 ) -> None:
     model: Any = runtime.load(prepared, memory=0.25)
@@ -148,14 +148,14 @@ def test_blocks_written_to_under_a_running_model_are_noticed(
 
 
 @pytest.mark.parametrize("name", ["experts.bin", "model.resident.safetensors"])
-def test_a_missing_file_is_refused_by_its_name(name: str, prepared: Path) -> None:
+def test_a_missing_file_is_refused_by_name(name: str, prepared: Path) -> None:
     (prepared / name).unlink()
     with pytest.raises(ValueError, match=name):
         runtime.load(prepared)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 1}'])
-def test_a_manifest_that_is_none_is_refused(text: str, prepared: Path) -> None:
+def test_a_file_that_is_no_manifest_is_refused(text: str, prepared: Path) -> None:
     (prepared / "experts.json").write_text(text)
     with pytest.raises(ValueError, match=r"experts\.json is not a manifest of experts"):
         runtime.load(prepared)
@@ -180,7 +180,7 @@ def test_blocks_of_another_model_are_refused(change: str, prepared: Path) -> Non
 # ---------------------------------------------------------------------- the command
 
 
-def test_preparing_over_something_or_twice_is_refused(prepared: Path) -> None:
+def test_preparing_onto_an_existing_path_or_twice_is_refused(prepared: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         prepare(prepared.parent / "hub", prepared)
     with pytest.raises(ValueError, match="is a prepared model already"):

@@ -1,4 +1,4 @@
-"""The host tier: one contract for every store, and what a damaged checkpoint is told at load."""
+"""The host tier: one contract for every store, and the errors of a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_expert_is_bit_equal_to_the_stock_models(
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
-def test_a_restored_container_is_the_stock_models(opened: Open, kind: str, layout: str) -> None:
+def test_a_restored_container_equals_the_stock_models(opened: Open, kind: str, layout: str) -> None:
     store, layers, stock = opened(kind, layout, torch.float32)
     for index, (layer, original) in enumerate(zip(layers, stock, strict=True)):
         store.take(index)
@@ -116,7 +116,7 @@ def test_a_restored_container_is_the_stock_models(opened: Open, kind: str, layou
         assert [p.requires_grad for p in layer.module.parameters()] == wanted
 
 
-def test_a_module_gets_the_very_parameters_back_that_it_gave() -> None:
+def test_a_module_gets_back_the_very_parameters_that_were_taken() -> None:
     model = tiny_model("olmoe")
     before = dict(model.named_parameters())
     layers = find_moe_layers(model)
@@ -153,7 +153,7 @@ def test_modeling_classes_are_the_librarys_own_after_a_load(tiny_directory: Any)
 
 
 def refused(directory: Path) -> str:
-    """What `load` says to a directory; it must be a ValueError."""
+    """The message of the ValueError with which `load` refuses a directory."""
     with pytest.raises(ValueError, match=str(directory)) as caught:
         runtime.load(directory)
     message = str(caught.value)
@@ -179,7 +179,7 @@ WHOLE = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_expert_is_refused_by_its_name(kind: str, tmp_path: Path) -> None:
+def test_a_missing_expert_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, kind)
     change(directory / "model.safetensors", lambda tensors: tensors.pop(EXPERT[kind]))
     assert EXPERT[kind] in refused(directory)
@@ -187,7 +187,7 @@ def test_a_missing_expert_is_refused_by_its_name(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shorter", ["rows", "columns"])
-def test_an_expert_of_another_shape_is_refused_by_its_name(
+def test_an_expert_of_another_shape_is_refused_by_name(
     kind: str, shorter: str, tmp_path: Path
 ) -> None:
     directory, name = save_tiny(tmp_path, kind), EXPERT[kind]
@@ -212,7 +212,7 @@ def test_all_experts_lacking_one_projection_are_refused(tmp_path: Path) -> None:
     assert f"the experts {WHOLE} need 8 tensors" in refused(directory)
 
 
-def test_a_layer_without_any_expert_is_refused_by_its_name(tmp_path: Path) -> None:
+def test_a_layer_without_any_expert_is_refused_by_name(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, "olmoe")
 
     def drop(tensors: dict[str, Tensor]) -> None:
@@ -224,9 +224,7 @@ def test_a_layer_without_any_expert_is_refused_by_its_name(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_fused_experts_of_another_shape_are_refused_by_their_name(
-    axis: int, tmp_path: Path
-) -> None:
+def test_fused_experts_of_another_shape_are_refused_by_name(axis: int, tmp_path: Path) -> None:
     tiny_model("olmoe").save_pretrained(tmp_path, save_original_format=False)  # type: ignore[operator]
 
     def cut(tensors: dict[str, Tensor]) -> None:
@@ -246,7 +244,7 @@ def test_more_experts_than_the_config_says_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "switch_transformers"])
-def test_weights_that_the_library_would_make_up_are_refused_by_their_name(
+def test_weights_that_the_library_would_make_up_are_refused_by_name(
     kind: str, tmp_path: Path
 ) -> None:
     directory = save_tiny(tmp_path, kind)
@@ -255,7 +253,7 @@ def test_weights_that_the_library_would_make_up_are_refused_by_their_name(
     assert name in refused(directory)
 
 
-def test_weights_of_another_shape_are_refused_by_their_name(tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, "olmoe")
 
     def cut(tensors: dict[str, Tensor]) -> None:
@@ -267,14 +265,14 @@ def test_weights_of_another_shape_are_refused_by_their_name(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -1])
 @pytest.mark.parametrize("kind", ["olmoe", "switch_transformers"])
-def test_a_truncated_file_is_refused_by_its_name(kind: str, keep: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_by_name(kind: str, keep: int, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, kind)
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     assert "model.safetensors is missing or damaged" in refused(directory)
 
 
-def test_the_tensor_in_which_a_file_is_cut_is_named(tmp_path: Path) -> None:
+def test_the_tensor_at_which_a_file_is_truncated_is_named(tmp_path: Path) -> None:
     path = save_tiny(tmp_path, "olmoe") / "model.safetensors"
     entry = read_header(path)[EXPERT["olmoe"]]
     os.truncate(path, entry.start + 7)
@@ -292,19 +290,19 @@ def shard_of(directory: Path, name: str) -> str:
     return str(index["weight_map"][name])
 
 
-def test_a_missing_shard_is_refused_by_its_name(sharded: Path) -> None:
+def test_a_missing_shard_is_refused_by_name(sharded: Path) -> None:
     shard = shard_of(sharded, EXPERT["olmoe"])
     (sharded / shard).unlink()
     assert f"{shard} is missing or damaged" in refused(sharded)
 
 
-def test_a_tensor_that_only_the_index_knows_is_refused_by_its_name(sharded: Path) -> None:
+def test_a_tensor_that_only_the_index_lists_is_refused_by_name(sharded: Path) -> None:
     change(sharded / shard_of(sharded, EXPERT["olmoe"]), lambda t: t.pop(EXPERT["olmoe"]))
     assert EXPERT["olmoe"] in refused(sharded)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
-def test_an_index_that_is_none_is_refused_by_its_name(sharded: Path, text: str) -> None:
+def test_a_file_that_is_no_index_is_refused_by_name(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json is not an index of weights" in refused(sharded)
 
@@ -316,7 +314,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     assert "only safetensors are read" in refused(directory)
 
 
-def test_a_refused_directory_is_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_directory_is_left_as_it_was(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, "olmoe")
     change(directory / "model.safetensors", lambda tensors: tensors.pop(EXPERT["olmoe"]))
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
