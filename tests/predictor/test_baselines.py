@@ -1,4 +1,4 @@
-"""The trivial predictors against counts made by hand."""
+"""The baselines against counts made by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from predictor.evaluation.baselines import Frequency, PreviousToken, TokenTable, fit_baselines
-from predictor.file.graph import whole_document
+from predictor.file.documents import whole_document
 from predictor.networks.interface import PredictorShape, Windows, targets
 from predictor.training.metrics import route_metrics
 from routing.predictor_file.format import HEADS

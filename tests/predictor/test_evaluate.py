@@ -1,4 +1,4 @@
-"""predictor.evaluate: exported files and trivial predictors in one table."""
+"""predictor.evaluate: exported files and baselines in one table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ import torch
 
 from predictor.evaluate import evaluate
 from predictor.evaluation.settings import EvaluateSettings
+from predictor.file.documents import (
+    CachedPredictor,
+    StatelessPredictor,
+    open_exported,
+    whole_document,
+)
 from predictor.file.exporter import write_graph
-from predictor.file.graph import CachedGraph, StatelessGraph, open_graph, whole_document
 from predictor.networks.interface import RoutePredictor, Windows
 from predictor.networks.t5 import T5Settings
 from predictor.training.checkpoint import Trained
@@ -75,8 +80,8 @@ def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 40])
 def test_a_document_read_in_chunks_through_a_ring_buffer_equals_one_pass(causal, length) -> None:
     torch.manual_seed(3)
-    graph, batch = open_graph(causal), document(length)
-    assert isinstance(graph, CachedGraph)
+    graph, batch = open_exported(causal), document(length)
+    assert isinstance(graph, CachedPredictor)
     expected = tiny_predictor(window=WINDOW)(batch)
     for got, want in zip(graph(batch), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -86,8 +91,8 @@ def test_a_document_read_in_chunks_through_a_ring_buffer_equals_one_pass(causal,
 def test_a_stateless_graph_predicts_each_token_once_and_in_order(t5, length, prompt) -> None:
     torch.manual_seed(4)
     predictor = T5.build(shape(window=WINDOW, horizon=HORIZON)).eval()
-    graph, batch = open_graph(t5), document(length, prompt)
-    assert isinstance(graph, StatelessGraph)
+    graph, batch = open_exported(t5), document(length, prompt)
+    assert isinstance(graph, StatelessPredictor)
     got = graph(batch).this_BTLE[0]
     assert len(got) == length
     ids_T, positions_T = batch.token_ids_BT[0], batch.positions_BT[0]

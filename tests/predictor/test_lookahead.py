@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor.layer_ahead import LayerAheadSettings, main
-from predictor.networks.layer_ahead import AheadNetworks
-from predictor.training.router_inputs import load_model, router_inputs
+from predictor.layer_ahead import main
+from predictor.lookahead.networks import LookAheadNetworks
+from predictor.lookahead.router_inputs import load_model, router_inputs
+from predictor.lookahead.settings import LayerAheadSettings
 from routing.cli import run
 from routing.lookahead import recall_ahead
 from routing.shards import Document, TraceReader, signed_experts
@@ -116,9 +117,9 @@ def test_what_networks_name_is_distinct_and_ends_with_the_last_layer(
     num_layers: int, depth: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    networks = AheadNetworks(num_layers, 8, 2, hidden=4, width=3, depth=depth)
+    networks = LookAheadNetworks(num_layers, 8, 2, hidden=4, width=3, depth=depth)
     torch.nn.init.normal_(networks.direct_LHO)
-    said = networks.named(torch.randn(num_layers, 5, 4))
+    said = networks.predict(torch.randn(num_layers, 5, 4))
     assert said.experts_TLDM.shape == (5, num_layers, depth, 4)
     for layer in range(num_layers):
         for distance in range(1, depth + 1):
@@ -128,7 +129,7 @@ def test_what_networks_name_is_distinct_and_ends_with_the_last_layer(
 
 
 def test_no_layer_learns_from_what_lies_beyond_its_reach() -> None:
-    networks = AheadNetworks(3, 8, 2, hidden=4, width=3, depth=2)
+    networks = LookAheadNetworks(3, 8, 2, hidden=4, width=3, depth=2)
     networks.loss(torch.randn(3, 5, 4), torch.randint(8, (3, 5, 2))).backward()
     assert networks.direct_LHO.grad is not None
     near_LHE, far_LHE = networks.direct_LHO.grad.split(8, dim=-1)
