@@ -15,14 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import (
-    Predictions,
-    PredictorShape,
-    Targets,
-    Windows,
-    multi_hot,
-    targets,
-)
+from predictor.networks.targets import Targets, multi_hot, targets
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from predictor.evaluation.baselines import Baseline, fit_baselines
 from predictor.evaluation.settings import EvaluateSettings
 from predictor.file.documents import ExportedPredictor, StatelessPredictor, whole_document
-from predictor.networks.interface import Predictions, PredictorShape, Windows, targets
+from predictor.networks.targets import targets
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.data import split_of
 from predictor.training.metrics import route_metrics
 from routing.names import told_apart

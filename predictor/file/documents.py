@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from predictor.networks.interface import Predictions, PredictorShape, Windows
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.driver import Heads, Past, run_step, run_window
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT

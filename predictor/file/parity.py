@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor
+from predictor.networks.windows import Windows
 from routing.predictor_file.driver import Heads, Past, run_step
 from routing.predictor_file.format import HEADS
 from routing.predictor_file.reader import PredictorFile, open_predictor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
 
-from predictor.networks.interface import multi_hot
+from predictor.networks.targets import multi_hot
 from routing.lookahead import LookAhead, num_named
 from routing.shards import experts_dtype
 

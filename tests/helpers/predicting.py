@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from predictor.networks.causal import CausalPredictor, CausalSettings
-from predictor.networks.interface import Predictions, PredictorShape, Windows
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import PADDING
 from routing.shards import GENERATED, PROMPT, Document
 from routing.topology import NO_EXPERT, Layer, Stack, Topology

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from predictor.evaluation.baselines import Frequency, PreviousToken, TokenTable, fit_baselines
 from predictor.file.documents import whole_document
-from predictor.networks.interface import PredictorShape, Windows, targets
+from predictor.networks.targets import targets
+from predictor.networks.windows import PredictorShape, Windows
 from predictor.training.metrics import route_metrics
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT

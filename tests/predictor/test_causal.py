@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predictor.networks.causal import CausalPredictor, CausalSettings, truncated_svd
-from predictor.networks.interface import Predictions, Windows, following, multi_hot, targets
+from predictor.networks.targets import following, multi_hot, targets
+from predictor.networks.windows import Predictions, Windows
 from routing.predictor_file.format import HEADS, PADDING
 from routing.topology import NO_EXPERT
 from tests.helpers.predicting import (

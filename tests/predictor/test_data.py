@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from predictor.networks.interface import Windows
+from predictor.networks.windows import Windows
 from predictor.training.data import TraceData
 from predictor.training.embedding import read_embedding
 from routing.predictor_file.format import PADDING

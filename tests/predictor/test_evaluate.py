@@ -20,8 +20,9 @@ from predictor.file.documents import (
     whole_document,
 )
 from predictor.file.exporter import write_graph
-from predictor.networks.interface import RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor
 from predictor.networks.t5 import T5Settings
+from predictor.networks.windows import Windows
 from predictor.training.checkpoint import Trained
 from predictor.training.curves import plot_curves
 from predictor.training.metrics import route_metrics

@@ -22,8 +22,9 @@ from predictor.file.exporter import write_quantized
 from predictor.file.parity import check_parity
 from predictor.file.quantization import block_size
 from predictor.networks.causal import CausalPredictor
-from predictor.networks.interface import PredictorSettings, PredictorShape, RoutePredictor
+from predictor.networks.interface import PredictorSettings, RoutePredictor
 from predictor.networks.t5 import T5Settings
+from predictor.networks.windows import PredictorShape
 from predictor.training.checkpoint import load_checkpoint
 from predictor.training.module import RouteModule
 from routing.cli import run

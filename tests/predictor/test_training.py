@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from predictor.networks.interface import Windows
+from predictor.networks.windows import Windows
 from predictor.training.calibration import calibrate, fit_affine
 from predictor.training.checkpoint import Trained, load_checkpoint
 from predictor.training.data import TraceData
@@ -278,7 +278,7 @@ def test_calibrating_never_raises_the_cross_entropy_of_any_head():
 
 
 def _cross_entropy(logits_BTLE: torch.Tensor, batch: Windows, head: int) -> float:
-    from predictor.networks.interface import targets
+    from predictor.networks.targets import targets
 
     target = targets(batch, tiny_predictor().shape)[head]
     return torch.nn.functional.binary_cross_entropy_with_logits(
