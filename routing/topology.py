@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     pass
 
 NO_EXPERT = -1
-"""Marks "no expert" in signed integer arrays: dropped by capacity, or unknown history."""
+"""The id of no expert in signed integer arrays: dropped by capacity, or unknown history."""
 
 FINGERPRINT_CHARS = 16
 
 
 class Layer(NamedTuple):
-    """One MoE layer: the module path of its experts, and its own E and K."""
+    """One MoE layer: the module path of its experts, its E and its K."""
 
     name: str
     num_experts: int
