@@ -51,7 +51,7 @@ class GraphBuilder:
         return self("Unsqueeze", value, self.constant(axes))
 
     def onehot(self, index: str, depth: int) -> str:
-        """Indicator of `index`; of nothing where it is negative."""
+        """Indicator of `index`; zeros where it is negative."""
         inside = self("Less", index, self.constant(0))
         index = self("Where", inside, self.constant(depth), index)
         values = self.constant([0, 1], np.float32)
@@ -162,7 +162,7 @@ def _model(
 
 
 def _renamed(model: onnx.ModelProto, without: set[str]) -> onnx.ModelProto:
-    """Inputs that are left out go by another name."""
+    """Rename the inputs that are left out."""
     for value in model.graph.input:
         if value.name in without:
             for node in model.graph.node:

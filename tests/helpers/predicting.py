@@ -112,7 +112,7 @@ def columns(windows: Windows, span: slice) -> Windows:
 
 
 def joined(*rows: Windows) -> Windows:
-    """The rows side by side, at the positions they have."""
+    """The rows side by side, with their positions."""
     return Windows(
         torch.cat([row.token_ids_BT for row in rows], 1),
         torch.cat([row.routes_BTLK for row in rows], 1),

@@ -89,7 +89,9 @@ def test_a_document_read_in_chunks_through_a_ring_buffer_equals_one_pass(causal,
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(1, 0), (5, 2), (6, 0), (7, 9), (23, 4)])
-def test_a_stateless_graph_predicts_each_token_once_and_in_order(t5, length, prompt) -> None:
+def test_a_predictor_without_a_cache_predicts_each_token_once_and_in_order(
+    t5, length, prompt
+) -> None:
     torch.manual_seed(4)
     predictor = T5.build(shape(window=WINDOW, horizon=HORIZON)).eval()
     graph, batch = open_exported(t5), document(length, prompt)
@@ -155,7 +157,7 @@ def test_figures_are_those_of_the_torch_model_on_the_held_out_documents(
         assert this[name]["layers"] == pytest.approx(value_L.tolist(), abs=2e-3)
 
 
-def test_beside_an_encoder_decoder_everyone_is_scored_on_its_generated_tokens(
+def test_beside_an_encoder_decoder_every_predictor_is_scored_on_generated_tokens(
     folder, trace, causal, t5, capsys
 ) -> None:
     held_out = write_trace(folder / "third", num_documents=7, seed=6)
@@ -194,7 +196,7 @@ def test_a_predictor_of_another_model_is_refused(trace, folder, capsys) -> None:
         ({"without": ["horizon"]}, "lacks the predictor inputs or outputs ['horizon']"),
     ],
 )
-def test_a_file_that_is_no_predictor_of_ours_is_refused(
+def test_a_file_that_is_not_a_predictor_is_refused(
     trace, tmp_path, capsys, content, complaint
 ) -> None:
     path = tmp_path / "bad.onnx"

@@ -1,4 +1,4 @@
-"""Export to ONNX: the file says what torch says, and appears only when it is good."""
+"""Export to ONNX: the file computes what torch computes, and appears only when it does."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Exported(NamedTuple):
-    """A file, and what the command line said when it was written."""
+    """An exported file, and the output of the command line that wrote it."""
 
     path: Path
     said: dict[str, Any]
@@ -127,7 +127,7 @@ def test_the_file_is_alone_and_complete(exported):
     onnx.checker.check_model(exported)
 
 
-def test_the_metadata_say_all_that_the_runtime_needs(exported):
+def test_the_metadata_hold_all_that_the_runtime_needs(exported):
     meta = metadata_of(exported)
     assert Topology.from_json(meta.pop("topology")) == TOPOLOGY
     calibration = meta.pop("calibration")
@@ -252,7 +252,7 @@ class Wrong(CausalPredictor):
         return super().run_graph(*rest, torch.full_like(past_positions, -1))
 
 
-def test_a_graph_that_handles_the_cache_otherwise_than_torch_is_refused(exported, checkpoint):
+def test_a_graph_that_uses_the_cache_otherwise_than_torch_is_refused(exported, checkpoint):
     right = load_checkpoint(checkpoint).predictor
     assert isinstance(right, CausalPredictor)
     wrong = Wrong(right.shape, right.settings).eval()

@@ -1,4 +1,4 @@
-"""The paper's predictor: its size, and which tokens each prediction depends on."""
+"""The paper's predictor: its size, and the tokens that each prediction depends on."""
 
 from __future__ import annotations
 
