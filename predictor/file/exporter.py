@@ -27,6 +27,7 @@ class ExportedModule(nn.Module):
         self.predictor = trained.predictor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph: takes `graph_inputs` and returns `graph_outputs`, in order."""
         return self.predictor.run_graph(*inputs)
 
 
