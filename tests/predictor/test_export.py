@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Exported(NamedTuple):
-    """An exported file, and the output of the command line that wrote it."""
+    """A file, and what the command line said when it was written."""
 
     path: Path
     said: dict[str, Any]
