@@ -1,9 +1,9 @@
-"""Compare exported predictors with each other and with trivial ones, on held-out documents.
+"""Compare exported predictors with each other and with baselines, on held-out documents.
 
     python -m predictor.evaluate --trace DIR --predictors a.onnx b.onnx --fit_trace TRAINING_DIR
 
-Without `--fit_trace` the trivial predictors are fitted on the training split of the trace and all
-predictors are scored on its test split, the splits that `predictor.train` makes by default.
+Without `--fit_trace` the baselines are fitted on the training split of the trace and all predictors
+are scored on its test split. The splits are those that `predictor.train` makes by default.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from routing.cli import run
 
 
 def evaluate(settings: EvaluateSettings) -> None:
-    """Score, print the tables, write what was asked for. Raises ValueError."""
+    """Score the predictors, print tables, write the JSON and the picture. Raises ValueError."""
     from predictor.evaluation.report import plot_layers, print_report, to_json
     from predictor.evaluation.scoring import all_contenders, check, corpora, score
-    from predictor.file.graph import open_graph
+    from predictor.file.documents import open_exported
     from routing.shards import TraceReader, write_atomically
 
     reader = TraceReader(settings.trace, settings.stack)
-    graphs = [open_graph(path) for path in settings.predictors]
-    check(graphs, reader, settings)
+    predictors = [open_exported(path) for path in settings.predictors]
+    check(predictors, reader, settings)
     fit, held_out = corpora(reader, settings)
-    contenders, shape = all_contenders(graphs, fit, settings)
-    results, num_tokens = score(contenders, held_out, shape, graphs)
-    report = to_json(settings, results, graphs, num_tokens, shape.horizon)
+    contenders, shape = all_contenders(predictors, fit, settings)
+    results, num_tokens = score(contenders, held_out, shape, predictors)
+    report = to_json(settings, results, predictors, num_tokens, shape.horizon)
     print_report(report, results, reader.stack)
     for path in filter(None, (settings.json, settings.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Export a trained predictor to ONNX: `python -m predictor.export CKPT OUT.onnx [--int8 true]`.
 
-The file appears only after onnxruntime agreed with torch on it: on random inputs of several sizes
-and, for a graph with a key/value cache, step by step through a ring buffer against one pass.
+The file appears only after onnxruntime has agreed with torch: on random inputs of several sizes
+and, for a graph with a key/value cache, on steps through a ring buffer compared with one pass.
 """
 
 import json

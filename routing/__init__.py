@@ -1,11 +1,11 @@
 """The code that the three stages share; none of them imports another.
 
-topology         a model's MoE layers and fingerprints; inspect_model: read off a model
-layers           finding the MoE layers of a model, and reading routes off an experts call
-containers       the layouts of experts: whose parameters are whose
-blocks           MoE blocks up to their experts call: routers asked early
-shards, writer   the trace format, read and written; lookahead: its view of coming layers
+topology         a model's MoE layers and fingerprints; inspect_model: those of a live model
+layers           the MoE layers of a model, and the routes of their experts calls
+containers       the layouts of experts and their parameters
+blocks           MoE blocks, whose routers can be run early
+shards, writer   the trace format, read and written; lookahead: experts of coming layers in it
 predictor_file/  the predictor's ONNX file: format, reader, driver
-cli              command lines from settings dataclasses; names: files in tables
+cli              command lines from settings dataclasses; names: short names of files
 cluster          workers on Ray (the extra `ray`)
 """

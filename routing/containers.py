@@ -1,9 +1,9 @@
-"""The layouts of experts containers: which parameters are whose, and what a call says.
+"""Layouts of experts containers: where each expert's parameters lie, and what a call means.
 
     kind     parameters of the experts                      called with
     fused    a leading E dimension                          hidden_TH, ids_TK, weights_TK
-    longcat  the same; ids from E on hand hidden through    hidden_TH, ids_TK, weights_TK
-    dbrx     matrices of E blocks, one above the other      hidden_BTH, ids_TK, weights_TK
+    longcat  the same; ids from E on pass hidden through    hidden_TH, ids_TK, weights_TK
+    dbrx     matrices of E blocks, stacked in rows          hidden_BTH, ids_TK, weights_TK
     aria     a leading E dimension, in two modules          hidden_TH, router_logits_TE
     jetmoe   the same; the block routes by itself           hidden_BTH
     llama4   a leading E dimension; called densely          each expert's scaled hidden, [E x T, H]
@@ -24,10 +24,10 @@ from routing.topology import NO_EXPERT
 
 
 class Routes(NamedTuple):
-    """Experts and their weights, K for every row."""
+    """The experts and weights of every row, K each."""
 
     experts_TK: Tensor
-    """int64; NO_EXPERT where a token was dropped by capacity or sent to a parameter-free expert."""
+    """int64; NO_EXPERT where capacity dropped a token, or it uses a parameter-free expert."""
     weights_TK: Tensor
 
 
@@ -47,22 +47,22 @@ class MoELayer(NamedTuple):
 
     @property
     def container(self) -> Container:
-        """How the layer's parameters and calls are laid out."""
+        """The layout of the layer's parameters and calls."""
         return CONTAINERS[self.kind]
 
 
 class Container:
-    """The fused layout. The others say where they differ."""
+    """The fused layout, the base of the others."""
 
     holders: tuple[str, ...] = ("",)
-    """The modules in the container that hold the experts' parameters, and nothing else."""
+    """Submodules that hold the experts' parameters and nothing else."""
 
     def num_experts(self, module: Any) -> int:
-        """E, the experts that have parameters."""
+        """E: the number of experts that have parameters."""
         return len(module.down_proj)
 
     def names(self, module: nn.Module) -> list[str]:
-        """The parameters of one expert, by their path without the expert's number."""
+        """The parameter names of one expert: paths without the expert's number."""
         return [
             f"{holder}.{name}" if holder else name
             for holder in self.holders
@@ -70,20 +70,20 @@ class Container:
         ]
 
     def path(self, name: str, expert: int) -> str:
-        """Where in the container the parameter `name` of an expert lies: here, with all others'."""
+        """The path of an expert's parameter `name`; in this layout all experts share it."""
         return name
 
     def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
-        """One expert's view of the parameter at `path`."""
+        """One expert's part of the parameter at `path`, as a view."""
         return tensor[expert]
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        """What the call computes, by row of its hidden states."""
+        """The experts that a call runs on each row of its hidden states."""
         _, index, weights = arguments
         return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
 
     def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        """The router's decision, by token."""
+        """The router's decision for each token."""
         return self.rows(layer, arguments)
 
 
@@ -100,11 +100,11 @@ class Dbrx(Container):
 
 
 class Longcat(Container):
-    """LongCat-Flash: the rows that `gate_up_proj` has for parameter-free experts are never used."""
+    """LongCat-Flash: the rows of `gate_up_proj` for parameter-free experts are never used."""
 
 
 class Aria(Container):
-    """Aria under transformers 5.17: takes the router's logits."""
+    """Aria under transformers 5.17, called with the router's logits."""
 
     holders = ("fc1", "fc2")
 
@@ -117,7 +117,7 @@ class Aria(Container):
 
 
 class JetMoe(Container):
-    """JetMoE's feed-forward block. Its router gives pairs (token, expert) sorted by expert."""
+    """JetMoE's feed-forward block, whose router gives (token, expert) pairs sorted by expert."""
 
     holders = ("input_linear", "output_linear")
 
@@ -136,7 +136,7 @@ class JetMoe(Container):
 
 
 class Llama4(Container):
-    """Llama 4 hands every expert every token, scaled by its score: by zero unless it was chosen."""
+    """Llama 4: every expert gets every token, scaled by its score, which is zero unless chosen."""
 
     def num_experts(self, module: Any) -> int:
         return int(module.num_experts)
@@ -148,7 +148,7 @@ class Llama4(Container):
         return Routes(experts_N1, arguments[0].new_ones(len(experts_N1), 1))
 
     def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        """Weights are 1: the scores scale the hidden states before they get here."""
+        """The router's decision. Weights are 1: scores have scaled the hidden states already."""
         chosen_TK, experts_TK = self._chosen(layer, arguments[0]).T.int().topk(layer.top_k, dim=-1)
         experts_TK = torch.where(chosen_TK > 0, experts_TK, NO_EXPERT)
         return Routes(experts_TK, arguments[0].new_ones(experts_TK.shape))
@@ -158,7 +158,7 @@ class Llama4(Container):
 
 
 class Switch(Container):
-    """Switch Transformers: top-1, with tokens beyond an expert's capacity dropped."""
+    """Switch Transformers: top-1; tokens beyond an expert's capacity are dropped."""
 
     def num_experts(self, module: Any) -> int:
         return sum(name.startswith("expert_") for name, _ in module.named_children())
@@ -180,10 +180,10 @@ class Switch(Container):
 
 
 class Nllb(Switch):
-    """NLLB-MoE: top-2, and a defect of transformers (5.17 to 5.23 at least) that `rows` repeats.
+    """NLLB-MoE: top-2, with a defect of transformers (5.17 to 5.23 at least) that `rows` repeats.
 
-    Its experts call takes the one-hot mask of the first choice for a list of expert ids, and so
-    runs only two experts: 1, weighted by the gate of the first choice, and 0, by the second's.
+    The experts call takes the one-hot mask of the first choice for a list of expert ids. So it runs
+    only two experts: 1, weighted by the first choice's gate, and 0, weighted by the second's.
     """
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
@@ -209,4 +209,4 @@ CONTAINERS: dict[str, Container] = {
     "switch": Switch(),
     "nllb": Nllb(),
 }
-"""By the kind of an MoE layer."""
+"""Kind of an MoE layer -> its layout."""

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model: its routing topology, its fingerprints, its class."""
+"""Inspection of a Hugging Face model: its routing topology, fingerprints and class."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FINGERPRINT_CHARS = 16
+"""Hexadecimal digits of a fingerprint."""
 
 
 def topology_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Topology:
-    """Read the topology off a Hugging Face model (which may live on the meta device).
+    """The topology of a Hugging Face model, which may be on the meta device.
 
     Raises ValueError when the model has no MoE layers, or none that ExpertFlow can handle.
     """
@@ -49,7 +50,7 @@ def topology_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _model_fingerprint(config: Any, stacks: tuple[Stack, ...]) -> str:
-    """Only what every transformers version reports alike: a whole config.to_dict() does not."""
+    """A hash of the fields that are the same in every version of transformers."""
     shape = {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -61,7 +62,7 @@ def _model_fingerprint(config: Any, stacks: tuple[Stack, ...]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Fingerprint of the vocabulary: the (token, id) pairs in order of id."""
+    """Fingerprint of the vocabulary: the (token, id) pairs, by id."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return _digest(json.dumps(vocab, ensure_ascii=False).encode())
 
@@ -71,9 +72,9 @@ def _digest(data: bytes) -> str:
 
 
 def model_class(config: Any) -> Any:
-    """Transformers' class for `config`, wrappers of text models included.
+    """Transformers' class for `config`, including wrappers of text models.
 
-    Raises ValueError where transformers has none: remote code is not run.
+    Raises ValueError where transformers has none: remote code is never run.
     """
     import transformers
 

@@ -1,7 +1,7 @@
-"""The MoE layers of a Hugging Face model: where they are, and what the experts call says.
+"""The MoE layers of a Hugging Face model: finding them, and reading their experts calls.
 
-transformers 5 gives nearly every MoE the same call, `experts(hidden_TH, ids_TK, weights_TK)`, so
-discovery, recording and offloading all hang on that one call. `routing.containers` has the layouts.
+In transformers 5 nearly every MoE makes the same call, `experts(hidden_TH, ids_TK, weights_TK)`.
+Discovery, recording and offloading all build on that call; `routing.containers` has the layouts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from routing.containers import CONTAINERS, MoELayer, Routes
 __all__ = ["MoELayer", "Routes", "by_stack", "find_moe_layers", "read_call", "read_routes"]
 
 TOP_K_NAMES = ("top_k", "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+"""Attributes that hold a router's top-k."""
 TOP_K = {"switch": 1, "nllb": 2}
-"""Of the kinds whose routers do not say it."""
+"""Top-k of the kinds whose routers do not have it as an attribute."""
 
 KINDS = {
     "SwitchTransformersExperts": "switch",
@@ -28,20 +29,20 @@ KINDS = {
     "JetMoeMoE": "jetmoe",
     "LongcatFlashExperts": "longcat",
 }
-"""Classes that are not simply fused."""
+"""Experts classes of another layout than "fused"."""
 
 UNSUPPORTED = {
     "DogeCDMoE": "its experts are single rows of embeddings, too small to be worth moving",
     "FP8Experts": "its experts are quantised; load it with dequantize=True",
     "Mxfp4GptOssExperts": "its experts are quantised; load it with Mxfp4Config(dequantize=True)",
 }
-"""Experts classes that are refused by name, and why."""
+"""Experts classes that are refused -> the reason."""
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The model's MoE layers in execution order; empty when it has none.
+    """The model's MoE layers in execution order; an empty list without any.
 
-    Raises ValueError for an experts class that ExpertFlow does not handle, naming it.
+    Raises ValueError, naming the class, for experts that ExpertFlow does not support.
     """
     layers = []
     for name, module in model.named_modules():
@@ -84,7 +85,7 @@ def _describe(model: nn.Module, name: str, module: nn.Module, kind: str) -> MoEL
 
 
 def _top_k(model: nn.Module, name: str) -> int:
-    """Top-k is the router's: look in and beside the experts first, then in the configuration."""
+    """The router's top-k: looked up in and beside the experts, then in the configuration."""
     module, block = (model.get_submodule(path) for path in (name, name.rpartition(".")[0]))
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     for owner in (*module.children(), block, *block.children(), config):
@@ -93,15 +94,15 @@ def _top_k(model: nn.Module, name: str) -> int:
             if isinstance(value, int):
                 return value
     raise ValueError(
-        f"cannot tell the top-k of {name}: no {' or '.join(TOP_K_NAMES)} beside it or in the config"
+        f"the top-k of {name} is unknown: no {' or '.join(TOP_K_NAMES)} beside it or in the config"
     )
 
 
 def read_routes(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
     """The router's decision for every token, from the arguments of `layer`'s experts call.
 
-    Read here and never from router logits: selection bias and group limits make the top-k of the
-    logits differ from the experts that run.
+    Never read off router logits: selection bias and group limits make the top-k of the logits
+    differ from the experts that run.
     """
     return layer.container.routes(layer, bound_call(layer, args, kwargs))
 
@@ -109,14 +110,14 @@ def read_routes(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def read_call(
     layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Routes]:
-    """The hidden states [..., H] of `layer`'s experts call, and what it computes for each row."""
+    """The hidden states [..., H] of `layer`'s experts call, and the experts of each row."""
     arguments = bound_call(layer, args, kwargs)
     hidden: Tensor = arguments[0]
     return hidden, layer.container.rows(layer, arguments)
 
 
 def bound_call(layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of the experts call as the model gave them, in the order of its signature."""
+    """The arguments of the experts call, in the order of its signature."""
     if not kwargs:
         return args
     signature = inspect.signature(type(layer.module).forward)

@@ -1,7 +1,7 @@
-"""Look-ahead: what the router input of one layer says of the experts of layers to come.
+"""Look-ahead: experts of the coming layers, predicted from one layer's router input.
 
 T tokens, L MoE layers, D distances, M experts named. A trace may hold look-aheads of several
-sources by name ("gate": the later layer's own gate applied early; "mlp": networks of
+sources by name ("gate": the later layer's own gate applied early; "mlp": the networks of
 `predictor.layer_ahead`). In shards each is two tensors, `lookahead.NAME.experts` and `.scores`.
 """
 
@@ -14,42 +14,42 @@ import numpy as np
 
 PREFIX = "lookahead"
 GATE, MLP = "gate", "mlp"
-"""The sources that there are."""
+"""The names of the sources."""
 
 
 class LookAhead(NamedTuple):
     """The predictions of one source for one document.
 
     Entry [t, l, d - 1] names the experts of layer l + d that token t's router input at layer l
-    predicts, likeliest first. Rows beyond the last layer hold no prediction.
+    predicts, the most likely first. Beyond the last layer there is no prediction.
     """
 
     experts_TLDM: np.ndarray
-    """uint8 (uint16 above 256 experts), distinct within a row where there is a prediction."""
+    """uint8 (uint16 above 256 experts), distinct within a prediction."""
     scores_TLDM: np.ndarray
-    """float16, on the source's own logarithmic scale; -inf where there is no prediction."""
+    """float16, on the source's own logarithmic scale; -inf without a prediction."""
 
     def cut(self, length: int) -> LookAhead:
-        """That of the first `length` tokens."""
+        """The look-ahead of the first `length` tokens."""
         return LookAhead(self.experts_TLDM[:length], self.scores_TLDM[:length])
 
     def within(self, depth: int) -> LookAhead:
-        """That of distances up to `depth`."""
+        """The look-ahead over distances up to `depth`."""
         return LookAhead(self.experts_TLDM[:, :, :depth], self.scores_TLDM[:, :, :depth])
 
     @classmethod
     def joined(cls, documents: Sequence[LookAhead]) -> Self:
-        """Documents one after the other."""
+        """The look-aheads of documents, one after the other."""
         return cls(*map(np.concatenate, zip(*documents, strict=True)))
 
 
 def num_named(top_k: int, num_experts: int) -> int:
-    """M: twice as many experts as a token uses, so that near misses are on record too."""
+    """M: twice as many experts as a token uses, so that near misses are recorded too."""
     return min(2 * top_k, num_experts)
 
 
 def as_tensors(name: str, documents: Sequence[LookAhead]) -> dict[str, np.ndarray]:
-    """A shard's tensors of the source `name`."""
+    """The tensors of the source `name` in a shard."""
     return {
         f"{PREFIX}.{name}.{field.removesuffix('_TLDM')}": array
         for field, array in LookAhead.joined(documents)._asdict().items()
@@ -65,9 +65,9 @@ def from_tensors(names: Sequence[str], tensors: Mapping[str, np.ndarray]) -> dic
 
 
 def recall_ahead(ahead: LookAhead, experts_TLK: np.ndarray) -> list[float]:
-    """By distance: of the experts used, the share among the K named first; mean over the layers.
+    """recall@K at each distance, averaged over the layers.
 
-    experts_TLK: signed, NO_EXPERT where there is none.
+    experts_TLK: the experts used, signed ids, NO_EXPERT for none.
     """
     recalls = []
     for distance in range(1, min(ahead.experts_TLDM.shape[2], experts_TLK.shape[1] - 1) + 1):

@@ -1,4 +1,4 @@
-"""Names for files in tables."""
+"""Short names of files, for tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def told_apart(paths: Sequence[Path], short: Callable[[Path], str]) -> list[str]:
-    """The `short` names, or whole paths where two files have the same one."""
+    """The `short` names of files, or their paths where two files share a name."""
     names = [short(path) for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]

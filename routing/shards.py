@@ -10,10 +10,10 @@
                                   lookahead.NAME.experts, .scores  optional, see routing.lookahead
     encoder-00000.safetensors     the same, for encoder-decoder models; document d is document d
 
-A shard is written whole, synced and renamed, and only then named by the manifest, which is replaced
-the same way: whatever happens, the directory holds complete documents and no others. The highest
-value of the experts' dtype stands for "no expert" (255 is an ordinary id when E is 256; models
-that large drop no tokens).
+A shard is written whole, synced and renamed. Only then does the manifest name it, which is replaced
+in the same way. So the directory holds complete documents only, whatever happens. The highest
+value of the experts' dtype stands for "no expert". When E is 256, 255 is an ordinary id; models
+that large drop no tokens.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Document(NamedTuple):
     phase_T: np.ndarray
     """uint8, PROMPT or GENERATED."""
     label: str
-    """The domain or data set the document comes from."""
+    """The domain or data set of the document."""
     weights_TLK: np.ndarray | None = None
     """float16"""
     lookahead: Mapping[str, LookAhead] = {}
-    """By source, where the trace holds any."""
+    """Source -> look-ahead, where the trace holds any."""
 
 
 def experts_dtype(num_experts: int) -> type[np.uint8 | np.uint16]:
@@ -62,7 +62,7 @@ def experts_dtype(num_experts: int) -> type[np.uint8 | np.uint16]:
 
 
 def signed_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """Stored ids as int16 (int32 above 256 experts), NO_EXPERT where there is none."""
+    """Stored ids as int16 (int32 above 256 experts), with NO_EXPERT for none."""
     wide: np.ndarray = experts.astype(np.int16 if num_experts <= 256 else np.int32)
     wide[wide >= num_experts] = NO_EXPERT
     return wide
@@ -81,7 +81,7 @@ def stored_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: whole or, after a crash, not at all."""
+    """Replace the content of `path` by `data`: entirely or, after a crash, not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -91,7 +91,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a trace directory. Raises ValueError when there is none of ours."""
+    """Read the manifest of a trace directory. Raises ValueError where there is none."""
     path = directory / MANIFEST
     if not path.is_file():
         raise ValueError(f"{directory} is not a trace: it has no {MANIFEST}")
@@ -110,7 +110,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 class TraceReader:
     """Reads one stack of a trace; documents are slices of memory-mapped tensors.
 
-    Raises ValueError, naming the file, when a shard is missing, truncated, of another model, or
+    Raises ValueError, naming the file, when a shard is missing, truncated or of another model, or
     (with `verify`) does not match its checksum.
     """
 
@@ -136,6 +136,7 @@ class TraceReader:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all documents."""
         return int(self.doc_lengths.sum())
 
     def __len__(self) -> int:

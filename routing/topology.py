@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     pass
 
 NO_EXPERT = -1
-"""Marks "no expert" in signed integer arrays: dropped by capacity, or unknown history."""
+"""The id of no expert in signed integer arrays: dropped by capacity, or unknown history."""
 
 FINGERPRINT_CHARS = 16
 
 
 class Layer(NamedTuple):
-    """One MoE layer: the module path of its experts, and its own E and K."""
+    """One MoE layer: the module path of its experts, its E and its K."""
 
     name: str
     num_experts: int
@@ -35,6 +35,7 @@ class Stack:
 
     @property
     def num_layers(self) -> int:
+        """L, the number of MoE layers."""
         return len(self.layers)
 
     @property
@@ -72,6 +73,7 @@ class Topology:
         raise ValueError(f"the {self.model_type} model has no {name!r} MoE stack; it has: {have}")
 
     def to_json(self) -> dict[str, Any]:
+        """The topology in JSON types, as docs/formats.md describes it."""
         return asdict(self) | {
             "stacks": [
                 {"name": stack.name, "layers": [list(layer) for layer in stack.layers]}

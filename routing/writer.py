@@ -1,4 +1,4 @@
-"""Writing traces: whole documents, one durable shard at a time, resumable whatever happens."""
+"""The writer of traces: whole documents, one durable shard at a time, resumable at any point."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from routing.shards import MANIFEST, SCHEMA, Document, read_manifest, write_atom
 from routing.topology import Topology
 
 SHARD_TOKENS = 1 << 20
+"""Tokens of a shard, about."""
 
 
 class TraceWriter:
     """Appends documents to a trace directory; opening an existing one resumes it.
 
-    `lookahead` says by name which look-aheads every document brings, and how far they look.
-    Documents are durable once their shard is written: `num_documents` says how many are. Raises
+    lookahead: source -> number of layers, for the look-aheads that every document brings.
+    Documents are durable once their shard is written; `num_documents` counts these. Raises
     ValueError when the directory holds a trace of another model or of other provenance.
     """
 
@@ -78,12 +79,12 @@ class TraceWriter:
 
     @property
     def num_documents(self) -> int:
-        """Documents that are durable on disk: where to resume."""
+        """Documents that are durable on disk: the place to resume."""
         return int(self._manifest["num_documents"])
 
     @property
     def complete(self) -> bool:
-        """True when a former run closed the trace: nothing is left to do."""
+        """True when an earlier run has closed the trace: nothing is left to do."""
         return bool(self._manifest["complete"])
 
     def add(self, documents: Mapping[str, Document]) -> None:
@@ -106,7 +107,7 @@ class TraceWriter:
         self._save_manifest()
 
     def _begin(self) -> None:
-        """The manifest comes before the first shard, so that any remains can be resumed."""
+        """Write the manifest before the first shard, so that an interrupted trace can resume."""
         if not (self.directory / MANIFEST).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._save_manifest()

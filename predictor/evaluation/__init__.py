@@ -1,6 +1,7 @@
-"""Predictors compared on held-out documents.
+"""Comparison of predictors on held-out documents.
 
+settings   the settings of `python -m predictor.evaluate`
 baselines  predictors that need no training
-scoring    every contender scored
-report     the table, the JSON, the picture
+scoring    the contenders and their scores
+report     the scores as tables, JSON and a picture
 """

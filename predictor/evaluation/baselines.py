@@ -1,10 +1,10 @@
-"""Trivial predictors: what a learned one has to beat.
+"""Baselines: trivial predictors that a learned one has to beat.
 
-Each is fitted on traced documents and predicts all three heads from what a graph is given: the
-token ids so far and the routes of the tokens *before* this one. Their logits are those of observed
-frequencies, so that they are calibrated and the metrics of learned predictors apply.
+Each is fitted on traced documents and predicts all heads from the inputs of a predictor's graph:
+the token ids so far and the routes of the tokens *before* this one. Logits are those of observed
+frequencies: they are calibrated, and the metrics of learned predictors apply.
 
-Symbols: T tokens of a document, J = 3 heads, L MoE layers, E experts a layer, R rows of a table.
+Symbols: T tokens of a document, J heads, L MoE layers, E experts a layer, R rows of a table.
 """
 
 from abc import ABC, abstractmethod
@@ -15,19 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import (
-    Predictions,
-    PredictorShape,
-    Targets,
-    Windows,
-    multi_hot,
-    targets,
-)
+from predictor.networks.targets import Targets, multi_hot, targets
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
 TABLE_BYTES = 1 << 30
-"""Most memory that a token-id table takes; rarer ids are left out."""
+"""Largest size of a token-id table; it leaves out the rarest ids."""
 
 
 class Baseline(ABC):
@@ -46,7 +40,7 @@ class Baseline(ABC):
 
 
 class Frequency(Baseline):
-    """Every token uses the experts that tokens use most."""
+    """Predicts, for every token, the experts that tokens use most."""
 
     name = "static frequency"
 
@@ -61,7 +55,7 @@ class Frequency(Baseline):
             self.tokens_J[j] += valid_1T.sum()
 
     def rates_JLE(self) -> Tensor:
-        """P(a token uses the expert), float32; half a use is added, so that none is 0 or 1."""
+        """P(a token uses the expert), float32. Half a use is added: no rate is 0 or 1."""
         return ((self.uses_JLE + 0.5) / (self.tokens_J[:, None, None] + 1)).float()
 
     def __call__(self, batch: Windows) -> Predictions:
@@ -71,9 +65,9 @@ class Frequency(Baseline):
 
 
 class PreviousToken(Baseline):
-    """Every token uses the experts that its predecessor used, after these the most frequent ones.
+    """Predicts the experts of the previous token, and after these the most frequent ones.
 
-    Where the predecessor's are unknown, at the first token, it falls back to `Frequency`.
+    Where they are unknown, as at the first token, it falls back to `Frequency`.
     """
 
     name = "previous token"
@@ -99,9 +93,9 @@ class PreviousToken(Baseline):
         return known_1T, multi_hot(batch.routes_BTLK, self.num_experts)
 
     def rates(self) -> tuple[Tensor, Tensor]:
-        """P(used | not used before) for each expert and P(used | used before) for each layer.
+        """P(used | not used before) of each expert, and P(used | used before) of each layer.
 
-        The first stays below the second, so that the predecessor's experts always rank first.
+        The first stays below the second: the previous token's experts always rank first.
         """
         enters_JLE = (self.uses_2JLE[0] + 0.5) / (self.seen_2JLE[0] + 1)
         stays_JL1 = (self.uses_2JLE[1].sum(-1, keepdim=True) + 0.5) / (
@@ -124,11 +118,10 @@ class PreviousToken(Baseline):
 
 
 class TokenTable(Baseline):
-    """Every token uses the experts that tokens of the same id use most.
+    """Predicts the experts that tokens of the same id use most.
 
-    The frequencies of all tokens count as one more token of each id: an id never seen gets just
-    those. `token_ids` are the ids to keep, most valuable first; those that would take more than
-    `max_bytes` are left out.
+    The frequencies of all tokens count as one more token of each id, so that an unseen id gets
+    exactly these. token_ids: the ids to keep, most frequent first, as far as `max_bytes` suffice.
     """
 
     name = "token-id table"
@@ -172,7 +165,7 @@ class TokenTable(Baseline):
 
 
 def fit_baselines(documents: Iterable[Windows], shape: PredictorShape) -> list[Baseline]:
-    """All trivial predictors, fitted on documents (each a batch of one row, its history known).
+    """Fit all baselines on documents, each a batch of one row with known history.
 
     `documents` is read twice.
     """

@@ -1,4 +1,4 @@
-"""The result of `predictor.evaluate` as JSON, as tables and as a picture."""
+"""Report of `predictor.evaluate`: the scores as JSON, as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from predictor.evaluation.scoring import Score
 from predictor.evaluation.settings import EvaluateSettings
-from predictor.file.graph import Graph
+from predictor.file.documents import ExportedPredictor
 from routing.predictor_file.format import FAR, HEADS
 from routing.topology import Stack
 
@@ -24,7 +24,7 @@ TITLES = {
     "far": "experts used by the next {far} tokens",
 }
 PANELS = (("this", "recall"), ("next", "recall"), ("horizon", "precision"))
-"""Head and metric of each panel. The horizon has more than K answers: its recall@K stays low."""
+"""Head and metric of each panel. A horizon uses more than K experts: its recall@K stays low."""
 BASELINE_STYLES = (":", "-.", "--")
 GREYS = ("#a0a0a0", "#7a7a7a", "#505050")
 COLORS = ("#3b6ea5", "#d9822b", "#4f8a5b", "#a8477a", "#7a5fb0")
@@ -33,17 +33,17 @@ COLORS = ("#3b6ea5", "#d9822b", "#4f8a5b", "#a8477a", "#7a5fb0")
 def to_json(
     settings: EvaluateSettings,
     results: Sequence[Score],
-    graphs: Sequence[Graph],
+    predictors: Sequence[ExportedPredictor],
     num_tokens: int,
     horizon: int,
 ) -> dict[str, Any]:
-    """All figures; null where a layer was never asked."""
+    """All figures; null for a layer without a token."""
     return {
         "trace": str(settings.trace),
         "fit_trace": None if settings.fit_trace is None else str(settings.fit_trace),
         "tokens": num_tokens,
         "horizon": horizon,
-        "files": [_file(graph) for graph in graphs],
+        "files": [_file(predictor) for predictor in predictors],
         "predictors": [
             {
                 "name": result.name,
@@ -55,14 +55,14 @@ def to_json(
     }
 
 
-def _file(graph: Graph) -> dict[str, Any]:
+def _file(predictor: ExportedPredictor) -> dict[str, Any]:
     return {
-        "path": str(graph.path),
-        "bytes": graph.path.stat().st_size,
-        "window": graph.shape.window,
-        "horizon": graph.shape.horizon,
-        "cache": graph.needs_history,
-        "step_seconds": graph.step_seconds(),
+        "path": str(predictor.path),
+        "bytes": predictor.path.stat().st_size,
+        "window": predictor.shape.window,
+        "horizon": predictor.shape.horizon,
+        "cache": predictor.needs_history,
+        "step_seconds": predictor.step_seconds(),
     }
 
 
@@ -81,7 +81,7 @@ def _finite(value: float) -> float | None:
 
 
 def print_report(report: dict[str, Any], results: Sequence[Score], stack: Stack) -> None:
-    """A table for each head, recall of this token's experts by layer, and what the files cost."""
+    """Print a table for each head, the recall of each layer, and the cost of each file."""
     from rich.console import Console
 
     console = Console()
@@ -145,7 +145,7 @@ def _file_table(files: Sequence[dict[str, Any]]) -> Any:
 
 
 def plot_layers(results: Sequence[Score], stack: Stack, horizon: int, png: Path) -> None:
-    """Draw each predictor's figure over the layers: one panel a head, one legend."""
+    """Draw each predictor's figures over the layers: a panel for each head, one legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -163,17 +163,17 @@ def plot_layers(results: Sequence[Score], stack: Stack, horizon: int, png: Path)
 
 
 def _plot_panel(axes: Axes, results: Sequence[Score], head: str, metric: str) -> None:
-    """Files in colour (dashed: history unknown), trivial predictors in grey."""
-    files = list(dict.fromkeys(result.name for result in results if not result.trivial))
-    trivial = [result.name for result in results if result.trivial]
+    """Files in colour (dashed where the history is unknown), baselines in grey."""
+    files = list(dict.fromkeys(result.name for result in results if not result.is_baseline))
+    baselines = [result.name for result in results if result.is_baseline]
     for result in results:
         values = result.heads[head][metric]
-        if not result.trivial:
+        if not result.is_baseline:
             color = COLORS[files.index(result.name) % len(COLORS)]
             style = "--" if result.history == "unknown" else "-"
             axes.plot(values, style, color=color, label=result.label, marker="o", markersize=3)
         else:
-            rank = trivial.index(result.name)
+            rank = baselines.index(result.name)
             axes.plot(
                 values, BASELINE_STYLES[rank], color=GREYS[rank], label=result.label, linewidth=1.5
             )

@@ -1,4 +1,4 @@
-"""Scoring of predictors: who takes part, on which documents, and what each of them gets."""
+"""Scoring of predictors: the contenders, the held-out documents and the scores."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from predictor.evaluation.baselines import Baseline, fit_baselines
 from predictor.evaluation.settings import EvaluateSettings
-from predictor.file.graph import Graph, StatelessGraph, whole_document
-from predictor.networks.interface import Predictions, PredictorShape, Windows, targets
+from predictor.file.documents import ExportedPredictor, StatelessPredictor, whole_document
+from predictor.networks.targets import targets
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.data import split_of
 from predictor.training.metrics import route_metrics
 from routing.names import told_apart
@@ -21,7 +22,7 @@ from routing.predictor_file.format import HEADS
 from routing.shards import PROMPT, TraceReader, signed_experts
 
 VAL_FRACTION, TEST_FRACTION = 0.05, 0.05
-"""The defaults of `predictor.training.data`."""
+"""The default splits of `predictor.training.data`."""
 
 
 class Contender(NamedTuple):
@@ -29,30 +30,33 @@ class Contender(NamedTuple):
 
     name: str
     history: str
-    """Are the routes of earlier tokens "known" or "unknown"; "unused" where it does not matter."""
+    """Whether the routes of earlier tokens are "known", "unknown", or "unused" by the predictor."""
     predict: Callable[[Windows], Predictions]
+    """Predicts one document."""
 
 
 class Score(NamedTuple):
-    """What one contender scored."""
+    """The figures of one contender."""
 
     name: str
     history: str
-    trivial: bool
+    is_baseline: bool
     heads: dict[str, dict[str, list[float]]]
-    """head -> metric -> figure of each layer (NaN: never asked)."""
+    """head -> metric -> figure of each layer, NaN for a layer without a token."""
 
     @property
     def label(self) -> str:
+        """The name in tables and pictures."""
         return f"{self.name}, no history" if self.history == "unknown" else self.name
 
     def mean(self, head: str, metric: str) -> float:
+        """The mean over the layers that have a figure; NaN without one."""
         known = [value for value in self.heads[head][metric] if not math.isnan(value)]
         return sum(known) / len(known) if known else math.nan
 
 
 class Corpus:
-    """Some documents of a trace, each made into a batch of one row when it is asked for."""
+    """Some documents of a trace; iterating gives each as a batch of one row."""
 
     def __init__(self, reader: TraceReader, indices: Sequence[int]) -> None:
         self.reader = reader
@@ -69,28 +73,31 @@ class Corpus:
             yield whole_document(document.token_ids_T, experts_TLK, num_prompt)
 
 
-def check(graphs: Sequence[Graph], reader: TraceReader, settings: EvaluateSettings) -> None:
-    """Raise ValueError unless every predictor is for the trace's model and asks the same."""
-    for graph in graphs:
-        graph.topology.require_match(
+def check(
+    predictors: Sequence[ExportedPredictor], reader: TraceReader, settings: EvaluateSettings
+) -> None:
+    """Raise ValueError unless all predictors are for the trace's model, stack and one horizon."""
+    for predictor in predictors:
+        predictor.topology.require_match(
             reader.topology,
-            ours=f"the predictor {graph.path}",
+            ours=f"the predictor {predictor.path}",
             theirs=f"the trace {reader.directory}",
         )
-        if graph.stack.name != settings.stack:
+        if predictor.stack.name != settings.stack:
             raise ValueError(
-                f"{graph.path} predicts the {graph.stack.name} stack: "
-                f"add --stack {graph.stack.name}"
+                f"{predictor.path} predicts the {predictor.stack.name} stack: "
+                f"add --stack {predictor.stack.name}"
             )
-        if graph.shape.horizon != graphs[0].shape.horizon:
+        if predictor.shape.horizon != predictors[0].shape.horizon:
             raise ValueError(
-                f"{graph.path} looks {graph.shape.horizon} tokens ahead and {graphs[0].path} "
-                f"{graphs[0].shape.horizon}: their horizons do not compare; evaluate them apart"
+                f"{predictor.path} looks {predictor.shape.horizon} tokens ahead and "
+                f"{predictors[0].path} {predictors[0].shape.horizon}: their figures do not "
+                "compare; evaluate them apart"
             )
 
 
 def corpora(reader: TraceReader, settings: EvaluateSettings) -> tuple[Corpus, Corpus]:
-    """What to fit the trivial predictors on, and what to score on. Raises ValueError."""
+    """The documents to fit the baselines on, and those to score on. Raises ValueError."""
     if settings.fit_trace is not None:
         fit_reader = TraceReader(settings.fit_trace, settings.stack)
         reader.topology.require_match(
@@ -113,7 +120,7 @@ def some(reader: TraceReader, indices: Sequence[int], max_tokens: int) -> Corpus
     if not indices:
         raise ValueError(
             f"the {len(reader)} document(s) of {reader.directory} are too few to fit on some and "
-            "to score on others; name another trace to fit on with --fit_trace, or trace more"
+            "score on others; name another trace to fit on with --fit_trace, or trace more"
         )
     order = np.random.default_rng(0).permutation(np.asarray(indices))
     ends = np.cumsum(reader.doc_lengths[order])
@@ -121,45 +128,45 @@ def some(reader: TraceReader, indices: Sequence[int], max_tokens: int) -> Corpus
 
 
 def all_contenders(
-    graphs: Sequence[Graph], fit: Corpus, settings: EvaluateSettings
+    predictors: Sequence[ExportedPredictor], fit: Corpus, settings: EvaluateSettings
 ) -> tuple[list[Contender], PredictorShape]:
-    """The rows of the table, and the question that all of them answer."""
-    horizon = graphs[0].shape.horizon if graphs else settings.horizon
+    """The rows of the table, and the sizes and horizon that all of them share."""
+    horizon = predictors[0].shape.horizon if predictors else settings.horizon
     shape = PredictorShape.of(fit.reader.topology, settings.stack, window=1, horizon=horizon)
     contenders = [
         Contender(baseline.name, "known" if baseline.needs_history else "unused", baseline)
         for baseline in fit_baselines(fit, shape)
     ]
-    names = told_apart([graph.path for graph in graphs], lambda path: path.name)
-    for graph, name in zip(graphs, names, strict=True):
-        if graph.needs_history:
-            contenders.append(Contender(name, "known", graph))
-            contenders.append(Contender(name, "unknown", _without_history(graph)))
+    names = told_apart([predictor.path for predictor in predictors], lambda path: path.name)
+    for predictor, name in zip(predictors, names, strict=True):
+        if predictor.needs_history:
+            contenders.append(Contender(name, "known", predictor))
+            contenders.append(Contender(name, "unknown", _without_history(predictor)))
         else:
-            contenders.append(Contender(name, "unused", graph))
+            contenders.append(Contender(name, "unused", predictor))
     return contenders, shape
 
 
-def _without_history(graph: Graph) -> Callable[[Windows], Predictions]:
-    return lambda batch: graph(batch.without_history())
+def _without_history(predictor: ExportedPredictor) -> Callable[[Windows], Predictions]:
+    return lambda batch: predictor(batch.without_history())
 
 
 def score(
     contenders: Sequence[Contender],
     documents: Corpus,
     shape: PredictorShape,
-    graphs: Sequence[Graph],
+    predictors: Sequence[ExportedPredictor],
 ) -> tuple[list[Score], int]:
-    """Every contender on the same tokens, and how many these are.
+    """Score every contender on the same tokens; returns the scores and the number of tokens.
 
-    An encoder-decoder says what generated tokens do: where one takes part, the first half of a
-    document's first window, or its prompt, counts for nobody.
+    An encoder-decoder predicts generated tokens only. Where one takes part, no contender is scored
+    on a document's prompt, or on the first half of its first window where there is no prompt.
     """
     metrics = [{head: route_metrics(documents.reader.stack) for head in HEADS} for _ in contenders]
-    stateless = [graph for graph in graphs if isinstance(graph, StatelessGraph)]
+    stateless = [predictor for predictor in predictors if isinstance(predictor, StatelessPredictor)]
     num_tokens = 0
     for batch in tqdm(documents, desc="scoring", unit="document", leave=False, disable=None):
-        first = max((graph.first_generated(batch) for graph in stateless), default=0)
+        first = max((predictor.first_generated(batch) for predictor in stateless), default=0)
         answers = targets(batch, shape)
         num_tokens += batch.token_ids_BT.shape[1] - first
         for contender, heads in zip(contenders, metrics, strict=True):

@@ -1,4 +1,4 @@
-"""The exporter: a trained predictor as one ONNX file, in full precision or in int8."""
+"""The exporter: writes a trained predictor as one ONNX file, in float32 or in int8."""
 
 import io
 import json
@@ -20,18 +20,19 @@ OPSET = 20
 
 
 class ExportedModule(nn.Module):
-    """The predictor as the exporter sees it."""
+    """The predictor's ONNX graph as a module, for torch's exporter."""
 
     def __init__(self, trained: Trained) -> None:
         super().__init__()
         self.predictor = trained.predictor
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the graph: takes `graph_inputs` and returns `graph_outputs`, in order."""
         return self.predictor.run_graph(*inputs)
 
 
 def write_graph(trained: Trained, path: Path) -> None:
-    """Export to one file, weights inside, with the metadata that the runtime reads."""
+    """Export to one ONNX file that holds the weights and the metadata that the runtime reads."""
     predictor = trained.predictor
     example = predictor.random_inputs(2, 3, 5)
     dynamic = tuple(predictor.graph_inputs[name] for name in predictor.graph_inputs)
@@ -53,7 +54,7 @@ def write_graph(trained: Trained, path: Path) -> None:
 
 
 def forget_origin(model: Any) -> None:
-    """Drop what the exporter notes about where each node came from: the paths of this machine."""
+    """Drop the exporter's notes on the origin of each node: they hold paths of this machine."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -64,7 +65,7 @@ def forget_origin(model: Any) -> None:
 
 
 def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:
-    """What the file says about itself, see the contract in docs/formats.md."""
+    """The file's description of itself; docs/formats.md lists its keys."""
     predictor = trained.predictor
     cache = predictor.cache
     sizes = {} if cache is None else cache._asdict()
@@ -91,7 +92,7 @@ def metadata(trained: Trained, quantization: str = "none") -> dict[str, Any]:
 
 
 def write_quantized(source: Path, target: Path) -> None:
-    """The exported file again with int8 weights, saying so in its metadata."""
+    """Copy an exported file with int8 weights, and say so in its metadata."""
     import onnx
 
     model = onnx.load(str(source))
@@ -105,7 +106,7 @@ def write_quantized(source: Path, target: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's and the quantiser's advice out of the terminal."""
+    """Keep messages of the exporter and the quantiser out of the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Parity of an exported graph with the torch model, checked before the file is kept."""
+"""Parity check: an exported graph against its torch model, before the file is kept."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,22 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor
+from predictor.networks.windows import Windows
 from routing.predictor_file.driver import Heads, Past, run_step
 from routing.predictor_file.format import HEADS
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT
 
 MAX_ERROR = 3e-4
-"""Of an exact file's logits, absolute up to 1 and relative above."""
+"""Largest error of an exact file's logits: absolute up to 1, relative above."""
 MIN_OVERLAP = 0.9
-"""Of a quantised file's top-k with the exact model's on random tokens, harder than any text."""
+"""Smallest overlap of a quantised file's top-k with the exact model's. It is measured on random
+tokens, which are harder than any text."""
 
 
 def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[str, float]:
-    """Compare on random inputs; returns what was found. Raises ValueError if it is not enough.
+    """Compare file and model on random inputs; returns the largest error and smallest overlap.
 
-    An exact file must agree whatever a cache holds; a quantised one, with what it put there itself.
+    An exact file must agree for any content of the key/value cache, a quantised one for the content
+    that it wrote itself. Raises ValueError if they differ by more than MAX_ERROR or MIN_OVERLAP.
     """
     file, found = open_predictor(path, num_threads=1), []
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +48,7 @@ def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[
 
 
 def _sizes(predictor: RoutePredictor) -> list[tuple[int, int, int]]:
-    """(batch, tokens, past): the corners, and some at random."""
+    """(batch, tokens, past): corner cases, and some random sizes."""
     window = predictor.shape.window
     corners = [(1, 1, 0), (1, 1, window), (1, 2 * window, 0), (3, 1, window)]
     random = torch.randint(1, window, (3, 3)).tolist()
@@ -66,7 +69,7 @@ def _compare(
 
 @torch.no_grad()
 def _compare_steps(predictor: RoutePredictor, file: PredictorFile) -> tuple[float, float]:
-    """A prompt in one run and then step by step on a ring buffer, against one pass of torch."""
+    """A prompt in one run, then single steps through a ring buffer, against one pass of torch."""
     window, batch = predictor.shape.window, 2
     tokens = window + window // 2
     inputs = predictor.random_inputs(batch, tokens, 0)
@@ -90,7 +93,7 @@ def _compare_steps(predictor: RoutePredictor, file: PredictorFile) -> tuple[floa
 def _distance(
     predictor: RoutePredictor, expected: Any, got: list[np.ndarray], valid_BT: Tensor
 ) -> tuple[float, float]:
-    """Largest error of the logits, and smallest overlap of the top-k, of any head."""
+    """Largest error of the logits and smallest overlap of the top-k, over all heads."""
     top_k = predictor.shape.top_k
     errors, overlaps = [0.0], [1.0]
     for exact, exported in zip(expected, got, strict=True):

@@ -1,8 +1,8 @@
-"""Weights of an exported graph as int8 blocks: a smaller file and a faster step.
+"""Quantisation of an exported graph: weights in int8 blocks, for a smaller file and a faster step.
 
-onnxruntime's MatMulNBits multiplies by blocks of weights that share a scale and quantises what
-comes in by itself, in one node; at batch 1, where a step reads every weight once, the time is that
-of the bytes and of the blocks.
+onnxruntime's MatMulNBits multiplies by blocks of weights that share a scale, and quantises its
+input itself, in one node. At batch 1 a step reads every weight once, so its time follows from the
+number of bytes and of blocks.
 """
 
 import statistics
@@ -12,13 +12,13 @@ import numpy as np
 
 BITS = 8
 BLOCKS = 16, 256
-"""Fewest and most weights of a block."""
+"""Fewest and most weights in a block."""
 INT8_PRODUCTS = 4
-"""onnxruntime's `accuracy_level` for products of int8 by int8."""
+"""onnxruntime's `accuracy_level` for products of int8 with int8."""
 
 
 def quantize(model: Any) -> Any:
-    """The ONNX model with every constant matrix and the token embedding in int8."""
+    """Store every constant matrix and the token embedding of the ONNX `model` in int8."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(
@@ -36,7 +36,9 @@ def quantize(model: Any) -> Any:
 
 
 def block_size(graph: Any) -> int:
-    """The power of two up to the usual width: few blocks, and no padding in a narrow predictor."""
+    """The largest power of two up to the median width: few blocks, and no padding in a narrow
+    predictor.
+    """
     constants = {tensor.name: tensor.dims for tensor in graph.initializer}
     widths = [
         constants[node.input[1]][0]
@@ -48,7 +50,7 @@ def block_size(graph: Any) -> int:
 
 
 def quantize_embedding(graph: Any) -> None:
-    """Store the table that a Gather of token ids reads as int8 rows with a scale each."""
+    """Store the embedding, which a Gather of token ids reads, as int8 rows with a scale each."""
     from onnx import helper, numpy_helper
 
     tables = {tensor.name: tensor for tensor in graph.initializer}

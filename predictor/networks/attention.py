@@ -1,9 +1,9 @@
-"""Sliding-window attention with rotary positions, all of it driven by explicit positions.
+"""Sliding-window attention with rotary embeddings, both driven by explicit positions.
 
 Symbols: B rows, T new tokens, P cached tokens, S keys, D width, M key/value heads, G query heads
 that share one of them, N = M * G query heads, R = G * T queries of the same keys, C channels of a
-head. The nodes are chosen for a decode step in onnxruntime, where each costs about a microsecond
-whatever it does.
+head. The operations are chosen for a decode step in onnxruntime, where each node costs about a
+microsecond whatever it computes.
 """
 
 import math
@@ -19,11 +19,11 @@ ROTARY_BASE = 10_000.0
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding, [B, 1, T, C]."""
+    """Cosines and sines of the rotary embedding, [B, 1, T, C] each."""
 
     cos: Tensor
     sin: Tensor
-    """Negative for the first half of the channels."""
+    """Negated for the first half of the channels."""
 
 
 def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rotation:
@@ -37,16 +37,16 @@ def rotation_of(positions_BT: Tensor, channels: int, dtype: torch.dtype) -> Rota
 
 
 def rotate(x_BNTC: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the two halves of each head's channels as pairs."""
+    """Rotate the two halves of each head's channels as pairs."""
     first, second = x_BNTC.chunk(2, dim=-1)
     return x_BNTC * rotation.cos + torch.cat((second, first), dim=-1) * rotation.sin
 
 
 def sliding_mask(query_positions_BT: Tensor, key_positions_BS: Tensor, window: int) -> Tensor:
-    """Scores to add, [B, 1, T, S]: 0 where the key is visible, HIDDEN_SCORE elsewhere.
+    """Attention mask to add to scores, [B, 1, T, S]: 0 for a visible key, else HIDDEN_SCORE.
 
-    A query sees the keys of the last `window` positions up to its own. Keys at negative positions
-    (padding, empty cache slots) are seen by nobody; queries there get an average that nobody reads.
+    A query sees the keys of the last `window` positions up to its own. No query sees a key at a
+    negative position (padding, empty cache entries); a query there gets a meaningless average.
     """
     distance = query_positions_BT[:, None, :, None] - key_positions_BS[:, None, None, :]
     hidden = (distance < 0) | (distance >= window) | (key_positions_BS < 0)[:, None, None, :]
@@ -54,7 +54,7 @@ def sliding_mask(query_positions_BT: Tensor, key_positions_BS: Tensor, window: i
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), scaled a channel (arXiv 1910.07467), in the form that onnxruntime fuses."""
+    """x / rms(x), scaled by channel (arXiv 1910.07467), in the form that onnxruntime fuses."""
 
     EPSILON = 1e-6
 
@@ -63,6 +63,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension, in float32."""
         exact = x.float()
         root = torch.sqrt(exact.square().mean(-1, keepdim=True) + self.EPSILON)
         return (exact / root).to(x.dtype) * self.weight.to(x.dtype)
@@ -76,10 +77,10 @@ class KeysValues(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Sliding-window causal attention. Masks are added to the scores; they come from positions.
+    """Sliding-window causal attention, with masks made from positions.
 
-    `heads` query heads in groups share `kv_heads` keys and values (arXiv 2305.13245): what is
-    cached, and read at every step, shrinks with them. Queries and keys are normalised a head
+    Groups of the `heads` query heads share `kv_heads` keys and values (arXiv 2305.13245), which
+    makes the cache, read at every step, smaller. Queries and keys are normalised by head
     (arXiv 2010.04245).
     """
 
@@ -96,8 +97,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         """The block's update [B, T, D], and the new tokens' keys and values.
 
-        The mask is over the past's keys and then the new ones: [B, 1, T, S], and where there is a
-        past [B, 1, R, S], G times the same.
+        The mask covers the past keys, then the new ones: [B, 1, T, S], or with a past
+        [B, 1, R, S], where each query of the group repeats it.
         """
         num_heads, num_kv = self.heads, self.kv_heads
         heads_BTNC = self.qkv(x_BTD).unflatten(-1, (num_heads + 2 * num_kv, -1))
@@ -120,7 +121,7 @@ def _attend(queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1TT: Tenso
 def _attend_with_past(
     queries_BNTC: Tensor, keys: Tensor, values: Tensor, mask_B1RS: Tensor, past: KeysValues
 ) -> Tensor:
-    """Join the scores, not the keys: the past is never copied."""
+    """Attend by joining scores, not keys: the past is never copied."""
     batch, num_kv, num_new, channels = keys.shape
     queries_BMRC = queries_BNTC.reshape(batch, num_kv, -1, channels) * channels**-0.5
     old_scores = queries_BMRC @ past.keys_BMPC.transpose(-1, -2)

@@ -12,15 +12,16 @@ class SquaredReLU(nn.Module):
     """max(x, 0) squared (arXiv 2109.08668)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every element."""
         x = x.relu()
         return x * x
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalised before and added to what came in.
+    """Attention and MLP as residual branches with normalised inputs.
 
-    Both start small, by GPT-2's rule for the residual branches of `depth` blocks. hidden: width
-    inside the MLP.
+    Both branches start small, by GPT-2's rule for a network of `depth` blocks. hidden: width inside
+    the MLP.
     """
 
     def __init__(

@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from predictor.networks.attention import KeysValues, RMSNorm, rotation_of, sliding_mask
 from predictor.networks.block import Block
-from predictor.networks.interface import (
-    Cache,
-    Predictions,
-    PredictorSettings,
-    PredictorShape,
-    RoutePredictor,
-    Windows,
-    read_out_map,
-)
+from predictor.networks.interface import CacheShape, PredictorSettings, RoutePredictor, read_out_map
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
@@ -37,16 +30,16 @@ class CausalSettings(PredictorSettings):
     attention_heads: int = 4
     """Attention heads of a block; they divide the width."""
     kv_heads: int = 2
-    """Heads of keys and values, shared by groups of attention heads; they divide these."""
+    """Key and value heads, each shared by a group of attention heads; they divide these."""
     mlp_ratio: float = 4.0
-    """Width of a block's MLP over the width of the hidden states."""
+    """Width of a block's MLP, as a multiple of the width."""
     stages: int = 1
-    """This token's experts are read out in so many groups of layers, the first layers' after
-    earlier blocks: the target too has chosen them before it computes the rest."""
+    """Groups of layers in which this token's experts are read out, earlier layers after earlier
+    blocks: the traced model, too, has chosen them before it computes the rest."""
     embedding_rank: int = 256
-    """The token embedding is stored as [vocabulary, rank] and projected to the width."""
+    """Rank of the token embedding: stored as [vocabulary, rank], projected to the width."""
     dropout: float = 0.0
-    """Dropout of the input and of each block's output, in training."""
+    """Dropout in training, of the input and of each block's output."""
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.attention_heads):
@@ -69,11 +62,11 @@ class CausalSettings(PredictorSettings):
 
     @property
     def queries_per_key(self) -> int:
-        """Attention heads that share one head of keys and values (G)."""
+        """Attention heads that share a key/value head (G)."""
         return self.attention_heads // self.kv_heads
 
     def early_stages(self, num_layers: int) -> dict[int, int]:
-        """After how many blocks to read out how many MoE layers: all stages but the last."""
+        """Number of blocks -> MoE layers to read out after them, for all stages but the last."""
         stages = self.stages
         ends = [num_layers * stage // stages for stage in range(stages + 1)]
         blocks = [-(-self.blocks * (stage + 1) // stages) for stage in range(stages)]
@@ -82,7 +75,7 @@ class CausalSettings(PredictorSettings):
         return {after: size for after, size in early if size}
 
     def block(self) -> Block:
-        """One of the blocks, to be trained."""
+        """A block with fresh weights."""
         return Block(
             self.width,
             heads=self.attention_heads,
@@ -97,14 +90,14 @@ class CausalSettings(PredictorSettings):
 
 
 class EarlyHead(nn.Sequential):
-    """The experts of so many of the target's layers, out of a block's output [B, T, D]."""
+    """Reads the experts of the next `num_layers` MoE layers out of a block's output [B, T, D]."""
 
     def __init__(self, shape: PredictorShape, width: int, num_layers: int) -> None:
         super().__init__(RMSNorm(width), read_out_map(shape, width, num_layers))
 
 
 class CausalPredictor(RoutePredictor):
-    """Token embedding + route-history embedding, transformer blocks, the heads."""
+    """The embeddings of token and route history, transformer blocks, and the heads."""
 
     kind = "causal"
     graph_inputs: ClassVar[dict[str, dict[int, str]]] = {
@@ -134,16 +127,16 @@ class CausalPredictor(RoutePredictor):
         self._initialise()
 
     def _initialise(self) -> None:
-        """The history of a token starts at half the scale of its embedding."""
+        """Initialise the embeddings; the history starts at half the scale of the token."""
         routes_a_token = self.shape.num_layers * self.shape.top_k
         nn.init.normal_(self.history_XD, std=0.5 * routes_a_token**-0.5)
         nn.init.normal_(self.embedding_VR.weight)
         nn.init.normal_(self.project_embedding.weight, std=self.settings.embedding_rank**-0.5)
 
     def set_embedding(self, embedding_VH: Tensor) -> None:
-        """Start from the target model's token embedding, cut to the embedding's rank by an SVD.
+        """Start from the traced model's token embedding, cut to `embedding_rank` by an SVD.
 
-        Scaled to unit variance a channel. Raises ValueError when the vocabularies differ.
+        Scaled to unit variance. Raises ValueError when the vocabularies differ.
         """
         vocab_size, rank = self.embedding_VR.weight.shape
         if embedding_VH.shape[0] < vocab_size:
@@ -160,10 +153,10 @@ class CausalPredictor(RoutePredictor):
         return [p for p in self.blocks.parameters() if p.dim() == 2]
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> CacheShape:
         settings = self.settings
         channels = settings.width // settings.attention_heads
-        return Cache(settings.blocks, settings.kv_heads, channels)
+        return CacheShape(settings.blocks, settings.kv_heads, channels)
 
     def forward(self, batch: Windows) -> Predictions:
         mask_B1TT = sliding_mask(batch.positions_BT, batch.positions_BT, self.shape.window)
@@ -173,7 +166,7 @@ class CausalPredictor(RoutePredictor):
         return predictions
 
     def run_graph(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """One graph for a prefill and for a step: `past` may be empty and lie in any order."""
+        """One graph for prefill and decode steps: `past` may be empty, its entries in any order."""
         token_ids_BT, routes_BTLK, positions_BT, past, past_positions_BP = inputs
         window = self.shape.window
         key_positions_BS = torch.cat((past_positions_BP, positions_BT), dim=1)
@@ -195,7 +188,7 @@ class CausalPredictor(RoutePredictor):
         mask: Tensor,
         pasts: list[KeysValues] | None,
     ) -> tuple[Predictions, list[KeysValues]]:
-        """The predictions, and each block's new keys and values. The mask: see `Attention`."""
+        """The predictions, and each block's new keys and values; see `Attention` for the mask."""
         x_BTD = self.project_embedding(self.embedding_VR(token_ids_BT))
         x_BTD = self.dropout(x_BTD + self.embed_history(routes_BTLK))
         rotation = rotation_of(positions_BT, self.cache.head_dim, x_BTD.dtype)
@@ -210,7 +203,7 @@ class CausalPredictor(RoutePredictor):
         return self.calibrated(torch.cat(logits, dim=-1)), presents
 
     def embed_history(self, routes_BTLK: Tensor) -> Tensor:
-        """Sum of the vectors of the experts that the predecessor used; one vector if unknown."""
+        """Sum of the vectors of the predecessor's experts; one vector where they are unknown."""
         shape = self.shape
         num_keys = shape.num_layers * shape.num_experts
         routes_BTLK = routes_BTLK.long()
@@ -222,7 +215,7 @@ class CausalPredictor(RoutePredictor):
         return used_BTX @ self.history_XD + (1 - known_BT1) * self.unknown_history_D
 
     def random_inputs(self, batch: int, tokens: int, past: int) -> dict[str, Tensor]:
-        """A prefill (past 0) or steps after a ring buffer in random order with an empty slot."""
+        """A prefill (past 0), or steps on a ring buffer in random order with an empty entry."""
         shape, (blocks, heads, channels) = self.shape, self.cache
         routes = torch.randint(
             NO_EXPERT, shape.num_experts, (batch, tokens, shape.num_layers, shape.top_k)
@@ -239,7 +232,7 @@ class CausalPredictor(RoutePredictor):
 
 
 def truncated_svd(matrix_VH: Tensor, rank: int) -> Tensor:
-    """The best [V, rank] linear summary of the rows, scaled to unit variance over all entries."""
+    """The best [V, rank] linear summary of the rows, scaled to unit variance of all entries."""
     rank = min(rank, *matrix_VH.shape)
     _, vectors_HH = torch.linalg.eigh(matrix_VH.T @ matrix_VH)
     reduced_VR = matrix_VH @ vectors_HH[:, -rank:].flip(1)

@@ -1,10 +1,10 @@
 """The predictor of the ExpertFlow paper (arXiv 2410.17954, section 3.2): a small T5.
 
-The encoder reads the prompt; the decoder reads the generated tokens and says, for each of them and
-all MoE layers in one pass, which experts it uses. Ours differs in what the interface asks for: the
-heads for the next token and the horizon; and the decoder also reads the prompt, as a segment of its
-own, so that prompt tokens get predictions too. Generated tokens do not attend to that segment,
-which leaves them the paper's decoder exactly; the loss is on them alone (`trained_BT`).
+The encoder reads the prompt. The decoder reads the generated tokens and predicts the experts of
+each at all MoE layers in one pass. This version adds what the interface asks for: heads for the
+next token and the horizons, and predictions for prompt tokens. For these the decoder also reads the
+prompt, as a segment of its own. Generated tokens do not attend to that segment, so that for them it
+is exactly the paper's decoder; the loss counts them alone (`trained_BT`).
 
 Symbols: B rows, T tokens, S keys, L MoE layers, E experts a layer, D width.
 """
@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from predictor.networks.interface import (
-    Predictions,
-    PredictorSettings,
-    PredictorShape,
-    RoutePredictor,
-    Windows,
-)
+from predictor.networks.interface import PredictorSettings, RoutePredictor
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import HEADS
 
 HIDDEN_SCORE = -1e9
@@ -50,7 +45,7 @@ class T5Settings(PredictorSettings):
         return T5Predictor(shape, self)
 
     def stack(self, *, decoder: bool) -> T5Stack:
-        """T5's encoder or decoder, randomly initialised, that takes embeddings, not ids."""
+        """T5's encoder or decoder, randomly initialised, taking embeddings instead of ids."""
         config = T5Config(
             vocab_size=1,
             d_model=self.width,
@@ -71,7 +66,7 @@ class T5Settings(PredictorSettings):
 
 
 class T5Predictor(RoutePredictor):
-    """T5 encoder over the prompt, T5 decoder over every token, one bias-free map to the heads."""
+    """T5 encoder over the prompt, T5 decoder over every token, a bias-free map to the heads."""
 
     kind = "t5"
     graph_inputs: ClassVar[dict[str, dict[int, str]]] = {
@@ -91,23 +86,24 @@ class T5Predictor(RoutePredictor):
 
     @property
     def cache(self) -> None:
-        """None: the graph is run over the whole window again."""
+        """None: the graph runs over the whole window each time."""
         return None
 
     def forward(self, batch: Windows) -> Predictions:
         return self.predict(batch.token_ids_BT, batch.positions_BT, batch.prompt_lengths_B)
 
     def run_graph(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`prompt_lengths` [B] counts a row's leading columns of prompt, padding included."""
+        """`prompt_lengths` [B] counts a row's leading prompt columns, padding included."""
         return tuple(self.predict(*inputs))
 
     def trained_BT(self, batch: Windows) -> Tensor:
-        """The tokens that the loss is on: the generated ones."""
+        """The generated tokens."""
         return batch.valid_BT & ~prompt_mask(batch.positions_BT, batch.prompt_lengths_B)
 
     def predict(
         self, token_ids_BT: Tensor, positions_BT: Tensor, prompt_lengths_B: Tensor
     ) -> Predictions:
+        """Predict every token; the arguments are the graph's inputs."""
         prompt_BT = prompt_mask(positions_BT, prompt_lengths_B)
         masks = attention_masks(positions_BT, prompt_BT, self.shape.window)
         x_BTD = self.embedding_VD(token_ids_BT)
@@ -123,7 +119,7 @@ class T5Predictor(RoutePredictor):
         return self.read_out(decoded_BTD)
 
     def random_inputs(self, batch: int, tokens: int, past: int) -> dict[str, Tensor]:
-        """Rows with padding on the left, a prompt of any length, none included; no past."""
+        """Rows with left padding and a prompt of any length, including none; there is no past."""
         padding_B1 = torch.randint(tokens, (batch, 1))
         positions = torch.arange(tokens).repeat(batch, 1) - padding_B1
         return {
@@ -135,24 +131,27 @@ class T5Predictor(RoutePredictor):
 
 @dataclass(frozen=True)
 class Masks:
-    """Scores to add: 0 where the key is visible, HIDDEN_SCORE elsewhere."""
+    """Attention masks to add to scores: 0 for a visible key, HIDDEN_SCORE elsewhere."""
 
-    encoder_B1TT: Tensor  # prompt tokens see the prompt, in both directions
-    decoder_B1TT: Tensor  # tokens see earlier tokens of their own segment
-    cross_B1TS: Tensor  # tokens see the encoded prompt; S = T + 1, see `attention_masks`
+    encoder_B1TT: Tensor
+    """Prompt tokens see the prompt, in both directions."""
+    decoder_B1TT: Tensor
+    """Tokens see earlier tokens of their own segment."""
+    cross_B1TS: Tensor
+    """Tokens see the encoded prompt; S = T + 1, see `attention_masks`."""
 
 
 def prompt_mask(positions_BT: Tensor, prompt_lengths_B: Tensor) -> Tensor:
-    """Which tokens are prompt: those in the first `prompt_lengths` columns, padding aside."""
+    """Mask [B, T] of the prompt: the first `prompt_lengths` columns without the padding."""
     columns_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
     return (positions_BT >= 0) & (columns_T < prompt_lengths_B[:, None])
 
 
 def attention_masks(positions_BT: Tensor, prompt_BT: Tensor, window: int) -> Masks:
-    """Masks of the three attentions; tokens `window` positions apart never see each other.
+    """Masks of the three attentions. Tokens `window` or more positions apart never see each other.
 
-    The encoder's output gets a last column of zeros, which (T5 has no biases) adds nothing where it
-    is attended to. Tokens that can see no prompt attend to it, and no others do.
+    The encoder's output gets a last column of zeros, which adds nothing when attended to, since T5
+    has no biases. Exactly the tokens that see no prompt attend to it.
     """
     distance_BTT = positions_BT[:, :, None] - positions_BT[:, None, :]
     valid_BT = positions_BT >= 0

@@ -1,10 +1,9 @@
-"""Training on traces.
+"""Training of route predictors on traces.
 
-data, rows     traces as batches
-module         the Lightning module; metrics, curves
-optimizer      Muon and AdamW
-calibration    logits as probabilities
-checkpoint     reading what training wrote
-embedding      starting from the target model's embedding
-router_inputs  router inputs recorded for layer_ahead
+data, rows   traces as batches
+module       the Lightning module; metrics, curves
+optimizer    Muon and AdamW
+calibration  scale and shift of the logits, for calibrated probabilities
+checkpoint   reading checkpoints of predictor.train
+embedding    the traced model's token embedding, to start from
 """

@@ -1,9 +1,8 @@
-"""Calibration: one scale and one shift of the logits per head, so that probabilities mean what
-they say.
+"""Calibration: a scale and a shift of each head's logits, so that probabilities match frequencies.
 
-Platt scaling (Platt 1999) of the binary questions "is this expert used", fitted on the validation
-split by minimising the cross-entropy; kept inside the predictor, so that its graph emits calibrated
-logits.
+Platt scaling (Platt 1999) of the binary question "is this expert used?". It is fitted on the
+validation split by minimising the cross-entropy, and kept in the predictor, so that its graph emits
+calibrated logits.
 """
 
 from collections.abc import Iterable
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.networks.interface import RoutePredictor, Windows, targets
+from predictor.networks.interface import RoutePredictor
+from predictor.networks.targets import targets
+from predictor.networks.windows import Windows
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 
 TOKENS_A_BATCH = 256
-"""Tokens of a batch that the fit takes: each brings L * E events a head."""
+"""Tokens that the fit takes from a batch; each is L * E events a head."""
 
 
 def calibrate(predictor: RoutePredictor, batches: Iterable[Windows]) -> dict[str, list[float]]:
-    """Fit and set the predictor's calibration. Returns {head: [scale, shift]}."""
+    """Fit the predictor's calibration and set it. Returns {head: [scale, shift]}."""
     device = predictor.scale_J.device
     predictor.set_calibration(torch.ones(len(HEADS)), torch.zeros(len(HEADS)))
     events = _collect(predictor, batches)
@@ -32,7 +33,7 @@ def calibrate(predictor: RoutePredictor, batches: Iterable[Windows]) -> dict[str
 
 @torch.no_grad()
 def _collect(predictor: RoutePredictor, batches: Iterable[Windows]) -> list[tuple[Tensor, Tensor]]:
-    """Logits and answers of each head, at tokens drawn from every batch."""
+    """Logits and targets of each head, at tokens drawn from every batch."""
     gathered: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in HEADS]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -50,21 +51,21 @@ def _collect(predictor: RoutePredictor, batches: Iterable[Windows]) -> list[tupl
 
 
 def _every_other_history(batch: Windows) -> Windows:
-    """The batch with unknown history in every other row: the fit is to serve both."""
+    """The batch with unknown history in every other row: the fit must serve both."""
     routes_BTLK = batch.routes_BTLK.clone()
     routes_BTLK[1::2] = NO_EXPERT
     return batch._replace(routes_BTLK=routes_BTLK)
 
 
-def _draw(answerable_BT: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(counted_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of at most TOKENS_A_BATCH tokens, drawn without replacement."""
-    rows, columns = answerable_BT.nonzero(as_tuple=True)
+    rows, columns = counted_BT.nonzero(as_tuple=True)
     chosen = torch.randperm(len(rows))[:TOKENS_A_BATCH]
     return rows[chosen], columns[chosen]
 
 
 def fit_affine(logits: Tensor, used: Tensor) -> Tensor:
-    """The [scale, shift] that minimises the cross-entropy of scale * logits + shift."""
+    """The [scale, shift] that minimise the cross-entropy of scale * logits + shift."""
     affine = torch.tensor([1.0, 0.0], requires_grad=True)
     optimizer = torch.optim.LBFGS([affine], max_iter=30, line_search_fn="strong_wolfe")
     answers = used.float()

@@ -1,4 +1,4 @@
-"""Checkpoints of `predictor.train`, read without unpickling anything but tensors."""
+"""Reading checkpoints of `predictor.train`, without unpickling anything but tensors."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import PredictorShape, RoutePredictor
+from predictor.networks.interface import RoutePredictor
+from predictor.networks.windows import PredictorShape
 from predictor.training.module import CHECKPOINT_KEY, settings_of
 from routing.topology import Topology
 
 PREFIX = "predictor."
+"""Of the predictor's entries among those of the training module."""
 
 
 class Trained(NamedTuple):
@@ -20,13 +22,17 @@ class Trained(NamedTuple):
     predictor: RoutePredictor
     topology: Topology
     stack: str
+    """Name of the stack that it predicts."""
     settings: dict[str, Any]
+    """The fields of its `PredictorSettings`."""
     metrics: dict[str, Any]
+    """Held-out metrics, for each layer."""
     provenance: dict[str, Any]
+    """The traces and libraries that it was trained with."""
 
 
 def load_checkpoint(path: str | Path) -> Trained:
-    """Rebuild the predictor of a checkpoint. Raises ValueError for any other file."""
+    """Rebuild the predictor from a checkpoint. Raises ValueError for any other file."""
     path = Path(path)
     checkpoint = read_checkpoint(path)
     try:
@@ -53,12 +59,12 @@ def load_checkpoint(path: str | Path) -> Trained:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of predictor.train. Raises ValueError for any other file."""
+    """Read a checkpoint of predictor.train as it is. Raises ValueError for any other file."""
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make torch.load raise whatever they happen to hit
+    except Exception as error:  # a damaged file makes torch.load raise anything
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of weights ({reason:.160})"

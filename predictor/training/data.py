@@ -1,4 +1,4 @@
-"""Traces as training data: documents split by their content (`rows` makes the rows)."""
+"""Traces as training data: documents split by content, and loaders of their rows."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from predictor.networks.interface import PredictorShape, Windows
+from predictor.networks.windows import PredictorShape, Windows
 from predictor.training.rows import Documents, Rows
 from routing.shards import Document, TraceReader
 
 Split = Literal["train", "val", "test"]
 BUCKETS = 1000
+"""Steps in which the shares of the splits are rounded."""
 
 
 def split_of(document: Document, val_fraction: float, test_fraction: float) -> Split:
-    """The split of a document, by a hash of its tokens: the same text is never in two splits."""
+    """The split of a document by a hash of its tokens: equal texts are in the same split."""
     tokens = np.ascontiguousarray(document.token_ids_T, np.int32)
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
     share = (int.from_bytes(digest, "big") % BUCKETS) / BUCKETS
@@ -34,15 +35,15 @@ class TraceData(L.LightningDataModule):
     Args:
         trace: Trace directories, all of the same model.
         stack: The stack of MoE layers to predict ("decoder" or "encoder").
-        window: A prediction depends on this many of the newest tokens.
+        window: A prediction depends on this many newest tokens.
         horizon: Tokens that the horizon head looks ahead (H).
-        row_tokens: Tokens of a training row.
-        batch_size: Rows of a batch.
-        val_fraction: Share of the documents that validates.
-        test_fraction: Share of the documents that tests.
-        max_eval_tokens: Validate and test on at most this many tokens each.
-        seed: Order and cuts of the training rows.
-        num_workers: Processes that make training rows beside the training.
+        row_tokens: Tokens in a training row.
+        batch_size: Rows in a batch.
+        val_fraction: Share of the documents for validation.
+        test_fraction: Share of the documents for the final test.
+        max_eval_tokens: Validate and test on about this many tokens each.
+        seed: Seed of the order and the cuts of training rows.
+        num_workers: Processes that prepare training rows.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class TraceData(L.LightningDataModule):
         return splits
 
     def documents(self, split: Split) -> Documents:
-        """The documents of a split; of `val` and `test` only the first `max_eval_tokens` tokens."""
+        """The documents of a split; for `val` and `test` about `max_eval_tokens` tokens of them."""
         indices = self._indices[split]
         if split == "train":
             return Documents(self.readers, indices)
@@ -125,17 +126,20 @@ class TraceData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Windows]:
+        """Batches of the training split, in a new order at every pass."""
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Windows]:
+        """Batches of the validation split."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Windows]:
+        """Batches of the test split."""
         return self._loader("test")
 
 
 def open_traces(directories: Sequence[Path], stack: str) -> list[TraceReader]:
-    """Open traces that must all be of one model. Raises ValueError."""
+    """Open traces. Raises ValueError unless all are of one model and hold a document."""
     if not directories:
         raise ValueError("name at least one trace directory (--data.trace)")
     readers = [TraceReader(directory, stack) for directory in directories]

@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 NAMES = ("embed_tokens.weight", "shared.weight", "wte.weight", "embed_in.weight")
-"""How input embeddings are called in checkpoints, the most common first."""
+"""Names of input embeddings in checkpoints, the most common first."""
 
 
 def read_embedding(directory: Path) -> Tensor:
-    """The input embedding, [vocabulary, hidden]. Raises ValueError when there is none."""
+    """Read the input embedding, [vocabulary, hidden]. Raises ValueError where there is none."""
     file_of_key = _files(directory)
     for name in NAMES:
         keys = [key for key in file_of_key if key.endswith(name)]
@@ -27,7 +27,7 @@ def read_embedding(directory: Path) -> Tensor:
 
 
 def _files(directory: Path) -> dict[str, str]:
-    """The file that holds each tensor."""
+    """Tensor -> the file that holds it."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:

@@ -1,10 +1,10 @@
-"""How well logits predict routes: recall, precision and calibration, for each MoE layer.
+"""Metrics of predicted routes: recall, precision and calibration error of each MoE layer.
 
 Every metric takes `update(logits_NLE, experts_NLK)`: N tokens, L layers, E experts, and the ids of
-the experts that were used, integers in which -1 stands for "none"; an id given twice counts once.
-A bool tensor of shape [N, L, E] may take the place of the ids. A token's row at a layer without any
-expert is ignored. `compute()` returns one float64 figure per layer, [L], NaN for a layer that no
-row reached; `.nanmean()` is the mean over layers. States are sums: distributed runs add them up.
+the used experts, integers. The id -1 stands for no expert, and a repeated id counts once. A bool
+tensor [N, L, E] may take the place of the ids. A token is ignored at a layer where it uses no
+expert. `compute()` returns one float64 figure for each layer, [L], NaN for a layer without a token;
+`.nanmean()` is the mean over layers. States are sums, which distributed runs add up.
 """
 
 import math
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from predictor.networks.interface import multi_hot
+from predictor.networks.targets import multi_hot
 from routing.topology import Stack
 
 
 def used_experts(experts_NLK: Tensor, num_experts: int) -> Tensor:
-    """Ids [..., K] (-1 = none) or a bool multi-hot [..., E], as a bool multi-hot [..., E]."""
+    """Ids [..., K] (-1: no expert) or a bool mask [..., E], as a bool mask [..., E]."""
     if experts_NLK.dtype == torch.bool:
         return experts_NLK
     return multi_hot(experts_NLK, num_experts)
 
 
 class _RouteMetric(Metric):
-    """What the metrics share: the stack's sizes and the experts that a layer really has."""
+    """The base of the metrics: the stack's sizes, and the experts that each layer has."""
 
     full_state_update = False
     exists_LE: Tensor
@@ -44,10 +44,10 @@ class _RouteMetric(Metric):
 
 
 class _RankedHits(_RouteMetric):
-    """Counts, for each layer, how often the expert of rank 0, 1, 2... was used.
+    """Counts how often the expert of rank 0, 1, 2, ... was used, for each layer.
 
-    Recall and precision at any k up to 1.5 K follow from these counts, so that a MetricCollection
-    makes one compute group of all metrics built on them and updates it once.
+    Recall and precision at any k up to 1.5 K follow from these counts. A MetricCollection puts all
+    metrics built on them in one compute group and updates it once.
     """
 
     higher_is_better = True
@@ -67,6 +67,7 @@ class _RankedHits(_RouteMetric):
         self._add_counts("rows_L", stack.num_layers)
 
     def update(self, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
+        """Count N tokens."""
         used_NLE = used_experts(experts_NLK, self.num_experts)
         possible_NLE = logits_NLE.detach().masked_fill(~self.exists_LE, -torch.inf)
         ranked_NLR = possible_NLE.topk(self.num_ranks, dim=-1).indices
@@ -83,6 +84,7 @@ class RouteRecall(_RankedHits):
     """recall@k with k = ceil(factor x K): used experts among the k most probable / used experts."""
 
     def compute(self) -> Tensor:
+        """The figure of each layer, float64 [L]."""
         return self._hits_L().double() / self.used_L
 
 
@@ -90,6 +92,7 @@ class RoutePrecision(_RankedHits):
     """precision@k with k = ceil(factor x K): used experts among the k most probable / k."""
 
     def compute(self) -> Tensor:
+        """The figure of each layer, float64 [L]."""
         return self._hits_L().double() / (self.rows_L * self.cut_L)
 
 
@@ -112,6 +115,7 @@ class RouteCalibrationError(_RouteMetric):
         self._add_counts("pairs_L", stack.num_layers)
 
     def update(self, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
+        """Count N tokens."""
         used_NLE = used_experts(experts_NLK, self.num_experts)
         counted_NLE = used_NLE.any(-1, keepdim=True) & self.exists_LE
         probability_NLE = logits_NLE.detach().float().sigmoid()
@@ -123,11 +127,12 @@ class RouteCalibrationError(_RouteMetric):
         self.pairs_L += counted_NLE.sum((0, 2))
 
     def compute(self) -> Tensor:
+        """The figure of each layer, float64 [L]."""
         return self.excess_LB.abs().sum(-1) / self.pairs_L
 
 
 def route_metrics(stack: Stack) -> MetricCollection:
-    """The four figures of every table: recall, recall_1_5k, precision and calibration_error.
+    """The four metrics of every table: recall, recall_1_5k, precision and calibration_error.
 
     `compute()` gives {name: float64 [L]}. The first three share one pass over the logits.
     """
@@ -142,5 +147,5 @@ def route_metrics(stack: Stack) -> MetricCollection:
 
 
 def means(values: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The mean over layers of each per-layer figure, under `prefix` + its name."""
+    """The mean over layers of each figure, under `prefix` + its name."""
     return {prefix + name: value_L.nanmean() for name, value_L in values.items()}

@@ -1,4 +1,4 @@
-"""Training of a route predictor: the loss, what is measured, and what a checkpoint keeps."""
+"""Training of a route predictor: the loss, the metrics and the content of checkpoints."""
 
 import json
 import math
@@ -13,14 +13,9 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from predictor.networks.causal import CausalPredictor, CausalSettings
-from predictor.networks.interface import (
-    Predictions,
-    PredictorSettings,
-    PredictorShape,
-    RoutePredictor,
-    Windows,
-    targets,
-)
+from predictor.networks.interface import PredictorSettings, RoutePredictor
+from predictor.networks.targets import targets
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.embedding import read_embedding
 from predictor.training.metrics import means, route_metrics
 from predictor.training.optimizer import Muon
@@ -28,10 +23,12 @@ from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
 
 CHECKPOINT_KEY = "expertflow"
+"""The entry of a checkpoint that describes the predictor, as JSON."""
 HEAD_WEIGHTS = (4.0, 1.0, 0.3, 0.1)
-"""Of the heads in the loss: the horizons' is mostly what nobody can know, and drowns the others."""
+"""Weights of the heads in the loss. The horizons' loss is mostly unpredictable, and would drown the
+others."""
 HISTORIES = ("known", "unknown")
-"""Validation runs twice: with the true routes of earlier tokens, and without."""
+"""Validation runs twice: with the true routes of earlier tokens and without them."""
 
 
 class RouteModule(L.LightningModule):
@@ -39,18 +36,17 @@ class RouteModule(L.LightningModule):
 
     Args:
         topology: Routing topology of the traced model (comes from the data).
-        stack: The stack of MoE layers that is predicted (comes from the data).
-        window: Tokens a prediction depends on (comes from the data).
+        stack: The stack of MoE layers to predict (comes from the data).
+        window: Newest tokens that a prediction depends on (comes from the data).
         horizon: Tokens that the horizon head looks ahead (comes from the data).
-        predictor: The predictor and its size.
-        embedding_from: Directory of the traced model, whose token embedding the predictor's starts
-            from.
+        predictor: The kind of predictor and its sizes.
+        embedding_from: Directory of the traced model, to start from its token embedding.
         learning_rate: Peak of the schedule: linear warm-up, then a cosine down to zero.
-        weight_decay: On matrices only.
+        weight_decay: Weight decay of matrices.
         warmup: Share of the steps in which the learning rate rises.
         hide_history: Chance that a training row hides the routes of all, of the first, or of single
-            tokens (a third each), so that prompts are predicted as well as decoded text.
-        compile: Compile the training step (worth its minute of compiling in longer runs on a GPU).
+            tokens (a third each), so that prompts are predicted as well as generated text.
+        compile: Compile the training step; takes about a minute, worth it in long runs on a GPU.
     """
 
     def __init__(
@@ -84,8 +80,9 @@ class RouteModule(L.LightningModule):
             {f"{head}_{known}": route_metrics(self.stack) for head in HEADS for known in HISTORIES}
         )
         self.report: dict[str, Any] = {}
-        """Held-out metrics, filled in by `predictor.train` after fitting."""
+        """Held-out metrics of each layer, filled in by validation and test."""
         self.provenance: dict[str, Any] = {}
+        """The traces and libraries of the training, filled in by `predictor.train`."""
 
     def _start_from(self, directory: str) -> None:
         if not isinstance(self.predictor, CausalPredictor):
@@ -95,6 +92,7 @@ class RouteModule(L.LightningModule):
     # ---------------------------------------------------------------- steps
 
     def training_step(self, batch: Windows, batch_idx: int) -> Tensor:
+        """The loss of a batch with some of its history hidden."""
         losses_J = self._train_losses(batch)
         self._log_losses("train", losses_J, len(batch.token_ids_BT))
         return total_loss(losses_J)
@@ -104,9 +102,11 @@ class RouteModule(L.LightningModule):
         return self.losses(self.predictor(batch._replace(routes_BTLK=routes_BTLK)), batch)
 
     def validation_step(self, batch: Windows, batch_idx: int) -> None:
+        """Measure a batch of the validation split."""
         self._measure("val", batch)
 
     def test_step(self, batch: Windows, batch_idx: int) -> None:
+        """Measure a batch of the test split."""
         self._measure("test", batch)
 
     def _measure(self, stage: str, batch: Windows) -> None:
@@ -118,9 +118,10 @@ class RouteModule(L.LightningModule):
                 self._log_losses(stage, self.losses(predictions, batch), len(batch.token_ids_BT))
 
     def losses(self, predictions: Predictions, batch: Windows) -> Tensor:
-        """Mean binary cross-entropy of each head over its answerable tokens, summed over experts.
+        """Binary cross-entropy [J] of each head, in the order of HEADS.
 
-        [J], in the order of HEADS; divided by L * K, so that sizes compare.
+        Summed over experts, averaged over the tokens that have a target, and divided by L * K, so
+        that models of different sizes compare.
         """
         shape, losses = self.predictor.shape, []
         counted_BT = self.predictor.trained_BT(batch)
@@ -147,13 +148,15 @@ class RouteModule(L.LightningModule):
         return collection
 
     def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation split."""
         self._close_metrics("val")
 
     def on_test_epoch_end(self) -> None:
+        """Log the metrics of the test split."""
         self._close_metrics("test")
 
     def _close_metrics(self, stage: str) -> None:
-        """Log the means over layers, and keep the figures of each layer in `report`."""
+        """Log the means over layers; keep the figures of each layer in `report`."""
         self.report = {}
         for head in HEADS:
             for known in HISTORIES:
@@ -172,7 +175,7 @@ class RouteModule(L.LightningModule):
     # ---------------------------------------------------------------- optimiser, checkpoint
 
     def configure_optimizers(self) -> Any:
-        """Warm-up and cosine decay over the run: its steps or, if shorter, its time."""
+        """Warm-up and cosine decay over the run's steps, or its time where that ends first."""
         matrices = self.predictor.hidden_matrices()
         taken = {id(matrix) for matrix in matrices}
         others = [p for p in self.predictor.parameters() if id(p) not in taken]
@@ -185,7 +188,7 @@ class RouteModule(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def _spent(self) -> float:
-        """Share of `trainer.max_time` that is over; 0 without one."""
+        """The elapsed share of `trainer.max_time`; 0 where none is set."""
         timer = next((c for c in self.trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
         remaining = None if timer is None else timer.time_remaining()
         if timer is None or remaining is None:
@@ -194,11 +197,11 @@ class RouteModule(L.LightningModule):
         return elapsed / max(elapsed + remaining, 1e-9)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything needed to build the predictor again, as JSON: no pickled classes."""
+        """Add what rebuilding the predictor needs, as JSON: no pickled classes."""
         checkpoint[CHECKPOINT_KEY] = json.dumps(self.describe())
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says about its predictor."""
+        """The description of the predictor that a checkpoint holds."""
         shape = self.predictor.shape
         return {
             "kind": self.predictor.kind,
@@ -213,7 +216,7 @@ class RouteModule(L.LightningModule):
 
 
 def total_loss(losses_J: Tensor) -> Tensor:
-    """What is minimised, and what chooses the best checkpoint."""
+    """The weighted sum that is minimised, and that chooses the best checkpoint."""
     weighted = (weight * loss for weight, loss in zip(HEAD_WEIGHTS, losses_J, strict=True))
     return torch.stack(tuple(weighted)).sum()
 
@@ -226,7 +229,7 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 
 
 def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
-    """Hide the routes of a share `chance` of the rows: all, up to some token, or here and there."""
+    """Hide routes in a share `chance` of the rows: all, those up to a token, or single ones."""
     batch, tokens = routes_BTLK.shape[:2]
     device = routes_BTLK.device
     mode_B1 = torch.rand(batch, 1, device=device) / max(chance, 1e-9)
@@ -239,7 +242,7 @@ def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
 
 
 def settings_of(kind: str) -> type[PredictorSettings]:
-    """The settings class of a kind of predictor ("causal" or "t5")."""
+    """The settings class of a kind of predictor ("causal" or "t5"). Raises ValueError."""
     from predictor.networks.t5 import T5Settings
 
     kinds: dict[str, type[PredictorSettings]] = {"causal": CausalSettings, "t5": T5Settings}

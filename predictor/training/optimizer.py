@@ -1,8 +1,8 @@
 """The optimizer of training: AdamW, and Muon for the matrices between hidden states.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) steps along the momentum with all its
-singular values set to about one; scaled to AdamW's usual step (Liu et al. 2025, arXiv 2502.16982,
-section 2.2), so that both share a learning rate.
+singular values set to about one. The step is scaled to AdamW's usual step (Liu et al. 2025,
+arXiv 2502.16982, section 2.2), so that both share a learning rate.
 """
 
 from collections import defaultdict
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration."""
 ITERATIONS = 5
 ADAM_STEP = 0.2
-"""Root mean square of an AdamW update over its learning rate, about."""
+"""Typical root mean square of an AdamW update, over its learning rate."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on `matrices`, AdamW on `others`; no weight decay on what has one dimension.
+    """Muon on `matrices`, AdamW on `others`; one-dimensional parameters have no weight decay.
 
-    A tensor [..., R, C] among the matrices, such as all experts of a layer, is a stack of them.
+    A tensor [..., R, C] among the matrices, such as all experts of a layer, is a stack of matrices.
     """
 
     MOMENTUM = 0.95
@@ -46,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step. Parameters without a gradient stay as they are."""
+        """Take one step. Parameters without a gradient stay as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices_NRC: Tensor) -> Tensor:
-    """Each matrix with its singular values moved to about one, by a Newton-Schulz iteration.
+    """Move the singular values of each matrix to about one, by a Newton-Schulz iteration.
 
     N stands for any number of dimensions.
     """

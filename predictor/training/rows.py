@@ -1,4 +1,4 @@
-"""Documents of traces as rows of training tokens: packed end to end, cut elsewhere at every pass.
+"""Rows of training tokens: documents packed end to end, and cut at other places in every pass.
 
 Positions jump by more than the window between documents, so that no token attends to another
 document.
@@ -11,27 +11,28 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from predictor.networks.interface import PredictorShape, Windows
+from predictor.networks.windows import PredictorShape, Windows
 from routing.predictor_file.format import PADDING
 from routing.shards import PROMPT, Document, TraceReader, signed_experts
 from routing.topology import NO_EXPERT
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of a document, and where they go in their row."""
+    """Tokens [start, stop) of a document, and their place in a row."""
 
     document: int
     start: int
     stop: int
     column: int
     position: int
-    """Of the piece's first token."""
+    """Position of the piece's first token."""
 
 
 class Documents(Sequence[Document]):
     """The documents of one split over several traces."""
 
     def __init__(self, readers: Sequence[TraceReader], indices: Sequence[tuple[int, int]]) -> None:
+        """indices: (trace, document in it) of each document."""
         self._readers = readers
         self._indices = list(indices)
         self.lengths = np.array([len(self[i].token_ids_T) for i in range(len(self))], np.int64)
@@ -45,9 +46,9 @@ class Documents(Sequence[Document]):
 
 
 class Rows(IterableDataset[Windows]):
-    """Batches of packed rows; with `shuffle` in a new order, and cut elsewhere, at every pass.
+    """Batches of packed rows; with `shuffle` in a new order and with other cuts at every pass.
 
-    Workers of one loader take turns at the batches of the same pass, so that their number changes
+    The workers of a loader take turns at the batches of one pass, so that their number changes
     nothing. They must outlive a pass, or every pass would be the first.
     """
 
@@ -70,7 +71,7 @@ class Rows(IterableDataset[Windows]):
         self._passes = 0
 
     def __len__(self) -> int:
-        """Batches in a pass. A shuffled one drops an incomplete batch unless it is the only one."""
+        """Batches of a pass. A shuffled pass drops an incomplete batch that is not its only one."""
         tokens = int(self.documents.lengths.sum())
         rows = -(-tokens // self.row_tokens)
         return max(rows // self.batch_size, 1) if self.shuffle else -(-rows // self.batch_size)
@@ -87,7 +88,7 @@ class Rows(IterableDataset[Windows]):
             yield self.stack([rows[row] for row in chosen])
 
     def pack(self, generator: np.random.Generator) -> list[list[Piece]]:
-        """Lay the documents end to end and cut them into rows."""
+        """Lay the documents end to end, and cut them into rows."""
         count = len(self.documents)
         order = generator.permutation(count) if self.shuffle else np.arange(count)
         rows: list[list[Piece]] = [[]]
@@ -106,7 +107,7 @@ class Rows(IterableDataset[Windows]):
         return rows
 
     def stack(self, rows: list[list[Piece]]) -> Windows:
-        """Copy the tokens and routes of the rows out of the traces."""
+        """Copy the rows' tokens and routes out of the traces."""
         shape, batch, tokens = self.shape, len(rows), self.row_tokens
         token_ids = np.zeros((batch, tokens), np.int64)
         positions = np.full((batch, tokens), PADDING, np.int64)
@@ -133,7 +134,7 @@ class Rows(IterableDataset[Windows]):
         )
 
     def _prompt_length(self, pieces: list[Piece]) -> int:
-        """Of a row's first document, its prompt; the first half of a row that is all prompt."""
+        """Prompt tokens of a row's first document; half the row where it is all prompt or none."""
         if not pieces:
             return 1
         first = pieces[0]

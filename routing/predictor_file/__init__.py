@@ -2,5 +2,5 @@
 
 format  names, constants and metadata that writer and readers agree on
 reader  opening and checking a file
-driver  running its graph: past keys and values, and heads that older files lack
+driver  running its graph: past keys and values, and the head that older files lack
 """

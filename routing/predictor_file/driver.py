@@ -1,4 +1,4 @@
-"""The driver of a predictor's graph: the one place that feeds it and keeps its past.
+"""The driver of a predictor's graph: feeds it, and keeps its past keys and values.
 
 B sequences, T new tokens, P past entries, L MoE layers, E experts a layer, K experts a token.
 """
@@ -13,19 +13,20 @@ from routing.predictor_file.format import FAR, HEADS, PADDING, PRESENT
 from routing.predictor_file.reader import PredictorFile
 
 Heads = list[np.ndarray]
-"""Logits of HEADS, float32 [B, T, L, E] each."""
+"""The logits of each of HEADS, float32 [B, T, L, E]."""
 
 
 class Past:
-    """Keys and values of B sequences' last tokens, as a ring of `size` entries.
+    """Keys and values of the newest tokens of B sequences, in a ring of `size` entries.
 
-    The order of entries does not matter: what a token sees goes by positions.
+    Their order does not matter: a token sees entries by their positions.
 
         past        float32 [blocks, 2, B, heads, size, head_dim]
         positions   int64 [B, size], PADDING where an entry is empty
     """
 
     def __init__(self, file: PredictorFile, batch: int, size: int | None = None) -> None:
+        """size: at most this many entries; the file's window by default and at most."""
         blocks, heads, width = file.cache_shape
         self.size = file.window if size is None else min(file.window, size)
         self.past = np.zeros((blocks, 2, batch, heads, self.size, width), np.float32)
@@ -44,7 +45,7 @@ class Past:
         return self.past.nbytes
 
     def add(self, present: np.ndarray, positions_BT: np.ndarray) -> None:
-        """Take in the newest tokens' keys and values, [blocks, 2, B, heads, T, head_dim]."""
+        """Add the keys and values of T new tokens, [blocks, 2, B, heads, T, head_dim]."""
         count = positions_BT.shape[1]
         entries = (self.length + np.arange(count)) % self.size
         self.past[:, :, :, :, entries] = present
@@ -59,9 +60,10 @@ def run_step(
     routes_BTLK: np.ndarray,
     positions_BT: np.ndarray,
 ) -> Heads:
-    """Predict for T new tokens of B sequences, and add them to `past`.
+    """Predict for T new tokens of B sequences, at most `past.size` each, and add them to `past`.
 
-    routes_BTLK: int64, the true routes of each token's predecessor, NO_EXPERT where unknown.
+    token_ids_BT, positions_BT: int64. routes_BTLK: int64, the true routes of each token's
+    predecessor, NO_EXPERT where unknown.
     """
     given = token_ids_BT, routes_BTLK, positions_BT
     heads, present = _run(file, given, past.past, past.positions)
@@ -75,7 +77,7 @@ def run_steps(
     token_ids_B1: np.ndarray,
     routes_B1LK: np.ndarray,
 ) -> Heads:
-    """Predict for one new token of each of B sequences that have a past of their own."""
+    """Predict for one new token of each of B sequences, and add it to the sequence's own past."""
     positions_B1 = np.array([[past.length] for past in pasts])
     given = token_ids_B1, routes_B1LK, positions_B1
     heads, present = _run(file, given, *_side_by_side(pasts))
@@ -90,7 +92,10 @@ def run_window(
     positions_BT: np.ndarray,
     prompt_lengths_B: np.ndarray,
 ) -> Heads:
-    """Predict with a graph that has no cache, for all T tokens of its window."""
+    """Predict for all T tokens of a window, with a graph that has no key/value cache.
+
+    prompt_lengths_B: int64, the leading columns of each row that are prompt.
+    """
     feeds = {
         "token_ids": token_ids_BT,
         "positions": positions_BT,
@@ -118,7 +123,7 @@ def _run(
 
 
 def _side_by_side(pasts: Sequence[Past]) -> tuple[np.ndarray, np.ndarray]:
-    """The used entries of all pasts as one batch, the shorter ones filled up with PADDING."""
+    """The used entries of all pasts as one batch; PADDING fills up the shorter ones."""
     used = max(past.used for past in pasts)
     blocks, two, _, heads, _, width = pasts[0].past.shape
     joined = np.zeros((blocks, two, len(pasts), heads, used, width), np.float32)
@@ -130,17 +135,18 @@ def _side_by_side(pasts: Sequence[Past]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _all_heads(heads: Heads) -> Heads:
-    """The file's heads; the far horizon of a file without one is FAR near horizons, all alike."""
+    """All of HEADS. A file without a far head gets one: FAR independent near horizons."""
     return heads if len(heads) == len(HEADS) else [*heads, _repeated(heads[-1], FAR)]
 
 
 def _repeated(logits: np.ndarray, times: int) -> np.ndarray:
-    """The logit of "at least once in so many independent tries": 1 - (1 - sigmoid(logit)) ** n.
+    """The logit of 1 - (1 - p) ** n: at least one success in n = `times` independent tries.
 
-    With s = n * softplus(logit) = -log((1 - p) ** n), that logit is log(exp(s) - 1).
+    With p = sigmoid(logit) and s = n * softplus(logit) = -log((1 - p) ** n), it is
+    log(exp(s) - 1).
     """
     s = times * np.logaddexp(0, logits)
-    with np.errstate(divide="ignore"):  # exp(0) - 1: surely unused
+    with np.errstate(divide="ignore"):  # log(exp(0) - 1): surely unused
         repeated: np.ndarray = np.where(s > 30, s, np.log(np.expm1(np.minimum(s, 30))))
     return repeated.astype(np.float32)
 
@@ -148,7 +154,7 @@ def _repeated(logits: np.ndarray, times: int) -> np.ndarray:
 def not_used(logits: np.ndarray) -> np.ndarray:
     """1 - sigmoid, float32: the probability that an expert is not used.
 
-    NaN counts as not used: whatever a predictor says, the values made of it must compare.
+    NaN counts as not used: a policy must be able to compare values, whatever a predictor answers.
     """
     with np.errstate(over="ignore"):  # surely used: 1 / inf
         unused: np.ndarray = 1 / (1 + np.exp(logits))

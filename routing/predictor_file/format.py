@@ -8,13 +8,13 @@ SCHEMA = 1
 """Version of that description."""
 
 HEADS = ("this", "next", "horizon", "far")
-"""Outputs, in order: logits of the experts used by this token, by the next token, within the next H
-tokens, and within the next FAR * H.
+"""Outputs, in order: the logits that an expert is used by this token, by the next token, within the
+next H tokens, and within the next FAR * H tokens.
 """
 OLDEST_HEADS = HEADS[:3]
 """The heads of files written before there was a far horizon."""
 FAR = 4
-"""The far horizon over the near one, H."""
+"""Length of the far horizon, in near horizons (H)."""
 PRESENT = "present"
 """Output of a graph with a key/value cache: the new tokens' keys and values."""
 

@@ -1,4 +1,4 @@
-"""An exported predictor, opened and checked before anything of it runs."""
+"""The reader of predictor files: opens an exported predictor and checks it before it runs."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class PredictorFile(NamedTuple):
     stack: Stack
     """The MoE layers that it predicts."""
     window: int
-    """Tokens of history that a prediction depends on."""
+    """Newest tokens that a prediction depends on."""
     horizon: int
     """H, the tokens that the horizon head looks ahead."""
     cached: bool
-    """True when single steps run on a key/value cache; else the last `window` tokens run again."""
+    """True when single steps use a key/value cache; else each step runs the window again."""
     outputs: tuple[str, ...]
     """The heads that the file has: HEADS, or OLDEST_HEADS."""
     cache_shape: tuple[int, int, int]
@@ -42,9 +42,9 @@ class PredictorFile(NamedTuple):
 
 
 def open_predictor(path: str | Path, *, num_threads: int | None = None) -> PredictorFile:
-    """Open and check `path`; num_threads: of onnxruntime, a quarter of the cores by default.
+    """Open and check `path`. Raises ValueError for a file that predictor.export did not write.
 
-    Raises ValueError for a file that predictor.export did not write.
+    num_threads: threads of onnxruntime; by default a quarter of the cores, at most 4.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,7 +62,7 @@ def open_predictor(path: str | Path, *, num_threads: int | None = None) -> Predi
 
 
 def open_session(path: Path, num_threads: int | None = None) -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU. Raises ValueError for what is no ONNX file."""
+    """Open an onnxruntime session on the CPU. Raises ValueError unless `path` is an ONNX file."""
     try:
         import onnxruntime
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""The route predictor beside the model.
+"""Live prediction: the route predictor run beside the model, and the record of true routes.
 
 predictor_file        an exported predictor, checked
 forecaster            prediction for one batch that starts and ends together

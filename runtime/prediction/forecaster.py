@@ -1,6 +1,6 @@
 """The forecaster: live prediction for one batch that starts and ends together.
 
-Between forward passes it keeps the predictor's past of the batch and the true routes of each
+Between forward passes it keeps the predictor's past of the batch, and the true routes of each
 sequence's last token, which only the model's own pass reveals.
 """
 
@@ -18,16 +18,16 @@ from runtime.cache.forecast import Forecast
 
 
 class Forecaster:
-    """Turns token ids into `Forecast`s. Prediction state belongs to one batch at a time."""
+    """Turns token ids into `Forecast`s, for one batch at a time."""
 
     def __init__(self, file: PredictorFile) -> None:
         self.file = file
         self.this_BLE: np.ndarray | None = None
-        """Logits of the last token of the last pass, for scoring the prediction."""
+        """Logits of each sequence's last token in the last pass, for scoring the prediction."""
         self.reset(0)
 
     def reset(self, batch_size: int) -> None:
-        """Forget everything: `batch_size` new sequences start."""
+        """Start `batch_size` new sequences and forget the others."""
         stack = self.file.stack
         self._past = Past(self.file, batch_size)
         self._prompt = np.zeros((2, batch_size, 0), np.int64)
@@ -45,10 +45,10 @@ class Forecaster:
         self._last_routes_BLK = routes_BLK
 
     def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
-        """Predict for the tokens about to run (int64; position PADDING marks padding).
+        """Predict for the tokens that run next (int64; position PADDING marks padding).
 
-        A token's probabilities are joined over the batch and, for this step, over its tokens:
-        used by any = 1 - product of (1 - p).
+        Probabilities are joined over the batch and, for this step, over all its tokens:
+        P(used by any) = 1 - product of (1 - p).
         """
         unused_LE = np.ones((), np.float32)
         for heads, valid_BT in self._chunks(token_ids_BT, positions_BT):
@@ -77,16 +77,16 @@ class Forecaster:
         return run_step(self.file, self._past, token_ids_BT, routes, positions_BT)
 
     def _run_window(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Heads:
-        """A predictor without a cache runs again over the prompt's end and the newest tokens.
+        """Run a predictor without a cache over the end of the prompt and the newest tokens.
 
-        The first pass after `reset` brings the prompt, whose end keeps half the window.
+        The first pass after `reset` brings the prompt; its end keeps half of the window.
         """
         length = token_ids_BT.shape[1]
         tokens = np.stack([token_ids_BT, positions_BT])
         num_prompt = self._prompt.shape[-1] or length
         newest = _last(self._newest, self.file.window - num_prompt - length)
         token_ids, positions = np.concatenate([self._prompt, newest, tokens], -1)
-        closed_up = np.arange(positions.shape[1])  # else the prompt would be out of the window
+        closed_up = np.arange(positions.shape[1])  # else the prompt would leave the window
         if self._prompt.shape[-1] == 0:
             self._prompt = _last(tokens, self.file.window // 2)
         else:

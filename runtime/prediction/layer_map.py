@@ -1,4 +1,7 @@
-"""The MoE layers that a predictor speaks of, among all of a model's: one stack of two, or all."""
+"""The map between the MoE layers that a predictor covers and all of a model's.
+
+A predictor covers one stack: all layers of a decoder-only model, or one of two stacks.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ class LayerMap:
         is_all = len(layers) == stack.num_layers
         own = (i for i, layer in enumerate(layers) if is_all or layer.stack == stack.name)
         self.rows = list(own)
-        """Indices of the stack's layers among all."""
+        """Indices of the stack's layers among all layers."""
 
     def spread(self, forecast: Forecast) -> Forecast:
-        """A forecast for the stack as one for all layers: zero elsewhere."""
+        """Extend a forecast for the stack to all layers, with zeros elsewhere."""
         if len(self.rows) == self._shape[0]:
             return forecast
         spread = [np.zeros(self._shape, np.float32) for _ in forecast]
@@ -32,7 +35,7 @@ class LayerMap:
         return Forecast(*spread)
 
     def routes(self, experts: Mapping[int, np.ndarray], num_tokens: int) -> np.ndarray:
-        """int64 [T, L, K] of the stack, from what each layer routed (int [T, *], by its index).
+        """The stack's routes, int64 [T, L, K], from each layer's experts (index -> int [T, *]).
 
         NO_EXPERT where nothing is known.
         """

@@ -1,9 +1,8 @@
-"""Keeps the true routes of what the runtime runs, as a trace to train the predictor further with.
+"""The route log: the true routes of what the runtime runs, as a trace for further training.
 
-Off unless `runtime.load(..., record=DIR)` asks for it. What is kept are token ids and the experts
-they used: whoever has the tokenizer can read the text back, so a new directory is readable by its
-owner only. Nothing leaves the machine. The directory is bounded by `limit` bytes; then recording
-ends, and generating goes on.
+It is off unless `runtime.load(..., record=DIR)` asks for it. It holds token ids and the experts
+that they used. Whoever has the tokenizer can read the text back, so only the owner can read a new
+directory. Nothing leaves the machine. Recording ends at `limit` bytes; generation goes on.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from routing.topology import Topology
 from routing.writer import TraceWriter
 
 LIMIT = 256 << 20
-"""Bytes of a recording, unless told otherwise."""
+"""Default limit of a recording, in bytes."""
 SHARD_TOKENS = 1 << 16
-"""Tokens after which a shard is written: what a crash can lose."""
+"""Tokens after which a shard is written; a crash can lose as many."""
 
 
 @dataclass
 class _Sequence:
-    """The tokens of one sequence so far, without padding."""
+    """The tokens and routes of one sequence so far, without padding."""
 
     tokens: list[np.ndarray] = field(default_factory=list)
     routes: list[np.ndarray] = field(default_factory=list)
@@ -40,8 +39,8 @@ class _Sequence:
 class RouteLog:
     """Appends documents to the trace in `directory`, across runs, up to `limit` bytes in all.
 
-    eos_ids: tokens that end a sequence; what a batch's other sequences still run after it is not
-    recorded. Raises ValueError where the directory holds something else, or another model's trace.
+    eos_ids: tokens that end a sequence; the padding that a batch runs after them is not recorded.
+    Raises ValueError where the directory holds something else, or another model's trace.
     """
 
     def __init__(
@@ -65,10 +64,11 @@ class RouteLog:
     def extend(
         self, tokens_BT: np.ndarray, positions_BT: np.ndarray, past: int, routes_BTLK: np.ndarray
     ) -> None:
-        """A forward pass over the next tokens of B sequences, `past` of each being in the cache.
+        """Add a forward pass over the next T tokens of B sequences, after `past` tokens of each.
 
-        positions_BT: PADDING where a token is none. A pass that does not continue the last one
-        starts new sequences, or, in the middle of unknown ones, is left out.
+        tokens_BT, positions_BT: int; position PADDING marks padding. routes_BTLK: int, NO_EXPERT
+        for none. A pass that does not continue the last one starts new sequences if `past` is 0,
+        and is left out otherwise.
         """
         if past != self._length or len(tokens_BT) != len(self._sequences):
             self.end()
@@ -85,12 +85,12 @@ class RouteLog:
                 sequence.num_prompt = int(is_real_T.sum())
 
     def follow(self, tokens_B: np.ndarray, routes_BLK: np.ndarray) -> None:
-        """One more token for each sequence of the running generation."""
+        """Add one more token of each sequence of the running generation."""
         zeros_B1 = np.zeros((len(tokens_B), 1), np.int64)
         self.extend(tokens_B[:, None], zeros_B1, self._length or 1, routes_BLK[:, None])
 
     def end(self) -> None:
-        """The sequences of the running generation are over."""
+        """End the sequences of the running generation, and add them to the trace."""
         sequences, self._sequences, self._length = self._sequences, [], 0
         for sequence in sequences:
             tokens_T = np.concatenate(sequence.tokens)
@@ -98,11 +98,11 @@ class RouteLog:
             self._add(tokens_T[:kept], np.concatenate(sequence.routes)[:kept], sequence.num_prompt)
 
     def add(self, tokens_T: np.ndarray, routes_TLK: np.ndarray, num_prompt: int) -> None:
-        """One sequence that is over: int [T], int [T, L, K] (NO_EXPERT for none)."""
+        """Add a finished sequence: tokens int [T], routes int [T, L, K] (NO_EXPERT for none)."""
         self._add(tokens_T, self._stored(routes_TLK), num_prompt)
 
     def close(self) -> None:
-        """Write what is not written yet. Idempotent."""
+        """End the running generation and write everything. Later calls do nothing."""
         self.end()
         self._guarded(self._writer.flush)
         self._is_open = False
@@ -112,7 +112,7 @@ class RouteLog:
         return stored_experts(routes, self._stack.num_experts)
 
     def _num_before_end(self, tokens_T: np.ndarray, num_prompt: int) -> int:
-        """How many tokens there are up to the first generated end, the end included."""
+        """Number of tokens up to and including the first generated end-of-sequence token."""
         ended = np.flatnonzero(np.isin(tokens_T[num_prompt:], list(self._eos_ids)))
         return num_prompt + int(ended[0]) + 1 if len(ended) else len(tokens_T)
 
@@ -130,7 +130,7 @@ class RouteLog:
         self._guarded(partial(self._writer.add, {"decoder": document}))
 
     def _guarded(self, write: Callable[[], None]) -> None:
-        """A full disk ends the recording, not the generation."""
+        """Write; a full disk ends the recording, not the generation."""
         try:
             write()
         except OSError as error:

@@ -1,9 +1,9 @@
-"""Prediction for sequences that come and go, each with a past of its own.
+"""The sequence forecaster: prediction for sequences that come and go, each with a past of its own.
 
-`forecaster` predicts for one batch that starts and ends together. Here each generated token is
-predicted from right after it is chosen, so that its experts are known before the scheduler decides
-who joins the next step. A prompt is read when it may first be admitted, and again when it is
-admitted later: the predictor's pasts of all who wait could take more memory than the resident
+`forecaster` predicts for one batch that starts and ends together. Here the predictor reads each
+generated token right after it is chosen, so that its experts are known before the scheduler decides
+which sequences join the next step. A prompt is read when it may first be admitted, and again if it
+is admitted later: the pasts of all waiting sequences could take more memory than the resident
 experts.
 """
 
@@ -21,7 +21,7 @@ from runtime.cache.forecast import Forecast
 
 
 class SequenceForecast(NamedTuple):
-    """Prediction for one sequence: float32 [L, E] probabilities that an expert is NOT used."""
+    """Prediction for one sequence: float32 probabilities [L, E] that an expert is NOT used."""
 
     unused_LE: np.ndarray
     """By the pending tokens."""
@@ -33,11 +33,11 @@ class SequenceForecast(NamedTuple):
     """Mean probability that a token of this sequence's prompt uses the expert."""
 
     def stale(self) -> SequenceForecast:
-        """As a forecast for the token after the pending ones, whose id it does not know."""
+        """As a forecast for the token after the pending ones, whose id is not known yet."""
         return self._replace(unused_LE=self.unused_later_HLE[0])
 
     def brief(self) -> SequenceForecast:
-        """The part that admission asks for, in half precision: many wait, each with few bytes."""
+        """The part that admission needs, in half precision, since many sequences may wait."""
         nothing = np.empty(0, np.float16)
         unused_LE, mean_use_LE = (
             self.unused_LE.astype(np.float16),
@@ -52,13 +52,13 @@ class SequenceForecaster:
     def __init__(self, file: PredictorFile) -> None:
         if not file.cached:
             raise ValueError(
-                "serving predicts token by token, which this predictor cannot (it has no "
-                "key/value cache); export a causal one"
+                "serving predicts token by token, which needs a key/value cache, and this "
+                "predictor has none; export a causal one"
             )
         self.file = file
 
     def read_prompt(self, past: Past, token_ids: Sequence[int]) -> SequenceForecast:
-        """Predict for a whole prompt."""
+        """Predict for a whole prompt, and add it to `past`."""
         unused_LE, mean_use_LE = np.ones((), np.float32), np.zeros((), np.float32)
         for start in range(0, len(token_ids), past.size):
             chunk_1T = np.array([token_ids[start : start + past.size]], np.int64)
@@ -78,7 +78,10 @@ class SequenceForecaster:
         routes_BLK: np.ndarray,
         before: Sequence[SequenceForecast],
     ) -> list[SequenceForecast]:
-        """Predict for one new token of each sequence, given the routes of the one before it."""
+        """Predict for one new token of each sequence, given the routes of the token before it.
+
+        routes_BLK: int64, NO_EXPERT where unknown. before: the sequences' last forecasts.
+        """
         token_ids_B1 = np.array(token_ids, np.int64)[:, None]
         this, *later = run_steps(self.file, pasts, token_ids_B1, routes_BLK[:, None])
         return [
@@ -97,7 +100,7 @@ class SequenceForecaster:
 
 
 def join(forecasts: Sequence[SequenceForecast]) -> Forecast | None:
-    """The probabilities that any of the sequences uses an expert; None without a sequence."""
+    """The probabilities that any of the sequences uses an expert; None without sequences."""
     if not forecasts:
         return None
     used_LE = 1 - np.prod([forecast.unused_LE for forecast in forecasts], axis=0)

@@ -30,7 +30,7 @@ from routing.topology import Topology
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
 
 
-class Graph:
+class GraphBuilder:
     """Collects the nodes and constants of a graph; every method returns the name of its result."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Graph:
         return self("Unsqueeze", value, self.constant(axes))
 
     def onehot(self, index: str, depth: int) -> str:
-        """Indicator of `index`; of nothing where it is negative."""
+        """Indicator of `index`; zeros where it is negative."""
         inside = self("Less", index, self.constant(0))
         index = self("Where", inside, self.constant(depth), index)
         values = self.constant([0, 1], np.float32)
@@ -82,7 +82,7 @@ def write_predictor(
     without: inputs and outputs to leave out. metadata: instead of the proper one.
     """
     stack = topology.stack()
-    graph = Graph()
+    graph = GraphBuilder()
     scale_L1 = graph.constant(np.arange(1, stack.num_layers + 1)[:, None], np.float32)
     index_BT = graph("Mod", "token_ids", graph.constant(stack.num_experts))
     onehot_BTE = graph.onehot(index_BT, stack.num_experts)
@@ -107,14 +107,14 @@ def write_predictor(
     return path
 
 
-def _past_counts(graph: Graph, window: int) -> str:
+def _past_counts(graph: GraphBuilder, window: int) -> str:
     values = "past"
     for axis, index in ((0, 0), (0, 1), (1, 0)):  # block 0, values, head 0: [B, P, E]
         values = graph("Gather", values, graph.constant(index), axis=axis)
     return graph("MatMul", graph.visible("positions", "past_positions", window), values)
 
 
-def _lengths(graph: Graph, like_BTE: str) -> tuple[str, str]:
+def _lengths(graph: GraphBuilder, like_BTE: str) -> tuple[str, str]:
     """The prompt lengths and the number of tokens, as float32 [B, T, E]."""
     zeros = graph("Mul", like_BTE, graph.constant(0, np.float32))
     prompt = graph.unsqueeze(graph("Cast", "prompt_lengths", to_type=FLOAT), 1, 2)
@@ -122,7 +122,9 @@ def _lengths(graph: Graph, like_BTE: str) -> tuple[str, str]:
     return graph("Add", zeros, prompt), graph("Add", zeros, graph("Cast", length, to_type=FLOAT))
 
 
-def _model(graph: Graph, topology: Topology, cache: bool, without: set[str]) -> onnx.ModelProto:
+def _model(
+    graph: GraphBuilder, topology: Topology, cache: bool, without: set[str]
+) -> onnx.ModelProto:
     stack = topology.stack()
     layers, num_experts = stack.num_layers, stack.num_experts
     inputs: dict[str, tuple[int, list[Any]]] = {
@@ -160,7 +162,7 @@ def _model(graph: Graph, topology: Topology, cache: bool, without: set[str]) -> 
 
 
 def _renamed(model: onnx.ModelProto, without: set[str]) -> onnx.ModelProto:
-    """Inputs that are left out go by another name."""
+    """Rename the inputs that are left out."""
     for value in model.graph.input:
         if value.name in without:
             for node in model.graph.node:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from predictor.networks.causal import CausalPredictor, CausalSettings
-from predictor.networks.interface import Predictions, PredictorShape, Windows
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import PADDING
 from routing.shards import GENERATED, PROMPT, Document
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
@@ -112,7 +112,7 @@ def columns(windows: Windows, span: slice) -> Windows:
 
 
 def joined(*rows: Windows) -> Windows:
-    """The rows side by side, at the positions they have."""
+    """The rows side by side, with their positions."""
     return Windows(
         torch.cat([row.token_ids_BT for row in rows], 1),
         torch.cat([row.routes_BTLK for row in rows], 1),
@@ -133,8 +133,20 @@ def padding(batch: int, tokens: int) -> Windows:
     )
 
 
-def train(trace: Path, out: Path, *options: str) -> Path:
-    """Train a small predictor with the command line; returns its final checkpoint."""
+PREDICTOR = (
+    "--model.predictor=predictor.networks.causal.CausalSettings",
+    "--model.predictor.width=48",
+    "--model.predictor.blocks=1",
+    "--model.predictor.attention_heads=2",
+    "--model.predictor.embedding_rank=12",
+)
+
+
+def train(trace: Path, out: Path, *options: str, config: Path | None = None) -> Path:
+    """Train a small predictor with the command line; returns its final checkpoint.
+
+    config: a configuration file that says which predictor, in place of PREDICTOR.
+    """
     from predictor.train import main
 
     main(
@@ -147,11 +159,7 @@ def train(trace: Path, out: Path, *options: str) -> Path:
             "--trainer.enable_model_summary=false",
             "--trainer.log_every_n_steps=5",
             "--model.learning_rate=0.01",
-            "--model.predictor=predictor.networks.causal.CausalSettings",
-            "--model.predictor.width=48",
-            "--model.predictor.blocks=1",
-            "--model.predictor.attention_heads=2",
-            "--model.predictor.embedding_rank=12",
+            *(PREDICTOR if config is None else (f"--config={config}",)),
             "--data.window=8",
             "--data.horizon=2",
             "--data.row_tokens=64",

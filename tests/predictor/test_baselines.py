@@ -1,4 +1,4 @@
-"""The trivial predictors against counts made by hand."""
+"""The baselines against counts made by hand."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from predictor.evaluation.baselines import Frequency, PreviousToken, TokenTable, fit_baselines
-from predictor.file.graph import whole_document
-from predictor.networks.interface import PredictorShape, Windows, targets
+from predictor.file.documents import whole_document
+from predictor.networks.targets import targets
+from predictor.networks.windows import PredictorShape, Windows
 from predictor.training.metrics import route_metrics
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
@@ -52,7 +53,7 @@ def recalls(predict, documents: list[Windows], head: str) -> Tensor:
     return metrics.compute()["recall"]
 
 
-def test_frequency_says_how_many_tokens_used_each_expert() -> None:
+def test_frequency_is_the_share_of_tokens_that_used_each_expert() -> None:
     batch = skewed(0, 200)
     frequency = Frequency(SHAPE)
     frequency.count(batch, targets(batch, SHAPE))
@@ -88,7 +89,7 @@ def test_the_previous_token_falls_back_to_frequency_where_it_is_unknown() -> Non
         assert torch.equal(unknown, static)
 
 
-def test_the_table_knows_routes_that_follow_from_the_token(documents) -> None:
+def test_the_table_predicts_routes_that_follow_from_the_token(documents) -> None:
     *_, table = fit_baselines(documents, SHAPE)
     this_L = recalls(table, [document(99, 60)], "this")
     assert this_L[0] == pytest.approx(1.0)  # this layer routes by the token itself
@@ -97,7 +98,7 @@ def test_the_table_knows_routes_that_follow_from_the_token(documents) -> None:
     assert this_L[1] < 0.6
 
 
-def test_the_previous_token_knows_routes_that_stay_the_same_in_a_document(documents) -> None:
+def test_the_previous_token_predicts_routes_that_stay_the_same_in_a_document(documents) -> None:
     _, previous, table = fit_baselines(documents, SHAPE)
     held_out = [document(seed, 60) for seed in (97, 98)]
     assert recalls(previous, held_out, "this")[2] > 0.98
@@ -114,7 +115,7 @@ def test_an_id_the_table_never_saw_gets_the_frequencies() -> None:
         torch.testing.assert_close(by_id, static)
 
 
-def test_a_table_too_large_for_its_memory_keeps_the_ids_it_is_given_first() -> None:
+def test_a_table_too_large_for_its_memory_keeps_the_first_ids() -> None:
     batch, frequency = document(0, 200), Frequency(SHAPE)
     frequency.count(batch, targets(batch, SHAPE))
     two_rows = 2 * 4 * len(HEADS) * NUM_LAYERS * NUM_EXPERTS
@@ -125,7 +126,7 @@ def test_a_table_too_large_for_its_memory_keeps_the_ids_it_is_given_first() -> N
     assert torch.equal(differs_T, known_T)
 
 
-def test_logits_are_calibrated_on_what_they_were_fitted_on() -> None:
+def test_logits_are_calibrated_on_the_documents_of_the_fit() -> None:
     fitted = [skewed(seed, 400) for seed in range(3)]
     for baseline in fit_baselines(fitted, SHAPE):
         metrics = route_metrics(TOPOLOGY.stack())

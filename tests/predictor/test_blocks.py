@@ -1,4 +1,4 @@
-"""The causal predictor's blocks: when what is read out of them, and what they compute."""
+"""The causal predictor's blocks: their computation, and the layers read out after each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The causal predictor: what each prediction depends on, and that its cache changes nothing."""
+"""The causal predictor: each prediction's dependencies; its cache changes no prediction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from predictor.networks.causal import CausalPredictor, CausalSettings, truncated_svd
-from predictor.networks.interface import Predictions, Windows, following, multi_hot, targets
+from predictor.networks.targets import following, multi_hot, targets
+from predictor.networks.windows import Predictions, Windows
 from routing.predictor_file.format import HEADS, PADDING
 from routing.topology import NO_EXPERT
 from tests.helpers.predicting import (
@@ -55,7 +56,7 @@ def test_one_block_sees_exactly_the_window():
     assert changed_tokens(predictor, batch, other) == list(range(3, 3 + WINDOW))
 
 
-def test_the_routes_of_the_predecessor_change_the_predictions_from_there_on():
+def test_a_predecessors_routes_change_the_predictions_from_its_successor_on():
     batch = random_windows(1, 12)
     other = batch._replace(routes_BTLK=batch.routes_BTLK.clone())
     other.routes_BTLK[:, 4, 1, 0] = (other.routes_BTLK[:, 4, 1, 0] + 1) % NUM_EXPERTS
@@ -64,7 +65,7 @@ def test_the_routes_of_the_predecessor_change_the_predictions_from_there_on():
     assert changed[0] == 4 and len(changed) > 1
 
 
-def test_unknown_history_is_another_input_than_any_known_history():
+def test_unknown_history_predicts_otherwise_than_known_history():
     batch = random_windows(1, 4)
     assert changed_tokens(tiny_predictor(), batch, batch.without_history()) == [0, 1, 2, 3]
 
@@ -198,7 +199,7 @@ def test_targets_are_what_the_tokens_ahead_in_the_same_document_use(lengths, pad
     assert not any(target.valid_BT[0, start:].any() for target in found)
 
 
-def test_multi_hot_ignores_what_is_no_expert():
+def test_multi_hot_ignores_no_expert():
     experts = torch.tensor([[[[0, 2], [NO_EXPERT, 1]]]], dtype=torch.int16)
     assert multi_hot(experts, 3).tolist() == [[[[True, False, True], [False, True, False]]]]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from predictor.networks.interface import Windows
+from predictor.networks.windows import Windows
 from predictor.training.data import TraceData
 from predictor.training.embedding import read_embedding
 from routing.predictor_file.format import PADDING
@@ -153,7 +153,7 @@ def test_tokens_that_were_dropped_by_capacity_have_no_target(tmp_path):
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [(6, 6), (10**9, 16)])
-def test_the_prompt_is_what_the_trace_says_or_half_the_row(tmp_path, prompt, expected):
+def test_the_prompt_is_the_traces_or_half_the_row(tmp_path, prompt, expected):
     generator = np.random.default_rng(3)
     with TraceWriter(tmp_path / "trace", TOPOLOGY, provenance={}) as writer:
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""predictor.evaluate: exported files and trivial predictors in one table."""
+"""predictor.evaluate: exported files and baselines in one table."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ import torch
 
 from predictor.evaluate import evaluate
 from predictor.evaluation.settings import EvaluateSettings
+from predictor.file.documents import (
+    CachedPredictor,
+    StatelessPredictor,
+    open_exported,
+    whole_document,
+)
 from predictor.file.exporter import write_graph
-from predictor.file.graph import CachedGraph, StatelessGraph, open_graph, whole_document
-from predictor.networks.interface import RoutePredictor, Windows
+from predictor.networks.interface import RoutePredictor
 from predictor.networks.t5 import T5Settings
+from predictor.networks.windows import Windows
 from predictor.training.checkpoint import Trained
 from predictor.training.curves import plot_curves
 from predictor.training.metrics import route_metrics
@@ -75,19 +81,21 @@ def fails(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 40])
 def test_a_document_read_in_chunks_through_a_ring_buffer_equals_one_pass(causal, length) -> None:
     torch.manual_seed(3)
-    graph, batch = open_graph(causal), document(length)
-    assert isinstance(graph, CachedGraph)
+    graph, batch = open_exported(causal), document(length)
+    assert isinstance(graph, CachedPredictor)
     expected = tiny_predictor(window=WINDOW)(batch)
     for got, want in zip(graph(batch), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(1, 0), (5, 2), (6, 0), (7, 9), (23, 4)])
-def test_a_stateless_graph_predicts_each_token_once_and_in_order(t5, length, prompt) -> None:
+def test_a_predictor_without_a_cache_predicts_each_token_once_and_in_order(
+    t5, length, prompt
+) -> None:
     torch.manual_seed(4)
     predictor = T5.build(shape(window=WINDOW, horizon=HORIZON)).eval()
-    graph, batch = open_graph(t5), document(length, prompt)
-    assert isinstance(graph, StatelessGraph)
+    graph, batch = open_exported(t5), document(length, prompt)
+    assert isinstance(graph, StatelessPredictor)
     got = graph(batch).this_BTLE[0]
     assert len(got) == length
     ids_T, positions_T = batch.token_ids_BT[0], batch.positions_BT[0]
@@ -149,7 +157,7 @@ def test_figures_are_those_of_the_torch_model_on_the_held_out_documents(
         assert this[name]["layers"] == pytest.approx(value_L.tolist(), abs=2e-3)
 
 
-def test_beside_an_encoder_decoder_everyone_is_scored_on_its_generated_tokens(
+def test_beside_an_encoder_decoder_every_predictor_is_scored_on_generated_tokens(
     folder, trace, causal, t5, capsys
 ) -> None:
     held_out = write_trace(folder / "third", num_documents=7, seed=6)
@@ -188,7 +196,7 @@ def test_a_predictor_of_another_model_is_refused(trace, folder, capsys) -> None:
         ({"without": ["horizon"]}, "lacks the predictor inputs or outputs ['horizon']"),
     ],
 )
-def test_a_file_that_is_no_predictor_of_ours_is_refused(
+def test_a_file_that_is_not_a_predictor_is_refused(
     trace, tmp_path, capsys, content, complaint
 ) -> None:
     path = tmp_path / "bad.onnx"

@@ -1,4 +1,4 @@
-"""Export to ONNX: the file says what torch says, and appears only when it is good."""
+"""Export to ONNX: the file computes what torch computes, and appears only when it does."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from predictor.file.exporter import write_quantized
 from predictor.file.parity import check_parity
 from predictor.file.quantization import block_size
 from predictor.networks.causal import CausalPredictor
-from predictor.networks.interface import PredictorSettings, PredictorShape, RoutePredictor
+from predictor.networks.interface import PredictorSettings, RoutePredictor
 from predictor.networks.t5 import T5Settings
+from predictor.networks.windows import PredictorShape
 from predictor.training.checkpoint import load_checkpoint
 from predictor.training.module import RouteModule
 from routing.cli import run
@@ -126,7 +127,7 @@ def test_the_file_is_alone_and_complete(exported):
     onnx.checker.check_model(exported)
 
 
-def test_the_metadata_say_all_that_the_runtime_needs(exported):
+def test_the_metadata_hold_all_that_the_runtime_needs(exported):
     meta = metadata_of(exported)
     assert Topology.from_json(meta.pop("topology")) == TOPOLOGY
     calibration = meta.pop("calibration")
@@ -251,7 +252,7 @@ class Wrong(CausalPredictor):
         return super().run_graph(*rest, torch.full_like(past_positions, -1))
 
 
-def test_a_graph_that_handles_the_cache_otherwise_than_torch_is_refused(exported, checkpoint):
+def test_a_graph_that_uses_the_cache_otherwise_than_torch_is_refused(exported, checkpoint):
     right = load_checkpoint(checkpoint).predictor
     assert isinstance(right, CausalPredictor)
     wrong = Wrong(right.shape, right.settings).eval()

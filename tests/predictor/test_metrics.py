@@ -1,4 +1,4 @@
-"""The metrics of predictor/metrics.py against a brute-force reading of their definitions."""
+"""The metrics of predictor.training.metrics against brute force by their definitions."""
 
 import math
 
@@ -83,7 +83,7 @@ def brute_force_calibration(stack: Stack, logits_NLE: Tensor, experts_NLK: Tenso
 
 @given(routed(), st.sampled_from([1.0, 1.5]))
 @settings(max_examples=60, deadline=None)
-def test_recall_and_precision_are_what_their_definitions_say(case, factor) -> None:
+def test_recall_and_precision_agree_with_their_definitions(case, factor) -> None:
     stack, logits_NLE, experts_NLK = case
     recall, precision = RouteRecall(stack, factor=factor), RoutePrecision(stack, factor=factor)
     recall.update(logits_NLE, experts_NLK)
@@ -95,7 +95,7 @@ def test_recall_and_precision_are_what_their_definitions_say(case, factor) -> No
 
 @given(routed(), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_calibration_error_is_what_its_definition_says(case, num_bins) -> None:
+def test_calibration_error_agrees_with_its_definition(case, num_bins) -> None:
     stack, logits_NLE, experts_NLK = case
     error = RouteCalibrationError(stack, num_bins=num_bins)
     error.update(logits_NLE, experts_NLK)

@@ -1,4 +1,4 @@
-"""Muon and AdamW agree with torch's own, and a run goes on from the optimizer's state."""
+"""Muon and AdamW agree with torch's own, and a run resumes from the optimizer's state."""
 
 from __future__ import annotations
 

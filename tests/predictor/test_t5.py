@@ -1,4 +1,4 @@
-"""The paper's predictor: its size, and which tokens each prediction depends on."""
+"""The paper's predictor: its size, and the tokens that each prediction depends on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from predictor.networks.interface import Predictions, PredictorShape, Windows
 from predictor.networks.t5 import T5Predictor, T5Settings
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.module import RouteModule
 from routing.predictor_file.format import HEADS, PADDING
 from tests.helpers.predicting import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from predictor.networks.interface import Windows
+from predictor.networks.windows import Windows
 from predictor.training.calibration import calibrate, fit_affine
 from predictor.training.checkpoint import Trained, load_checkpoint
 from predictor.training.data import TraceData
@@ -52,7 +52,7 @@ def test_what_only_history_tells_is_unknown_without_it(trained):
     assert secret < 0.5
 
 
-def test_the_next_head_knows_what_this_token_says_about_the_next(trained):
+def test_the_next_head_predicts_what_this_token_tells_about_the_next(trained):
     token, before, secret = trained.metrics["next_known"]["recall"]
     assert token < 0.5, "the next token is random"
     assert before > 0.99 and secret > 0.9
@@ -114,7 +114,7 @@ def test_a_loaded_checkpoint_predicts_with_the_reported_recall(trace, trained):
     assert hits / used == pytest.approx(trained.metrics["this_known"]["recall"][0], abs=1e-6)
 
 
-def test_an_interrupted_run_goes_on_from_its_last_checkpoint(trace, tmp_path, run):
+def test_an_interrupted_run_resumes_from_its_last_checkpoint(trace, tmp_path, run):
     train(trace, tmp_path, "--trainer.max_epochs=2")
     (last,) = tmp_path.rglob("last.ckpt")
     steps = torch.load(last, weights_only=True)["global_step"]
@@ -142,7 +142,7 @@ def test_training_can_start_from_a_finished_predictor(trace, tmp_path, run):
     assert after.provenance["started_from"] == before.provenance
 
 
-def test_a_finished_predictor_of_other_sizes_is_no_start(trace, tmp_path, capsys, run):
+def test_training_cannot_start_from_a_predictor_of_other_sizes(trace, tmp_path, capsys, run):
     start = f"--start_from={run / 'predictor.ckpt'}"
     said = fails(capsys, trace, tmp_path, start, "--model.predictor.width=32")
     assert "settings" in said and said.count("\n") == 1
@@ -162,7 +162,7 @@ def test_the_embedding_can_start_from_the_traced_models(trace, tmp_path):
 
 
 def fails(capsys: pytest.CaptureFixture[str], trace: Path, out: Path, *options: str) -> str:
-    """What the command line says on stderr when it refuses."""
+    """The command line's message on stderr when it refuses."""
     with pytest.raises(SystemExit) as stop:
         train(trace, out, *options)
     assert stop.value.code == 2
@@ -183,7 +183,7 @@ def test_mistakes_end_in_one_clear_line(trace, tmp_path, capsys):
 
 
 class Exploit:
-    """What a hostile checkpoint would hold."""
+    """The content of a hostile checkpoint."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -193,7 +193,7 @@ class Exploit:
 
 
 def write_foreign(path: Path, kind: str) -> None:
-    """A file that is no checkpoint of ours, in one of many ways."""
+    """Write a file that is not a checkpoint, of one of several kinds."""
     if kind == "text":
         path.write_text("no checkpoint")
     elif kind == "pickle":
@@ -226,7 +226,7 @@ def test_resuming_from_a_foreign_checkpoint_is_one_clear_line(trace, tmp_path, c
     assert not (tmp_path / "touched").exists()
 
 
-def test_a_run_of_other_sizes_or_without_its_optimizer_cannot_go_on(trace, run, tmp_path, capsys):
+def test_a_run_of_other_sizes_or_without_its_optimizer_cannot_resume(trace, run, tmp_path, capsys):
     (last,) = run.rglob("last.ckpt")
     said = fails(capsys, trace, tmp_path, f"--ckpt_path={last}", "--model.predictor.width=32")
     assert "settings" in said and "32" in said and said.count("\n") == 1
@@ -248,7 +248,7 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path, change):
         load_checkpoint(path)
 
 
-def test_calibration_finds_the_scale_and_shift_that_logits_were_spoilt_by():
+def test_calibration_undoes_a_scale_and_a_shift_of_the_logits():
     truth = 2 * torch.randn(200_000)
     used = torch.rand(200_000) < truth.sigmoid()
     found = fit_affine((truth - 1) / 3, used)
@@ -278,7 +278,7 @@ def test_calibrating_never_raises_the_cross_entropy_of_any_head():
 
 
 def _cross_entropy(logits_BTLE: torch.Tensor, batch: Windows, head: int) -> float:
-    from predictor.networks.interface import targets
+    from predictor.networks.targets import targets
 
     target = targets(batch, tiny_predictor().shape)[head]
     return torch.nn.functional.binary_cross_entropy_with_logits(

@@ -1,4 +1,4 @@
-"""routing.containers: routes of the architectures whose experts calls do not say them outright."""
+"""routing.containers: routes of architectures whose experts calls hold them indirectly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = torch.arange(2, 26).view(2, 12)
 
 
 def calls(model: nn.Module, router: str) -> list[tuple[MoELayer, Routes, Tensor]]:
-    """For every layer: its routes, and what went into the router beside it, in one pass."""
+    """Each layer with its routes and its router's input in one pass."""
     routes: dict[str, Routes] = {}
     inputs: dict[str, Tensor] = {}
     layers = find_moe_layers(model)
@@ -77,7 +77,7 @@ def test_dbrx_routes_are_its_routers() -> None:
         assert_same_experts(routes.experts_TK, chosen(router.layer.weight, hidden_TH, 2)[1])
 
 
-def test_nllb_routes_are_its_routers_though_transformers_runs_others() -> None:
+def test_nllb_routes_are_its_routers_though_transformers_runs_other_experts() -> None:
     model: Any = architecture_model("nllb-moe")
     for layer, routes, hidden_TH in calls(model, "router"):
         router = model.get_submodule(layer.name.removesuffix("experts") + "router")

@@ -24,7 +24,7 @@ def run(model: nn.Module) -> None:
 
 
 def routers(model: nn.Module) -> dict[str, Any]:
-    """What each router returned in one pass, by the path of the experts beside it."""
+    """Path of the experts -> the result of their router in one pass."""
     returned: dict[str, Any] = {}
     for layer in find_moe_layers(model):
         path = layer.name.rpartition(".")[0]
@@ -38,7 +38,7 @@ def routers(model: nn.Module) -> dict[str, Any]:
 
 
 def recorded(model: nn.Module) -> dict[str, Routes]:
-    """What `read_routes` says of each experts call in one pass."""
+    """Path of the experts -> the routes that `read_routes` reads in one pass."""
     seen: dict[str, Routes] = {}
 
     def hook(layer: MoELayer) -> Any:
@@ -76,7 +76,7 @@ def test_switch_routes_are_the_routers_decision_and_drops_have_no_expert() -> No
         pytest.skip("this version of transformers does not enforce the experts' capacity")
 
 
-def test_ids_past_the_real_experts_are_no_expert() -> None:
+def test_ids_beyond_the_real_experts_are_no_expert() -> None:
     """Some models route tokens to parameter-free experts behind the last real one."""
     layer = find_moe_layers(tiny_model("olmoe"))[0]
     index_TK = torch.tensor([[0, 8], [7, 11]])

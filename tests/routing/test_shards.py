@@ -1,4 +1,4 @@
-"""routing.shards: what is written is read back, whatever happens in between."""
+"""routing.shards: written documents are read back, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -169,12 +169,12 @@ def test_a_trace_without_documents_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 3])
-def test_a_document_that_is_not_there_is_an_index_error(three: Path, index: int) -> None:
+def test_a_missing_document_is_an_index_error(three: Path, index: int) -> None:
     with pytest.raises(IndexError, match=f"document {index} of 3"):
         TraceReader(three).document(index)
 
 
-def test_a_stack_that_is_not_there_is_refused(three: Path) -> None:
+def test_a_missing_stack_is_refused(three: Path) -> None:
     with pytest.raises(ValueError, match="no 'encoder' MoE stack; it has: decoder"):
         TraceReader(three, "encoder")
 
@@ -292,7 +292,7 @@ def test_a_trace_of_another_model_is_refused_and_left_as_it_was(three: Path) -> 
         ({"with_weights": True}, "with_weights: False there, True here"),
     ],
 )
-def test_a_trace_of_other_options_is_refused_and_left_as_it_was(
+def test_a_trace_with_other_options_is_refused_and_left_as_it_was(
     three: Path, options: dict[str, Any], message: str
 ) -> None:
     before = contents(three)
@@ -362,7 +362,7 @@ def test_a_shard_of_another_models_trace_is_refused_by_name(three: Path, tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 1}', '{"topology": {}}'])
-def test_a_manifest_that_is_none_of_ours_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_a_foreign_manifest_is_refused_by_name(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     for opened in (TraceReader, reopen):
         with pytest.raises(ValueError, match=r"manifest\.json is not the manifest of a trace"):
@@ -377,6 +377,6 @@ def test_a_manifest_of_a_later_schema_is_refused(three: Path) -> None:
         TraceReader(three)
 
 
-def test_a_directory_without_a_manifest_is_no_trace(tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_not_a_trace(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not a trace: it has no manifest\.json"):
         TraceReader(tmp_path)

@@ -1,4 +1,4 @@
-"""routing.topology: what a model's topology says, and when two of them match."""
+"""routing.topology: a model's topology, its JSON form, and matching two topologies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runtime.prediction.forecaster: what the predictor is fed, and what is made of its answers.
+"""runtime.prediction.forecaster: the predictor's inputs, and the forecasts made of its answers.
 
 The predictors are made by hand and have a known answer, see tests.helpers.onnx_predictor.
 """
@@ -50,7 +50,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
 
 class Spy:
-    """A session that remembers what it was fed."""
+    """A session that keeps its inputs."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -203,7 +203,7 @@ def test_routes_decide_the_prediction_of_the_next_step_alone(opened: Open) -> No
     np.testing.assert_allclose(known.far_LE, used_by_any(2 * logits_LE), atol=1e-6)
 
 
-def test_without_a_far_head_every_h_tokens_count_as_alike(opened: Open) -> None:
+def test_without_a_far_head_the_far_horizon_is_four_independent_horizons(opened: Open) -> None:
     forecaster = start(opened(far=False))
     made = forecaster.forecast(tokens(0, 1, 2), np.array([[0, 1]]))
     np.testing.assert_allclose(made.far_LE, 1 - (1 - made.horizon_LE) ** 4, atol=1e-6)
@@ -262,7 +262,9 @@ class Nonsense:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_predictor_that_answers_nonsense_still_gives_probabilities(opened: Open) -> None:
+def test_a_predictor_that_answers_nan_and_infinities_still_gives_probabilities(
+    opened: Open,
+) -> None:
     forecaster = start(opened()._replace(session=Nonsense()))
     for plane in forecaster.forecast(tokens(0, 1, 3), np.arange(3)[None]):
         assert plane.tolist() == [[1, 0, 0, 0, 0]] * L
@@ -276,7 +278,7 @@ def test_a_predictor_that_answers_nonsense_still_gives_probabilities(opened: Ope
     chunks=st.lists(st.integers(1, 15), min_size=1, max_size=12),
     window=st.sampled_from([2, 3, 6, 50]),
 )
-def test_a_stateless_predictor_is_fed_the_prompts_end_and_the_newest_tokens_within_its_window(
+def test_a_predictor_without_a_cache_is_fed_the_prompts_end_and_the_newest_tokens_of_its_window(
     opened: Open, chunks: list[int], window: int
 ) -> None:
     file, feeds = spied(opened(window, cache=False))
@@ -292,7 +294,7 @@ def test_a_stateless_predictor_is_fed_the_prompts_end_and_the_newest_tokens_with
     assert max(feed["token_ids"].shape[1] for feed in feeds) <= window
 
 
-def test_a_stateless_predictor_knows_where_the_prompt_ends(opened: Open) -> None:
+def test_a_predictor_without_a_cache_is_told_the_prompts_length(opened: Open) -> None:
     file, feeds = spied(opened(cache=False))
     forecaster = start(file)
     forecaster.forecast(np.arange(4)[None], np.arange(4)[None])
@@ -307,7 +309,7 @@ def test_a_stateless_predictor_knows_where_the_prompt_ends(opened: Open) -> None
     ]  # fmt: skip
 
 
-def test_a_stateless_predictor_answers_for_the_new_tokens_alone(opened: Open) -> None:
+def test_a_predictor_without_a_cache_answers_for_the_new_tokens_alone(opened: Open) -> None:
     file = opened(50, cache=False)
     forecaster = start(file, 2)
     token_ids = tokens(0, 2, 7)

@@ -1,4 +1,4 @@
-"""runtime.load(record=): what ran is a trace like any other, bounded, private and durable."""
+"""runtime.load(record=): a trace of everything that ran, bounded, private and durable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trace.settings import InspectSettings
 
 
 def truth(model: nn.Module, tokens_T: np.ndarray) -> np.ndarray:
-    """Routes [T, L, K] of a sequence by the model as it is, in one forward pass."""
+    """Routes [T, L, K] of a sequence in one forward pass of the model."""
     layers, found = find_moe_layers(model), []
 
     def keep(layer: Any) -> Any:
@@ -63,7 +63,7 @@ def generate(model: Any, ids: list[list[int]], **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "qwen3_moe"])
-def test_what_is_generated_is_recorded_as_the_model_routes_it(kind: str, tmp_path: Path) -> None:
+def test_generated_tokens_are_recorded_as_the_model_routes_them(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     ids = prompts(1, 3)
     engine = runtime.load(model, memory=0.5, record=tmp_path / "r").expertflow
@@ -116,7 +116,7 @@ def test_captured_steps_are_recorded_as_others_are(
 
 
 @pytest.mark.parametrize("predicts", [False, True])
-def test_what_is_served_is_recorded(predicts: bool, tmp_path: Path) -> None:
+def test_served_sequences_are_recorded(predicts: bool, tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     ids = prompts(2, 6)
     predictor = write_predictor(tmp_path / "p.onnx", topology_of(model)) if predicts else None
@@ -131,7 +131,7 @@ def test_what_is_served_is_recorded(predicts: bool, tmp_path: Path) -> None:
         assert_true(document, model)
 
 
-def test_a_recording_goes_on_in_the_next_run_and_survives_an_exit(tmp_path: Path) -> None:
+def test_a_recording_continues_in_the_next_run_and_survives_an_exit(tmp_path: Path) -> None:
     program = (
         "import sys, torch, runtime\n"
         "model = runtime.load(sys.argv[1], memory=0.5, record=sys.argv[2], device='cpu')\n"
@@ -163,7 +163,7 @@ def test_only_the_owner_may_read_a_recording(tmp_path: Path) -> None:
     assert (tmp_path / "r").stat().st_mode & 0o077 == 0
 
 
-def test_a_recording_ends_at_its_limit_and_generating_goes_on(tmp_path: Path) -> None:
+def test_a_recording_ends_at_its_limit_and_generation_goes_on(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     engine = runtime.load(model, memory=0.5, record=tmp_path / "r", record_limit="4KB").expertflow
 
@@ -194,7 +194,7 @@ def test_a_full_disk_ends_the_recording_only(
         engine.detach()
 
 
-def test_sequences_that_are_not_known_from_their_start_are_left_out(tmp_path: Path) -> None:
+def test_sequences_without_their_start_are_left_out(tmp_path: Path) -> None:
     route_log = RouteLog(tmp_path / "r", topology_of(tiny_model("olmoe")))
     routes_BTLK = np.zeros((1, 3, 4, 2), np.int64)
     tokens_BT = np.arange(3)[None]
@@ -211,7 +211,7 @@ def test_a_limit_is_a_size(limit: Any, tmp_path: Path) -> None:
         runtime.load(tiny_model("olmoe"), record=tmp_path / "r", record_limit=limit)
 
 
-def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+def test_unsupported_models_and_foreign_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="decoder-only"):
         runtime.load(tiny_model("switch_transformers"), record=tmp_path / "r")
     other = runtime.load(tiny_model("mixtral"), record=tmp_path / "other")

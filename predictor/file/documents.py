@@ -1,4 +1,4 @@
-"""An exported predictor over whole documents: what a file really predicts, and how fast.
+"""An exported predictor, run over whole documents by onnxruntime and timed.
 
 Symbols: T tokens, L MoE layers, E experts a layer, K experts a token.
 """
@@ -16,21 +16,22 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from predictor.networks.interface import Predictions, PredictorShape, Windows
+from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.driver import Heads, Past, run_step, run_window
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT
 
 CHUNK = 128
-"""Tokens that a cached graph reads at a time."""
+"""Tokens that a predictor with a key/value cache reads at a time."""
 TIMED_STEPS = 30
+"""Decode steps whose median time is reported."""
 
 
-class Graph(ABC):
-    """An opened file. Calling it predicts one document, a batch of one row."""
+class ExportedPredictor(ABC):
+    """An opened predictor file. Calling it predicts one document, a batch of one row."""
 
     needs_history: ClassVar[bool]
-    """Whether it reads the true routes of the tokens before."""
+    """Whether it reads the true routes of earlier tokens."""
 
     def __init__(self, path: Path, file: PredictorFile) -> None:
         self.path, self.file = path, file
@@ -40,14 +41,15 @@ class Graph(ABC):
         )
 
     @abstractmethod
-    def __call__(self, batch: Windows) -> Predictions: ...
+    def __call__(self, batch: Windows) -> Predictions:
+        """Logits of every token of the document, float32 [1, T, L, E] a head."""
 
     @abstractmethod
     def decode_step(self) -> Callable[[], object]:
-        """What runs one decode step after a full window."""
+        """A function that runs one decode step after a full window."""
 
     def step_seconds(self) -> float:
-        """Median time of a decode step: batch 1, full window, one thread."""
+        """Median seconds of a decode step: batch 1, full window, one thread."""
         step, seconds = self.decode_step(), []
         for _ in range(TIMED_STEPS):
             start = time.perf_counter()
@@ -56,8 +58,8 @@ class Graph(ABC):
         return statistics.median(seconds)
 
 
-class CachedGraph(Graph):
-    """Reads a document in chunks on a key/value cache, as the runtime does."""
+class CachedPredictor(ExportedPredictor):
+    """Reads a document in chunks, with a key/value cache, as the runtime does."""
 
     needs_history = True
 
@@ -84,12 +86,12 @@ class CachedGraph(Graph):
         return partial(run_step, self.file, past, token_ids, routes, positions)
 
 
-class StatelessGraph(Graph):
-    """Runs over the first window, then over the last half and as many new tokens, time and again.
+class StatelessPredictor(ExportedPredictor):
+    """Runs over the first window; then, repeatedly, over its last half and as many new tokens.
 
-    `prompt_lengths` of the batch says how long the document's prompt is. A prompt that fills the
-    first window, or an empty one, is taken to be half of it. Each later half is predicted with the
-    one before as its prompt.
+    `prompt_lengths` of the batch gives the length of the document's prompt. A prompt that is empty
+    or fills the first window counts as half of it. Each later half window is predicted with the
+    one before it as the prompt.
     """
 
     needs_history = False
@@ -104,7 +106,7 @@ class StatelessGraph(Graph):
         return _joined(chunks)
 
     def first_generated(self, batch: Windows) -> int:
-        """The first token that the decoder proper predicts; those before are the prompt."""
+        """The first token that the decoder predicts; those before it are the prompt."""
         length = min(batch.token_ids_BT.shape[1], self.shape.window)
         prompt = int(batch.prompt_lengths_B)
         return prompt if 0 < prompt < length else length // 2
@@ -129,14 +131,14 @@ def _joined(chunks: list[Heads]) -> Predictions:
     )
 
 
-def open_graph(path: Path) -> Graph:
+def open_exported(path: Path) -> ExportedPredictor:
     """Open an exported predictor on one thread. Raises ValueError for any other file."""
     file = open_predictor(path, num_threads=1)
-    return (CachedGraph if file.cached else StatelessGraph)(path, file)
+    return (CachedPredictor if file.cached else StatelessPredictor)(path, file)
 
 
 def whole_document(token_ids_T: np.ndarray, experts_TLK: np.ndarray, num_prompt: int) -> Windows:
-    """A document (signed expert ids) as a batch of one row, its history known."""
+    """A document as a batch of one row with known history. experts_TLK: signed ids."""
     routes_TLK = np.roll(experts_TLK, 1, axis=0)
     routes_TLK[:1] = NO_EXPERT
     return Windows(

@@ -1,6 +1,6 @@
-"""The router inputs of every layer of a running model, batch by batch, and never all of them.
+"""Router inputs of every layer of a running model, streamed batch by batch.
 
-L MoE layers, N tokens, H hidden, K experts a token.
+L MoE layers, N tokens, H hidden width, K experts a token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,23 +18,25 @@ from routing.topology import Topology
 
 
 class Routed(NamedTuple):
-    """What the routers of one stack read and chose."""
+    """The inputs and decisions of one stack's routers."""
 
     hidden_LNH: Tensor
     """float32"""
     experts_LNK: Tensor
-    """int64, NO_EXPERT where there is none."""
+    """int64; NO_EXPERT marks a missing expert."""
 
 
 def load_model(name: str, topology: Topology, *, device: str) -> Any:
-    """The model called `name`, in eval mode. Raises ValueError when `topology` is not its own."""
+    """Load the model `name` in eval mode. Raises ValueError unless its topology is `topology`."""
     from transformers import AutoConfig
 
     from routing.inspect_model import model_class
 
     config = AutoConfig.from_pretrained(name)
     if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model: only decoders are looked ahead in")
+        raise ValueError(
+            f"{name} is an encoder-decoder model: look-ahead is for decoder-only models"
+        )
     model = model_class(config).from_pretrained(name, dtype="auto").eval().to(device)
     topology_of(model).require_match(topology, ours=f"the model {name}", theirs="the trace")
     return model
@@ -42,9 +44,9 @@ def load_model(name: str, topology: Topology, *, device: str) -> Any:
 
 @torch.no_grad()
 def router_inputs(model: Any, batches: Iterable[Sequence[np.ndarray]]) -> Iterator[Routed]:
-    """Run documents, token ids [T] each, through `model` and yield each batch's real tokens.
+    """Run documents (token ids [T] each) through `model`; yields each batch's tokens, unpadded.
 
-    Raises ValueError for architectures whose router inputs cannot be told.
+    Raises ValueError for an architecture whose router inputs cannot be found.
     """
     blocks = find_blocks(model)
     hidden: dict[str, Tensor] = {}
@@ -64,17 +66,17 @@ def router_inputs(model: Any, batches: Iterable[Sequence[np.ndarray]]) -> Iterat
 
 
 def _watched(block: Block, hidden: dict[str, Tensor], experts: dict[str, Tensor]) -> Any:
-    """Hooks that keep what `block` was last called with; removed at the end of the context."""
+    """Hooks that keep the router input and routes of the last call; closing removes them."""
     layer = block.layer
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden[layer.name] = block.hidden(args, kwargs)
 
-    def routed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_routes(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         experts[layer.name] = read_routes(layer, args, kwargs).experts_TK
 
     stack = ExitStack()
-    for module, hook in ((block.module, enters), (layer.module, routed)):
+    for module, hook in ((block.module, keep_input), (layer.module, keep_routes)):
         stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
     return stack
 

@@ -1,4 +1,4 @@
-"""Networks that look a few layers ahead: what they read, learn and write."""
+"""Look-ahead networks: their inputs, their training, and the traces they annotate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictor.layer_ahead import LayerAheadSettings, main
-from predictor.networks.layer_ahead import AheadNetworks
-from predictor.training.router_inputs import load_model, router_inputs
+from predictor.layer_ahead import main
+from predictor.lookahead.networks import LookAheadNetworks
+from predictor.lookahead.router_inputs import load_model, router_inputs
+from predictor.lookahead.settings import LayerAheadSettings
 from routing.cli import run
 from routing.lookahead import recall_ahead
 from routing.shards import Document, TraceReader, signed_experts
@@ -66,9 +67,7 @@ def used_by(document: Document) -> np.ndarray:
     return signed_experts(document.experts_TLK, 8)
 
 
-def test_networks_foretell_the_experts_of_text_that_they_never_saw(
-    traced: Traced, annotated: Path
-) -> None:
+def test_networks_predict_the_experts_of_held_out_text(traced: Traced, annotated: Path) -> None:
     documents = list(TraceReader(annotated).documents())
     recalls = [recall_ahead(d.lookahead["mlp"], used_by(d)) for d in documents]
     said = np.concatenate([used_by(d) for d in TraceReader(traced.training).documents()])
@@ -77,13 +76,13 @@ def test_networks_foretell_the_experts_of_text_that_they_never_saw(
 
 
 def recall_of_the_most_used(training_TLK: np.ndarray, used_TLK: np.ndarray) -> float:
-    """What the two experts of each layer that are used most in training would have covered."""
+    """Recall of the two experts of each layer that are used most in training."""
     counts = [np.bincount(training_TLK[:, layer].ravel(), minlength=8) for layer in range(4)]
     top = [np.argsort(-count)[:2] for count in counts]
     return float(np.mean([np.isin(used_TLK[:, n], top[n]).mean() for n in range(4)]))
 
 
-def test_an_annotated_copy_keeps_all_else_that_the_trace_holds(
+def test_an_annotated_copy_keeps_everything_else_in_the_trace(
     traced: Traced, annotated: Path
 ) -> None:
     before, after = TraceReader(traced.other), TraceReader(annotated, verify=True)
@@ -112,13 +111,13 @@ def test_router_inputs_are_the_same_in_a_batch_and_alone(traced: Traced) -> None
 
 
 @given(st.integers(2, 4), st.integers(1, 5), st.integers(0, 99))
-def test_what_networks_name_is_distinct_and_ends_with_the_last_layer(
+def test_predicted_experts_are_distinct_and_end_with_the_last_layer(
     num_layers: int, depth: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    networks = AheadNetworks(num_layers, 8, 2, hidden=4, width=3, depth=depth)
+    networks = LookAheadNetworks(num_layers, 8, 2, hidden=4, width=3, depth=depth)
     torch.nn.init.normal_(networks.direct_LHO)
-    said = networks.named(torch.randn(num_layers, 5, 4))
+    said = networks.predict(torch.randn(num_layers, 5, 4))
     assert said.experts_TLDM.shape == (5, num_layers, depth, 4)
     for layer in range(num_layers):
         for distance in range(1, depth + 1):
@@ -127,8 +126,8 @@ def test_what_networks_name_is_distinct_and_ends_with_the_last_layer(
     assert (np.diff(np.sort(said.experts_TLDM.astype(int), axis=-1), axis=-1) > 0).all()
 
 
-def test_no_layer_learns_from_what_lies_beyond_its_reach() -> None:
-    networks = AheadNetworks(3, 8, 2, hidden=4, width=3, depth=2)
+def test_no_layer_learns_from_layers_beyond_the_last() -> None:
+    networks = LookAheadNetworks(3, 8, 2, hidden=4, width=3, depth=2)
     networks.loss(torch.randn(3, 5, 4), torch.randint(8, (3, 5, 2))).backward()
     assert networks.direct_LHO.grad is not None
     near_LHE, far_LHE = networks.direct_LHO.grad.split(8, dim=-1)

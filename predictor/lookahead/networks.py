@@ -1,25 +1,27 @@
-"""Small networks that read one layer's router input and say which experts coming layers will use.
+"""Look-ahead networks: from one layer's router input to the experts of the coming layers.
 
 After ProMoE (arXiv 2410.22134, section 4): a two-layer perceptron for each layer, trained offline.
-Ours has a linear path beside it, and one perceptron serves all distances.
+Unlike there, a linear path runs beside each perceptron, and one perceptron serves all distances.
 
-L MoE layers, N tokens, H hidden, W width, D distances, E experts, K experts a token.
+L MoE layers, N tokens, H hidden width, W network width, O outputs, D distances, E experts a layer,
+K experts a token, M experts named.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
 
+from predictor.networks.targets import multi_hot
 from routing.lookahead import LookAhead, num_named
 from routing.shards import experts_dtype
 
 EPSILON = 1e-6
 
 
-class AheadNetworks(nn.Module):
-    """logits(l) = W2(l) silu(W1(l) x) + W(l) x + b(l), with x the input over its root mean square.
+class LookAheadNetworks(nn.Module):
+    """logits(l) = W2(l) silu(W1(l) x) + W(l) x + b(l), where x is the input over its RMS.
 
-    The last layer has a network too, which nothing trains or reads.
+    The last layer has a network as well, which is never trained or read.
     """
 
     def __init__(
@@ -33,11 +35,11 @@ class AheadNetworks(nn.Module):
         self.direct_LHO = nn.Parameter(torch.zeros(num_layers, hidden, outputs))
         rate = top_k / num_experts * 0.98 + 0.01
         self.bias_L1O = nn.Parameter(
-            torch.full((num_layers, 1, outputs), rate).logit()  # as if all were used alike
+            torch.full((num_layers, 1, outputs), rate).logit()  # the base rate
         )
 
     def forward(self, hidden_LNH: Tensor) -> Tensor:
-        """Logits [L, N, D, E] of use by the layers 1 to D further on."""
+        """Logits [L, N, D, E] that the layers 1 to D further on use each expert."""
         scale_LN1 = (hidden_LNH.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
         x_LNH = hidden_LNH * scale_LN1
         logits_LNO = torch.baddbmm(self.bias_L1O, x_LNH, self.direct_LHO)
@@ -45,9 +47,9 @@ class AheadNetworks(nn.Module):
         return logits_LNO.unflatten(-1, (self.depth, self.num_experts))
 
     def loss(self, hidden_LNH: Tensor, experts_LNK: Tensor) -> Tensor:
-        """Mean binary cross-entropy over the layers that there are, in nats an expert."""
+        """Mean binary cross-entropy over all predicted layers that exist, in nats an expert."""
         logits_LNDE = self(hidden_LNH)
-        used_LNE = used_experts(experts_LNK, self.num_experts).float()
+        used_LNE = multi_hot(experts_LNK, self.num_experts).float()
         losses = [
             binary_cross_entropy_with_logits(logits_LNDE[:-d, :, d - 1], used_LNE[d:])
             for d in range(1, min(self.depth, len(used_LNE) - 1) + 1)
@@ -55,8 +57,8 @@ class AheadNetworks(nn.Module):
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def named(self, hidden_LNH: Tensor) -> LookAhead:
-        """What the networks say of N tokens, as traces hold it; scores are logits."""
+    def predict(self, hidden_LNH: Tensor) -> LookAhead:
+        """The look-ahead for N tokens, in the form that traces hold; its scores are logits."""
         logits_LNDE = self(hidden_LNH)
         top = logits_LNDE.topk(num_named(self.top_k, self.num_experts), dim=-1)
         scores_LNDM = top.values.half()
@@ -66,12 +68,3 @@ class AheadNetworks(nn.Module):
             top.indices.transpose(0, 1).cpu().numpy().astype(experts_dtype(self.num_experts)),
             scores_LNDM.transpose(0, 1).cpu().numpy(),
         )
-
-
-def used_experts(experts_LNK: Tensor, num_experts: int) -> Tensor:
-    """Bool [L, N, E]; NO_EXPERT is none."""
-    used = torch.zeros(
-        (*experts_LNK.shape[:2], num_experts + 1), dtype=torch.bool, device=experts_LNK.device
-    )
-    used.scatter_(-1, torch.where(experts_LNK < 0, num_experts, experts_LNK), True)
-    return used[..., :num_experts]
