@@ -46,8 +46,9 @@ def export(settings: ExportSettings) -> None:
         os.replace(result, settings.out)
     size = round(settings.out.stat().st_size / 2**20, 2)
     print(
-        f"wrote {settings.out}, {size} MiB; logits differ from torch's by at most "
-        f"{parity['max_error']:.1e}, {parity['top_k_overlap']:.1%} of the top K are the same"
+        f"wrote {settings.out}, {size} MiB\n"
+        f"checked against torch: logits differ by at most {parity['max_error']:.1e}, "
+        f"{parity['top_k_overlap']:.1%} of the top K are the same"
     )
     if settings.json is not None:
         report = {"file": str(settings.out), "MiB": size, **parity}

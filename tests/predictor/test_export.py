@@ -156,9 +156,9 @@ def test_the_command_line_reports_the_file_and_its_parity(export_run):
     assert report["file"] == str(export_run.path)
     assert report["MiB"] == pytest.approx(export_run.path.stat().st_size / 2**20, abs=0.01)
     assert 0 < report["max_error"] <= 1e-4 and report["top_k_overlap"] == 1.0
-    [line] = export_run.printed.splitlines()
-    assert line.startswith(f"wrote {export_run.path}, {report['MiB']} MiB")
-    assert line.endswith("100.0% of the top K are the same")
+    first, second = export_run.printed.splitlines()
+    assert first == f"wrote {export_run.path}, {report['MiB']} MiB"
+    assert second.endswith("100.0% of the top K are the same")
 
 
 def test_the_runtime_accepts_the_file(exported):

@@ -171,4 +171,4 @@ def test_a_long_document_is_cut_and_the_cut_is_told(
     documents = trace(tiny_directory("olmoe"), data, tmp_path / "out", generate=10)
     prompts = [int((d.phase_T == PROMPT).sum()) for d in documents]
     assert prompts == [246, 5]  # a context of 256 less the answer
-    assert "1 of them were cut to fit: 55 tokens left out" in capsys.readouterr().out
+    assert "documents cut to fit: 1, by 55 tokens in all" in capsys.readouterr().out
