@@ -146,13 +146,19 @@ def near(word: str) -> str:
 
 
 def wrapped(words: Sequence[str], prompt: str = "$ ") -> str:
-    """A shell command, broken before its options where it is longer than WIDTH."""
-    lines = [prompt]
-    for word in map(shlex.quote, words):
-        if word.startswith("--") and len(lines[-1]) > WIDTH * 0.6:
-            lines.append("    ")
-        lines[-1] += f"{word} "
-    return " \\\n".join(line.rstrip() for line in lines)
+    """A shell command, broken before options so that its lines fit WIDTH."""
+    options: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            options.append([])
+        options[-1].append(shlex.quote(word))
+    lines = [prompt + " ".join(options[0])]
+    for option in map(" ".join, options[1:]):
+        if len(lines[-1]) + len(option) + len(" \\") >= WIDTH:
+            lines.append(f"    {option}")
+        else:
+            lines[-1] += f" {option}"
+    return " \\\n".join(lines)
 
 
 def print_heading(title: str) -> None:
