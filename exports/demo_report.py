@@ -11,12 +11,7 @@ if TYPE_CHECKING:
     from exports.comparison import Run
     from exports.demo_generation import LiveResult
 
-NAMES = {
-    "lru": "LRU",
-    "lfu": "LFU",
-    "predicted": "ExpertFlow",
-    "belady": "Belady",
-}
+NAMES = {"lru": "LRU", "lfu": "LFU", "predicted": "ExpertFlow", "belady": "Belady"}
 """The policies as the tables name them. ExpertFlow evicts by predicted reuse."""
 COLUMNS = (
     "hit rate",
@@ -24,7 +19,6 @@ COLUMNS = (
     "vs LRU",
     "gap closed",
     "MiB moved",
-    "tokens/s",
     "same tokens",
 )
 LINE_BREAK = "⏎ "
@@ -53,9 +47,8 @@ def print_report(live: LiveResult, *, width: int) -> None:
 
 
 def rows(live: LiveResult) -> Iterator[list[str]]:
-    """The table's rows: every expert resident, then each policy."""
+    """The table's rows, a policy each."""
     loads = {run.policy: run.loads for run in live.runs}
-    yield ["all resident", "", "0", "", "", "0.0", f"{live.resident_rate:.1f}", ""]
     for run in live.runs:
         yield [
             NAMES.get(run.policy, run.policy),
@@ -64,7 +57,6 @@ def rows(live: LiveResult) -> Iterator[list[str]]:
             f"{run.loads / loads['lru'] - 1:+.1%}" if loads["lru"] else "-",
             gap_closed(run.loads, loads["lru"], loads["belady"]),
             f"{run.bytes_loaded / 2**20:.1f}",
-            f"{live.rate(run):.1f}",
             "yes" if run.identical else "NO",
         ]
 
@@ -75,7 +67,7 @@ def gap_closed(loads: int, lru: int, belady: int) -> str:
 
 
 def legend(live: LiveResult) -> Iterator[str]:
-    """What the table's rows mean, and what the speeds of a CPU do not."""
+    """The meaning of the table's columns, the speeds, and the limits of what a CPU shows."""
     predicted = next(run for run in live.runs if run.policy == "predicted")
     yield "Belady knows the future; gap closed: the share of LRU's excess over it that is saved."
     if not math.isnan(predicted.recall):
@@ -83,11 +75,15 @@ def legend(live: LiveResult) -> Iterator[str]:
             f"ExpertFlow evicts by predicted reuse: recall@K {predicted.recall:.3f} of the experts "
             f"while decoding, {predicted.prediction_ms:.2f} ms a step."
         )
+    yield (
+        f"The same loop on some of the prompts: {live.speeds.resident:.0f} tokens/s with every "
+        f"expert resident, {live.speeds.offloaded:.0f} offloaded."
+    )
     kib = predicted.bytes_loaded / max(predicted.loads, 1) / 2**10
     yield (
         "On a CPU this saves bytes and not time: both memories are the same RAM, and copying an "
-        f"expert of {kib:.0f} KiB costs less than the bookkeeping.\n"
-        "On a GPU each load crosses PCIe, and the bytes are the time (docs/gpu.md)."
+        f"expert of {kib:.0f} KiB costs less than the bookkeeping. On a GPU each "
+        "load crosses PCIe, and the bytes are the time (docs/gpu.md)."
     )
 
 
