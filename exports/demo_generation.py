@@ -84,8 +84,8 @@ def generate(
         new_tokens=runs[0].tokens - read,
         speeds=measure_speeds(model, all_ids[:TIMED_PROMPTS], predictor, residency, new_tokens),
         domain=domain,
-        prompt=tokenizer.decode(tokens[:width]),
-        continuation=tokenizer.decode(tokens[width:]),
+        prompt=str(tokenizer.decode(tokens[:width])),
+        continuation=str(tokenizer.decode(tokens[width:])),
     )
 
 
