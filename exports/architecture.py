@@ -1,4 +1,4 @@
-"""The architectures that `exports.train_moe` trains: classes of transformers, no code of ours."""
+"""Architectures that `exports.train_moe` trains: classes of transformers, with sizes to choose."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ class Architecture:
     """Sizes of a decoder-only model whose every layer is a mixture of experts."""
 
     architecture: Name = "qwen3_moe"
-    """`qwen3_moe`: the K weights of a token sum to 1. `qwen2_moe`: besides a shared expert, and the
-    weights are plain softmax probabilities. `olmoe`: plain probabilities too; Switch-style when
-    top_k is 1."""
+    """`qwen3_moe`: the K weights of a token sum to 1. `qwen2_moe`: the weights are plain softmax
+    probabilities, and there is a shared expert. `olmoe`: plain probabilities, no shared expert;
+    Switch-style if top_k is 1."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 8
-    """Decoder layers; each has a mixture of experts."""
+    """Decoder layers, each with a mixture of experts."""
     num_heads: int = 4
-    """Attention heads, two to a key/value head."""
+    """Attention heads; two share a key/value head."""
     num_experts: int = 32
     """Experts a layer."""
     top_k: int = 4
-    """Experts a token uses in each layer, a shared one not counted."""
+    """Experts that a token uses in each layer, not counting a shared one."""
     expert_size: int = 32
     """Width of an expert."""
     shared_expert_size: int = 0
-    """Width of the expert that every token uses besides; for qwen2_moe, and only there."""
+    """Width of the shared expert, which every token uses; only for qwen2_moe."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that the architecture does not have, and a router that cannot learn."""
+        """Refuse sizes that the architecture does not have, and routers that cannot learn."""
         if (self.architecture == "qwen2_moe") != (self.shared_expert_size > 0):
-            raise ValueError("qwen2_moe needs a --shared_expert_size, and nothing else has one")
+            raise ValueError(
+                "qwen2_moe needs a --shared_expert_size, and no other architecture has one"
+            )
         if self.top_k == 1 and self.architecture == "qwen3_moe":
             raise ValueError(
                 "with --top_k 1 the normalised weight of qwen3_moe is always 1, and its routers "
@@ -43,7 +45,10 @@ class Architecture:
 
 
 def new_model(shape: Architecture, **text: Any) -> Any:
-    """A model of `shape` with random float32 weights; `text` goes to its configuration."""
+    """A model of `shape` with random float32 weights.
+
+    `text` has the fields of its configuration that depend on the text, such as the vocabulary.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {
@@ -62,7 +67,7 @@ def new_model(shape: Architecture, **text: Any) -> Any:
 
 
 def _widths(shape: Architecture) -> dict[str, int]:
-    """The widths of the experts, by the names that the architecture has for them."""
+    """The widths of the experts, under the names of the architecture's configuration."""
     if shape.architecture == "olmoe":
         return {"intermediate_size": shape.expert_size}
     widths = {

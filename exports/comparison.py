@@ -1,7 +1,7 @@
-"""The same work under every cache policy, live, against the model as it is without offloading.
+"""Live comparison of the cache policies on one workload, against the model without offloading.
 
-A *workload* runs a model over some text and returns what it chose, token by token: generating after
-prompts, or decoding a text one token at a time as if it were being generated (teacher forcing).
+A *workload* runs a model over some text and returns the tokens that it chose. It generates after
+prompts, or decodes a text one token at a time as if it were being generated (teacher forcing).
 """
 
 from __future__ import annotations
@@ -24,31 +24,36 @@ from routing.topology import NO_EXPERT
 
 Workload = Callable[[Any], list[list[int]]]
 Calls = list[tuple[int, np.ndarray]]
+"""The experts calls of a workload in order: the layer, and the ids of the experts that it used."""
 
 POLICIES = ("lru", "lfu", "predicted", "belady")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One policy at one residency, everything counted (the predictor's time too)."""
+    """The result of one policy at one residency; the predictor's time counts."""
 
     policy: str
     residency: float
+    """Share of the experts that are resident."""
     slots: int
     identical: bool
     """The tokens are those of the model without offloading."""
     hit_rate: float
     loads: int
+    """Experts loaded into a slot."""
     bytes_loaded: int
     tokens: int
+    """Tokens that went through the model, of prompts too."""
     seconds: float
+    """Time of the whole workload."""
     recall: float
-    """Recall@K of the predictor for decoded tokens; NaN without a predictor."""
+    """Recall@K of the predictor on decoded tokens; NaN without a predictor."""
     prediction_ms: float
-    """Median time of one prediction; NaN without a predictor."""
+    """Median time of a prediction; NaN without a predictor."""
 
 
-def generate(prompts: Sequence[Tensor], new_tokens: int) -> Workload:
+def generate_after(prompts: Sequence[Tensor], new_tokens: int) -> Workload:
     """Greedy generation after each prompt (int64 [1, T]), one after the other."""
 
     def run(model: Any) -> list[list[int]]:
@@ -61,7 +66,7 @@ def generate(prompts: Sequence[Tensor], new_tokens: int) -> Workload:
 
 
 def teacher_forced(texts: Sequence[Tensor]) -> Workload:
-    """Decode each text (int64 [1, T]) token by token; what would be chosen next is the result."""
+    """Decoding of each text (int64 [1, T]) token by token; returns the greedy choice at each."""
 
     @torch.no_grad()
     def run(model: Any) -> list[list[int]]:
@@ -91,8 +96,8 @@ def compare(
 ) -> tuple[list[Run], float]:
     """Run `workload` without offloading, then under every policy at every residency.
 
-    Returns the runs, and the seconds that the model takes without offloading, while its expert
-    calls are recorded for Belady's policy.
+    Returns the runs, and the seconds that the model took without offloading. Its experts calls were
+    recorded meanwhile, for Belady's policy, which takes a part of that time.
     """
     calls: Calls = []
     workload_start = time.perf_counter()
@@ -110,7 +115,7 @@ def compare(
 
 @contextmanager
 def record_calls(model: nn.Module, calls: Calls) -> Iterator[None]:
-    """Append every experts call made meanwhile to `calls`, as Belady's policy wants them."""
+    """Append every experts call within the context to `calls`, in the form of Belady's policy."""
     layers = find_moe_layers(model)
     hooks = [
         layer.module.register_forward_pre_hook(

@@ -1,8 +1,8 @@
-"""The whole pipeline on the embedded model: `python -m exports.demo` (or `make demo`).
+"""The demo: the whole pipeline on the embedded model, `python -m exports.demo` or `make demo`.
 
 Traces exports/moe-8x32 over the sample text, trains a predictor on the trace, exports it to ONNX
 and generates with a quarter of the experts resident, under every cache policy, after prompts from
-documents that were held back. Every stage is the public command, printed before it runs.
+held-out documents. Every stage is a public command, shown before it runs.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from routing.cli import run
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from exports.comparison import Run
 
 HERE = Path(__file__).parent
 MODEL = HERE / "moe-8x32"
 SAMPLE = HERE / "sample"
 SEPARATOR = "\n<|endoftext|>\n"
 RESIDENCY = 0.25
+WIDTH = 100
+"""Columns of the terminal that the demo fits into."""
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # OpenMP threads that spin while they wait make a busy machine many times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,13 @@ class DemoSettings:
     """Trace, train, export and generate offloaded, on the embedded model and sample text."""
 
     out: Path = Path("runs/demo")
-    """Directory for everything that the demo makes."""
+    """Directory for the demo's files."""
     quick: bool = False
-    """A smaller setting: three domains, a short training, few tokens."""
+    """Run a smaller demo: three domains, a short training, few tokens."""
 
     @property
     def directory(self) -> Path:
+        """The directory of this run; a quick one has its own."""
         return self.out.with_name(f"{self.out.name}-quick") if self.quick else self.out
 
     @property
@@ -52,6 +54,7 @@ class DemoSettings:
 
     @property
     def epochs(self) -> int:
+        """Epochs of the training."""
         return 3 if self.quick else 8
 
     @property
@@ -61,126 +64,119 @@ class DemoSettings:
 
 
 def main(settings: DemoSettings) -> None:
-    """Run every stage, print the table and write the pictures. Exits with 1 if tokens differ."""
+    """Run every stage, print the tables and draw the pictures. Exits with 1 if tokens differ."""
     start = time.perf_counter()
     prompts = hold_back(settings)
     run_stages(settings)
-    runs = generate(settings, prompts)
-    print_table(runs)
-    draw(runs, settings.directory / "policies.png")
+    print_heading(f"Generate, with {RESIDENCY:.0%} of the experts in memory")
+    os.environ |= ENVIRONMENT | os.environ
+
+    from exports.demo_generation import generate
+    from exports.demo_report import draw, print_report
+
+    onnx = settings.directory / "predictor.onnx"
+    live = generate(MODEL, onnx, prompts, residency=RESIDENCY, new_tokens=settings.new_tokens)
+    print_report(live, width=WIDTH)
+    draw(live.runs, settings.directory / "policies.png")
     pictures = ", ".join(sorted(path.name for path in settings.directory.glob("*.png")))
     minutes = (time.perf_counter() - start) / 60
-    print(f"{minutes:.1f} minutes; pictures in {settings.directory}: {pictures}")
-    if not all(result.identical for result in runs):
+    print(f"{minutes:.1f} minutes in all; pictures in {settings.directory}: {pictures}")
+    print_next_steps()
+    if not all(result.identical for result in live.runs):
         raise SystemExit("the offloaded model generated other tokens than the model itself")
 
 
-def hold_back(settings: DemoSettings) -> list[str]:
-    """Write the text to trace, less one document of every domain, whose beginning is a prompt."""
+def hold_back(settings: DemoSettings) -> dict[str, str]:
+    """Write the text to trace, less one document of every domain.
+
+    Returns the beginning of that document by domain, as a prompt.
+    """
     text = settings.directory / "text"
     text.mkdir(parents=True, exist_ok=True)
-    prompts = []
+    prompts = {}
     for file in settings.domains:
         held, *rest = file.read_text(encoding="utf-8").split(SEPARATOR)
         (text / file.name).write_text(SEPARATOR.join(rest), encoding="utf-8")
-        prompts.append(held.strip()[:200])
+        prompts[file.stem] = held.strip()[:200]
     return prompts
 
 
 def run_stages(settings: DemoSettings) -> None:
     """Trace, inspect, train, export and simulate, each by its command."""
-    import predictor
-
     root = settings.directory
     trace, onnx = str(root / "trace"), str(root / "predictor.onnx")
-    config = Path(predictor.__file__).parent / "configs" / "small.yaml"
+    print_heading("Trace: which experts does every token use?")
     stage("trace.collect", "--model", MODEL, "--dataset", root / "text", "--out", trace)
+    print_heading("Inspect: does every domain have experts of its own?")
     stage("trace.inspect", trace, "--picture", root / "usage.png")
+    print_heading("Train: learn the routing from the trace")
     stage(
-        "predictor.train", "fit", "--config", config, "--data.trace", f"[{trace}]",
+        "predictor.train", "fit", "--config", config(), "--data.trace", f"[{trace}]",
         "--model.embedding_from", MODEL, "--trainer.default_root_dir", root,
         "--trainer.max_epochs", settings.epochs,
     )  # fmt: skip
+    print_heading("Export the predictor to ONNX")
     stage("predictor.export", root / "predictor.ckpt", onnx)
+    print_heading("Simulate: replay the trace through every cache policy")
     stage(
         "runtime.simulate", "--trace", trace, "--predictor", onnx, "--max_tokens",
         500 if settings.quick else 3000, "--document_tokens", 256, "--plot", root / "hit_rates.png",
     )  # fmt: skip
 
 
+def config() -> Path:
+    """The training configuration of small models."""
+    import predictor
+
+    return Path(predictor.__file__).parent / "configs" / "small.yaml"
+
+
 def stage(module: str, *arguments: object) -> None:
-    """Run one stage's command, showing it."""
+    """Run one stage's command, showing it. Exits as it does where it fails."""
     words = ["-m", module, *map(str, arguments)]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
-    # OpenMP threads that spin while they wait make a busy machine many times slower.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
-    result = subprocess.run([sys.executable, *words], env=environment, check=False)
+    print(wrapped(["python", *(near(word) for word in words)]), flush=True)
+    result = subprocess.run([sys.executable, *words], env=ENVIRONMENT | os.environ, check=False)
     if result.returncode:
         raise SystemExit(result.returncode)
 
 
-def generate(settings: DemoSettings, texts: Sequence[str]) -> list[Run]:
-    """Generate after the prompts under every policy."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from exports.comparison import compare
-    from exports.comparison import generate as generating
-
-    print(f"\ngenerating with {RESIDENCY:.0%} of the experts resident", flush=True)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    prompts: list[Tensor] = [tokenizer(t, return_tensors="pt").input_ids[:, :48] for t in texts]
-    runs, _ = compare(
-        AutoModelForCausalLM.from_pretrained(MODEL).eval(),
-        generating(prompts, settings.new_tokens),
-        predictor=settings.directory / "predictor.onnx",
-        residency=[RESIDENCY],
-    )
-    return runs
+def near(word: str) -> str:
+    """A path below the current directory, relative to it; any other word as it is."""
+    return word.removeprefix(f"{Path.cwd()}/")
 
 
-def print_table(runs: Sequence[Run]) -> None:
-    """The closing table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"the same {runs[0].tokens} tokens, {runs[0].slots} slots, live")
-    for column in ("policy", "hit rate", "expert loads", "vs LRU", "moved", "tokens identical"):
-        table.add_column(column, justify="right")
-    for row in runs:
-        table.add_row(
-            row.policy,
-            f"{row.hit_rate:.1%}",
-            str(row.loads),
-            f"{row.loads / runs[0].loads - 1:+.1%}",
-            f"{row.bytes_loaded / 2**20:.1f} MiB",
-            "yes" if row.identical else "NO",
-        )
-    console = Console()
-    console.print(table)
-    predicted = next(row for row in runs if row.policy == "predicted")
-    console.print(
-        f"predictor: recall@K {predicted.recall:.3f} while decoding, "
-        f"{predicted.prediction_ms:.2f} ms a step (median)"
-    )
+def wrapped(words: Sequence[str], prompt: str = "$ ") -> str:
+    """A shell command, broken before options so that its lines fit WIDTH."""
+    options: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            options.append([])
+        options[-1].append(shlex.quote(word))
+    lines = [prompt + " ".join(options[0])]
+    for option in map(" ".join, options[1:]):
+        if len(lines[-1]) + len(option) + len(" \\") >= WIDTH:
+            lines.append(f"    {option}")
+        else:
+            lines[-1] += f" {option}"
+    return " \\\n".join(lines)
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Expert loads of each policy as bars."""
-    from matplotlib.figure import Figure
+def print_heading(title: str) -> None:
+    """Announce a part of the demo."""
+    print(f"\n== {title}", flush=True)
 
-    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    colors = ["#8c8c8c", "#3b6ea5", "#d9822b", "#4f8a5b"]
-    bars = axes.bar([row.policy for row in runs], [row.loads for row in runs], color=colors)
-    axes.bar_label(bars, [f"{row.loads}\n{row.hit_rate:.0%} hits" for row in runs], fontsize=8)
-    axes.set_ylim(0, max(row.loads for row in runs) * 1.2)
-    axes.set(ylabel="expert loads")
-    axes.set_title(f"{runs[0].tokens} tokens, {RESIDENCY:.0%} of the experts resident", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+
+def print_next_steps() -> None:
+    """Print the same pipeline for the user's own model."""
+    collect = "python -m trace.collect --model MODEL --dataset TEXT.txt --out runs/mine/trace"
+    train = f"python -m predictor.train fit --config {near(str(config()))}"
+    print_heading("Next: your own model (a directory or an id on the Hub)")
+    print(f"  {collect}")
+    print(f"  {train} \\\n      --data.trace '[runs/mine/trace]'", end=" ")
+    print("--trainer.default_root_dir runs/mine")
+    print("  python -m predictor.export runs/mine/predictor.ckpt runs/mine/predictor.onnx")
+    print("and in Python, with `import runtime`:")
+    print('  model = runtime.load("MODEL", "runs/mine/predictor.onnx", memory=0.25)')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Experts computed in bfloat16 while their weights stay float32."""
+"""Mixed precision for experts: products in bfloat16, weights and gradients in float32."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class _Bfloat16(nn.Module):
 
 @contextmanager
 def bfloat16_experts(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Let the experts of `model` see bfloat16 copies of their weights inside the context.
+    """Let the experts of `model` compute with bfloat16 copies of their weights in this context.
 
-    Autocast does not reach grouped matrix products, and CUDA's are fast in bfloat16 only. The
-    parameters and their gradients stay float32; the optimizer may be made before or inside.
+    Autocast does not cover grouped matrix products, and CUDA's are fast in bfloat16 only. The
+    parameters and their gradients stay float32. The optimizer may be created before or inside.
     """
     modules = [layer.module for layer in find_moe_layers(model)] if enabled else []
     for module in modules:

@@ -1,4 +1,4 @@
-"""How a model routes: what its routers chose, how evenly, and how alike from token to token."""
+"""Metrics of routing: balance between experts, and overlap from token to token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class RouterTap:
-    """Keeps the router logits and the chosen experts of the latest forward, layer by layer.
+    """Hooks that keep the router logits and the chosen experts of the latest forward.
 
-    `logits` holds L tensors [T, E] with their autograd graph, `experts` L int64 tensors [T, K].
+    `logits` has one tensor [T, E] a layer, with its autograd graph; `experts` one int64 [T, K].
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,12 +26,12 @@ class RouterTap:
         self.experts.append(experts_TK)
 
     def clear(self) -> None:
-        """Forget the latest forward; call before every forward."""
+        """Drop the latest forward. Call it before every forward."""
         self.logits, self.experts = [], []
 
 
 def expert_shares(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Fraction of all uses that goes to each expert, float32 [E]."""
+    """Share of all uses that goes to each expert, float32 [E]."""
     ids_E = torch.arange(num_experts, device=experts_TK.device)
     uses_E = (experts_TK[..., None] == ids_E).sum((0, 1), dtype=torch.float32)
     return uses_E / experts_TK.numel()
@@ -54,7 +54,7 @@ def usage_entropy(shares_LE: Tensor) -> Tensor:
 
 
 def previous_token_overlap(experts_BTK: Tensor) -> Tensor:
-    """Fraction of each token's experts that its predecessor used too, over B sequences."""
+    """Share of a token's experts that the previous token used too, over B sequences."""
     same_BTKK = experts_BTK[:, 1:, :, None] == experts_BTK[:, :-1, None, :]
     return same_BTKK.any(-1).float().mean()
 
@@ -63,11 +63,11 @@ def previous_token_overlap(experts_BTK: Tensor) -> Tensor:
 def measure(
     model: nn.Module, tap: RouterTap, windows: dict[str, Tensor], batch: int
 ) -> dict[str, Any]:
-    """Loss of each domain and routing figures over `windows`, int64 [windows, context + 1] each.
+    """Loss and routing metrics over `windows`, int64 [windows, context + 1] for each domain.
 
-    `loss`: nats a token. `usage_entropy` and `previous_token_overlap`: one figure a layer.
-    `least_used`: the smallest share of any expert over an even share. `top_k_cover`: the part of
-    all uses that goes to a layer's K most used experts, over all text and within a domain.
+    `loss`: nats a token, by domain. `usage_entropy` and `previous_token_overlap`: one figure a
+    layer. `least_used`: the smallest share of any expert, over an even share. `top_k_cover`: the
+    share of all uses that goes to a layer's K most used experts, over all text and within a domain.
     """
     loss, shares, overlap = {}, {}, []
     for name, windows_NT in windows.items():
@@ -95,7 +95,7 @@ def measure(
 
 
 def next_token_loss(model: nn.Module, tap: RouterTap, windows_BT: Tensor) -> Tensor:
-    """Mean cross entropy of the tokens after the first of each window; fills `tap`."""
+    """Mean cross-entropy of the tokens after the first of each window, in nats. Fills `tap`."""
     tap.clear()
     logits_BTV = model(input_ids=windows_BT[:, :-1], use_cache=False).logits
     return nn.functional.cross_entropy(

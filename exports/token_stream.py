@@ -1,7 +1,7 @@
-"""Text folders as one stream of token ids, with a tokenizer trained on them.
+"""Stream of the token ids of a text folder, with a tokenizer trained on it.
 
-A text folder holds `<domain>.txt` to train on and `val/<domain>.txt` held out; documents are
-separated by a line `<|endoftext|>`.
+A text folder has `<domain>.txt` to train on and the held-out `val/<domain>.txt`. A line
+`<|endoftext|>` separates two documents.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_CHARS = 3_000_000
-"""Text of each domain that the tokenizer is trained on, in characters."""
+"""Characters of each domain that the tokenizer is trained on."""
 
 TokenIds = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStream:
-    """Tokenised text: documents of all domains in random order, each ended by `<|endoftext|>`."""
+    """Tokenised documents of all domains in random order, each ended by `<|endoftext|>`."""
 
     train_N: TokenIds
     val: dict[str, TokenIds]
     """Held-out documents of each domain."""
     tokenizer: Tokenizer
     counts: dict[str, Any]
-    """Documents and tokens of each domain, and documents left out."""
+    """Documents, tokens and left-out documents of each domain."""
 
     def save(self, directory: Path) -> None:
         """Write `tokens.safetensors` and `tokenizer.json`."""
@@ -45,7 +45,7 @@ class TokenStream:
 
     @classmethod
     def load(cls, directory: Path) -> TokenStream:
-        """Read what `save` wrote."""
+        """Read the files of `save`."""
         with safe_open(directory / "tokens.safetensors", "np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             counts = json.loads(file.metadata()["counts"])
@@ -69,7 +69,7 @@ def tokenise_folder(
     """Train a byte-level BPE tokenizer on `text` and tokenise it.
 
     Documents that also occur in `text/val` or in the folders `exclude` are never trained on.
-    ValueError when a domain has no training or no held-out text.
+    Raises ValueError if a domain has no training text or no held-out text.
     """
     generator = np.random.default_rng(seed)
     val = {name: read_documents(text / "val" / f"{name}.txt") for name in domains}
@@ -97,20 +97,20 @@ def tokenise_folder(
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of one text file; ValueError when there are none."""
+    """The documents of one text file. Raises ValueError if there are none."""
     if not path.is_file():
-        raise ValueError(f"{path} not found: a text folder holds DOMAIN.txt and val/DOMAIN.txt")
+        raise ValueError(f"{path} not found: a text folder has DOMAIN.txt and val/DOMAIN.txt")
     parts = path.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
     documents = [part for part in parts if part.strip()]
     if not documents:
-        raise ValueError(f"{path} holds no text")
+        raise ValueError(f"{path} has no text")
     return documents
 
 
 def _folder_documents(folder: Path) -> Iterator[str]:
     paths = sorted(folder.glob("*.txt"))
     if not paths:
-        raise ValueError(f"nothing to exclude in {folder}: it holds no .txt files")
+        raise ValueError(f"nothing to exclude in {folder}: it has no .txt files")
     for path in paths:
         yield from read_documents(path)
 
@@ -135,7 +135,7 @@ def _train_tokenizer(train: dict[str, list[str]], vocab_size: int) -> Tokenizer:
 
 
 def _leading_text(train: dict[str, list[str]]) -> Iterator[str]:
-    """About TOKENIZER_CHARS characters of each domain."""
+    """The first documents of each domain, about TOKENIZER_CHARS characters of each."""
     for documents in train.values():
         taken = 0
         for document in documents:

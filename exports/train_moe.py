@@ -1,6 +1,6 @@
-"""Trains a small mixture-of-experts model from scratch: how `exports/moe-8x32` was made.
+"""Training of a small mixture-of-experts model from scratch, such as `exports/moe-8x32`.
 
-Two steps, so that the second can run where only the tokens are at hand:
+There are two steps, so that the second can run on a machine that has only the tokens:
 
     python -m exports.train_moe --text TEXT --exclude exports/sample --tokens TOKENS
     python -m exports.train_moe --tokens TOKENS --out MODEL
@@ -14,11 +14,12 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from exports.architecture import Architecture, new_model
+from exports.architecture import new_model
+from exports.train_settings import TrainSettings
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -28,68 +29,21 @@ if TYPE_CHECKING:
     from exports.token_stream import TokenStream
 
 WARM_UP = 0.02
-"""Part of the training in which the learning rate rises."""
+"""Share of the training in which the learning rate rises."""
 FINAL_RATE = 0.05
-"""Learning rate at the end, over the highest."""
+"""Last learning rate, over the highest."""
 NOT_HIDDEN = ("embed_tokens.weight", "gate.weight")
-"""Matrices that do not lie between hidden states: the embeddings' and the routers'."""
+"""Matrices that are not between hidden states: those of the embedding and the routers."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(Architecture):
-    """Train a small mixture-of-experts language model."""
-
-    text: Path | None = None
-    """Folder to tokenise: DOMAIN.txt and val/DOMAIN.txt, documents parted by `<|endoftext|>`."""
-    domains: list[str] = field(default_factory=list)
-    """Domains to take from the text folder; all of them when empty."""
-    exclude: list[Path] = field(default_factory=list)
-    """Folders of .txt files whose documents are never trained on."""
-    tokens: Path | None = None
-    """Folder for the tokenised text: written with --text, read without."""
-    out: Path | None = None
-    """Folder for the trained model."""
-    vocab_size: int = 4096
-    """Entries of the tokenizer."""
-    tokens_per_domain: int = 5_000_000
-    """Tokens taken from each domain at most."""
-    context: int = 1024
-    """Tokens of a training window, and the model's longest input."""
-    batch: int = 64
-    """Windows a step."""
-    steps: int = 8000
-    """Steps to train for."""
-    minutes: float = 60.0
-    """Time to train for: the learning rate falls to its end by this time even if steps are left."""
-    learning_rate: float = 3e-3
-    """Highest learning rate."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices between hidden states, AdamW for the rest. It learns more from
-    each token, and takes a sixth longer a step on a CPU."""
-    balance: float = 0.01
-    """Weight of the load-balancing loss."""
-    experts: str = "grouped_mm"
-    """Experts implementation of transformers to train with: grouped_mm, batched_mm or eager."""
-    seed: int = 0
-    """Seed of initialisation and of the order of the text."""
-
-    def __post_init__(self) -> None:
-        """Refuse settings that would do nothing."""
-        super().__post_init__()
-        if self.text is None and self.tokens is None:
-            raise ValueError("nothing to train on: give --text, or --tokens of an earlier run")
-        if self.tokens is None and self.out is None:
-            raise ValueError("nothing to write: give --out, or --tokens to tokenise only")
-
-
-def main(settings: Settings) -> None:
-    """Tokenise, train, measure and save, as far as the settings ask for it."""
+def main(settings: TrainSettings) -> None:
+    """Tokenise, train, measure and save, as the settings ask for."""
     stream = _stream(settings)
     if settings.out is not None:
         train(settings, stream, settings.out)
 
 
-def _stream(settings: Settings) -> TokenStream:
+def _stream(settings: TrainSettings) -> TokenStream:
     from exports.token_stream import TokenStream, tokenise_folder
 
     if settings.text is None:
@@ -97,7 +51,7 @@ def _stream(settings: Settings) -> TokenStream:
         return TokenStream.load(settings.tokens)
     names = settings.domains or sorted(path.stem for path in settings.text.glob("*.txt"))
     if not names:
-        raise ValueError(f"{settings.text} holds no .txt files")
+        raise ValueError(f"{settings.text} has no .txt files")
     stream = tokenise_folder(
         settings.text,
         domains=names,
@@ -113,8 +67,8 @@ def _stream(settings: Settings) -> TokenStream:
     return stream
 
 
-def train(settings: Settings, stream: TokenStream, out: Path) -> None:
-    """Train on `stream`; save model, tokenizer and `training.json` (settings, figures) in `out`."""
+def train(settings: TrainSettings, stream: TokenStream, out: Path) -> None:
+    """Train on `stream`; save model, tokenizer and `training.json` (settings, metrics) in `out`."""
     import torch
 
     from exports.routing_metrics import RouterTap, measure
@@ -146,8 +100,8 @@ def train(settings: Settings, stream: TokenStream, out: Path) -> None:
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def untrained_model(settings: Settings, stream: TokenStream) -> Any:
-    """A model of the shape asked for, with random float32 weights, for the tokens of `stream`."""
+def untrained_model(settings: TrainSettings, stream: TokenStream) -> Any:
+    """A model of the shape in `settings` for the tokens of `stream`, its float32 weights random."""
     from exports.token_stream import END_OF_TEXT
 
     end = stream.tokenizer.token_to_id(END_OF_TEXT)
@@ -177,9 +131,9 @@ def _hub_tokenizer(stream: TokenStream, context: int) -> Any:
 
 
 def _fit(
-    model: nn.Module, tap: Any, settings: Settings, stream: TokenStream
+    model: nn.Module, tap: Any, settings: TrainSettings, stream: TokenStream
 ) -> list[dict[str, Any]]:
-    """Run the steps; returns what was measured on the way, about fifty times."""
+    """Run the steps. Returns the loss over time, about fifty entries."""
     import torch
 
     from exports.mixed_precision import bfloat16_experts
@@ -224,8 +178,8 @@ def _log(
     return entry
 
 
-def new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer that the settings ask for."""
+def new_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer of `settings`."""
     import torch
 
     from predictor.training.optimizer import Muon
@@ -245,7 +199,11 @@ def new_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer
 
 
 def rate_at(progress: float) -> float:
-    """Learning rate over its highest at a part of the training: linear rise, then cosine fall."""
+    """The learning rate over the highest: a linear rise, then a cosine fall.
+
+    Args:
+        progress: Share of the training that is over.
+    """
     if progress < WARM_UP:
         return progress / WARM_UP
     fall = (progress - WARM_UP) / (1 - WARM_UP)
@@ -253,9 +211,9 @@ def rate_at(progress: float) -> float:
 
 
 def training_windows(
-    stream: TokenStream, settings: Settings, device: torch.device
+    stream: TokenStream, settings: TrainSettings, device: torch.device
 ) -> Iterator[Tensor]:
-    """Batches of random windows, int64 [batch, context + 1], each epoch cut at another offset."""
+    """Batches of random windows, int64 [batch, context + 1]; each epoch has another offset."""
     import torch
 
     tokens_N = torch.from_numpy(stream.train_N.astype("int32")).to(device)
@@ -272,7 +230,7 @@ def training_windows(
 def validation_windows(
     stream: TokenStream, context: int, device: torch.device, most: int = 64
 ) -> dict[str, Tensor]:
-    """The first windows of each domain's held-out text, int64 [windows, context + 1]."""
+    """The first windows of the held-out text, int64 [windows, context + 1], by domain."""
     import torch
 
     windows = {}
@@ -284,4 +242,4 @@ def validation_windows(
 
 
 if __name__ == "__main__":
-    run(main, Settings, prog="python -m exports.train_moe")
+    run(main, TrainSettings, prog="python -m exports.train_moe")

@@ -23,6 +23,8 @@ class ExportSettings:
     """ONNX file to write; an existing one is replaced."""
     int8: bool = False
     """Store the weights in int8: a smaller and faster file."""
+    json: Path | None = None
+    """Write the file's size and its agreement with torch to this JSON file."""
 
 
 def export(settings: ExportSettings) -> None:
@@ -42,8 +44,15 @@ def export(settings: ExportSettings) -> None:
             write_quantized(exact, result)
         parity = check_parity(trained.predictor, result, exact=not settings.int8)
         os.replace(result, settings.out)
-    size = settings.out.stat().st_size / 2**20
-    print(json.dumps({"file": str(settings.out), "MiB": round(size, 2), **parity}))
+    size = round(settings.out.stat().st_size / 2**20, 2)
+    print(
+        f"wrote {settings.out}, {size} MiB\n"
+        f"checked against torch: logits differ by at most {parity['max_error']:.1e}, "
+        f"{parity['top_k_overlap']:.1%} of the top K are the same"
+    )
+    if settings.json is not None:
+        report = {"file": str(settings.out), "MiB": size, **parity}
+        settings.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
     python -m predictor.train fit --config predictor/configs/small.yaml --data.trace '[DIR]' \\
         --trainer.default_root_dir OUT
 
-Leaves in OUT: predictor.ckpt (best weights, calibrated, with held-out metrics), metrics.csv,
+Prints a line for each epoch and the held-out scores. Writes to OUT: predictor.ckpt (the best
+weights, calibrated, with held-out metrics), summary.json (its mean recalls), metrics.csv,
 TensorBoard logs, curves.png and the checkpoints of the run.
 """
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
-# OpenMP reads it when torch is imported: threads that spin while they wait make a run on a shared
+# Read by OpenMP when torch is imported. Threads that spin while they wait make a run on a shared
 # machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -26,17 +26,20 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from predictor.training.calibration import calibrate
 from predictor.training.checkpoint import load_checkpoint, read_checkpoint
 from predictor.training.curves import plot_curves
-from predictor.training.data import TraceData
+from predictor.training.data import Split, TraceData
 from predictor.training.module import CHECKPOINT_KEY, RouteModule
+from predictor.training.progress import EpochLines, print_scores, silence_framework
 from routing.cli import friendly_errors
 
 PROG = "python -m predictor.train"
 DEFAULT_ROOT = "runs/predictor"
 CHECKPOINT = "predictor.ckpt"
+SUMMARY = "summary.json"
+SPLITS = {"test": "held-out documents", "val": "validation documents (there is no test split)"}
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI that fits, calibrates, tests and draws."""
+    """The command line: fits, calibrates, tests and draws."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("topology", "stack", "window", "horizon"):
@@ -45,7 +48,7 @@ class TrainCLI(LightningCLI):
             "--start_from",
             type=str | None,
             default=None,
-            help="Checkpoint (predictor.ckpt) of a predictor of this shape to train further.",
+            help="Checkpoint (predictor.ckpt) of a predictor of the same shape, to train further.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
@@ -60,15 +63,21 @@ class TrainCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a checkpoint that is not one of ours before Lightning opens it."""
+        """Refuse a checkpoint of another program before Lightning opens it."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path:
             read_checkpoint(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        root = self._get(self.config_init, "trainer").get("default_root_dir") or DEFAULT_ROOT
+        """The trainer, with the project's logs and lines in place of Lightning's progress bar."""
+        trainer = self._get(self.config_init, "trainer")
+        root = trainer.get("default_root_dir") or DEFAULT_ROOT
         kwargs["default_root_dir"] = root
+        kwargs["enable_progress_bar"] = False
+        chosen = trainer.get("callbacks") or []
+        lines = EpochLines(status=trainer.get("enable_progress_bar") is not False)
+        kwargs["callbacks"] = [*(chosen if isinstance(chosen, list) else [chosen]), lines]
         kwargs["logger"] = [
             CSVLogger(root, name="", version=""),
             TensorBoardLogger(root, name="", version="tensorboard"),
@@ -76,7 +85,7 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Remember what the predictor is trained on; see that a run can go on where it stopped."""
+        """Note what the predictor is trained on, and check the checkpoint to go on from."""
         path = self._get(self.config, "ckpt_path")
         if path:
             require_resumable(Path(path), self.model.describe())
@@ -89,7 +98,7 @@ class TrainCLI(LightningCLI):
             start_from(Path(start), self.model)
 
     def after_fit(self) -> None:
-        """Back to the best weights; calibrate them, measure them on the test split, keep them."""
+        """Restore the best weights, calibrate and test them, and write the results."""
         root = Path(self.trainer.default_root_dir)
         model, data = self.model, self.datamodule
         best = self.trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
@@ -97,17 +106,22 @@ class TrainCLI(LightningCLI):
             model.load_state_dict(torch.load(best, weights_only=True)["state_dict"])
         model.eval().to(self.trainer.strategy.root_device)
         model.provenance["calibration"] = calibrate(model.predictor, data.val_dataloader())
-        evaluate = self.trainer.test if len(data.documents("test")) else self.trainer.validate
+        split: Split = "test" if len(data.documents("test")) else "val"
+        evaluate = self.trainer.test if split == "test" else self.trainer.validate
         evaluate(model, datamodule=data, verbose=False)
         self.trainer.save_checkpoint(root / CHECKPOINT, weights_only=True)
         plot_curves(root / "metrics.csv", root / "curves.png")
-        print(json.dumps({"checkpoint": str(root / CHECKPOINT), **_summary(model.report)}))
+        if self.trainer.is_global_zero:
+            summary = {"checkpoint": str(root / CHECKPOINT), **_summary(model.report)}
+            (root / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            print_scores(model.report, data.shape, f"{len(data.documents(split))} {SPLITS[split]}")
+            print(f"wrote {CHECKPOINT}, {SUMMARY}, metrics.csv and curves.png to {root}")
 
 
 def start_from(path: Path, module: RouteModule) -> None:
-    """Take over the weights of a finished training, say to adapt them to other text.
+    """Copy the weights of a finished training into `module`, say to adapt them to other text.
 
-    Raises ValueError unless the checkpoint is of this predictor.
+    Raises ValueError unless the checkpoint is of the same predictor.
     """
     trained = load_checkpoint(path)
     require_same(path, json.loads(read_checkpoint(path)[CHECKPOINT_KEY]), module.describe())
@@ -115,19 +129,19 @@ def start_from(path: Path, module: RouteModule) -> None:
     module.provenance["started_from"] = trained.provenance
 
 
-def require_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise ValueError unless both describe the same predictor of the same model."""
+def require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise ValueError unless both descriptions are of the same predictor of the same model."""
     for key in ("kind", "topology", "stack", "window", "horizon", "settings"):
-        if json.loads(json.dumps(ours[key])) != theirs[key]:
+        if json.loads(json.dumps(here[key])) != there[key]:
             raise ValueError(
-                f"{path} does not fit: its {key} is {theirs[key]}, here it is {ours[key]}"
+                f"{path} does not fit: its {key} is {there[key]}, here it is {here[key]}"
             )
 
 
-def require_resumable(path: Path, ours: dict[str, Any]) -> None:
-    """Raise ValueError unless the checkpoint is of this predictor and holds the optimizer."""
+def require_resumable(path: Path, here: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint is of the predictor `here` and has its optimizer."""
     checkpoint = read_checkpoint(path)
-    require_same(path, json.loads(checkpoint[CHECKPOINT_KEY]), ours)
+    require_same(path, json.loads(checkpoint[CHECKPOINT_KEY]), here)
     if "optimizer_states" not in checkpoint:
         raise ValueError(
             f"{path} holds weights only and cannot be resumed; name the run's checkpoints/last.ckpt"
@@ -135,7 +149,7 @@ def require_resumable(path: Path, ours: dict[str, Any]) -> None:
 
 
 def _summary(report: dict[str, Any]) -> dict[str, float]:
-    """Mean recall of each head with known and unknown history."""
+    """Mean recall over the layers, of each head with known and with unknown history."""
     return {
         f"{name}_recall": float(torch.tensor(values["recall"]).nanmean())
         for name, values in report.items()
@@ -144,10 +158,9 @@ def _summary(report: dict[str, Any]) -> dict[str, float]:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # no checkpoint is ever unpickled
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # never unpickle a checkpoint
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`__len__` could be inaccurate.*")  # see Rows
+    silence_framework()
     with friendly_errors(PROG):
         TrainCLI(
             RouteModule,

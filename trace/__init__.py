@@ -1,8 +1,8 @@
 """Recording the routing of a mixture-of-experts model (`python -m trace.collect`).
 
-This package has the name of a module of the standard library and stands before it on the path.
-So that no program notices, the names of that module are served from here too:
-`trace.Trace`, `from trace import *`, pickles of its classes and `python -m trace` work as ever.
+This package has the name of a standard library module and comes before it on the path. It serves
+the names of that module too, so that no program notices: `trace.Trace`, `from trace import *`,
+pickles of its classes and `python -m trace` work as ever.
 """
 
 from functools import cache
@@ -24,6 +24,6 @@ def standard_library_trace() -> ModuleType:
 
 def __getattr__(name: str) -> object:
     value = getattr(standard_library_trace(), name)
-    if isinstance(value, ModuleType):  # an import of its own, as `inspect` is: not part of its API
+    if isinstance(value, ModuleType):  # a module that it imports, such as `inspect`, is not its API
         raise AttributeError(f"module 'trace' has no attribute {name!r}")
     return value

@@ -1,8 +1,8 @@
-"""Groups documents of like length into batches without losing their order.
+"""Batches of documents of similar length.
 
-Documents are taken in windows; a window is sorted by length and cut into batches, so that little of
-a batch is padding. Windows and batches depend on the documents alone: a resumed trace meets the
-same batches as an uninterrupted one.
+Documents are taken in windows. A window is sorted by length and cut into batches, so that little of
+a batch is padding. Windows and batches depend on the documents alone: a resumed trace has the same
+batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from trace.sources import Prompt
 
 WINDOW_BATCHES = 16
-"""Full batches in a window: more leave less padding and keep more results in memory."""
+"""Full batches in a window. More of them need less padding, and hold more results in memory."""
 
 
 def windows(prompts: Iterable[Prompt], num_tokens: int) -> Iterator[list[Prompt]]:
-    """Consecutive documents, in groups of at least `num_tokens` tokens (the last may have less)."""
+    """Consecutive documents in groups of at least `num_tokens` tokens; the last may have fewer."""
     window: list[Prompt] = []
     total = 0
     for prompt in prompts:
@@ -37,7 +37,7 @@ def batches(
 ) -> Iterator[list[Prompt]]:
     """Cut a window, longest documents first, into batches of at most `num_tokens` tokens.
 
-    Padding and the `answer` tokens to be generated count. A batch has at least one document.
+    Padding and the `answer` tokens to generate count. A batch has at least one document.
     """
     rest = sorted(window, key=lambda prompt: -len(prompt.ids))
     while rest:

@@ -1,16 +1,18 @@
-"""Record the routing of a mixture-of-experts model.
+"""Recording of a model's routing: which experts every token of a data set used.
 
 python -m trace.collect --model DIR_OR_ID --dataset NAME_OR_FILES ... --out DIR
 
-With `--workers N` the batches go to N models over the hosts of a Ray cluster (`trace.workers`).
+With `--workers N`, N models on the hosts of a Ray cluster share the batches (`trace.workers`).
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from routing.cli import run
 from trace.settings import CollectSettings
@@ -18,14 +20,25 @@ from trace.settings import CollectSettings
 if TYPE_CHECKING:
     from routing.shards import Document
     from routing.writer import TraceWriter
-    from trace.runner import Run, Runner
+    from trace.runner import BatchTracer, Runner
     from trace.sources import Prompt
+
+LOG_SECONDS = 30.0
+"""Time between two progress lines where stderr is not a terminal."""
+
+
+class Traced(NamedTuple):
+    """What one run added to a trace."""
+
+    num_tokens: int
+    num_cut_documents: int
+    num_cut_tokens: int
 
 
 def collect(settings: CollectSettings) -> None:
-    """Trace the data sets of `settings` into its directory, or what is left of them.
+    """Trace the data sets of `settings` into its directory; an incomplete trace is resumed.
 
-    Raises ValueError or OSError for every mistake of the user's, and leaves what is there intact.
+    Raises ValueError or OSError for a mistake of the user, and leaves an existing trace intact.
     """
     from routing.inspect_model import topology_of
     from routing.lookahead import GATE
@@ -34,7 +47,7 @@ def collect(settings: CollectSettings) -> None:
     from trace.sources import read_texts, tokenize
 
     texts = read_texts(settings)
-    first = next(texts, None)  # a mistake in the data sets shows before the model is loaded
+    first = next(texts, None)  # shows a mistake in the data sets before the model is loaded
     if first is None:
         raise ValueError(f"{', '.join(settings.dataset)}: no document with any text")
     model, tokenizer = load_model_and_tokenizer(settings)
@@ -57,24 +70,31 @@ def collect(settings: CollectSettings) -> None:
         chat_template=settings.chat_template,
         answer=settings.generate > 0,
     )
-    with writer, _crew(settings, runner) as run:
-        cuts = _trace(islice(prompts, settings.max_documents), run, writer, settings)
-    print(f"traced {writer.num_documents:,} documents into {settings.out}")
-    if cuts:
-        print(f"{len(cuts):,} of them were cut to fit: {sum(cuts):,} tokens left out")
+    start = time.perf_counter()
+    with writer, _batch_tracer(settings, runner) as trace_batches:
+        traced = _trace(islice(prompts, settings.max_documents), trace_batches, writer, settings)
+    print(
+        f"traced {traced.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s; "
+        f"{settings.out} has {writer.num_documents:,} documents"
+    )
+    if traced.num_cut_documents:
+        print(
+            f"documents cut to fit: {traced.num_cut_documents:,}, "
+            f"by {traced.num_cut_tokens:,} tokens in all"
+        )
 
 
-def _crew(settings: CollectSettings, runner: Runner) -> AbstractContextManager[Run]:
+def _batch_tracer(settings: CollectSettings, runner: Runner) -> AbstractContextManager[BatchTracer]:
     if not settings.workers:
-        return _alone(runner, settings.seed)
-    from trace.workers import crew
+        return _local(runner, settings.seed)
+    from trace.workers import ray_workers
 
-    return crew(settings)
+    return ray_workers(settings)
 
 
 @contextmanager
-def _alone(runner: Runner, seed: int) -> Iterator[Run]:
-    """Runs batches in this process."""
+def _local(runner: Runner, seed: int) -> Iterator[BatchTracer]:
+    """A tracer of batches in this process."""
     from trace.recorder import Recorder
 
     with Recorder(runner.model, lookahead=runner.lookahead) as recorder:
@@ -84,28 +104,38 @@ def _alone(runner: Runner, seed: int) -> Iterator[Run]:
 
 
 def _trace(
-    prompts: Iterable[Prompt], run: Run, writer: TraceWriter, settings: CollectSettings
-) -> list[int]:
-    """Write every document that is not yet in the trace; how many tokens each cut one has lost."""
+    prompts: Iterable[Prompt],
+    trace_batches: BatchTracer,
+    writer: TraceWriter,
+    settings: CollectSettings,
+) -> Traced:
+    """Write every document that is not yet in the trace."""
     from tqdm.auto import tqdm
 
     done = writer.num_documents
     if done:
         print(f"resuming {settings.out} after {done:,} documents")
-    cuts = []
-    with tqdm(unit="tok", unit_scale=True, desc="tracing", smoothing=0.05) as progress:
-        for prompt, documents in _in_order(run(_batches(prompts, done, settings)), done):
-            progress.update(sum(len(document.token_ids_T) for document in documents.values()))
+    num_tokens, cuts = 0, []
+    pace = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    with tqdm(
+        unit=" tokens", unit_scale=True, desc="tracing", smoothing=0.05, leave=False,
+        mininterval=pace, delay=pace,
+    ) as progress:  # fmt: skip
+        traced = trace_batches(_batches(prompts, done, settings))
+        for prompt, documents in _in_order(traced, done):
+            tokens = sum(len(document.token_ids_T) for document in documents.values())
+            progress.update(tokens)
+            num_tokens += tokens
             writer.add(documents)
             if prompt.num_cut:
                 cuts.append(prompt.num_cut)
-    return cuts
+    return Traced(num_tokens, len(cuts), sum(cuts))
 
 
 def _batches(
     prompts: Iterable[Prompt], done: int, settings: CollectSettings
 ) -> Iterator[list[Prompt]]:
-    """The batches that hold documents from number `done` on."""
+    """The batches that contain documents from number `done` on."""
     from trace.batches import WINDOW_BATCHES, batches, windows
 
     for window in windows(prompts, WINDOW_BATCHES * settings.batch_tokens):
@@ -117,7 +147,7 @@ def _batches(
 def _in_order(
     traced: Iterable[tuple[list[Prompt], list[dict[str, Document]]]], done: int
 ) -> Iterator[tuple[Prompt, dict[str, Document]]]:
-    """Every document from number `done` on, each as soon as all before it are there."""
+    """The documents from number `done` on, each as soon as all its predecessors are traced."""
     finished: dict[int, tuple[Prompt, dict[str, Document]]] = {}
     for batch, documents in traced:
         finished |= {p.number: (p, docs) for p, docs in zip(batch, documents, strict=True)}

@@ -1,9 +1,9 @@
-"""Asks the gates of coming layers, while a model runs, what they make of earlier router inputs.
+"""Look-ahead by early gates: the rankings of later layers' gates on earlier router inputs.
 
-The next-layer gate of mixtral-offloading (arXiv 2312.17238), AdapMoE (2408.10284) and Fate
-(2502.12224), and HOBBIT's further ones (2411.01433). Each answer is asked for when the later layer
-runs, from the router input of the earlier one: the same as asking early, but for arguments of the
-block that do not depend on the layer.
+This is the next-layer gate of mixtral-offloading (arXiv 2312.17238), AdapMoE (2408.10284) and Fate
+(2502.12224), and the further ones of HOBBIT (2411.01433). A gate is asked when its own layer runs,
+with the router input kept from the earlier layer. The answer is the same as if it had been asked
+early, because the other arguments of a block do not depend on the layer.
 
 B sequences, T tokens, N = B x T rows of one call, L MoE layers, D distances, M experts named.
 """
@@ -26,9 +26,9 @@ from routing.shards import experts_dtype
 
 
 class EarlyGates:
-    """Hooks on every MoE block of a model; `take` returns what they were told since then.
+    """Hooks on every MoE block of a model; `take` returns the rankings recorded since the last.
 
-    Raises ValueError for architectures whose router inputs cannot be told.
+    Raises ValueError for architectures whose router inputs cannot be read.
     """
 
     def __init__(self, model: nn.Module, depth: int) -> None:
@@ -38,7 +38,7 @@ class EarlyGates:
         self._answers: dict[tuple[str, int], list[Ranking]] = defaultdict(list)
 
     def hooks(self) -> Iterator[RemovableHandle]:
-        """Register them."""
+        """Register the hooks, and yield their handles."""
         for block in self._blocks:
             stack = [b for b in self._blocks if b.layer.stack == block.layer.stack]
             count = num_named(
@@ -50,7 +50,7 @@ class EarlyGates:
             yield block.module.register_forward_pre_hook(ask, with_kwargs=True)
 
     def _hook(self, block: Block, earlier: list[str], count: int) -> Any:
-        """`earlier`: the layers whose inputs to ask about, the nearest first."""
+        """A hook that ranks by the inputs of the layers `earlier`, the nearest first."""
         dtype = torch.int16 if block.layer.num_experts <= 256 else torch.int32
 
         def ask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class EarlyGates:
         return ask
 
     def take(self, layers: list[MoELayer], batch_size: int) -> LookAhead:
-        """The answers about the stack `layers` since the last time, arrays [B, T, L, D, M]."""
+        """The rankings of the stack `layers` since the last `take`, arrays [B, T, L, D, M]."""
         self._inputs.clear()
         joined = {
             (source, distance): _join(self._answers.pop((layer.name, distance)), batch_size)
@@ -75,7 +75,7 @@ class EarlyGates:
 
 
 def _join(calls: list[Ranking], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Calls [B x T', M], one after the other, as [B, T, M]."""
+    """Consecutive calls, [B x T', M] each, as [B, T, M]."""
     rows = (
         torch.cat([x.view(batch_size, -1, x.shape[-1]) for x in c], 1)
         for c in zip(*calls, strict=True)

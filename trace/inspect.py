@@ -1,4 +1,4 @@
-"""Summarise a trace and draw how its layers and domains use the experts.
+"""Summary and picture of a trace: the expert usage of its layers and domains.
 
 python -m trace.inspect DIR
 """
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def inspect(settings: InspectSettings) -> None:
-    """Print a summary of every stack of the trace, and write its picture.
+    """Print a summary of every stack of the trace, and draw its picture.
 
-    Raises ValueError when the directory is no trace or a shard is damaged.
+    Raises ValueError if the directory is no trace or a shard is damaged.
     """
     from rich.console import Console
 
@@ -50,7 +50,7 @@ def inspect(settings: InspectSettings) -> None:
 
 
 def print_usage(console: Console, trace: TraceReader, usage: Usage) -> None:
-    """The facts of one stack, then a table of its labels and one of its layers."""
+    """Print the facts of one stack, then a table of its labels and one of its layers."""
     console.print(_facts(trace, usage))
     console.print(_labels(usage))
     console.print(_layers(usage))
@@ -70,13 +70,13 @@ def _facts(trace: TraceReader, usage: Usage) -> Table:
     facts.add_row("tokens", f"{usage.prompt_tokens:,} of prompts, {answers:,} generated")
     facts.add_row(
         f"top {top_k}",
-        f"the {top_k} most used experts of a layer have {usage.top_share_L.mean():.3f} of its uses",
+        f"the {top_k} most used experts of a layer take {usage.top_share_L.mean():.3f} of its uses",
     )
     facts.add_row(
         "previous",
-        f"the token before used {usage.overlap_L.mean():.3f} of a token's experts too",
+        f"{usage.overlap_L.mean():.3f} of a token's experts were used by the previous token too",
     )
-    facts.add_row("entropy", f"{usage.entropy_L.mean():.2f} bits of expert usage in a layer")
+    facts.add_row("entropy", f"{usage.entropy_L.mean():.2f} bits, of the expert usage of a layer")
     return facts
 
 
@@ -116,7 +116,7 @@ def _table(first: str, *numbers: str) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: the directory comes first and needs no `--directory`."""
+    """Run the command line. The directory comes first, without `--directory`."""
     run(inspect, InspectSettings, argv, prog="python -m trace.inspect", positional=["directory"])
 
 

@@ -1,4 +1,4 @@
-"""The model to trace: loaded whole, or without weights, and what runs it."""
+"""Loading of the model to trace, whole or without weights, and its runner."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def load_model_and_tokenizer(
     settings: CollectSettings,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, which has no weights here where workers have them, and its tokenizer.
+    """The model and its tokenizer; with workers, which load the weights, a model without any.
 
     Raises ValueError or OSError.
     """
@@ -57,7 +57,7 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
 
 
 def build_runner(model: Any, settings: CollectSettings) -> Runner:
-    """What traces batches with `model`. Raises ValueError where it needs other settings."""
+    """The runner of `model`. Raises ValueError if the model needs other settings."""
     from trace.runner import Runner
 
     return Runner(
@@ -70,7 +70,10 @@ def build_runner(model: Any, settings: CollectSettings) -> Runner:
 
 
 def context(model: Any, settings: CollectSettings) -> int:
-    """The most tokens of a document that fit the model beside the tokens to be generated."""
+    """The most tokens of a document: --max_tokens, or what --generate leaves of the context.
+
+    Raises ValueError if it leaves nothing.
+    """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None or model.config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""A picture of expert usage: a heat map of all layers, and one for every domain."""
+"""Picture of expert usage: a heat map of all text, and one of every domain."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 MAX_PANELS = 24
 COLUMNS = 4
 OCTAVES = 3
-"""Domain panels saturate at 2 ** OCTAVES times the average use, and at its inverse."""
+"""Domain panels saturate at 2 ** OCTAVES times the average use, and at its reciprocal."""
 
 
 def draw_usage(usage: Usage, path: Path, *, title: str) -> None:
-    """Write the picture; `path`'s suffix decides its format.
+    """Write the picture in the format of `path`'s suffix.
 
-    Above, how often each expert is used, over an even share. Below, for each label (the largest
-    ones), how much more or less often it uses each expert than the whole trace does. Experts stand
-    in the order of the label that favours them, the same in every panel.
+    Above: the use of each expert over an even share. Below, for each of the largest labels: its use
+    of each expert over that of the whole trace. Every panel has the experts in the same order, that
+    of the label that favours them.
     """
     from matplotlib.figure import Figure
 
@@ -44,9 +44,9 @@ def draw_usage(usage: Usage, path: Path, *, title: str) -> None:
 
 
 def _ratios(usage: Usage) -> np.ndarray:
-    """log2 of each label's share of an expert over the whole trace's; 0 where nobody uses it."""
+    """log2 of an expert's share in each label over its share in the trace; 0 if it is not used."""
     whole_LE = shares(usage.counts_LE)
-    half = 0.5 / np.maximum(usage.counts_DLE.sum(-1, keepdims=True), 1)  # half a use: no log of 0
+    half = 0.5 / np.maximum(usage.counts_DLE.sum(-1, keepdims=True), 1)  # half a use, against log 0
     log_DLE: np.ndarray = np.log2((shares(usage.counts_DLE) + half) / (whole_LE + half))
     return np.where(whole_LE > 0, log_DLE, 0)
 
@@ -75,7 +75,7 @@ def _draw_whole(figure: Figure, usage: Usage, order_LE: np.ndarray, *, by_label:
 
 
 def _draw_labels(figure: Figure, names: list[str], ratio_DLE: np.ndarray) -> None:
-    """One panel a label; their experts are in the same order as above."""
+    """One panel a label, with the experts in the order of the panel above."""
     columns = min(len(names), COLUMNS)
     rows = -(-len(names) // columns)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()

@@ -1,4 +1,4 @@
-"""Records which experts every token uses, at the call of the experts.
+"""Recorder of the experts that every token uses, hooked on the experts calls.
 
 B sequences, T tokens, L MoE layers, K experts a token, N = B x T rows of one call.
 """
@@ -20,8 +20,8 @@ from routing.topology import NO_EXPERT
 from trace.early_gates import EarlyGates
 
 
-class Record(NamedTuple):
-    """The routes of one batch through one stack; padding tokens included."""
+class Recording(NamedTuple):
+    """The routes of one batch through one stack of layers, padding tokens included."""
 
     experts_BTLK: np.ndarray
     """As stored in traces, see `routing.shards.stored_experts`."""
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     layers: tuple[str, ...]
     """Names of the L layers."""
     ahead: LookAhead | None = None
-    """[B, T, L, D, M]: what the gates make of earlier router inputs, where asked for."""
+    """[B, T, L, D, M]: rankings of later gates on earlier router inputs, where asked for."""
 
     def nan_layer(self, row: int, span: slice) -> str | None:
         """The first layer whose router weights are NaN in `span` of sequence `row`, if any."""
@@ -39,10 +39,10 @@ class Record(NamedTuple):
 
 
 class Recorder:
-    """Hooks on every experts call of a model; `take` returns what the calls since then saw.
+    """Hooks on every experts call of a model; `take` returns the routes recorded since the last.
 
-    Read at the experts call and never from router logits: with a selection bias or group limits
-    the top-k of the logits are not the experts that run.
+    Routes are read at the experts call and never from router logits: with a selection bias or
+    group limits, the top-k of the logits are not the experts that run.
     """
 
     def __init__(self, model: nn.Module, *, lookahead: int = 0) -> None:
@@ -75,18 +75,18 @@ class Recorder:
 
         return record
 
-    def take(self, batch_size: int) -> dict[str, Record]:
-        """The calls since the last `take`, per stack, with consecutive calls joined along T.
+    def take(self, batch_size: int) -> dict[str, Recording]:
+        """The routes since the last `take`, by stack; consecutive calls are joined along T.
 
-        Raises ValueError when a model does not send every token of the batch through each layer.
+        Raises ValueError if the model does not send every token of the batch through each layer.
         """
-        return {name: self._record(layers, batch_size) for name, layers in self._stacks.items()}
+        return {name: self._recording(layers, batch_size) for name, layers in self._stacks.items()}
 
-    def _record(self, layers: list[MoELayer], batch_size: int) -> Record:
+    def _recording(self, layers: list[MoELayer], batch_size: int) -> Recording:
         top_k = max(layer.top_k for layer in layers)
         for layer in layers:
             if not self._calls[layer.name]:
-                raise ValueError(f"{layer.name} saw no tokens: it is for another kind of input")
+                raise ValueError(f"{layer.name} saw no tokens: it serves another kind of input")
         joined = [_join(self._calls[layer.name], batch_size, top_k) for layer in layers]
         for layer, routes in zip(layers, joined, strict=True):
             self._calls[layer.name].clear()
@@ -95,7 +95,7 @@ class Recorder:
         experts_BTLK = torch.stack([routes.experts_TK for routes in joined], dim=2)
         weights_BTLK = torch.stack([routes.weights_TK for routes in joined], dim=2)
         num_experts = max(layer.num_experts for layer in layers)
-        return Record(
+        return Recording(
             stored_experts(experts_BTLK.cpu().numpy(), num_experts),
             weights_BTLK.cpu().numpy(),
             tuple(layer.name for layer in layers),
@@ -104,13 +104,13 @@ class Recorder:
 
 
 def _join(calls: list[Routes], batch_size: int, top_k: int) -> Routes:
-    """One layer's calls [B x T', K'], one after the other, as [B, T, K]."""
+    """One layer's consecutive calls, [B x T', K'] each, as [B, T, K]."""
     return Routes(
         _fill([call.experts_TK for call in calls], batch_size, top_k, NO_EXPERT),
         _fill([call.weights_TK for call in calls], batch_size, top_k, 0),
     )
 
 
-def _fill(rows_NK: list[Tensor], batch_size: int, top_k: int, nothing: int) -> Tensor:
+def _fill(rows_NK: list[Tensor], batch_size: int, top_k: int, filler: int) -> Tensor:
     joined_BTK = torch.cat([rows.view(batch_size, -1, rows.shape[-1]) for rows in rows_NK], dim=1)
-    return pad(joined_BTK, (0, top_k - joined_BTK.shape[-1]), value=nothing)
+    return pad(joined_BTK, (0, top_k - joined_BTK.shape[-1]), value=filler)

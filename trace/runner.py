@@ -1,4 +1,4 @@
-"""The runner of traces: batches of documents through a model, one `Document` a stack."""
+"""A model that traces batches of documents: one `Document` for each stack."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from torch import Tensor
 from routing.lookahead import GATE, LookAhead
 from routing.shards import GENERATED, PROMPT, Document
 from trace.batches import padded
-from trace.recorder import Record, Recorder
+from trace.recorder import Recorder, Recording
 from trace.sources import Prompt
 
-Run = Callable[[Iterator[list[Prompt]]], Iterator[tuple[list[Prompt], list[dict[str, Document]]]]]
-"""Batches in, each with its documents traced out, in their order."""
+BatchTracer = Callable[
+    [Iterator[list[Prompt]]], Iterator[tuple[list[Prompt], list[dict[str, Document]]]]
+]
+"""Takes batches; returns each with its traced documents, in the same order."""
 
 
 class Passage(NamedTuple):
-    """The tokens of one document that one stack read."""
+    """The tokens of one document that one stack of layers read."""
 
     start: int
     """Where they begin in the padded sequence."""
     ids: list[int]
     num_prompt: int
-    """How many of them are prompt; the others were generated."""
+    """Tokens of the prompt; the rest were generated."""
 
 
 class Runner:
-    """Runs a model on documents and, with `generate`, on what it writes after each of them.
+    """Runs a model on documents and, with `generate`, on its continuation of each.
 
-    An answer's last token is never recorded: no forward pass has to read it.
+    The last generated token is never recorded: no forward pass reads it.
     """
 
     def __init__(
@@ -49,29 +51,29 @@ class Runner:
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
         if self.encoder_decoder and not generate:
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder model, and its decoder reads what "
-                "it has written: give --generate N"
+                f"{type(model).__name__} is an encoder-decoder model, whose decoder reads only "
+                "what it has generated: give --generate N"
             )
         self.generate = generate
         self.sample = sample
         self.weights = weights
         self.lookahead = lookahead
-        """For the `Recorder`: ask gates of up to this many layers ahead."""
+        """For the `Recorder`: layers ahead whose gates are asked early."""
 
     @property
     def _token_config(self) -> Any:
-        """Names the special tokens; a model that does not generate has but one configuration."""
+        """The configuration with the special tokens: a model that cannot generate has only one."""
         return getattr(self.model, "generation_config", self.model.config)
 
     @property
     def end_ids(self) -> list[int]:
-        """Tokens that end an answer."""
+        """Ids of the tokens that end a generation."""
         ids = self._token_config.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
     @property
     def pad_id(self) -> int:
-        """Any token serves: padding is masked out."""
+        """Id of the padding token. Any would do: padding is masked out."""
         configured = self._token_config.pad_token_id
         return configured if configured is not None else (self.end_ids or [0])[0]
 
@@ -79,17 +81,17 @@ class Runner:
     def run(
         self, recorder: Recorder, batch: Sequence[Prompt], *, seed: int = 0
     ) -> list[dict[str, Document]]:
-        """Trace `batch`: for every document, stack name -> what the stack read.
+        """Trace `batch`. Returns {stack name: document} for each of its prompts.
 
-        `seed` matters when sampling. Raises ValueError where router weights are NaN.
+        `seed` matters only when sampling. Raises ValueError if a router weight is NaN.
         """
         torch.manual_seed(seed)
         passages = self._generate(batch) if self.generate else self._read(batch)
-        records = recorder.take(len(batch))
+        recordings = recorder.take(len(batch))
         return [
             {
-                stack: self._document(record, row, passages[row][stack], batch[row])
-                for stack, record in records.items()
+                stack: self._document(recording, row, passages[row][stack], batch[row])
+                for stack, recording in recordings.items()
             }
             for row in range(len(batch))
         ]
@@ -125,7 +127,7 @@ class Runner:
         return config
 
     def _passages(self, prompt: Prompt, sequence: list[int], width: int) -> dict[str, Passage]:
-        """What the stacks read: prompt and answer in one, or the prompt and the answer apart."""
+        """The passage of each stack: prompt and answer together, or one for each of two stacks."""
         length = len(prompt.ids)
         if not self.encoder_decoder:
             start = width - length
@@ -136,13 +138,18 @@ class Runner:
         }
 
     def _as_read(self, sequence: list[int], start: int, answer: int) -> list[int]:
-        """`sequence` from `start` to before the last token of the answer (which starts there)."""
+        """The tokens that were read: from `start` up to, not including, the answer's last token.
+
+        The answer begins at `answer` and ends at its first end token, or with `sequence`.
+        """
         ends = (i for i in range(answer, len(sequence)) if sequence[i] in self.end_ids)
         return sequence[start : next(ends, len(sequence) - 1)]
 
-    def _document(self, record: Record, row: int, passage: Passage, prompt: Prompt) -> Document:
+    def _document(
+        self, recording: Recording, row: int, passage: Passage, prompt: Prompt
+    ) -> Document:
         span = slice(passage.start, passage.start + len(passage.ids))
-        broken = record.nan_layer(row, span)
+        broken = recording.nan_layer(row, span)
         if broken is not None:
             raise ValueError(
                 f"router weights are NaN in {broken}, in document {prompt.number} "
@@ -152,11 +159,11 @@ class Runner:
         phase_T[: passage.num_prompt] = PROMPT
         return Document(
             np.array(passage.ids, np.int32),
-            record.experts_BTLK[row, span],
+            recording.experts_BTLK[row, span],
             phase_T,
             prompt.label,
-            record.weights_BTLK[row, span] if self.weights else None,
+            recording.weights_BTLK[row, span] if self.weights else None,
             {}
-            if record.ahead is None
-            else {GATE: LookAhead(*(x[row, span] for x in record.ahead))},
+            if recording.ahead is None
+            else {GATE: LookAhead(*(x[row, span] for x in recording.ahead))},
         )

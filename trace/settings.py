@@ -1,4 +1,4 @@
-"""The settings of the trace stage; the docstring under each field is its command-line help."""
+"""Settings of the trace stage. The docstring under a field is its command-line help."""
 
 from __future__ import annotations
 
@@ -8,58 +8,58 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class CollectSettings:
-    """Run a mixture-of-experts model over data sets and record which experts every token used.
+    """Run a mixture-of-experts model over data sets and record the experts of every token.
 
-    The trace in --out is resumed when it is incomplete: run the same command again.
+    An incomplete trace in --out is resumed: run the same command again.
     """
 
     model: str
     """Hugging Face model: a directory or an id on the Hub."""
     dataset: list[str]
     """Data sets: names on the Hub (`name` or `name:config`), .txt, .jsonl and .parquet files, or
-    folders of such files. Lines `<|endoftext|>` divide a .txt file into documents; without them it
-    is one document."""
+    folders of such files. A line `<|endoftext|>` in a .txt file ends a document; without one, the
+    file is one document."""
     out: str
     """Directory of the trace."""
     split: str = "train"
     """Split of the data sets from the Hub."""
     streaming: bool = False
-    """Read data sets from the Hub while they download. Local files are always read this way."""
+    """Read data sets of the Hub while they download. Local files are always streamed."""
     column: str | None = None
-    """Column with the text, or with the messages under --chat_template. Default: `text`, or
+    """Column with the text or, with --chat_template, the messages. Default: `text` or
     `messages`."""
     label_column: str | None = None
     """Column with each document's label (its domain). Default: the name of the file or data set."""
     chat_template: bool = False
-    """The column holds chats, lists of {role, content}: render them with the tokenizer's chat
-    template."""
+    """Render the column, lists of {role, content}, with the tokenizer's chat template."""
     max_documents: int | None = None
     """Stop after this many documents."""
     max_tokens: int = 2048
     """Cut documents (prompts, with --generate) to this many tokens, or to the model's context."""
     generate: int = 0
-    """Generate up to this many tokens after every document and trace them too. Encoder-decoder
-    models need it: their decoder reads what it has written."""
+    """Generate up to this many tokens after every document, and trace them too. Encoder-decoder
+    models need it: their decoder reads only what it has generated."""
     sample: bool = False
-    """Sample the generated tokens as the model's generation config says, instead of greedily."""
+    """Sample the generated tokens by the model's generation config. Default: greedy decoding."""
     seed: int = 0
     """Seed of --sample."""
     weights: bool = False
     """Record the router weights (float16) beside the expert ids."""
     lookahead: int = 0
-    """Record too what the gates of the next 1 to this many MoE layers make of each layer's router
-    input, for `runtime.simulate --all`. Costs 6 bytes an expert used and layer looked ahead."""
+    """Record the rankings of the gates of the next MoE layers, this many, on each layer's router
+    input too, for `runtime.simulate --all`. Costs 6 bytes for each used expert and layer ahead."""
     batch_tokens: int = 8192
-    """Tokens in a batch, padding included. Lower it when memory runs out."""
+    """Tokens in a batch, padding included. Lower it if memory runs out."""
     shard_tokens: int = 1 << 18
-    """Tokens in a shard: what a kill can lose of the work done."""
+    """Tokens in a shard: the most work that a killed run loses."""
     device: str = "cpu"
-    """Where the model runs: `cpu`, `cuda`, `cuda:1` ..."""
+    """Device of the model: `cpu`, `cuda`, `cuda:1` ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the model; `auto` is the one it is stored in."""
+    """Number format of the model; `auto` is the format of its checkpoint."""
     workers: int = 0
-    """Ray actors to spread the batches over, each with the model: on the cluster that RAY_ADDRESS
-    names, else on this machine. The trace is the same. 0 runs them here. Needs the extra `ray`."""
+    """Ray actors that share the batches, each with a copy of the model: on the cluster at
+    RAY_ADDRESS, or else on this machine. The trace is the same. 0: no actors. Needs the extra
+    `ray`."""
     worker_cpus: int = 1
     """Cores of a worker."""
 
@@ -77,10 +77,11 @@ class CollectSettings:
 
     @property
     def text_column(self) -> str:
+        """Name of the column with the documents."""
         return self.column or ("messages" if self.chat_template else "text")
 
     def provenance(self) -> dict[str, Any]:
-        """What decides the contents of the trace; resuming requires the same."""
+        """The settings that decide the contents of a trace. Resuming it needs the same."""
         free = {
             "out",
             "streaming",
@@ -96,11 +97,11 @@ class CollectSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
-    """Summarise a trace, and draw how its layers and domains use the experts."""
+    """Summarise a trace, and draw the expert usage of its layers and domains."""
 
     directory: str
     """Directory of the trace."""
     verify: bool = False
     """Check every shard against its checksum."""
     picture: str | None = None
-    """Where to write the picture. Default: usage.png in the directory, with one file per stack."""
+    """File of the picture. Default: usage.png in the directory; one file for each stack."""

@@ -1,4 +1,4 @@
-"""Documents from Hugging Face data sets and local files, each with a label."""
+"""Labelled documents of Hugging Face data sets and local files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ SUFFIXES = (".txt", *BUILDERS)
 
 
 class Text(NamedTuple):
-    """One document as it stands in its source."""
+    """A document as its source has it."""
 
     content: Any
-    """A string, or a list of messages."""
+    """A string, or the messages of a chat."""
     label: str
 
 
 class Prompt(NamedTuple):
-    """One document as the model reads it."""
+    """A document as the model reads it."""
 
     number: int
     """Its place in the trace."""
     ids: list[int]
     label: str
     num_cut: int
-    """Tokens left out because the document is longer than allowed."""
+    """Tokens left out at the end, because the document is longer than allowed."""
 
 
 def read_texts(settings: CollectSettings) -> Iterator[Text]:
-    """All documents of all data sets, in order; blank ones are left out.
+    """The documents of all data sets, in order; blank ones are left out.
 
-    Raises ValueError or OSError for a data set that is not there, is damaged or lacks the column.
+    Raises ValueError or OSError for a data set that is missing, damaged or lacks the column.
     """
     for name in settings.dataset:
         for source in _expand(name):
@@ -49,7 +49,7 @@ def read_texts(settings: CollectSettings) -> Iterator[Text]:
 
 
 def _expand(name: str) -> list[str]:
-    """A folder's files in alphabetical order; anything else is itself."""
+    """The files of a folder in alphabetical order; any other name as it is."""
     path = Path(name)
     if not path.is_dir():
         return [name]
@@ -76,7 +76,7 @@ def _read(source: str, settings: CollectSettings) -> Iterator[Text]:
 
 
 def split_text(path: Path) -> Iterator[str]:
-    """The documents of a text file: what stands between lines `<|endoftext|>`."""
+    """The documents of a text file, divided by lines `<|endoftext|>`."""
     lines: list[str] = []
     with path.open(encoding="utf-8") as file:
         for line in file:
@@ -131,7 +131,7 @@ def tokenize(
 ) -> Iterator[Prompt]:
     """Token ids of each document, cut to `max_tokens`; documents without tokens are left out.
 
-    `answer` ends a chat with the opening of the assistant's next message.
+    With `answer`, a chat ends with the opening of the assistant's next message.
     Raises ValueError for a column that holds neither text nor, with `chat_template`, messages.
     """
     number = 0

@@ -1,4 +1,4 @@
-"""How a trace uses the experts: counts per label, layer and expert, and what follows from them.
+"""Expert usage of a trace: counts by label, layer and expert, and the statistics on them.
 
 D labels (domains), L MoE layers, E experts a layer, K experts a token.
 """
@@ -27,22 +27,24 @@ class Usage:
     """Tokens of each label."""
     prompt_tokens: int
     counts_DLE: np.ndarray
-    """How many tokens of each label used each expert (int64)."""
+    """Tokens of each label that used each expert (int64)."""
     overlap_L: np.ndarray
-    """Share of a token's experts that the token before it in the document used too."""
+    """Share of a token's experts that the previous token of the document used too."""
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all labels."""
         return int(self.tokens_D.sum())
 
     @property
     def counts_LE(self) -> np.ndarray:
+        """Tokens that used each expert (int64)."""
         counts: np.ndarray = self.counts_DLE.sum(0)
         return counts
 
     @property
     def entropy_L(self) -> np.ndarray:
-        """Entropy of the expert usage in bits; log2 of the layer's experts when all are equal."""
+        """Entropy of the expert usage in bits; at most `max_entropy_L`, when usage is even."""
         share_LE = shares(self.counts_LE)
         logs_LE = np.log2(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
         entropy: np.ndarray = -(share_LE * logs_LE).sum(-1)
@@ -50,11 +52,12 @@ class Usage:
 
     @property
     def max_entropy_L(self) -> np.ndarray:
+        """log2 of the number of experts of each layer."""
         return np.log2([layer.num_experts for layer in self.stack.layers])
 
     @property
     def top_share_L(self) -> np.ndarray:
-        """Share of all uses that the most used experts of each layer have, as many as its top-k."""
+        """Share of all uses that goes to the K most used experts of each layer."""
         return self._top_shares(self.counts_LE)
 
     @property
@@ -69,13 +72,13 @@ class Usage:
 
 
 def shares(counts: np.ndarray) -> np.ndarray:
-    """Counts over their sum along the last axis; zero where that is zero."""
+    """Counts over their sum along the last axis; 0 where the sum is 0."""
     shares: np.ndarray = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return shares
 
 
 def measure_usage(trace: TraceReader) -> Usage:
-    """Read the whole trace once, a few thousand tokens at a time."""
+    """The usage of a trace, read once, a few thousand tokens at a time."""
     stack = trace.stack
     num_labels = len(trace.labels)
     counts_DLE = np.zeros((num_labels, stack.num_layers, stack.num_experts), np.int64)
@@ -100,7 +103,7 @@ def measure_usage(trace: TraceReader) -> Usage:
 
 
 def _chunks(document: Document) -> list[tuple[np.ndarray, int]]:
-    """A document's experts in pieces; each later piece starts with the last token before it (1)."""
+    """The experts of a document in pieces, and the leading tokens that a piece repeats (0 or 1)."""
     experts_TLK = document.experts_TLK
     starts = range(0, len(experts_TLK), CHUNK_TOKENS)
     return [
@@ -109,7 +112,7 @@ def _chunks(document: Document) -> list[tuple[np.ndarray, int]]:
 
 
 def count_experts(experts_TLK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Uses of each expert, int64 [L, E]; stored ids at or above `num_experts` are no expert."""
+    """Uses of each expert, int64 [L, E]. A stored id of `num_experts` or more is no expert."""
     num_layers = experts_TLK.shape[1]
     base_L1 = np.arange(num_layers)[:, None] * num_experts
     used = experts_TLK < num_experts
@@ -120,7 +123,7 @@ def count_experts(experts_TLK: np.ndarray, num_experts: int) -> np.ndarray:
 def compare_with_previous(
     experts_TLK: np.ndarray, num_experts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per layer: experts that the token before used too, and all experts compared (int64 [L])."""
+    """Experts that the previous token used too, and all experts compared, both int64 [L]."""
     now, before = experts_TLK[1:], experts_TLK[:-1]
     used = now < num_experts
     same = (now[..., :, None] == before[..., None, :]).any(-1) & used

@@ -1,4 +1,4 @@
-"""Tracing over Ray actors, each with the model: `python -m trace.collect --workers N`."""
+"""Ray actors that trace, each with a copy of the model: `python -m trace.collect --workers N`."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from trace.settings import CollectSettings
 
 if TYPE_CHECKING:
     from routing.shards import Document
-    from trace.runner import Run
+    from trace.runner import BatchTracer
     from trace.sources import Prompt
 
 DEPTH = 4
-"""Batches that a worker holds, the one it runs among them."""
+"""Batches queued at a worker, the running one included."""
 
 
 class Worker:
-    """The actor: a model that traces batches."""
+    """An actor with a model that traces batches."""
 
     def __init__(self, settings: CollectSettings) -> None:
         self._settings = settings
         self._recorder: Recorder | None = None
 
     def run(self, batch: list[Prompt]) -> list[dict[str, Document]]:
-        """The documents of `batch`. The first call loads the model, so its errors can be told."""
+        """Trace `batch`. The first call loads the model, so that its errors reach the caller."""
         if self._recorder is None:
             model = load_model(self._settings)
             self._runner = build_runner(model, self._settings)
@@ -39,11 +39,11 @@ class Worker:
 
 
 @contextmanager
-def crew(settings: CollectSettings) -> Iterator[Run]:
-    """Runs batches on workers; leaving the block ends them.
+def ray_workers(settings: CollectSettings) -> Iterator[BatchTracer]:
+    """A tracer of batches on Ray workers, which end with the context.
 
-    Raises ValueError where Ray is missing or the cluster too small, and what a worker raises. What
-    a worker held when it died goes to the one in its place.
+    Raises ValueError if Ray is missing or the cluster too small, and whatever a worker raises. The
+    batches of a worker that died go to its replacement.
     """
     ray = connect()
     gpus = int(settings.device.startswith("cuda"))
@@ -52,15 +52,15 @@ def crew(settings: CollectSettings) -> Iterator[Run]:
     )
 
     def run(batches: Iterator[list[Prompt]]) -> Iterator[tuple[list[Prompt], Any]]:
-        flying: deque[tuple[list[Prompt], Any]] = deque()
+        in_flight: deque[tuple[list[Prompt], Any]] = deque()
         for number, batch in enumerate(batches):
-            flying.append((batch, workers[number % len(workers)].run.remote(batch)))
-            if len(flying) == DEPTH * len(workers):
-                yield _land(*flying.popleft())
-        while flying:
-            yield _land(*flying.popleft())
+            in_flight.append((batch, workers[number % len(workers)].run.remote(batch)))
+            if len(in_flight) == DEPTH * len(workers):
+                yield _finish(*in_flight.popleft())
+        while in_flight:
+            yield _finish(*in_flight.popleft())
 
-    def _land(batch: list[Prompt], traced: Any) -> tuple[list[Prompt], Any]:
+    def _finish(batch: list[Prompt], traced: Any) -> tuple[list[Prompt], Any]:
         with errors_as_here():
             return batch, ray.get(traced)
 

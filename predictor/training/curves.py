@@ -19,11 +19,11 @@ LABELS = {
     "far": "next 4 H tokens",
 }
 SCORES = {"this": "recall", "next": "recall", "horizon": "precision", "far": "precision"}
-"""A horizon has more than K answers: its recall@K stays low however good it is."""
+"""The score drawn for each head. A horizon uses more than K experts: recall@K says little there."""
 
 
 def read_series(metrics_csv: Path, column: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a column, where it has a value."""
+    """The steps at which a column has a value, and the values."""
     with open(metrics_csv, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get(column)]
     return [int(row["step"]) for row in rows], [float(row[column]) for row in rows]

@@ -1,4 +1,4 @@
-"""The script that trains the embedded default model."""
+"""exports.train_moe: tokens, architectures, optimizers, and the mistakes that it names."""
 
 import json
 import math
@@ -20,18 +20,18 @@ from exports.routing_metrics import (
 )
 from exports.token_stream import TokenStream, tokenise_folder
 from exports.train_moe import (
-    Settings,
     main,
     new_optimizer,
     rate_at,
     training_windows,
     untrained_model,
 )
+from exports.train_settings import TrainSettings
 from routing.cli import run
 from routing.inspect_model import topology_of
 from tests.helpers.tracing import trace
 
-TINY = Settings(
+TINY = TrainSettings(
     tokens=Path("."),
     vocab_size=300,
     hidden_size=32,
@@ -50,7 +50,7 @@ ARCHITECTURES = {
     "olmoe": replace(TINY, architecture="olmoe", num_experts=6),
     "switch-style": replace(TINY, architecture="olmoe", top_k=1),
 }
-"""One of every way to weigh and to share experts."""
+"""One architecture for every way to weigh and to share experts."""
 
 
 def write_domain(folder, name, documents):
@@ -82,7 +82,7 @@ def tokenise(text, exclude=()):
     )
 
 
-def test_training_saves_a_model_that_transformers_loads_with_the_topology_asked_for(text, tmp_path):
+def test_training_saves_a_model_of_the_requested_topology_that_transformers_loads(text, tmp_path):
     out = tmp_path / "model"
     main(replace(TINY, text=text, tokens=None, out=out))
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -118,7 +118,7 @@ def test_every_architecture_trains_and_is_traced_as_it_was_saved(kind, text, tmp
     assert 0 < min(record["held_out"]["usage_entropy"]) <= 1
 
 
-def test_a_shared_expert_sees_every_token_and_is_no_expert_of_the_topology(text):
+def test_a_shared_expert_sees_every_token_and_is_not_in_the_topology(text):
     model = untrained_model(ARCHITECTURES["qwen2_moe"], tokenise(text))
     rows = []
     shared = model.model.layers[0].mlp.shared_expert
@@ -143,7 +143,7 @@ def test_the_text_alone_teaches_every_router(kind, text):
     ("shape", "message"),
     [
         ({"architecture": "qwen2_moe"}, "needs a --shared_expert_size"),
-        ({"shared_expert_size": 8}, "nothing else has one"),
+        ({"shared_expert_size": 8}, "no other architecture has one"),
         ({"top_k": 1}, "take --architecture olmoe"),
     ],
 )
@@ -252,7 +252,7 @@ def test_the_learning_rate_rises_then_falls():
     ("arguments", "message"),
     [
         ([], "nothing to train on"),
-        (["--text", "missing", "--out", "model"], "holds no .txt files"),
+        (["--text", "missing", "--out", "model"], "has no .txt files"),
         (["--text", "missing"], "nothing to write"),
         (["--tokens", "missing", "--out", "model"], "missing"),
     ],
@@ -260,7 +260,7 @@ def test_the_learning_rate_rises_then_falls():
 def test_a_command_line_that_cannot_work_ends_in_one_line(arguments, message, capsys, tmp_path):
     paths = [str(tmp_path / word) if word in ("missing", "model") else word for word in arguments]
     with pytest.raises(SystemExit) as exit_:
-        run(main, Settings, paths, prog="train_moe")
+        run(main, TrainSettings, paths, prog="train_moe")
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error

@@ -64,18 +64,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Exported(NamedTuple):
-    """A file, and what the command line said when it was written."""
+    """A file, and what the command line printed and reported when it was written."""
 
     path: Path
-    said: dict[str, Any]
+    printed: str
+    report: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def export_run(checkpoint: Path) -> Exported:
     path = checkpoint.parent / "new" / "predictor.onnx"
+    report = checkpoint.parent / "export.json"
     with redirect_stdout(io.StringIO()) as said:
-        main(str(checkpoint), str(path))
-    return Exported(path, json.loads(said.getvalue()))
+        main(str(checkpoint), str(path), "--json", str(report))
+    return Exported(path, said.getvalue(), json.loads(report.read_text()))
 
 
 @pytest.fixture
@@ -151,10 +153,13 @@ def test_the_metadata_hold_all_that_the_runtime_needs(exported):
 
 
 def test_the_command_line_reports_the_file_and_its_parity(export_run):
-    said = export_run.said
-    assert said["file"] == str(export_run.path)
-    assert said["MiB"] == pytest.approx(export_run.path.stat().st_size / 2**20, abs=0.01)
-    assert 0 < said["max_error"] <= 1e-4 and said["top_k_overlap"] == 1.0
+    report = export_run.report
+    assert report["file"] == str(export_run.path)
+    assert report["MiB"] == pytest.approx(export_run.path.stat().st_size / 2**20, abs=0.01)
+    assert 0 < report["max_error"] <= 1e-4 and report["top_k_overlap"] == 1.0
+    first, second = export_run.printed.splitlines()
+    assert first == f"wrote {export_run.path}, {report['MiB']} MiB"
+    assert second.endswith("100.0% of the top K are the same")
 
 
 def test_the_runtime_accepts_the_file(exported):

@@ -1,4 +1,4 @@
-"""trace.batches: grouping documents of like length."""
+"""trace.batches: batches of documents of similar length."""
 
 from __future__ import annotations
 

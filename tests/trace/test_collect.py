@@ -1,4 +1,4 @@
-"""trace.collect: what it records."""
+"""trace.collect: the recorded documents, routes and weights."""
 
 from __future__ import annotations
 
@@ -164,11 +164,11 @@ def test_sampling_repeats_with_its_seed(
     assert [d.token_ids_T.tolist() for d in one] != [d.token_ids_T.tolist() for d in other]
 
 
-def test_a_long_document_is_cut_and_the_cut_is_told(
+def test_a_long_document_is_cut_and_the_cut_is_reported(
     tiny_directory: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_texts(tmp_path / "long.txt", ["z" * 300, "short"])
     documents = trace(tiny_directory("olmoe"), data, tmp_path / "out", generate=10)
     prompts = [int((d.phase_T == PROMPT).sum()) for d in documents]
-    assert prompts == [246, 5]  # a context of 256 less the answer
-    assert "1 of them were cut to fit: 55 tokens left out" in capsys.readouterr().out
+    assert prompts == [246, 5]  # the context of 256 tokens, less those to generate
+    assert "documents cut to fit: 1, by 55 tokens in all" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""trace.collect: what happens when it is interrupted, refused or given something broken."""
+"""trace.collect: interruptions, refusals and broken inputs."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def write(path: Path, *documents: dict[str, Document], stacks: tuple[Stack, ...]
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """Layer a: always experts 0, 1. Layer b: 0, 1 then 2, 3, nothing kept from the token before."""
+    """Layer a: always experts 0 and 1. Layer b: 0 and 1, then 2 and 3, in alternation."""
     alternating = [[[0, 1], [0, 1]], [[0, 1], [2, 3]], [[0, 1], [0, 1]], [[0, 1], [2, 3]]]
     return write(
         tmp_path / "toy",
@@ -52,7 +52,7 @@ def toy(tmp_path: Path) -> Path:
     )
 
 
-def test_figures_of_a_trace_known_by_heart(toy: Path) -> None:
+def test_figures_of_a_trace_worked_out_by_hand(toy: Path) -> None:
     usage = measure_usage(TraceReader(toy))
     assert usage.labels == ["prose", "code"]
     assert usage.documents_D.tolist() == [1, 1]

@@ -1,4 +1,4 @@
-"""Gates asked early while a model is traced, and what traces hold of it."""
+"""Look-ahead by early gates: the recorded rankings, and their place in a trace."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.routing.test_shards import PROVENANCE, a_document, a_topology
 
 TOKENS = torch.arange(2, 26).view(2, 12)
 ROUTERS = ["olmoe", "gpt_oss", "deepseek_v3", "dbrx", "llama4_text", "jetmoe", "granitemoe"]
-"""Softmax, biased, in groups with a correction, logits only, dense calls, sorted pairs, packed."""
+"""Softmax, biased, grouped with a correction, logits only, dense calls, sorted pairs, packed."""
 
 
 def asked_at_its_own_layer(model: Any) -> tuple[list[Block], dict[str, Any], dict[str, Ranking]]:
-    """What each experts call ran, and what `rank` says of the same router input."""
+    """The routes of each experts call, and the ranking of the same router input by `rank`."""
     blocks, ran, said = find_blocks(model), {}, {}
     for block in blocks:
         name, layer = block.layer.name, block.layer
@@ -47,7 +47,7 @@ def asked_at_its_own_layer(model: Any) -> tuple[list[Block], dict[str, Any], dic
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ROUTERS if is_known(kind)])
-def test_a_router_asked_early_answers_as_it_does_in_the_model(kind: str) -> None:
+def test_a_router_asked_early_ranks_as_it_routes_in_the_model(kind: str) -> None:
     model: Any = architecture_model(kind)
     with torch.inference_mode():
         expected = model(input_ids=TOKENS).logits
@@ -64,7 +64,7 @@ def test_a_router_asked_early_answers_as_it_does_in_the_model(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "zaya"])
-def test_an_architecture_whose_router_input_cannot_be_told_is_refused_by_name(kind: str) -> None:
+def test_an_architecture_whose_router_input_cannot_be_read_is_refused_by_name(kind: str) -> None:
     if not is_known(kind):
         pytest.skip(f"this version of transformers has no {kind}")
     with pytest.raises(ValueError, match=r"Gemma4|Zaya.*no look-ahead"):
@@ -92,7 +92,7 @@ def early_answers(directory: Path, ids: list[int], depth: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["olmoe", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("generate", [0, 4])
-def test_a_trace_holds_what_later_gates_make_of_earlier_router_inputs(
+def test_a_trace_holds_the_rankings_of_later_gates_on_earlier_router_inputs(
     kind: str, generate: int, tiny_directory: Directory, data: Path, tmp_path: Path
 ) -> None:
     documents = trace(tiny_directory(kind), data, tmp_path / "out", lookahead=2, generate=generate)
