@@ -52,7 +52,7 @@ def touch(
 
 
 @triton.jit
-def wait_for_copies(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
+def update_trust(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
     """Credit each predictor whose favourite was used, once the next layer's routes are known."""
     experts_E = tl.arange(0, BLOCK_E)
     for predictor in tl.static_range(2):
@@ -139,7 +139,7 @@ def plan(
         early = tl.load(prefetched)
         early_used = tl.sum((used_E & (experts_E == early)).to(tl.int32), 0)
         tl.store(used_prefetch, early_used)
-        wait_for_copies(first_choices, trust, used_E, BLOCK_E)
+        update_trust(first_choices, trust, used_E, BLOCK_E)
         if (early >= 0) & (early_used == 0):
             dropped_slot = tl.load(prefetched_slot)
             slots_E = tl.where(experts_E == early, FREE, slots_E)
