@@ -1,4 +1,4 @@
-"""benchmarks.loading: what is compared is one model, and what is measured is real."""
+"""benchmarks.loading: all arms load one model, and the measured peak is real."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import runtime
-from benchmarks.loading import LoadingSettings, config, plan_arms, write_checkpoints
-from benchmarks.loading_arms import ARMS, READS, loaders, measure_reads
+from benchmarks.loading.arms import ARMS, READS, loaders, measure_reads
+from benchmarks.loading.runner import config, plan_arms, write_checkpoints
+from benchmarks.loading.settings import LoadingSettings
 from runtime.plan import plan
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def test_the_synthetic_checkpoint_is_a_whole_one_of_the_promised_size(folder: Pa
 
 PEAK = """
 import gc, time, torch
-from benchmarks.loading_arms import Peak
+from benchmarks.loading.memory import Peak
 {before}
 with Peak() as peak:
     gc.collect()
@@ -78,7 +79,7 @@ del blocks
 
 @pytest.mark.parametrize("before", ["", GARBAGE, FREED], ids=["fresh", "garbage", "freed"])
 def test_peak_memory_is_what_was_allocated_whatever_was_freed_before(before: str) -> None:
-    """In a process of its own, as the benchmark's arms are: what other tests freed is not ours."""
+    """In a process of its own, as the benchmark's arms are, apart from what other tests freed."""
     command = [sys.executable, "-c", PEAK.format(before=before)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ TILES = (
     Tiles(Tile(64, 64), Tile(64, 64, 128)),
     Tiles(Tile(128, 64, warps=8), Tile(128, 128, warps=8)),
 )
-"""Ascending. By `benchmarks.tiles` on an H100, within the memory of smaller GPUs."""
+"""Ascending. By `benchmarks.kernels` on an H100, within the memory of smaller GPUs."""
 
 
 def run_grouped(

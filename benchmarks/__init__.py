@@ -1,0 +1,1 @@
+"""Benchmarks of decoding, prefill, serving, loading, kernels, cache policies and tracing."""

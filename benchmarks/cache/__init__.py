@@ -1,0 +1,1 @@
+"""Cache policies: live, with the truth for predictions, and their cost on the host."""

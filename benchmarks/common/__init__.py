@@ -1,0 +1,1 @@
+"""The machine, the link, model shapes and tables: shared by all benchmarks."""

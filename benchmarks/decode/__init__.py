@@ -1,0 +1,1 @@
+"""Decoding speed of an offloaded model beside other systems."""

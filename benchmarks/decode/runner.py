@@ -1,0 +1,161 @@
+"""Runner of the decode arms: warm up, compare logits, generate, fill in the row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from benchmarks.common.link import link_efficiency
+from benchmarks.decode.arms import usable_policies
+from benchmarks.decode.logits import compare_logits
+from benchmarks.decode.report import print_row
+from benchmarks.decode.settings import DecodeSettings
+from benchmarks.decode.timeline import GpuEvent, busy_us, profile_step
+from benchmarks.replay.text_replay import TextReplay
+from benchmarks.systems.arm import Arm
+from benchmarks.systems.row import Row
+from benchmarks.systems.running import Running, run_arm
+from benchmarks.systems.subject import Pass, Subject
+from benchmarks.systems.workload import Timings, Workload
+
+WARM_UP_STEPS = 6
+PROFILED_STEPS = 4
+SLOW = ("accelerate", "policylang")
+SLOW_CHECK_STEPS = 2
+
+
+class DecodeRunner:
+    """Runs arms one after the other on one subject, within a time budget."""
+
+    def __init__(self, settings: DecodeSettings, subject: Subject) -> None:
+        self.settings, self.subject = settings, subject
+        self.timelines: dict[str, list[GpuEvent]] = {}
+        self._start = time.perf_counter()
+        self._references: dict[tuple[str, int], Tensor] = {}
+
+    def run_all(self, arms: list[Arm], on_row: Callable[[list[Row]], None]) -> list[Row]:
+        """A row for each arm. `on_row` gets all rows so far after each arm."""
+        rows: list[Row] = []
+        for arm in arms:
+            rows.append(self.run(arm))
+            on_row(rows)
+        return rows
+
+    def run(self, arm: Arm) -> Row:
+        """The arm's row, printed at once."""
+        if time.perf_counter() - self._start > self.settings.budget_seconds:
+            row = Row(arm=arm, error="skipped: the time budget was spent")
+        else:
+            row = self._run(arm)
+        print_row(row)
+        return row
+
+    def _run(self, arm: Arm) -> Row:
+        context = self.settings.prompt + self.settings.tokens
+        replay, passes = self.subject.replay(arm, context), self._passes(arm)
+        return run_arm(
+            arm,
+            self.subject.model,
+            lambda: self.subject.set_up(arm, replay, passes, context),
+            lambda running, row: self._measure(arm, running, replay, passes, row),
+        )
+
+    def _passes(self, arm: Arm) -> list[Pass]:
+        """The warm-up, the comparison of logits, and the timed passes."""
+        settings, slow = self.settings, arm.system in SLOW
+        prompt, tokens = settings.prompt, settings.tokens
+        timed = 1 if slow or arm.batch > 1 or arm.system == "float32" else settings.documents
+        check = SLOW_CHECK_STEPS if slow else min(settings.check_steps, tokens)
+        texts = [
+            self.subject.text.passages(arm.batch, prompt + tokens, first=arm.batch * index)
+            for index in range(timed + 1)
+        ]
+        steps = 2 if slow else WARM_UP_STEPS
+        if arm.system == "transformers":  # cuDNN plans its attention anew for every length
+            steps = tokens
+        warm_up = Pass(texts[0], prompt, min(steps, tokens))
+        return [
+            warm_up,
+            warm_up._replace(new_tokens=check),
+            *(Pass(text, prompt, tokens) for text in texts[1:]),
+        ]
+
+    def _measure(
+        self, arm: Arm, running: Running, replay: TextReplay | None, passes: list[Pass],
+        row: Row,
+    ) -> None:  # fmt: skip
+        settings, model, start = self.settings, self.subject.model, time.perf_counter()
+        workload = Workload(
+            device=self.subject.device,
+            prompt=settings.prompt,
+            replay=replay,
+            options=running.options,
+            counts=running.counts,
+            max_seconds=settings.slow_seconds if arm.system in SLOW else settings.arm_seconds,
+        )
+        warm_up, check, *timed = passes
+        row.note = None if arm.replays else "generates freely, which does not change its work"
+        row.warm_up_s = workload.warm_up(model, warm_up.passages, warm_up.new_tokens)
+        self._compare(arm, workload.logits(model, check.passages, check.new_tokens), row)
+        running.reset()
+        timings = Timings()
+        for one in timed:
+            if not timings.step_s or time.perf_counter() - start < settings.arm_seconds:
+                workload.run(model, one.passages, timings)
+        self._fill(arm, row, timings)
+        if self._is_drawn(arm):
+            self._profile(arm, workload, timed[0], row)
+
+    def _compare(self, arm: Arm, logits: Tensor, row: Row) -> None:
+        """Compare with the first arm of this batch of the same system, transformers and float32."""
+        if not arm.replays:
+            return
+        own = arm.system if arm.system in ("expertflow", "float32") else "transformers"
+        for system in dict.fromkeys((own, "transformers", "float32")):
+            reference = self._references.get((system, arm.batch))
+            if reference is not None:
+                steps = min(len(logits), len(reference))
+                row.logits[system] = compare_logits(logits[:steps], reference[:steps])
+        self._references.setdefault((own, arm.batch), logits)
+
+    def _fill(self, arm: Arm, row: Row, timings: Timings) -> None:
+        row.first_token_ms = statistics.median(timings.first_token_s) * 1e3
+        row.steps = len(timings.step_s)
+        if not row.steps:
+            return
+        step_s, tokens = statistics.fmean(timings.step_s), row.steps * arm.batch
+        row.step_ms, row.tokens_per_s = step_s * 1e3, arm.batch / step_s
+        row.step_ms_median = statistics.median(timings.step_s) * 1e3
+        counts, bandwidth = timings.decode, self.subject.bandwidth
+        if not counts.hits + counts.misses:
+            return
+        row.hit_rate = counts.hits / (counts.hits + counts.misses)
+        row.bytes_per_token = counts.bytes_moved / tokens
+        row.wasted_per_token = counts.bytes_wasted / tokens
+        needed = counts.bytes_needed / row.steps
+        row.link_efficiency = link_efficiency(needed, step_s, bandwidth)
+        row.floor_ms = None if bandwidth is None else needed / bandwidth * 1e3
+
+    def _is_drawn(self, arm: Arm) -> bool:
+        settings = self.settings
+        return (
+            self.subject.device.type == "cuda"
+            and arm.system == "expertflow"
+            and arm.policy == usable_policies(settings)[0]
+            and arm.residency == settings.compare_at
+            and arm.batch == 1
+        )
+
+    def _profile(self, arm: Arm, workload: Workload, one: Pass, row: Row) -> None:
+        try:
+            events = profile_step(
+                lambda: workload.warm_up(self.subject.model, one.passages, PROFILED_STEPS)
+            )
+        except ValueError as error:
+            row.extra["timeline"] = str(error)
+            return
+        self.timelines[arm.name] = events
+        row.extra["busy_us"] = busy_us(events) | {"kernels": len(events)}

@@ -1,0 +1,54 @@
+"""Kernels of the experts under several tile sizes, timed on one GPU without a link.
+
+    python -m benchmarks.kernels --shape olmoe-7b
+
+One layer of random experts, all in slots, with random routes. Prompts run the grouped products,
+decode batches the kernels of a captured step; every candidate computes the same. Kernels are timed
+in CUDA graphs, so launches do not count. GB/s counts each used expert once, TFLOP/s two operations
+per weight and token. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.kernels.report import TimedKernel, print_kernels
+from benchmarks.kernels.settings import KernelsSettings
+from routing.cli import run
+
+
+def main(settings: KernelsSettings) -> None:
+    """Time all candidates; print the best beside the one in use, then all as JSON."""
+    import torch
+
+    from benchmarks.common.machine import command, machine
+    from benchmarks.common.report import print_facts, save, settings_json
+    from benchmarks.kernels.bench import Bench
+
+    device = torch.device(settings.device)
+    facts = {
+        "machine": machine(device),
+        "command": command("benchmarks.kernels"),
+        "settings": settings_json(settings),
+    }
+    print_facts(facts)
+    bench = Bench(settings.shape, device, settings.repeats)
+    rows = [row for row in _measured(settings, bench) if row.seconds < math.inf]
+    print_kernels(rows)
+    result = facts | {"rows": [row._asdict() for row in rows]}
+    save(result, settings.out)
+    print(json.dumps(result), flush=True)
+
+
+def _measured(settings: KernelsSettings, bench: Any) -> Iterator[TimedKernel]:
+    for prompt in settings.prompts:
+        yield from bench.prefill(prompt)
+    for batch in settings.batches:
+        yield from bench.decode(batch)
+
+
+if __name__ == "__main__":
+    run(main, KernelsSettings, prog="python -m benchmarks.kernels")

@@ -1,0 +1,218 @@
+"""Test bench of the experts' kernels: one layer of experts in slots, and its timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.common.shapes import empty_model, shape_named
+from benchmarks.kernels.candidates import blocks as block_candidates
+from benchmarks.kernels.candidates import blocks_text, tiles
+from benchmarks.kernels.report import TimedKernel
+from routing.layers import Routes, find_moe_layers
+from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.policies import LRU
+from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.experts_call import FETCHERS, ExpertsCall
+from runtime.cuda.memory.expert_block import ExpertBlock
+from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
+from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.prefill.grouped_experts import Products, Tiles, table_of
+from runtime.engine.experts import sort_pairs, spans_of
+from runtime.weights.arena import Spec
+
+TURNS = 8
+"""Sets of experts used in turn."""
+
+
+class Bench:
+    """One layer's experts at a model's size, all resident. repeats: launches timed together."""
+
+    def __init__(self, shape: str, device: torch.device, repeats: int) -> None:
+        layer = find_moe_layers(empty_model(shape_named(shape)))[0]
+        parameters = dict(layer.module.named_parameters())
+        specs = {name: Spec(p.shape[1:], p.dtype) for name, p in parameters.items()}
+        layout = layout_of(layer, specs)
+        assert isinstance(layout, KernelLayout)
+        self._layout, self._device, self._repeats = layout, device, repeats
+        self._num_experts, self._top_k = layer.num_experts, layer.top_k
+        block = ExpertBlock(stored_specs(specs, layout))
+        shape_EN = self._num_experts, block.units
+        self._weights_EN = torch.empty(shape_EN, dtype=torch.int16, device=device)
+        for block_N in self._weights_EN:
+            block_N.view(layout.dtype).normal_(0, 0.02)
+        self._block = block.packed(PATCHES[0] if block.can_pack else 0)
+        stored = [self._block.store(block_N) for block_N in self._weights_EN]
+        self._slots_SN = torch.stack([stored_N for stored_N in stored if stored_N is not None])
+
+    def _routes(self, num_tokens: int) -> Routes:
+        chances = torch.rand(num_tokens, self._num_experts, device=self._device)
+        experts_TK = chances.topk(self._top_k, -1).indices
+        return Routes(experts_TK, torch.rand(experts_TK.shape, device=self._device))
+
+    def _x(self, num_tokens: int) -> torch.Tensor:
+        shape = num_tokens, self._layout.hidden
+        return torch.randn(shape, device=self._device).to(self._layout.dtype)
+
+    # ------------------------------------------------------------------ prefill
+
+    def prefill(self, num_tokens: int) -> Iterator[TimedKernel]:
+        """The grouped products of a prompt."""
+        routes = self._routes(num_tokens)
+        order_P, counts = sort_pairs(routes.experts_TK, self._num_experts)
+        spans = spans_of(counts.tolist())
+        x_TH = self._x(num_tokens)
+        workspace_RN = self._weights_EN if self._block.patches else None
+        products = Products(
+            self._block, self._slots_SN, self._layout, x_TH, order_P, self._top_k, workspace_RN
+        )
+        used = Tiles.of(len(order_P) / len(spans))
+        group = [(span, expert) for expert, span in spans.items()]
+        kernels = {
+            "grouped_gate_up": (products.run_gate_up, used.gate_up, 2),
+            "grouped_down": (products.run_down, used.down, 1),
+        }
+        yield from self._torch_grouped(num_tokens, spans)
+        yield from self._unpacking(num_tokens, len(spans))
+        for name, (launch, in_use, matrices) in kernels.items():
+            for tile in tiles(used.rows, in_use):
+                table = torch.tensor(table_of(group, tile.rows), dtype=torch.int32)
+                seconds = self._seconds(partial(launch, table.to(self._device), tile))
+                yield self._timed(
+                    name,
+                    num_tokens,
+                    str(tuple(tile)),
+                    tile == in_use,
+                    seconds,
+                    matrices,
+                    len(spans),
+                )
+
+    def _unpacking(self, num_tokens: int, num_used: int) -> Iterator[TimedKernel]:
+        """Unpacking, which comes before the grouped products of packed experts."""
+        if self._block.patches:
+            picked = torch.arange(num_used, dtype=torch.int32, device=self._device)
+            to_EN = torch.empty_like(self._weights_EN)
+            launch = partial(unpack_blocks, self._block, self._slots_SN, picked, to_EN)
+            seconds = self._seconds(launch)
+            yield self._timed("unpack", num_tokens, "-", True, seconds, 3, num_used)
+
+    def _torch_grouped(self, num_tokens: int, spans: dict[int, slice]) -> Iterator[TimedKernel]:
+        """The same products by torch, without activation: a bound for comparison."""
+        layout, ends = self._layout, [span.stop for span in spans.values()]
+        views = self._block.views(self._weights_EN)
+        ends_E = torch.tensor(ends, dtype=torch.int32, device=self._device)
+        for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
+            weights_ENK = views[name][list(spans)] if len(spans) < len(views[name]) else views[name]
+            x_PK = torch.randn(ends[-1], weights_ENK.shape[-1], device=self._device)
+            launch = partial(torch._grouped_mm, x_PK.to(layout.dtype), weights_ENK.mT, offs=ends_E)
+            yield self._timed(f"torch {name}", num_tokens, "torch._grouped_mm", True,
+                              self._seconds(launch), matrices, len(spans))  # fmt: skip
+
+    # ------------------------------------------------------------------ decode
+
+    def decode(self, batch: int) -> Iterator[TimedKernel]:
+        """The kernels of one expert call in a captured step.
+
+        Calls with different experts take turns, as layers do: one call's weights would stay in the
+        GPU's cache.
+        """
+        calls = [self._planned(batch, turn) for turn in range(TURNS)]
+        num_used = sum(len(ids.unique()) for _, _, ids, _ in calls) / TURNS
+        in_use = calls[0][0]._blocks
+        kernels: dict[str, tuple[Callable[[Any], Any], int]] = {
+            "gate_up": (lambda one: one[0]._run_gate_up(0, one[1], FETCHERS), 2),
+            "down": (lambda one: one[0]._run_down(0, *one[1:]), 1),
+            "plan": (lambda one: one[0]._run_plan(0, one[2]), 0),
+        }
+        for name, (launch, matrices) in kernels.items():
+            for blocks in block_candidates(name, in_use, self._layout) if matrices else [in_use]:
+                for call, *_ in calls:
+                    call._blocks = blocks
+                seconds = self._seconds(_in_turn(launch, calls))
+                candidate = blocks_text(name, blocks) if matrices else "-"
+                yield self._timed(
+                    name, batch, candidate, blocks == in_use, seconds, matrices, num_used
+                )
+
+    def _planned(
+        self, batch: int, turn: int
+    ) -> tuple[ExpertsCall, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A call whose experts are planned, and its arguments. At batch 1 no two turns share an
+        expert.
+        """
+        call, (ids, weights) = self._call(batch), self._routes(batch)
+        if batch == 1:
+            first = turn * self._top_k
+            ids = torch.arange(first, first + self._top_k, device=self._device)[None]
+            ids %= self._num_experts
+        call._run_plan(0, ids)
+        return call, self._x(batch), ids, weights
+
+    def _call(self, batch: int) -> ExpertsCall:
+        experts = self._num_experts
+        device_cache = DeviceCache(
+            ExpertCache(1, experts, experts, LRU(1, experts)), 1, self._device
+        )
+        device_cache.upload()
+        device_cache.slot_of_key.copy_(torch.arange(experts))
+        device_cache.key_of_slot.copy_(torch.arange(experts))
+        host: Any = SimpleNamespace(layers=[self._slots_SN])
+        return ExpertsCall(
+            batch, self._top_k, self._layout, self._block, self._slots_SN, host, device_cache
+        )
+
+    # ------------------------------------------------------------------ timing
+
+    def _seconds(self, launch: Callable[[], Any]) -> float:
+        """Seconds of one launch; infinite if the kernel needs more resources than the GPU has."""
+        try:
+            launch()
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            launch()
+            return time.perf_counter() - start
+        return self._graphed(launch)
+
+    def _graphed(self, launch: Callable[[], Any]) -> float:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(self._repeats):
+                launch()
+        graph.replay()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self._repeats
+
+    def _timed(
+        self, kernel: str, tokens: int, candidate: str, in_use: bool, seconds: float,
+        matrices: int, num_used: float,
+    ) -> TimedKernel:  # fmt: skip
+        weights = matrices * self._layout.hidden * self._layout.width
+        is_stored = kernel in ("gate_up", "down", "unpack")  # the others read unpacked weights
+        ratio = self._block.stored_units / self._block.units if is_stored else 1.0
+        return TimedKernel(
+            kernel, tokens, candidate, in_use, seconds,
+            num_used * weights * self._layout.dtype.itemsize * ratio,
+            2.0 * tokens * self._top_k * weights,
+        )  # fmt: skip
+
+
+def _in_turn(launch: Callable[[Any], Any], arguments: Sequence[Any]) -> Callable[[], Any]:
+    """A function that launches with the next arguments at each call, round and round."""
+    turns = cycle(arguments)
+    return lambda: launch(next(turns))

@@ -1,0 +1,54 @@
+"""Candidate tiles of the experts' kernels."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import triton
+
+from runtime.cuda.decode.experts_call import LEAST_COLUMNS, Blocks
+from runtime.cuda.memory.kernel_layout import KernelLayout
+from runtime.cuda.prefill.grouped_experts import Tile
+
+LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
+MIDDLE = [
+    Tile(64, 64), Tile(64, 64, stages=4), Tile(64, 128), Tile(64, 128, warps=8),
+    Tile(64, 64, 128), Tile(32, 64), Tile(32, 128),
+]  # fmt: skip
+HIGH = [
+    Tile(128, 64), Tile(128, 64, warps=8), Tile(128, 128, warps=8), Tile(128, 64, stages=4),
+    Tile(128, 128, 32, warps=8, stages=4), Tile(128, 32), Tile(64, 128, warps=4),
+]  # fmt: skip
+
+
+def tiles(rows: int, in_use: Tile) -> list[Tile]:
+    """Candidates for a grouped product of `rows` rows a tile, the one in use first."""
+    near = LOW if rows <= 16 else MIDDLE if rows <= 64 else HIGH
+    return list(dict.fromkeys([in_use, *near]))
+
+
+def blocks(kernel: str, in_use: Blocks, layout: KernelLayout) -> list[Blocks]:
+    """Candidates for one decode kernel, the one in use first."""
+    heights = (4, 8) if in_use.padded == 1 else (16, 32, 64)
+    widths = (512, 1024, 2048) if in_use.padded == 1 else (LEAST_COLUMNS, 256)
+    limit = layout.hidden if kernel == "gate_up" else layout.width
+    if in_use.padded == 1:
+        widths = tuple({min(width, triton.next_power_of_2(limit)) for width in widths})
+    names = ["rows", "columns", "warps"]
+    if kernel == "down":
+        names = [f"down_{name}" for name in names]
+    found = [in_use]
+    for height, width in product(heights, sorted(widths)):
+        for warps in (4, 8) if in_use.padded == 1 or width == max(widths) else (4,):
+            sizes = height, width, warps
+            found.append(in_use._replace(**dict(zip(names, sizes, strict=True))))
+    if kernel == "down" and in_use.padded > 1:
+        found += [in_use._replace(parts=parts) for parts in (1, 2, 4, 8)]
+    return list(dict.fromkeys(found))
+
+
+def blocks_text(kernel: str, blocks: Blocks) -> str:
+    """The sizes of a kernel's blocks, as the table shows them."""
+    if kernel == "gate_up":
+        return str((blocks.rows, blocks.columns, blocks.warps))
+    return str((blocks.down_rows, blocks.down_columns, blocks.down_warps, blocks.parts))

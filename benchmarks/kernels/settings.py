@@ -1,0 +1,24 @@
+"""Settings of the kernels benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsSettings:
+    """Time the experts' kernels under several tile sizes."""
+
+    shape: str = "olmoe-7b"
+    """Model shape: olmoe-7b, qwen3-30b-a3b, mixtral-8x7b, or tiny for a rehearsal."""
+    prompts: list[int] = field(default_factory=lambda: [128, 512, 2048])
+    """Tokens of a prompt."""
+    batches: list[int] = field(default_factory=lambda: [1, 8])
+    """Sequences that decode together."""
+    repeats: int = 20
+    """Consecutive launches, timed together."""
+    device: str = "cuda"
+    """Device that runs the kernels; a CPU interprets them, for a rehearsal."""
+    out: Path | None = None
+    """File for the JSON."""

@@ -1,0 +1,1 @@
+"""Loading time and memory of a checkpoint that should not fit."""

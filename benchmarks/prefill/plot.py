@@ -1,0 +1,47 @@
+"""Plot of prefill results: time over prompt length, with its bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from benchmarks.prefill.row import PrefillRow
+from benchmarks.systems.row import read_row
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """Draw the plot of a prefill result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [read_row(values, PrefillRow) for values in result["rows"]]
+    file = folder / f"{result['settings']['shape']}-prefill.png"
+    plot_prefill(rows, result["title"], file)
+
+
+def plot_prefill(rows: Sequence[PrefillRow], title: str, path: Path) -> None:
+    """One line per arm; dashed, the larger of link and computation."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    good = [row for row in rows if row.milliseconds]
+    for arm in dict.fromkeys(row.arm for row in good):
+        line = [row for row in good if row.arm == arm]
+        prompts = [row.prompt for row in line]
+        (drawn,) = axes.plot(prompts, [r.milliseconds or 0 for r in line], "o-", label=arm.name)
+        bounds = [max(row.link_ms or 0, row.compute_ms or 0) for row in line]
+        if all(bounds):
+            axes.plot(prompts, bounds, "--", color=drawn.get_color(), linewidth=1)
+    axes.set(xlabel="prompt tokens", ylabel="ms to the first token")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row.prompt for row in good}))
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda milliseconds, _: f"{milliseconds:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"{title}\ndashed: the larger of link and computation alone", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,1 @@
+"""Recorded texts and routes, replayed in place of a random model's own."""

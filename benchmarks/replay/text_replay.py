@@ -1,0 +1,104 @@
+"""Replay of a recorded text on a random model: its tokens, and its routes where they are recorded.
+
+A random model generates no sensible text and routes all tokens alike. Here it generates a given
+text, and uses the experts that a trained model used for it. The whole model still runs, the head
+and the routers too, and the routers' weights still weigh the experts. Only the choices are read
+from tables on the device, by the positions that the model is given. So the replay works inside a
+captured CUDA graph, needs no host sync, and is the same for every system, even one that runs a step
+twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.replay.passages import Passages
+from routing.layers import find_moe_layers
+
+CHOSEN_LOGIT = 8192.0
+"""Above all other logits, and exact in every number format."""
+
+
+class TextReplay:
+    """Tables for `batch` sequences of up to `length` tokens, and the position reached.
+
+    A forward pass looks up the experts of its positions in all layers. It sets the logit of the
+    text's next token to `CHOSEN_LOGIT`.
+    """
+
+    def __init__(
+        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool
+    ) -> None:
+        """routes: replay the experts too."""
+        layers = find_moe_layers(model)
+        top_k = max(layer.top_k for layer in layers)
+        self._model = model
+        self._rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+        self._routers = [router_of(model, layer.name) for layer in layers] if routes else []
+        self._batch, self._length = batch, length
+        self._tokens_BT = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        shape = len(self._routers), batch * length, top_k
+        self._experts_LPK = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._first_B1 = torch.arange(batch, device=device)[:, None] * length
+        self._position = torch.zeros(1, dtype=torch.int64, device=device)
+        self._step_LPK: Tensor | None = None
+
+    def start(self, passages: Passages) -> None:
+        """Replay `passages` from now on (written in place: captured graphs see them)."""
+        length = passages.token_ids_BT.shape[1]
+        self._tokens_BT[:, :length].copy_(passages.token_ids_BT)
+        if self._routers:
+            assert passages.experts_BTLK is not None
+            experts_LBTK = torch.from_numpy(passages.experts_BTLK).permute(2, 0, 1, 3)
+            table_LBTK = self._experts_LPK.unflatten(1, (self._batch, self._length))
+            table_LBTK[:, :, :length].copy_(experts_LBTK)
+        self._position.zero_()
+
+    @property
+    def position(self) -> int:
+        """Tokens of each sequence that have run. A host sync."""
+        return int(self._position)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Make the model follow the tables inside the block."""
+        rotary, head = self._rotary, self._model.get_output_embeddings()
+        rotary.forward = partial(self._locate, rotary.forward)
+        choosing = head.register_forward_hook(self._choose)  # called whatever computes the head
+        for layer, router in enumerate(self._routers):
+            router.forward = partial(self._route, layer, router.forward)
+        try:
+            yield
+        finally:
+            choosing.remove()
+            for module in (rotary, *self._routers):
+                module.__dict__.pop("forward", None)
+
+    def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
+        """The rotary embedding: every model computes it before its layers, from the positions."""
+        if self._routers:
+            rows_BT = self._first_B1 + position_ids % self._length
+            self._step_LPK = self._experts_LPK.index_select(1, rows_BT.reshape(-1))
+        self._position.copy_(position_ids[0, -1:] + 1)
+        return own(hidden, position_ids)
+
+    def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights_PK, _ = own(hidden)
+        assert self._step_LPK is not None
+        return logits, weights_PK, self._step_LPK[layer]
+
+    def _choose(self, _head: Any, _inputs: Any, logits_BTV: Tensor) -> Tensor:
+        next_B1 = self._tokens_BT.index_select(1, self._position % self._length)
+        logits_BTV[:, -1].scatter_(1, next_B1, CHOSEN_LOGIT)
+        return logits_BTV
+
+
+def router_of(model: nn.Module, experts_name: str) -> nn.Module:
+    """The router beside a container of experts: it returns (logits, weights [P, K], experts)."""
+    return model.get_submodule(f"{experts_name.rpartition('.')[0]}.gate")
