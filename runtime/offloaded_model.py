@@ -1,0 +1,16 @@
+"""The type of an offloaded model, for editors and type checkers."""
+
+from __future__ import annotations
+
+from transformers import GenerationMixin, PreTrainedModel
+
+from runtime.engine.engine import Engine
+
+
+class OffloadedModel(PreTrainedModel, GenerationMixin):
+    """A Hugging Face model with an engine attached: what `runtime.load` returns.
+
+    A model keeps its own class, so no model is an instance of this one.
+    """
+
+    expertflow: Engine
