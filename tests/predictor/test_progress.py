@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from predictor.networks.interface import PredictorShape
+from predictor.networks.windows import PredictorShape
 from predictor.training.progress import epoch_line, header, print_scores, score_rows
 from tests.helpers.predicting import write_trace
 
