@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 if TYPE_CHECKING:
     from lightning import LightningModule, Trainer
 
-    from predictor.networks.interface import PredictorShape
+    from predictor.networks.windows import PredictorShape
 
 NOISE = (
     ".*does not have many workers.*",
