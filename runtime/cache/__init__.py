@@ -1,6 +1,9 @@
-"""Which experts stay resident: the expert cache, its policies, and what they counted.
+"""The expert cache: its slot table, its policies and its counts.
 
-expert_cache  slots, their owners, and who is evicted
-policies      LRU, LFU, predicted reuse, Belady: one value for every expert
-stats         hits, misses, bytes and times
+expert_cache     slots, their owners, and the choice of victims
+policy           the contract: one value for every expert
+policies         LRU, LFU, least stale; all policies by name
+predicted_reuse  probabilistic Belady; belady: the optimum, which knows the future
+forecast         probabilities of use, soon and later
+stats            hits, late, misses, bytes and times
 """

@@ -1,4 +1,4 @@
-"""The expert cache's books: which expert is in which slot, and who has to go.
+"""The expert cache: the slot table, and the choice of victims.
 
 Pure bookkeeping on the host, shared by the runtime (which moves bytes as it says) and by the
 simulator (which moves none), so that both count the same hits. A *key* is layer * E + expert.
@@ -22,7 +22,7 @@ FREE = -1
 
 
 class Lookup(NamedTuple):
-    """What one request needs: slots for its experts, and the loads that come first."""
+    """Slots for the experts of one request, and the loads that come first."""
 
     experts: np.ndarray
     """int64 [N], the experts asked for in this wave."""
@@ -31,7 +31,7 @@ class Lookup(NamedTuple):
     missed: np.ndarray
     """bool [N]; a missed expert's bytes must be copied into its slot before use."""
     num_evicted: int
-    """Residents that made room."""
+    """Residents that were evicted."""
 
 
 class ExpertCache:
@@ -109,13 +109,13 @@ class ExpertCache:
         return victims
 
     def clear(self) -> None:
-        """Start empty again, whatever state the books are in: some bytes did not arrive."""
+        """Start empty again, whatever the slot table says: some bytes did not arrive."""
         self.slot_of_key.fill(FREE)
         self.key_of_slot.fill(FREE)
         self._free = list(range(self.num_slots - 1, -1, -1))
 
     def adopt(self, key_of_slot: np.ndarray) -> None:
-        """Take over who is in which slot (int [S]) from books that were kept elsewhere."""
+        """Take over a slot table (the key in each slot, int [S]) that was kept elsewhere."""
         self.clear()
         self.key_of_slot[:] = key_of_slot
         owned = np.flatnonzero(self.key_of_slot != FREE)

@@ -1,4 +1,4 @@
-"""A forecast: how probable it is that each expert is used, soon and later."""
+"""A forecast: the probabilities that each expert is used, soon and later."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Forecast(NamedTuple):
     """Probabilities, float32 [L, E], that an expert is used by any sequence of the batch."""
 
     this_LE: np.ndarray
-    """in the step about to run"""
+    """In the step about to run."""
     next_LE: np.ndarray
-    """in the step after it"""
+    """In the step after it."""
     horizon_LE: np.ndarray
-    """at least once within the next H steps"""
+    """At least once within the next H steps."""
     far_LE: np.ndarray
-    """at least once within the next FAR * H steps"""
+    """At least once within the next FAR * H steps."""

@@ -37,7 +37,7 @@ class LFU(Policy):
 
 
 class LeastStale(Policy):
-    """What was not used for the most steps goes first; of equals, what has its turn furthest off.
+    """Evicts what was not used for the most steps; of equals, what has its turn furthest off.
 
     After SpecMD's eviction by staleness (arXiv 2602.03921), as we read it.
     """

@@ -24,7 +24,7 @@ from runtime.cache.forecast import Forecast
 
 
 class DeviceRule(Enum):
-    """How a device evaluates a policy without the host."""
+    """A way for a device to evaluate a policy without the host."""
 
     CLOCK = "clock"
     COUNT = "count"
@@ -50,18 +50,18 @@ class Policy(ABC):
         """A forward pass is about to start; `forecast` is None where there is no prediction."""
 
     def revise(self, forecast: Forecast) -> None:  # noqa: B027 - most need nothing
-        """A better forecast of the running step."""
+        """Take a better forecast of the running step."""
 
     def reveal(self, layer: int, probability_E: np.ndarray) -> None:  # noqa: B027 - most do not ask
-        """A layer still to run in this step will use its experts with these probabilities."""
+        """Take the probabilities of use of a layer that is still to run in this step."""
 
     @abstractmethod
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
 
     def touch_routes(self, routes: Iterable[np.ndarray]) -> None:
-        """A whole step: for each layer the experts that it used (int, any shape), NO_EXPERT for
-        none.
+        """Touch the experts of a whole step: those each layer used (int, any shape; NO_EXPERT for
+        none).
         """
         for layer, experts in enumerate(routes):
             used = np.unique(experts)

@@ -27,7 +27,7 @@ class PredictedReuse(Policy):
         r = F(1) + w1 * (F(H) - F(1)) + w2 * (F(FAR * H) - F(H)) + (1 - F(FAR * H)) * t
 
     with w1, w2 the means of G ** (d - 1) over the steps d of an interval. Beyond the far horizon
-    speaks what the cache has seen: q, an exponential mean of the uses over MEMORY, as the chance of
+    stands what the cache has seen: q, an exponential mean of the uses over MEMORY, is the chance of
     use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
 
     Without a forecast q stands for p, and r = q / (1 - (1 - q) * G). What becomes known while the

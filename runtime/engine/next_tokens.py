@@ -1,4 +1,4 @@
-"""What a step says of the tokens that come next."""
+"""The next tokens of a step: the likeliest ones, and the logits."""
 
 from __future__ import annotations
 

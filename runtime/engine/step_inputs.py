@@ -1,4 +1,4 @@
-"""What a forward pass of the model is about to run, read off the arguments of its call."""
+"""The inputs of a step, read off the arguments of the model's forward call."""
 
 from __future__ import annotations
 

@@ -3,10 +3,11 @@
 generate          what stands in for `model.generate`; generate_loop: its loop over steps
 batch_decoder     sequences that are generated together
 row_decoder       steps over any rows of the key/value cache: what `engine.serve` decodes with
-decoder           what both share
+decoder           running captured steps, for both
 graph_step        one decode step of the model as one CUDA graph
 experts_call      one layer's experts call, in kernels
 device_cache      the expert cache's tables on the device
 predictor_thread  the predictor beside the steps
-prefetch_trial    whether prefetching pays here
+policy_driver     the one owner of the policy while steps run captured
+captured_model    the model as captured steps run it
 """

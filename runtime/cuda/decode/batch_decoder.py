@@ -1,4 +1,4 @@
-"""Sequences that are generated together, step by step: predict, schedule, run, account."""
+"""Decoding of sequences that are generated together: predict, schedule, run, account."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.prediction.route_log import RouteLog
 
 
 class ChosenTokens(NamedTuple):
-    """What a step gave."""
+    """The next token of each sequence."""
 
     tokens_B: list[int]
     """The greedy choice."""
@@ -36,7 +36,7 @@ class BatchDecoder:
         self.routes_LBK: np.ndarray | None = None
         """True routes of each sequence's last token, int64."""
         self.positions_B: np.ndarray = np.zeros(0, np.int64)
-        """Of the tokens that run next."""
+        """Positions of the tokens that run next."""
         self._tokens_B: np.ndarray = np.zeros(0, np.int64)
         self._flying: deque[StepInFlight] = deque()
 
@@ -128,6 +128,6 @@ class BatchDecoder:
         return ChosenTokens(result.tokens_B.tolist(), flight.step.logits_BV[: flight.num_rows])
 
     def drain(self) -> None:
-        """Let steps that nobody asks for any more come to their end."""
+        """Wait for steps in flight whose results nobody wants any more."""
         while self._flying:
             self._flying.pop().arrival.synchronize()

@@ -14,11 +14,11 @@ from runtime.weights.source import Source
 COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
 """Makes the products of one token reductions of the compiler's own, at the memory's bandwidth."""
 LARGEST_BATCH = 32
-"""Sequences: beyond, decode kernels would compute more than they load."""
+"""Most sequences of a step: with more, decode kernels would compute more than they load."""
 
 
 class CapturedModel:
-    """What all captured steps of one model share.
+    """The part of a model that all its captured steps share.
 
     context: tokens of the longest sequence; batch: sequences of the largest step.
     """
@@ -36,7 +36,7 @@ class CapturedModel:
         if options.compile:
             self.forward = torch.compile(model.forward, options=COMPILER)
         self.stream = torch.cuda.Stream(device)
-        """Where steps are captured: cuBLAS keeps a workspace for each stream."""
+        """The stream that captures steps: cuBLAS keeps a workspace for each stream."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The decoder: runs captured steps and counts what they did.
+"""The decoder: it runs captured steps and counts what they did.
 
 `batch_decoder` and `row_decoder` are the two ways to use it: sequences that are generated together,
 and any rows of the key/value cache.
@@ -40,7 +40,7 @@ class StepInFlight(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a finished step gave, on the host: B tokens."""
+    """The result of a finished step of B tokens, on the host."""
 
     best_B: np.ndarray
     """float32, the highest logit."""
@@ -53,7 +53,7 @@ class StepResult(NamedTuple):
 class Decoder:
     """Runs captured steps of `model` over the slots of `pool`.
 
-    routers: of each layer, to look one layer ahead; None where there is none to be found.
+    routers: of each layer, to look one layer ahead; None where none was found.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Decoder:
         self._layout, self._pool, self._host = layout, pool, host
         self._device_cache, self._routers = device_cache, routers
         self.steps: dict[Hashable, CapturedStep] = {}
-        """Captured so far."""
+        """The steps captured so far."""
         self._running: ExpertsCall | None = None
         self._spare: defaultdict[int, list[Tensor]] = defaultdict(list)
         """Pinned memory of outcomes, by the batch of their steps."""

@@ -1,4 +1,4 @@
-"""The device cache: the slot table and the policy's values as tensors that kernels keep up.
+"""The device cache: the slot table and the policy's values as tensors that kernels update.
 
     host (ExpertCache, Policy)           device (DeviceCache)
     slot_of_key, key_of_slot  int64      int32
@@ -43,7 +43,7 @@ class DeviceCache:
         return int(RULES[self._cache.policy.rule].value)
 
     def begin_step(self) -> None:
-        """What the rule does once a step, captured with it."""
+        """Apply the rule's change of a new step; it is captured with the step."""
         if self.rule == COUNT.value:
             self.values.mul_(self._cache.policy.fade)
 

@@ -1,7 +1,7 @@
 """One layer's experts call, in kernels: plan, gate and up, down; prefetch beside them.
 
-Everything is enqueued on the current stream without a word from the host, so that it can be
-captured. What the host wants to know of a step is written to one tensor, the ledger:
+Everything is enqueued on the current stream without a host sync, so that it can be captured. What
+the host wants to know of a step is written to one tensor, the ledger:
 
     routes [L, B * K]   counts [L, 2]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
 """
@@ -31,7 +31,7 @@ PREFETCHERS = 32
 THRESHOLD = 0.5
 """Least probability of use for a prefetch."""
 LEAST_COLUMNS = 128
-"""A matrix product takes 16, of every eighth of packed weights."""
+"""Least columns of a tile: a matrix product takes 16, and packed weights come by eights."""
 
 
 class Blocks(NamedTuple):
@@ -44,9 +44,9 @@ class Blocks(NamedTuple):
     down_columns: int
     down_warps: int
     parts: int
-    """Of the experts, that are summed apart: one would be a program after the other."""
+    """Ranges of experts that are summed apart, so that their programs run side by side."""
     padded: int
-    """Tokens, padded to what a matrix product takes (1 needs none)."""
+    """Tokens, padded to the least size of a matrix product (1 needs none)."""
 
     @staticmethod
     def of(num_tokens: int, layout: KernelLayout) -> Blocks:
@@ -61,7 +61,7 @@ class Blocks(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """What one step did, on the host."""
+    """The record of one step, on the host."""
 
     routes_LBK: np.ndarray
     num_used_L: np.ndarray
@@ -75,10 +75,10 @@ class Ledger(NamedTuple):
 
 
 class ExpertsCall:
-    """Kernels, buffers and books for batches of exactly `batch` tokens.
+    """Kernels, buffers and the ledger for batches of exactly `batch` tokens.
 
     routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
-    None where there is none to be found. forecast: float32 [L * E], the predictor's probabilities
+    None where none was found. forecast: float32 [L * E], the predictor's probabilities
     for the running step, or None.
     """
 
@@ -158,7 +158,7 @@ class ExpertsCall:
             self._progress.zero_()
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Experts `ids` (int64 [B, K], ids outside 0 .. E-1 are of none) of x [B, H]: [B, H]."""
+        """Experts `ids` (int64 [B, K], others are no expert) of x [B, H]: [B, H]."""
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         picked, fetched = self._pending
         self._pending = None, None

@@ -24,7 +24,7 @@ from runtime.prediction.route_log import RouteLog
 
 
 class CapturedGenerate:
-    """What stands in for `model.generate`."""
+    """A stand-in for `model.generate` that decodes in captured steps where it can."""
 
     def __init__(self, model: Any, decoder: Decoder, route_log: RouteLog | None) -> None:
         self._model, self._decoder = model, decoder
@@ -138,6 +138,6 @@ class CapturedGenerate:
 
 
 def _rows(value: Any, rows: Tensor, num_rows: int) -> Any:
-    """Of tensors with one entry a sequence, the given rows; anything else as it is."""
+    """The given rows of a tensor with one entry a sequence; anything else as it is."""
     is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
     return value[rows] if is_batched else value

@@ -1,4 +1,4 @@
-"""generate's decode loop over captured steps, in place of transformers' own.
+"""The decode loop of `generate` over captured steps, in place of transformers' own.
 
 It is handed to `generate` as `custom_generate`, so prompts, configurations, processors, criteria
 and streamers are all prepared by the library. Greedy decoding without processors never touches the
@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
 class Prompt(NamedTuple):
-    """What generate prepared."""
+    """The inputs that `generate` prepared."""
 
     input_ids_BT: Tensor
     model_kwargs: dict[str, Any]
@@ -46,8 +46,9 @@ def decode(
     """Generate after `prompt`.
 
     prefill: runs the prompt, returns logits [B, V]. step(tokens, more): runs one step for the given
-    tokens [B], or for those that the last step chose by itself (None), and returns its `Outcome`;
-    `more` says that another step of its own tokens will follow, unless a sequence ends.
+    tokens [B], or for those that the last step chose by itself (None), and returns its
+    `ChosenTokens`; `more` says that another step of its own tokens will follow, unless a sequence
+    ends.
     """
     is_plain = (
         not prompt.config.do_sample

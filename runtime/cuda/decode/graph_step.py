@@ -43,7 +43,7 @@ class CapturedStep(ABC):
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What a forward pass moves on, to be put back after a trial run."""
+        """Tensors that a forward pass changes, to be restored after a warm-up."""
         return ()
 
     @abstractmethod
@@ -52,7 +52,7 @@ class CapturedStep(ABC):
 
     @abstractmethod
     def advance(self, next_B: Tensor) -> None:
-        """Enqueue what readies the step after this one; next_B is the greedy choice."""
+        """Enqueue the preparation of the next step; next_B is the greedy choice."""
 
     def __call__(self) -> None:
         """Run one step. Only enqueues; captures at the first call."""
@@ -62,7 +62,7 @@ class CapturedStep(ABC):
         self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up and capture. To the cache's books the warm-up is real steps, to nothing else."""
+        """Warm up and capture. The warm-up counts as real steps for the device cache only."""
         saved = [tensor.clone() for tensor in self.state]
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -163,7 +163,7 @@ class DecodeStep(CapturedStep):
         self._length.add_(1)
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
-        """What each row's new token may see, in the form its attention implementation takes."""
+        """The mask of each row's new token, in the form its attention implementation takes."""
         seen_BC = self._real_BC & (self._columns_C <= self._length)
         types = attention_types(self._config)
         if len(types) == 1:

@@ -1,6 +1,6 @@
 """The policy driver: the one owner of the cache's policy on a GPU.
 
-Somebody has to move the policy on as routes become known, and to bring its values to the device:
+The policy has to move on as routes become known, and its values have to reach the device:
 
     what runs              moves the policy on             values reach the device
     generated steps        the predictor thread            as its answers arrive, mid-step

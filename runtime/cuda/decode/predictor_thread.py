@@ -1,4 +1,4 @@
-"""The predictor beside the steps: a thread that turns tokens and routes into values on the device.
+"""The predictor thread: it turns tokens and routes into values on the device, beside the steps.
 
 A step never waits for it. Whatever arrives while the step runs serves its later layers; what comes
 too late serves the next. When the predictor raises or stays silent, the steps go on without it.
@@ -28,7 +28,7 @@ SILENT_PER_TOKEN = 0.01
 
 
 class PredictorRequest(NamedTuple):
-    """What the predictor is told about: the tokens about to run, and what the last step used."""
+    """A question to the predictor: the tokens about to run, and the routes of the last step."""
 
     token_ids_BT: np.ndarray
     positions_BT: np.ndarray
@@ -38,7 +38,7 @@ class PredictorRequest(NamedTuple):
 
 
 class DeviceForecast:
-    """What was last foreseen, on the device: values in the books, and probabilities of use."""
+    """The last forecast, on the device: values in the device cache, and probabilities of use."""
 
     def __init__(self, device_cache: DeviceCache) -> None:
         device, keys = device_cache.clock.device, len(device_cache.before)
@@ -51,12 +51,12 @@ class DeviceForecast:
         self._sent = self._stream.record_event()
 
     def begin_step(self) -> None:
-        """Start a step from what is known: what was foreseen for the step after the last one."""
+        """Start a step with what the last forecast said of the step after its own."""
         self._device_cache.before.copy_(self._device_cache.after)
         self.likely.copy_(self._next_likely)
 
     def write(self, policy: Policy, forecast: Forecast) -> None:
-        """Values and probabilities for the steps that are enqueued from here on."""
+        """Write values and probabilities for the steps that are enqueued from here on."""
         table = policy.table()
         assert table is not None
         self._device_cache.write_table(*table)
@@ -93,11 +93,11 @@ class PredictorThread:
         self.device_forecast = DeviceForecast(device_cache)
         self._requests: queue.SimpleQueue[PredictorRequest | None] = queue.SimpleQueue()
         self._deadline = math.inf
-        self._thread = threading.Thread(target=self._work, name="expertflow-oracle", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="expertflow-predictor", daemon=True)
         self._thread.start()
 
     def submit(self, request: PredictorRequest) -> None:
-        """Hand over what is known; returns at once."""
+        """Ask for a prediction; returns at once."""
         if self.failure is None and time.perf_counter() > self._deadline:
             self.failure = f"the predictor has not answered for over {SILENT_AFTER:g} s"
         if self.failure is None:
@@ -119,7 +119,7 @@ class PredictorThread:
             self._deadline = math.inf
 
     def _take(self) -> list[PredictorRequest]:
-        """All that waits, from the start of the newest sequences on; empty when it is over."""
+        """All waiting requests, from the start of the newest sequences on; empty at the end."""
         waiting = [self._requests.get()]
         while not self._requests.empty():
             waiting.append(self._requests.get())
@@ -129,7 +129,7 @@ class PredictorThread:
         return requests[starts[-1] :] if starts else requests
 
     def _answer(self, requests: list[PredictorRequest]) -> None:
-        """Predict for all tokens of `jobs` in one go: more than one where the model was faster."""
+        """Predict for all tokens of `requests` in one run: several where the model was faster."""
         start = time.perf_counter()
         for request in requests:
             if not request.is_new and request.routes_LBK is not None:
@@ -144,7 +144,7 @@ class PredictorThread:
         self._stats.add_time("predict", time.perf_counter() - start)
 
     def _inform(self, request: PredictorRequest, batch_size: int) -> None:
-        """What the last step used, for the predictor's input, and for the count of its recall."""
+        """Give the predictor the routes of the last step, and count its recall."""
         if request.is_new or batch_size != self._forecaster.batch_size:
             self._forecaster.reset(batch_size)
         elif request.routes_LBK is not None:

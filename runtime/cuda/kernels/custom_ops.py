@@ -44,7 +44,7 @@ def attend(
     window: int | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """`attend_kernel.attend`."""
+    """`attention.attend`, as one operator."""
     return attend_kernel.attend(
         query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H
     )

@@ -1,4 +1,4 @@
-"""The kernels that run a layer's experts out of slots, and fetch those that are missing.
+"""The experts of a layer, run out of slots; the missing ones are fetched meanwhile.
 
 `gate_up` computes act(x W_gate^T) * (x W_up^T) of the plan's experts for every token of the batch,
 `down` sums its products with W_down over the experts of each token. An expert that several tokens
@@ -102,9 +102,9 @@ def gate_up(
 ):  # fmt: skip
     """H [U, B, W] of the residents while the missing are fetched; FETCHERS = 0: of the fetched.
 
-    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], stored
-    records of STORED int16 each, with the projections at elements UP (of the unpacked record) and
-    UP_BIAS. PATCHES: 0 where records are not packed.
+    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], expert
+    blocks of STORED int16 each, with the projections at elements UP (of the unpacked block) and
+    UP_BIAS. PATCHES: 0 where blocks are not packed.
     Grid (FETCHERS + blocks of W * most distinct experts,).
     """
     program = tl.program_id(0)

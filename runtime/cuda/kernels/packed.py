@@ -1,14 +1,14 @@
-"""Packed weights (see `packing`) in registers: what the kernels that read them share.
+"""Packed weights (see `packing`), decoded in registers: device functions of the kernels.
 
 Eight neighbours of a row are decoded at a time, into four int32 words of two bfloat16 each:
 
     word      0       1       2       3
     weights   0, 2    1, 3    4, 6    5, 7
 
-A word has a code where the exponent belongs: that is the weight times 2^-base, and a zero (or a
-patch) is a zero without further ado. The vector of a product makes up for it: it is multiplied by
-2^(base - 64), and the sum by 2^64, so that neither leaves the range of float32. All of this is
-exact, but for activations beyond 2^64.
+A word holds a code in place of the exponent, which makes it the weight times 2^-base; zeros and
+patches decode to zero. Products make up for the factor: the vector is multiplied by 2^(base - 64)
+and the sum by 2^64, so that neither leaves the range of float32. This is exact for activations
+up to 2^64.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 BLOCK_P = tl.constexpr(128)
 """Most entries of patches at a time."""
 UP_AGAIN = tl.constexpr(2.0**64)
-"""What sums of products with vectors that were scaled are to be multiplied by."""
+"""The factor of sums of products with scaled vectors."""
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def scale_of(base):
 
 @triton.jit
 def patches_in(block, MATRICES: tl.constexpr):
-    """The patches of a stored record with so many units of matrices."""
+    """The patches of a stored block with so many units of matrices."""
     return (block + MATRICES * 3 // 4).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
@@ -100,7 +100,7 @@ def base_at(block, unit, MATRICES: tl.constexpr, CHUNK: tl.constexpr, PATCHES: t
 
 @triton.jit
 def packed_at(block, at, mask, MATRICES: tl.constexpr):
-    """Bytes and codes of eights number `at` of a stored record (int16)."""
+    """Bytes and codes of the groups of eight number `at` of a stored block (int16)."""
     low = tl.load(block.to(tl.pointer_type(tl.int64), bitcast=True) + at, mask=mask, other=0)
     codes = (block + MATRICES // 2).to(tl.pointer_type(tl.int32), bitcast=True)
     return low, tl.load(codes + at, mask=mask, other=0)
@@ -136,8 +136,8 @@ def patches_of(
 
 @triton.constexpr_function
 def num_entries(rows: int, width: int, chunk: int, patches: int) -> int:
-    """Entries of patches that may be of `rows` neighbours, which start at a multiple of `rows` (of
-    one row more where they do not).
+    """Patch entries to look at for `rows` neighbouring rows that start at a multiple of `rows`
+    (those of one row more where they do not).
     """
     whole, rest = divmod(rows * width, chunk)
     return (whole + 2 if rest else whole) * patches
@@ -148,9 +148,7 @@ def patched_one(
     x, block, row, rows_N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MATRICES: tl.constexpr,
     CHUNK: tl.constexpr, PATCHES: tl.constexpr, SPAN: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """What the patches of some of SPAN rows add to their products with one vector x: [N] in
-    float32.
-    """
+    """The patches' share of the products of some of SPAN rows with one vector x: [N], float32."""
     sums_N = tl.zeros([N], tl.float32)
     for start in tl.static_range(0, num_entries(SPAN, WIDTH, CHUNK, PATCHES), BLOCK_P):
         row_P, column_P, patch_P = patches_of(
@@ -186,7 +184,7 @@ def patched_some(
 
 @triton.jit
 def add_word(sums_NK, word_NK, first_K, second_K):
-    """The sums and the products with the two weights of each word, element by element."""
+    """Add the products with the two weights of each word, element by element."""
     sums_NK += first_of(word_NK) * first_K[None, :]
     sums_NK += second_of(word_NK) * second_K[None, :]
     return sums_NK
@@ -197,8 +195,9 @@ def add_products(
     sums_NK, x, scale, block, rows_N, mask_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, CHUNK: tl.constexpr, PATCHES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sums [N, BLOCK_K / 8] and the products of some rows with scale * x, without the patches
-    of these, all of it / UP_AGAIN.
+    """Add the products of some rows with scale * x to the sums [N, BLOCK_K / 8].
+
+    Patches are left out, and all values are 1 / UP_AGAIN of the true ones.
     """
     scale *= scale_of(base_at(block, FIRST, MATRICES, CHUNK, PATCHES))
     for start in tl.static_range(0, WIDTH, BLOCK_K):
@@ -216,7 +215,7 @@ def add_products(
 
 @triton.jit
 def dot_word(sums_MN, word_NK, first_MK, second_MK):
-    """The sums and the products with the two weights of each word."""
+    """Add the matrix products with the two weights of each word."""
     sums_MN = tl.dot(first_MK, tl.trans(first_half(word_NK)), sums_MN)
     return tl.dot(second_MK, tl.trans(second_half(word_NK)), sums_MN)
 
@@ -234,19 +233,8 @@ def packed_rows_of(
     if M == 1:
         sums_NK = tl.zeros([N, BLOCK_K // 8], tl.float32)
         sums_NK = add_products(
-            sums_NK,
-            x,
-            1.0,
-            block,
-            rows_N,
-            mask_N,
-            FIRST,
-            WIDTH,
-            MATRICES,
-            CHUNK,
-            PATCHES,
-            BLOCK_K,
-        )
+            sums_NK, x, 1.0, block, rows_N, mask_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, BLOCK_K
+        )  # fmt: skip
         patched_N = patched_one(
             x, block, row, rows_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, SPAN, N
         )
@@ -272,18 +260,6 @@ def packed_rows_of(
             sums_MN = dot_word(sums_MN, words(low, codes, 2), x_4, x_6)
             sums_MN = dot_word(sums_MN, words(low, codes, 3), x_5, x_7)
         product_MN = sums_MN * UP_AGAIN + patched_some(
-            x,
-            num_tokens,
-            block,
-            row,
-            rows_N,
-            FIRST,
-            WIDTH,
-            MATRICES,
-            CHUNK,
-            PATCHES,
-            SPAN,
-            M,
-            N,
-        )
+            x, num_tokens, block, row, rows_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, SPAN, M, N
+        )  # fmt: skip
     return product_MN

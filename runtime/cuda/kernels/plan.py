@@ -1,7 +1,7 @@
-"""The planning kernel: which experts a layer needs, where they are, whose slots the missing take.
+"""The planning kernel: the experts a layer needs, their slots, and the victims of the missing.
 
-One program a layer. It holds the cache's books on the device and does to them what `ExpertCache`
-does on the host: touch, then give each missing expert the slot of lowest value that this call does
+One program a layer. It keeps the slot table on the device and does to it what `ExpertCache` does
+on the host: touch, then give each missing expert the slot of lowest value that this call does
 not need. The values come from one of three rules:
 
     rule    value of a resident key (layer, expert)
@@ -24,7 +24,7 @@ TRUST_DECAY = tl.constexpr(0.98)
 
 @triton.jit
 def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.constexpr):
-    """What each slot's content is worth; -inf for a free slot."""
+    """The value of each slot's content; -inf for a free slot."""
     is_free = keys_S == FREE
     safe_S = tl.where(is_free, 0, keys_S)
     if RULE == TABLE:
@@ -69,8 +69,9 @@ def give_slots(
     after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Give each missed expert the slot of lowest value that this call does not need; the slots of
-    all experts then.
+    """Give each missed expert the slot of lowest value that this call does not need.
+
+    Returns the slots of all experts.
     """
     experts_E = tl.arange(0, BLOCK_E)
     missed_rank_E = tl.cumsum(missed_E.to(tl.int32), 0) - 1

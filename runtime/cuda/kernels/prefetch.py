@@ -1,7 +1,7 @@
-"""Prefetch inside the captured step: which expert the next layer will miss.
+"""Prefetching inside a captured step: the choice of an expert that the next layer will miss.
 
 `pick` runs beside the experts of layer l and chooses one expert of layer l + 1 that is not resident
-and probably needed. `fetch` (transfer_kernels) copies it while the link has nothing else to do:
+and probably needed. `fetch` (`transfer`) copies it while the link has nothing else to do:
 from the moment layer l's missing experts have arrived to the moment layer l + 1 is planned. Then it
 stops, wherever it is; the layer fetches the chunks that are still missing. So a prefetch is never
 waited for, and a wrong one costs link time that was idle.
@@ -24,8 +24,9 @@ def router_probabilities(
     x, router, bias, num_tokens, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """[E], how likely any of the tokens goes to each expert by the router's logits: a logistic of
-    the distance to the K-th highest, in units of the spread of the logits.
+    """The probability [E] that any of the tokens goes to each expert, from the router's logits.
+
+    It is a logistic function of the distance to the K-th highest logit, in units of their spread.
     """
     experts_E = tl.arange(0, BLOCK_E)
     is_expert = experts_E < E

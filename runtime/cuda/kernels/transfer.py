@@ -1,7 +1,7 @@
 """Kernels that bring experts over the link, reading pinned host memory themselves.
 
-A stored record (see `record`) comes in chunks. `bring` is what every user of the link calls for one
-chunk: the experts kernel for what a layer misses, `fetch` for what a prefetch chose.
+An expert block crosses in chunks. Every user of the link calls `bring` for one chunk: the experts
+kernel for what a layer misses, `fetch` for what a prefetch chose.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import triton.language as tl
 
 @triton.jit
 def bring(slots, slot, blocks, expert, chunk, STORED: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk of `expert` into `slot`. slots, records: int16 [*, STORED]."""
+    """One chunk of `expert` into `slot`. slots, blocks: int16 [*, STORED]."""
     at = chunk * CHUNK + tl.arange(0, CHUNK)
     tl.store(slots + slot * STORED + at, tl.load(blocks + expert * STORED + at))
 
 
 @triton.jit
 def stopped(stop):
-    """The step that was stopped last, by what is in memory now. Atomic, which one thread does for
-    all of the program: with a load, some warps would see the stop before others, and leave a chunk
-    half copied that counts as done.
+    """The number of the step whose prefetch was stopped last, as memory has it now.
+
+    An atomic operation, since one thread does it for the whole program: with a load, some warps
+    would see the stop before others, and leave a chunk half copied that counts as done.
     """
     return tl.atomic_add(stop, 0, sem="relaxed")
 

@@ -1,5 +1,5 @@
-"""Packed records as they are in the checkpoint again: for many tokens, whose products want whole
-matrices, and for giving a model back.
+"""Unpacking expert blocks: for many tokens, whose products want whole matrices, and for giving
+a model back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from runtime.cuda.kernels.packed import base_at, packed_at, patches_in, words
 
 @triton.jit
 def based(word, base):
-    """A word as it is in the checkpoint: with its base, where there is a code."""
+    """A word as the checkpoint has it: the base added where there is a code."""
     some = (((word & 0x07800780) + 0x07800780) >> 11) & 0x00010001
     return word + some * (base << 7)
 
@@ -30,9 +30,9 @@ def unpack(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, MATRICES: tl.constexpr,
     CHUNK: tl.constexpr, PATCHES: tl.constexpr,
 ):  # fmt: skip
-    """Unpack the records in slots `picked` (int32) to rows 0, 1, ... of `to`, int16 [*, UNITS].
+    """Unpack the blocks in slots `picked` (int32) to rows 0, 1, ... of `to`, int16 [*, UNITS].
 
-    Grid (chunks, records); chunks behind the matrices are copied.
+    Grid (chunks, blocks); chunks behind the matrices are copied.
     """
     chunk, row = tl.program_id(0), tl.program_id(1)
     block = slots + tl.load(picked + row).to(tl.int64) * STORED

@@ -1,6 +1,4 @@
-"""Rows and tiles of weights that lie in memory as they are: what the kernels that read them share.
-`packed_kernels` is its twin.
-"""
+"""Weights that lie in memory as they are, by rows and tiles: the twin of `packed`."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def record_elements(slots, UNITS: tl.constexpr):
-    """Length of a record of so many int16 in elements of the slots' type."""
+    """Length of a block of so many int16, in elements of the slots' type."""
     return UNITS * 16 // slots.dtype.element_ty.primitive_bitwidth
 
 
@@ -54,7 +52,7 @@ def rows_of(
 def add_unpacked(
     sums_NK, x, scale, matrix, rows_N, mask_N, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sums [N, BLOCK_K] and the products of some rows of a matrix [*, WIDTH] with scale * x."""
+    """Add the products of some rows of a matrix [*, WIDTH] with scale * x to sums [N, BLOCK_K]."""
     for start in tl.static_range(0, WIDTH, BLOCK_K):
         column_K = start + tl.arange(0, BLOCK_K)
         tile_NK = tile_of(matrix, rows_N, mask_N, column_K, WIDTH)

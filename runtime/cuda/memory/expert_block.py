@@ -1,11 +1,11 @@
-"""An expert's record: all its parameters end to end, as the host tier and the slots keep them.
+"""An expert block: all parameters of an expert end to end, as host tier and slots keep them.
 
     int16 units   0 .......... | down_proj ............. | biases | padding
                   matrices, each padded to whole chunks  | others |
 
-One flat record is what crosses the link: it does not matter to a copy where a matrix ends. Weights
-of the model's transposed layouts are kept [out, in] in it. Where all is bfloat16, a record may be
-*stored* with its matrices packed (see `packing`) and the others as they are behind them.
+One flat block crosses the link: a copy need not know where a matrix ends. Weights of transposed
+layouts are kept [out, in] in it. Where all is bfloat16, a block may be *stored* with its matrices
+packed (see `packing`) and the other parameters as they are behind them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALIGNMENT = 64
 
 
 class Field(NamedTuple):
-    """Where a parameter lies in the record."""
+    """The place of a parameter in the block."""
 
     start: int
     """in int16 units"""
@@ -39,9 +39,9 @@ class Field(NamedTuple):
 
 
 class ExpertBlock:
-    """The layout of the records of experts with parameters `specs` (as stored).
+    """The layout of the blocks of experts with parameters `specs` (as stored).
 
-    patches: of a packed chunk (`packing.PATCHES`); 0 for records that are stored as they are.
+    patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are stored as they are.
     """
 
     def __init__(self, specs: Specs, patches: int = 0) -> None:
@@ -60,7 +60,7 @@ class ExpertBlock:
             self.stored_units = _round_up(self._packed_units + behind, CHUNK)
 
     def _place(self, specs: Specs, at: int, alignment: int) -> int:
-        """Give those of `specs` that have no place one from `at` on; where the last ends."""
+        """Place those of `specs` that have no place yet, from `at` on. Returns the end."""
         for name, spec in specs.items():
             if name not in self.fields:
                 field = self.fields[name] = Field(at, spec.shape, spec.dtype)
@@ -73,12 +73,12 @@ class ExpertBlock:
 
     @property
     def _packed_units(self) -> int:
-        """Of the packed matrices."""
+        """Length of the packed matrices."""
         return packed_bytes(self.matrix_units // CHUNK, CHUNK, self.patches) // 2
 
     @property
     def num_chunks(self) -> int:
-        """Of a record as stored."""
+        """Chunks of a block as stored."""
         return self.stored_units // CHUNK
 
     @property
@@ -91,20 +91,20 @@ class ExpertBlock:
         )
 
     def start(self, name: str) -> int:
-        """Where a parameter starts in an unpacked record, in its own elements; 0 for a bias that
-        there is not.
+        """The start of a parameter in an unpacked block, in its own elements; 0 where there is no
+        such parameter.
         """
         field = self.fields.get(name)
         return 0 if field is None else field.start * 2 // field.dtype.itemsize
 
     def start_stored(self, name: str) -> int:
-        """The same of a bias in a record as stored."""
+        """The start of a bias in a block as stored."""
         if not self.patches or name not in self.fields:
             return self.start(name)
         return self.start(name) - self.matrix_units + self._packed_units
 
     def views(self, units: Tensor) -> dict[str, Tensor]:
-        """The parameters in unpacked records, int16 [*, units]: views [*, *shape]."""
+        """The parameters in unpacked blocks, int16 [*, units]: views [*, *shape]."""
         return {
             name: units[..., field.start : field.start + field.units]
             .view(field.dtype)
@@ -113,7 +113,7 @@ class ExpertBlock:
         }
 
     def store(self, block_N: Tensor) -> Tensor | None:
-        """An unpacked record, int16 [units], as stored: int16 [stored_units]; None where a chunk
+        """Store an unpacked block, int16 [units], as int16 [stored_units]; None where a chunk
         has no room for its patches.
         """
         if not self.patches:

@@ -50,7 +50,7 @@ def project(
 class HostDense:
     """The embedding (and head) of `model` that stay in host memory until `restore`.
 
-    missing: bytes that the device is short of. Leaves as few modules there as it can.
+    missing: bytes that the device is short of. As few modules as possible leave it.
     """
 
     def __init__(self, model: Any, missing: int) -> None:
@@ -88,7 +88,7 @@ class HostDense:
 def _candidates(model: Any) -> Iterator[list[nn.Module]]:
     """Plain embeddings and heads, those that share a weight together, cheapest to move first.
 
-    A module whose forward somebody has replaced stays.
+    A module whose forward was replaced stays on the device.
     """
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     is_plain = type(embedding) is nn.Embedding and embedding.max_norm is None

@@ -1,4 +1,4 @@
-"""Which experts the kernels can run: recognised by trying, not by the names of classes."""
+"""The expert layouts that kernels can run, recognised by trying, not by the names of classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 
 @dataclass(frozen=True, kw_only=True)
 class KernelLayout:
-    """How a gated expert's parameters are to be read by the kernels."""
+    """The way kernels read a gated expert's parameters."""
 
     hidden: int
     """H"""
@@ -94,7 +94,7 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
 
 @torch.no_grad()
 def _activation(module: Any) -> tuple[str, bool] | None:
-    """Which known activation the container's own gate computes, on numbers that tell them apart."""
+    """The known activation that the container's own gate computes, found by numbers that differ."""
     gate_up = torch.linspace(-9.0, 9.0, 64)[torch.randperm(64, generator=torch.manual_seed(0))]
     try:
         own = module._apply_gate(gate_up[None])
@@ -102,7 +102,8 @@ def _activation(module: Any) -> tuple[str, bool] | None:
         return None
     for activation in ACTIVATIONS:
         for alternating in (False, True):
-            ours = activate(gate_up[None], activation, alternating)
-            if own.shape == ours.shape and torch.allclose(own.float(), ours, atol=1e-4, rtol=1e-4):
+            known = activate(gate_up[None], activation, alternating)
+            same_shape = own.shape == known.shape
+            if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
                 return activation, alternating
     return None

@@ -17,7 +17,7 @@ decoded by any thread without its neighbours.
     code  1 to 15   its exponent is base + code
 
 Kernels work with eight weights at a time: a shift and a mask put two codes where the exponents of
-two weights belong, so a product with `packed_kernels.words` costs few instructions.
+two weights belong, so a product with `kernels.packed.words` costs few instructions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 CODES = 15
 ORDER = (0, 1, 4, 5, 2, 3, 6, 7)
-"""Of the codes of eight weights."""
+"""Order of the codes of eight weights."""
 MOST_BASE = 127
 """Kernels multiply activations by 2^(base - 64): those of 2^64 stay finite."""
 PATCHES = (16, 64)
@@ -107,7 +107,7 @@ def _base(matrix_DC: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, chunk: int, patches: int) -> Tensor:
-    """The weights again, int16 [D, C]. The kernel does the same (`unpack_kernel`)."""
+    """The weights again, int16 [D, C]. The kernel `unpack` does the same."""
     num_chunks = len(packed) // packed_bytes(1, chunk, patches)
     sizes = [num_chunks * chunk, num_chunks * chunk // 2, num_chunks * 4 * patches]
     low, eight, rest = packed.split(sizes)

@@ -1,4 +1,4 @@
-"""Pinned host memory: pages that the GPU can read, on the right node, without the slow allocation.
+"""Pinned host memory: pages that the GPU can read, on its own NUMA node, allocated fast.
 
 `pin_memory()` takes its pages one by one under the driver (measured: 6 s for 8 GiB); registering
 pages that were touched before takes a tenth of that.

@@ -1,4 +1,4 @@
-"""The host tier on a GPU machine: the records of all experts in pinned memory, packed if that pays.
+"""The host tier of a GPU: the blocks of all experts in pinned memory, packed where that pays.
 
 It takes the experts over from the store underneath: a module's own tensors are freed layer by layer
 and made again, bit by bit the same, when the model is given back.
@@ -23,9 +23,9 @@ from runtime.weights.store import ExpertStore
 class PinnedExperts:
     """All experts of all layers, pinned.
 
-    records: of one expert, of each layer (layers of one shape share theirs). packs: whether whoever
-    reads them takes packed records. transposed: whether the store hands weights out as [in, out],
-    where records keep [out, in].
+    expert_blocks: of each layer, the layout of one expert (layers of one shape share theirs).
+    packs: whether the readers take packed blocks. transposed: whether the store hands weights out
+    as [in, out], where blocks keep [out, in].
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PinnedExperts:
 
     @property
     def packed(self) -> bool:
-        """Whether records are stored packed."""
+        """Whether blocks are stored packed."""
         return self.expert_blocks[0].patches > 0
 
     def _fill(self) -> None:
@@ -91,8 +91,8 @@ class PinnedExperts:
         return self._memory.empty((self._num_experts[layer], block.stored_units), torch.int16)
 
     def _store_otherwise(self) -> None:
-        """Some weights have more patches than there is room for: from here on, and from the start,
-        all get more room or are kept as they are, since kernels are compiled for one form.
+        """Store all layers in another form, since some weights have more patches than there is room
+        for: with more room or unpacked. Kernels are compiled for one form.
         """
         more = [*PATCHES, 0]
         patches = more[more.index(self.expert_blocks[0].patches) + 1]
@@ -104,7 +104,7 @@ class PinnedExperts:
         self.expert_blocks = expert_blocks
 
     def _stored_again(self, layer: int, block: ExpertBlock) -> Tensor:
-        """A layer's experts, as `record` stores them."""
+        """A layer's experts, as `block` stores them."""
         again_EN = self._empty(layer, block)
         for expert in range(len(again_EN)):
             stored_N = block.store(self._on_device(layer, expert))
@@ -113,7 +113,7 @@ class PinnedExperts:
         return again_EN
 
     def _gather(self, layer: int) -> Iterator[Tensor]:
-        """The layer's records, one after the other in the same device memory, int16 [N]."""
+        """The layer's blocks, one after the other in the same device memory, int16 [N]."""
         block = self.expert_blocks[layer]
         block_N = torch.zeros(block.units, dtype=torch.int16, device=self._device)
         views = self._as_model(block.views(block_N))
@@ -122,7 +122,7 @@ class PinnedExperts:
             yield block_N
 
     def _as_model(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters of one expert in a record, in the store's own orientation."""
+        """Parameters of one expert in a block, in the store's own orientation."""
         if not self._transposed:
             return parameters
         return {name: p.mT if p.dim() == 2 else p for name, p in parameters.items()}
@@ -130,11 +130,11 @@ class PinnedExperts:
     # ------------------------------------------------------------------ reading
 
     def send(self, layer: int, expert: int, into: Tensor) -> None:
-        """Send a stored record over the link, on the current stream, to int16 [stored units]."""
+        """Send a stored block over the link, on the current stream, to int16 [stored units]."""
         into.copy_(self.layers[layer][expert], non_blocking=True)
 
     def _on_device(self, layer: int, expert: int) -> Tensor:
-        """One record, unpacked, int16 [units], in device memory of its own."""
+        """One block, unpacked, int16 [units], in device memory of its own."""
         block = self.expert_blocks[layer]
         stored_N = torch.empty(block.stored_units, dtype=torch.int16, device=self._device)
         self.send(layer, expert, stored_N)
@@ -152,8 +152,8 @@ class PinnedExperts:
     # ------------------------------------------------------------------ giving back
 
     def _give_back(self) -> None:
-        """Make the store's own tensors again, an expert at a time, and let go of each layer's
-        records: both copies of a large model would not fit in memory.
+        """Make the store's own tensors again, an expert at a time, and free each layer's
+        blocks: both copies of a large model would not fit in memory.
         """
         for layer in reversed(range(len(self.layers))):
             if self._store.is_released(layer):
@@ -166,9 +166,9 @@ class PinnedExperts:
         return {name: self._landed(name, view) for name, view in views.items()}
 
     def _landed(self, name: str, view: Tensor) -> Tensor:
-        """A parameter in pinned memory, which it reaches at the link's speed; good until the next.
+        """A parameter copied to pinned memory, at the link's speed; good until the next one.
 
-        Where nothing more can be pinned (which may be why all is given back), as it is.
+        Where nothing more can be pinned (perhaps the reason why all is given back), as it is.
         """
         key = name, tuple(view.shape)
         try:
@@ -189,7 +189,7 @@ class PinnedExperts:
 
 
 def unpack_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
-    """Unpack the stored records in slots `picked`, int32 [R], to int16 [R, units], on the current
+    """Unpack the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the current
     stream.
     """
     unpack[(block.units // CHUNK, len(picked))](
