@@ -1,10 +1,10 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
-# make test   format, lint, types, tests, notebook
+# make test   format, lint, types, tests, notebook; says which tests were skipped and why
 # make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md
 # make test-gpu   the tests that need a CUDA device, with the python3 of that machine as it is
 #
 # The first two need python3 (3.11 to 3.13, with venv) only, and install the rest into .venv on first
-# use.
+# use, a few minutes.
 # Another interpreter: make PYTHON=python3.12 demo. Arguments of the demo: make demo DEMO_ARGS=--quick
 
 PYTHON ?= python3
@@ -30,7 +30,8 @@ types: $(INSTALLED)
 
 # One process a core and one thread a process: threads of two processes on one core starve each other.
 tests: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@echo "running the tests: about 8 minutes on 2 cores"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=10
 
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -q
@@ -45,7 +46,7 @@ compatibility: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py expertflow.py expertflow.pth expertflow.start
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,notebooks,serve,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,notebooks,ray,serve,dev]'
 	touch $@
 
 clean:

@@ -111,7 +111,7 @@ def run_stages(settings: DemoSettings) -> None:
     stage("trace.inspect", trace, "--picture", root / "usage.png")
     print_heading("Train: learn the routing from the trace")
     stage(
-        "predictor.train", "fit", "--config", config(), "--data.trace", f"[{trace}]",
+        "predictor.train", "fit", "--config", "small", "--data.trace", f"[{trace}]",
         "--model.embedding_from", MODEL, "--trainer.default_root_dir", root,
         "--trainer.max_epochs", settings.epochs,
     )  # fmt: skip
@@ -122,13 +122,6 @@ def run_stages(settings: DemoSettings) -> None:
         "runtime.simulate", "--trace", trace, "--predictor", onnx, "--max_tokens",
         500 if settings.quick else 3000, "--document_tokens", 256, "--plot", root / "hit_rates.png",
     )  # fmt: skip
-
-
-def config() -> Path:
-    """The training configuration of small models."""
-    import predictor
-
-    return Path(predictor.__file__).parent / "configs" / "small.yaml"
 
 
 def stage(module: str, *arguments: object) -> None:
@@ -168,16 +161,20 @@ def print_heading(title: str) -> None:
 
 def print_next_steps() -> None:
     """Print the same pipeline for the user's own model."""
-    collect = "python -m trace.collect --model MODEL --dataset TEXT.txt --out runs/mine/trace"
-    train = f"python -m predictor.train fit --config {near(str(config()))}"
     print_heading("Next: your own model (a directory or an id on the Hub)")
-    print(f"  {collect}")
-    print(f"  {train} \\\n      --data.trace '[runs/mine/trace]'", end=" ")
-    print("--trainer.default_root_dir runs/mine")
-    print("  python -m predictor.export runs/mine/predictor.ckpt runs/mine/predictor.onnx")
-    print("and in Python, with `import runtime`:")
-    print('  model = runtime.load("MODEL", "runs/mine/predictor.onnx", memory=0.25)')
+    print("  expertflow trace --model MODEL --dataset TEXT.txt --out runs/mine/trace")
+    print("  expertflow train fit --config small --data.trace '[runs/mine/trace]' \\")
+    print("      --trainer.default_root_dir runs/mine")
+    print("  expertflow export runs/mine/predictor.ckpt runs/mine/predictor.onnx")
+    print("and in Python:")
+    print("  import expertflow")
+    print('  model = expertflow.load("MODEL", "runs/mine/predictor.onnx", memory=0.25)')
 
 
 if __name__ == "__main__":
-    run(main, DemoSettings, prog="python -m exports.demo")
+    run(
+        main,
+        DemoSettings,
+        prog="python -m exports.demo",
+        examples=["", "--quick", "--out runs/mine"],
+    )

@@ -38,4 +38,12 @@ def evaluate(settings: EvaluateSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(evaluate, EvaluateSettings, prog="python -m predictor.evaluate")
+    run(
+        evaluate,
+        EvaluateSettings,
+        prog="python -m predictor.evaluate",
+        examples=[
+            "--trace trace --predictors predictor.onnx",
+            "--trace held-out --fit-trace trace --predictors a.onnx b.onnx --plot recall.png",
+        ],
+    )

@@ -56,4 +56,13 @@ def export(settings: ExportSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(export, ExportSettings, prog="python -m predictor.export", positional=["checkpoint", "out"])
+    run(
+        export,
+        ExportSettings,
+        prog="python -m predictor.export",
+        positional=["checkpoint", "out"],
+        examples=[
+            "runs/predictor/predictor.ckpt predictor.onnx",
+            "runs/predictor/predictor.ckpt predictor.onnx --int8",
+        ],
+    )

@@ -36,4 +36,9 @@ def main(settings: LayerAheadSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, LayerAheadSettings, prog="python -m predictor.layer_ahead")
+    run(
+        main,
+        LayerAheadSettings,
+        prog="python -m predictor.layer_ahead",
+        examples=["--model DIR --trace trace --annotate held-out --out annotated"],
+    )

@@ -10,6 +10,7 @@ TensorBoard logs, curves.png and the checkpoints of the run.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,43 @@ from typing import Any
 # machine many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from routing.cli import friendly_errors, print_help, program, with_underscores
+
+HELP = """usage: {prog} fit --config NAME_OR_FILE --data.trace TRACES [options]
+
+Train a route predictor on traces.
+
+subcommands:
+  fit       train, calibrate and test; leaves predictor.ckpt, curves and logs
+  validate  measure a checkpoint on the validation split
+  test      measure a checkpoint on the test split
+  predict   of LightningCLI, not used here
+
+`{prog} fit --help` lists every option (that takes some seconds). The configurations that ship,
+small, medium, base and t5, go by name; a file of your own goes by its path.
+Options may be written with dashes too: --data.batch-size is --data.batch_size.
+
+examples:
+  {prog} fit --config small --data.trace '[trace]' --trainer.default_root_dir runs/mine
+  {prog} fit --config base --data.trace '[trace]' --start-from predictor.ckpt
+"""
+
+if __name__ == "__main__":
+    print_help(HELP, "python -m predictor.train")  # before the imports that take seconds
+
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from predictor.configs import with_paths
 from predictor.training.calibration import calibrate
 from predictor.training.checkpoint import load_checkpoint, read_checkpoint
 from predictor.training.curves import plot_curves
 from predictor.training.data import Split, TraceData
 from predictor.training.module import CHECKPOINT_KEY, RouteModule
 from predictor.training.progress import EpochLines, print_scores, silence_framework
-from routing.cli import friendly_errors
 
 PROG = "python -m predictor.train"
 DEFAULT_ROOT = "runs/predictor"
@@ -161,14 +186,18 @@ def main(args: list[str] | None = None) -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # never unpickle a checkpoint
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     silence_framework()
-    with friendly_errors(PROG):
+    prog = program(PROG)
+    with friendly_errors(prog):
+        words = with_paths(with_underscores(sys.argv[1:] if args is None else args))
+        if args is None:  # Lightning warns where it gets both
+            sys.argv[1:] = words
         TrainCLI(
             RouteModule,
             TraceData,
-            args=args,
+            args=None if args is None else words,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"prog": PROG},
+            parser_kwargs={"prog": prog},
         )
 
 

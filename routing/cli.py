@@ -82,6 +82,16 @@ def program(prog: str) -> str:
     return _called_as[0] if _called_as else prog
 
 
+def print_help(text: str, prog: str) -> None:
+    """Print a help and exit, where the command line asks for one at once or says nothing.
+
+    text: `{prog}` in it becomes the name that the command was called by, by default `prog`.
+    """
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        print(text.format(prog=program(prog)).rstrip())
+        raise SystemExit(0)
+
+
 def with_underscores(words: Sequence[str], names: Collection[str] | None = None) -> list[str]:
     """The words, their options' dashes as underscores: `--max-tokens=5` is `--max_tokens=5`.
 

@@ -131,4 +131,14 @@ def _identity(settings: BatchSettings, digest: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, BatchSettings, prog=PROG)
+    run(
+        main,
+        BatchSettings,
+        prog=PROG,
+        first=("model", "dataset", "out", "predictor", "memory", "max_tokens", "device"),
+        examples=[
+            "--model DIR --predictor predictor.onnx --memory 8GiB --dataset prompts.jsonl "
+            "--out results.jsonl",
+            "--model DIR --dataset prompts.txt --out results.jsonl --max-tokens 256",
+        ],
+    )

@@ -94,4 +94,14 @@ def main(settings: PlanSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, PlanSettings, prog="python -m runtime.plan", positional=["model"])
+    run(
+        main,
+        PlanSettings,
+        prog="python -m runtime.plan",
+        positional=["model"],
+        examples=[
+            "DIR --memory 8GiB",
+            "allenai/OLMoE-1B-7B-0924 --memory 0.25 --measure",
+            "DIR --memory 8GiB --device cuda --context 8192 --batch 4",
+        ],
+    )

@@ -49,4 +49,10 @@ def main(settings: PrepareSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, PrepareSettings, prog="python -m runtime.prepare", positional=["model", "out"])
+    run(
+        main,
+        PrepareSettings,
+        prog="python -m runtime.prepare",
+        positional=["model", "out"],
+        examples=["DIR PREPARED", "PREPARED --verify"],
+    )

@@ -99,4 +99,12 @@ def _documents(reader: TraceReader, settings: SimulateSettings) -> list[Document
 
 
 if __name__ == "__main__":
-    run(main, SimulateSettings, prog="python -m runtime.simulate")
+    run(
+        main,
+        SimulateSettings,
+        prog="python -m runtime.simulate",
+        examples=[
+            "--trace trace --predictor predictor.onnx --plot hits.png",
+            "--trace held-out --predictor predictor.onnx --all --fit-trace trace",
+        ],
+    )

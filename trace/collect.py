@@ -157,4 +157,15 @@ def _in_order(
 
 
 if __name__ == "__main__":
-    run(collect, CollectSettings, prog="python -m trace.collect")
+    run(
+        collect,
+        CollectSettings,
+        prog="python -m trace.collect",
+        first=("model", "dataset", "out", "max_documents", "max_tokens", "generate", "device"),
+        examples=[
+            "--model DIR --dataset text.txt more/ --out trace",
+            "--model allenai/OLMoE-1B-7B-0924 --dataset wikitext:wikitext-103-v1 --out trace "
+            "--max-documents 1000 --device cuda",
+            "--model DIR --dataset prompts.jsonl --out trace --generate 64",
+        ],
+    )

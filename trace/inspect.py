@@ -117,7 +117,14 @@ def _table(first: str, *numbers: str) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. The directory comes first, without `--directory`."""
-    run(inspect, InspectSettings, argv, prog="python -m trace.inspect", positional=["directory"])
+    run(
+        inspect,
+        InspectSettings,
+        argv,
+        prog="python -m trace.inspect",
+        positional=["directory"],
+        examples=["trace", "trace --verify --picture usage.png"],
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routing.cli import run
+from routing.cli import program, run
 from runtime.server.settings import ServerSettings
 
 PROG = "python -m runtime.server"
@@ -20,7 +20,8 @@ def main(settings: ServerSettings) -> None:
         ) from missing
     token = settings.read_token()
     if settings.host not in ("127.0.0.1", "::1", "localhost") and token is None:
-        print(f"{PROG}: anyone who reaches {settings.host} can use this server: no token is asked")
+        who = f"anyone who reaches {settings.host} can use this server"
+        print(f"{program(PROG)}: {who}: no token is asked")
     if settings.replicas:
         from runtime.server.replicas import start
 
@@ -36,4 +37,13 @@ def main(settings: ServerSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, ServerSettings, prog=PROG)
+    run(
+        main,
+        ServerSettings,
+        prog=PROG,
+        first=("model", "predictor", "memory", "device", "host", "port"),
+        examples=[
+            "--model DIR --predictor predictor.onnx --memory 8GiB",
+            "--model DIR --host 0.0.0.0 --port 8080 --token-file token.txt",
+        ],
+    )
