@@ -1,12 +1,12 @@
 """An OpenAI-compatible server over one offloaded model: `python -m runtime.server`.
 
-    settings   what the command line offers
+    settings   the command's options
     app        the routes
     replicas   the same on a Ray cluster
-    wire       requests and answers as OpenAI writes them
+    openai_schema  requests and answers as OpenAI writes them
     logprobs   log-probabilities likewise
-    guard      the bearer token and the limit on a body
-    metrics    what Prometheus reads
+    auth       the bearer token and the limit on a body
+    metrics    counts for Prometheus
 
 Needs the extra `serve`; replicas need `ray`.
 """

@@ -98,7 +98,7 @@ class Handlers:
         answer = Answer(body, self._tokenizer)
         if body.stream:
             events = self._events(answer, asked, body.wants_usage)
-            first = await anext(events)  # so that a refusal is a status, not an event
+            first = await anext(events)  # a refusal is then a status, not an event
             return StreamingResponse(_joined(first, events), media_type="text/event-stream")
         return JSONResponse(answer.whole(await self._all(asked, http)))
 

@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once: checked before anything of a request is read in."""
+"""The guard of the server: a bearer token and a limit on bodies, checked before a body is read."""
 
 from __future__ import annotations
 

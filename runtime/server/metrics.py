@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""Metrics for Prometheus, at /metrics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Metrics:
         )
 
     def observe(self, result: Result) -> None:
-        """Book the latencies of a request that ended."""
+        """Count the latencies of a request that ended."""
         self._latency.observe(result.finished - result.arrived)
         if result.token_ids:
             self._first_token.observe(result.first_token - result.arrived)

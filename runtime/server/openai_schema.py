@@ -22,14 +22,14 @@ Kind = Literal["text_completion", "chat.completion"]
 
 
 class StreamOptions(BaseModel):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
 
 
 class Sampling(BaseModel):
-    """What both kinds of request share."""
+    """Fields that both kinds of request share."""
 
     model_config = ConfigDict(extra="forbid")
     model: str
@@ -132,7 +132,7 @@ class Answer:
         return self._head | {"object": self._kind, "choices": choices, "usage": self.usage(results)}
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a streamed chat says first: who speaks, in each choice."""
+        """The first event of a streamed chat: the speaker of each choice."""
         if self._kind == "text_completion":
             return []
         delta = {"role": "assistant", "content": ""}
@@ -153,7 +153,7 @@ class Answer:
         return self._piece([said | {"logprobs": logprobs}])
 
     def closing(self, results: list[Result]) -> dict[str, Any]:
-        """The usage, for who asked for it."""
+        """The usage, where it was asked for."""
         return self._piece([]) | {"usage": self.usage(results)}
 
     def usage(self, results: list[Result]) -> dict[str, int]:
@@ -178,7 +178,7 @@ class Answer:
         return {"index": index, "delta": {"content": text} if text else {}}
 
     def _logprobs(self, index: int, logprobs: Sequence[Logprob]) -> dict[str, Any] | None:
-        """Of one choice's newest tokens."""
+        """The log-probabilities of one choice's newest tokens."""
         if not logprobs:
             return None
         if self._kind == "chat.completion":

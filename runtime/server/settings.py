@@ -1,4 +1,4 @@
-"""What `python -m runtime.server` can be told."""
+"""The settings of `python -m runtime.server`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
 """Many requests at once: continuous batching over one offloaded model.
 
-request      what is asked, what comes back
-settings     how requests are served together
-feed         engine.serve: requests in, results out; front: the same for asyncio
-loop         one step after the other
-job          a request in flight; sampler, text: its next token, its text
-kv           the key/value cache in rows
-outlook      prediction for each sequence
-scheduler    who is admitted, who decodes: bounds and priorities around an ordering
-ordering     fifo and domain-oracle; predicted, paper
-payoff       when ordering by prediction rests
+request         a request and its result; settings: how requests run together
+serve           `engine.serve`: requests in, results out; async_server: the same for asyncio
+serving_loop    one step after the other
+sequence        a request in flight; sampler: its next token; detokenizer: its text
+validation      prompts as token ids, checked; chat: prompts out of conversations
+model_runner    a step's parts run through the model
+model_settings  settings of commands that serve a model
+scheduling/     who is admitted and who decodes
+batch/          a whole data set
 """

@@ -28,7 +28,7 @@ class AsyncServer:
         within = ServeSettings.within(engine.key_value_storage, **settings)
         self.loop = ServingLoop(engine, tokenizer, within)
         self.failure = ""
-        """Why the steps ended before they should; empty while all is well."""
+        """The error that ended the steps; empty while they run."""
         self._streams: dict[str, asyncio.Queue[Item]] = {}
         self._wake, self._stop = threading.Event(), False
         self._failing = threading.Lock()
@@ -122,7 +122,7 @@ class AsyncServer:
                 while not (self._stop or self.loop.is_idle):
                     self._publish(self.loop.step())
             self._publish(self.loop.cancel_all())
-        except Exception as error:  # whatever a model can raise: every caller must hear of it
+        except Exception as error:  # a model can raise anything, and every caller must hear of it
             with self._failing:
                 self.failure = f"{type(error).__name__}: {error}"
             self._publish(self.loop.fail_all(self.failure))

@@ -1,4 +1,4 @@
-"""Prompts out of conversations."""
+"""Conversations as prompts, through the tokenizer's chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text out of tokens as they come, with stop strings."""
+"""The detokenizer: text out of tokens as they come, with stop strings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"
-"""What a byte-level tokenizer gives for a character whose bytes are not all there."""
+"""The text of a byte-level tokenizer for a character whose bytes are incomplete."""
 
 
 class TextStream:

@@ -1,6 +1,6 @@
 """Model runners: a step's parts run through the model; next tokens and routes come back.
 
-Runner          all parts side by side in one forward pass
+ModelRunner     all parts side by side in one forward pass
 CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after it; or all in one
                 pass where experts are fetched for a prompt anyway
 """
@@ -21,12 +21,13 @@ from runtime.engine.next_tokens import NextTokens
 from runtime.kv.row_cache import RowCache, Span, TokenLayout
 from runtime.prediction.sequence_forecaster import join
 from runtime.serving.sequence import ServedSequence
+from runtime.serving.settings import ServeSettings
 
 Ran = tuple[NextTokens, np.ndarray]
 
 
 class Part(NamedTuple):
-    """What a step runs of one job."""
+    """The part of one sequence that a step runs."""
 
     sequence: ServedSequence
     num_tokens: int
@@ -51,7 +52,7 @@ class ModelRunner:
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         """The next tokens of the parts that complete, and routes [T, L, K] of all tokens.
 
-        renew: brings the outlooks of the parts up to date, where `overlaps`.
+        renew: updates the forecasts of the parts, where `overlaps`.
         """
         return self._pack(parts)
 
@@ -97,7 +98,7 @@ class CapturedRunner(ModelRunner):
         return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
 
     def _captures(self, decoding: Sequence[Part], prompts: Sequence[Part]) -> bool:
-        """A prompt uses nearly every expert: what is fetched for it serves the others too."""
+        """Whether to capture: a prompt uses nearly every expert, and fetches it for the others."""
         if not decoding or not self._rows.fits(len(decoding)):
             return False
         return not (prompts and self._rows.is_starved)
@@ -124,3 +125,19 @@ def _tokens(part: Part) -> list[int]:
 
 def _forecast(parts: Sequence[Part]) -> Forecast | None:
     return join([part.sequence.forecast for part in parts if part.sequence.forecast is not None])
+
+
+def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
+    """A cache of rows for `num_rows` sequences: the engine's own where it has one, as far as it
+    goes. Raises ValueError where that holds less than the settings ask for.
+    """
+    storage = engine.key_value_storage
+    if storage is not None:
+        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
+            if reserved < getattr(settings, name):
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
+                    f"much on a GPU; the model was loaded with {reserved}"
+                )
+        num_rows = min(num_rows, storage.batch)
+    return RowCache(engine.model, num_rows, settings.context, storage)

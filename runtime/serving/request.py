@@ -1,4 +1,4 @@
-"""What is asked of the server and what comes back."""
+"""A request, and what comes back: new text while it runs, and its result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _numbers = itertools.count()
 
 
 class Logprob(NamedTuple):
-    """How likely the model held a token to be: of its own distribution, before any sampling rule.
+    """The log-probability of a token in the model's own distribution, before any sampling rule.
 
     Natural logarithms.
     """
@@ -25,7 +25,7 @@ class Logprob(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """New text of a request: what its streaming callback gets."""
+    """New text of a request, for its streaming callback."""
 
     id: str
     token_id: int
@@ -49,13 +49,15 @@ class Request:
     top_p: float = 1.0
     """Sample among the likeliest tokens of this joint probability."""
     seed: int | None = None
-    """Of this request's own random numbers; the same seed gives the same tokens in any company."""
+    """Seed of the request's own random numbers: the same seed gives the same tokens, whatever runs
+    beside it.
+    """
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these; they are not part of the text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
     logprobs: int | None = None
-    """Report each token's log-probability and those of so many likeliest; None reports nothing."""
+    """Report each token's log-probability and those of so many likeliest tokens; None: neither."""
     priority: int = 0
     """A higher one is served first; the bound on waiting holds for all."""
     label: str = ""
@@ -91,9 +93,9 @@ class Result:
     num_prompt: int
     finish: Finish
     logprobs: tuple[Logprob, ...] = ()
-    """Of each of `token_ids`, where the request asks for them."""
+    """One for each of `token_ids`, where the request asks for them."""
     error: str = ""
-    """Why `finish` is "error"."""
+    """The reason, where `finish` is "error"."""
     arrived: float = float("nan")
     first_token: float = float("nan")
     finished: float = float("nan")

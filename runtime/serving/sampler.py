@@ -1,4 +1,4 @@
-"""The next token of one request, from its own settings and its own random numbers."""
+"""The sampler: one request's next token, by its own settings and random numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sampler:
             raise FloatingPointError(NOT_FINITE)
         if self.greedy:
             return greedy
-        seen: Any = torch.empty(1, 0, dtype=torch.int64)  # which none of the warpers looks at
+        seen: Any = torch.empty(1, 0, dtype=torch.int64)  # no warper looks at NaN
         scores_1V: Any = self._warpers(seen, logits_V[None].float().cpu())
         return int(torch.multinomial(scores_1V.softmax(-1)[0], 1, generator=self._random))
 

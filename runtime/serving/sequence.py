@@ -16,7 +16,7 @@ from runtime.serving.sampler import Sampler, logprob_of
 
 
 class ServedSequence:
-    """What the server knows of one request: tokens, cache row, prediction, waiting so far."""
+    """The state of one request: tokens, cache row, forecast, waiting so far."""
 
     def __init__(
         self, request: Request, prompt_ids: list[int], tokenizer: Any, number: int
@@ -34,14 +34,14 @@ class ServedSequence:
         self.overtaken = 0
         """Later requests that were admitted before this one."""
         self.num_waiting_at_arrival = 1
-        """Requests that waited when this one arrived, with itself and those that came with it."""
+        """Requests waiting when this one arrived, itself and those that came with it included."""
         self.skipped = 0
         """Steps in a row that ran without this sequence."""
         self.routes: list[np.ndarray] = []
         """int64 [T, L, K] of the tokens that ran, step by step, where they are recorded."""
         self.predictor_past: Past | None = None
         self.forecast: SequenceForecast | None = None
-        """What the predictor says of the pending tokens; None without a predictor."""
+        """The forecast for the pending tokens; None without a predictor."""
         self._sampler = Sampler(request)
         self._text = TextStream(tokenizer, request.stop)
         self._logprobs: list[Logprob] = []
@@ -68,7 +68,7 @@ class ServedSequence:
         return len(self.token_ids) - self.num_cached
 
     def forget(self) -> None:
-        """Keep of the prediction what admission asks for; the rest is made anew when admitted."""
+        """Keep the part of the forecast that admission reads; the rest is predicted again later."""
         if self.predictor_past is not None and self.forecast is not None:
             self.predictor_past, self.forecast = None, self.forecast.brief()
 

@@ -37,7 +37,7 @@ def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Resul
 
 
 class IterableSource:
-    """Requests that are there when asked for."""
+    """Requests out of an iterable."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._requests = iter(requests)
@@ -50,7 +50,7 @@ class IterableSource:
 
 
 class QueueSource:
-    """Requests that arrive when they arrive; None ends them."""
+    """Requests out of a queue, which None ends."""
 
     def __init__(self, requests: Queue[Request | None]) -> None:
         self._requests = requests

@@ -1,8 +1,8 @@
-"""The server's loop: one forward pass after the other over whatever is in flight.
+"""The serving loop: one forward pass after the other over all sequences in flight.
 
-A step: take what came in, admit, compose, run (pending tokens of the decoding sequences and chunks
+A step: take arrivals in, admit, compose, run (pending tokens of the decoding sequences and chunks
 of prompts), choose tokens, predict for them. On a GPU the predictions are made while the next step
-runs, whose first layers and whose composition go by what was foreseen a token earlier.
+runs; its composition and first layers go by the forecast of one token earlier.
 
 Who shares a step never decides a token: attention runs for each sequence alone, a token's experts
 are summed in their own order, and sampling has its own random numbers. What is left is rounding, as
@@ -25,12 +25,11 @@ from routing.predictor_file.driver import Past
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
-from runtime.kv.row_cache import RowCache
 from runtime.prediction.sequence_forecaster import (
     SequenceForecast,
     SequenceForecaster,
 )
-from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part
+from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part, open_rows
 from runtime.serving.request import Finish, Request, Result
 from runtime.serving.scheduling.scheduler import build_scheduler
 from runtime.serving.sequence import ServedSequence
@@ -50,7 +49,7 @@ class ServingLoop:
         self._validator = Validator(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor
         if settings.scheduler is None and engine.stats().all_fit:
-            file = None  # nothing will ever be missing: there is nothing to foresee
+            file = None  # no expert will ever be missing, so there is nothing to predict
         self._forecaster = None if file is None else SequenceForecaster(file)
         self.scheduler = build_scheduler(
             settings,
@@ -64,8 +63,8 @@ class ServingLoop:
             if rows is None
             else CapturedRunner(engine, self._cache, rows)
         )
-        self._owed: tuple[list[ServedSequence], np.ndarray] | None = None
-        """Sequences whose last token is still to be predicted for, and the routes before it."""
+        self._unpredicted: tuple[list[ServedSequence], np.ndarray] | None = None
+        """Sequences whose newest token has no forecast yet, and the routes of the token before."""
         self._inbox: SimpleQueue[Request | str] = SimpleQueue()
         self.waiting: list[ServedSequence] = []
         self.active: list[ServedSequence] = []
@@ -91,14 +90,14 @@ class ServingLoop:
 
     @property
     def key_value_bytes(self) -> int:
-        """Of all rows."""
+        """Bytes of all rows."""
         return self._cache.nbytes
 
     def step(self) -> list[Result]:
         """Run one step; returns the requests that ended."""
         start = time.perf_counter()
         results = self._take_inbox()
-        if not (self._runner.overlaps and self.active):  # else while the step runs
+        if not (self._runner.overlaps and self.active):  # else it happens while the step runs
             self._look_ahead()
         missing_K = self._missing_K()
         self._admit(missing_K)
@@ -176,9 +175,9 @@ class ServingLoop:
             for sequence in [sequence for sequence in near if sequence.forecast is None][
                 : self._settings.batch
             ]:
-                self._foresee(sequence)
+                self._read_prompt(sequence)
 
-    def _foresee(self, sequence: ServedSequence) -> None:
+    def _read_prompt(self, sequence: ServedSequence) -> None:
         if self._forecaster is None or sequence.predictor_past is not None:
             return
         with self._engine.stats().timer("predict"):
@@ -194,7 +193,7 @@ class ServingLoop:
         free = self._cache.num_free
         admitted = self.scheduler.admit(self.waiting, self.active, free, missing_K) if free else []
         for sequence in admitted:
-            self._foresee(sequence)
+            self._read_prompt(sequence)
             sequence.row = self._cache.take()
             self.waiting.remove(sequence)
             self.active.append(sequence)
@@ -247,26 +246,26 @@ class ServingLoop:
         return [] if finish is None else [self._end(sequence, finish)]
 
     def _predict(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
-        """Score the predictions for the tokens that ran, and see to those for the chosen ones."""
+        """Score the forecasts of the tokens that ran, and predict for the chosen ones."""
         if self._forecaster is None or not sequences:
             return
         forecasts = [sequence.forecast for sequence in sequences if sequence.forecast is not None]
         self._score(sequences, forecasts, routes_BLK)
         if not self._runner.overlaps:
-            self._foretell(sequences, routes_BLK)
+            self._predict_chosen(sequences, routes_BLK)
             return
-        self._owed = sequences, routes_BLK
+        self._unpredicted = sequences, routes_BLK
         for sequence, forecast in zip(sequences, forecasts, strict=True):
             sequence.forecast = forecast.stale()
 
     def _renew(self) -> None:
-        """Make the predictions that are owed, and some of those that admission will want."""
-        if self._owed is not None:
-            owed, self._owed = self._owed, None
-            self._foretell(*owed)
+        """Make the forecasts that are missing, and some that admission will want."""
+        if self._unpredicted is not None:
+            unpredicted, self._unpredicted = self._unpredicted, None
+            self._predict_chosen(*unpredicted)
         self._look_ahead()
 
-    def _foretell(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
+    def _predict_chosen(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
         assert self._forecaster is not None
         before = [sequence.forecast for sequence in sequences if sequence.forecast is not None]
         pasts = [
@@ -284,7 +283,7 @@ class ServingLoop:
         forecasts: Sequence[SequenceForecast],
         routes_BLK: np.ndarray,
     ) -> None:
-        """Book the recall of the predictions for the tokens that were decoded."""
+        """Count the recall of the forecasts for the tokens that were decoded."""
         decoded = [index for index, sequence in enumerate(sequences) if sequence.num_generated > 1]
         if decoded:
             logits_BLE = np.stack([forecasts[index].logits_LE for index in decoded])
@@ -298,19 +297,3 @@ class ServingLoop:
             tokens_T, routes_TLK = np.array(sequence.token_ids), np.concatenate(sequence.routes)
             self._engine.route_log.add(tokens_T[: len(routes_TLK)], routes_TLK, sequence.num_prompt)
         return sequence.result(finish, error)
-
-
-def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
-    """A cache of rows for `num_rows` sequences: the engine's own where it has one, as far as it
-    goes. Raises ValueError where that holds less than the settings ask for.
-    """
-    storage = engine.key_value_storage
-    if storage is not None:
-        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
-            if reserved < getattr(settings, name):
-                raise ValueError(
-                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
-                    f"much on a GPU; the model was loaded with {reserved}"
-                )
-        num_rows = min(num_rows, storage.batch)
-    return RowCache(engine.model, num_rows, settings.context, storage)

@@ -1,4 +1,4 @@
-"""What a request's prompt is in token ids, and whether it can be served at all."""
+"""Validation of requests: their prompts as token ids, within what can be served."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from runtime.serving.request import Request
 
 
 class Validator(NamedTuple):
-    """What requests must fit."""
+    """The limits of requests."""
 
     tokenizer: Any
     """None where prompts are token ids."""

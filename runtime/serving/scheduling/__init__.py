@@ -1,4 +1,4 @@
-"""Who is admitted and who decodes.
+"""The choice of who is admitted and who decodes.
 
 scheduler  bounds on waiting and priorities around an ordering
 ordering   first come, first served; by true domain

@@ -1,4 +1,4 @@
-"""Prompts that share a step: when to hold admission back for them, and whether that pays.
+"""Bursts: holding admission back so that several prompts share a step, where that pays.
 
 A step with a prompt in it needs nearly every expert, however many prompts it has. With rows to
 spare, waiting for several costs nothing; without, it leaves places in the decode batch empty.
@@ -20,7 +20,7 @@ class StepTimes:
         self._count = self._n = self._s = self._nn = self._ns = 0.0
 
     def add(self, num_sequences: int, seconds: float) -> None:
-        """Book one step."""
+        """Count one step."""
         self._count += 1
         self._n += num_sequences
         self._s += seconds
@@ -61,8 +61,8 @@ class Bursts:
         self._lost += self.times.fixed * max(0, self._batch - num_active) / self._batch
         return True
 
-    def book(self, unused_NK: np.ndarray, weight_K: np.ndarray) -> None:
-        """Book the admission of prompts that each use an expert with 1 - `unused_NK`."""
+    def count(self, unused_NK: np.ndarray, weight_K: np.ndarray) -> None:
+        """Count the admission of prompts that each use an expert with 1 - `unused_NK`."""
         if self._steps_held:
             alone = sum(expected_loads(unused_K[None], weight_K) for unused_K in unused_NK)
             self.payoff.add(alone - expected_loads(unused_NK, weight_K), self._lost)

@@ -17,13 +17,13 @@ from runtime.serving.sequence import ServedSequence
 
 
 class Ordering(ABC):
-    """Chooses jobs. All lists come in the order of arrival."""
+    """Chooses sequences. All lists come in the order of arrival."""
 
     name: ClassVar[str]
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether waiting requests must have an outlook before they can be admitted."""
+        """Whether waiting requests must have a forecast before they can be admitted."""
         return False
 
     def observe(self, num_sequences: int, seconds: float) -> None:  # noqa: B027 - most do not care

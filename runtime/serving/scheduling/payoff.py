@@ -1,4 +1,4 @@
-"""Whether ordering by prediction is worth its own time."""
+"""The payoff of ordering by prediction: the time it saves against the time it takes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Payoff:
         return False
 
     def add(self, saved_loads: float, seconds: float) -> None:
-        """Book one choice."""
+        """Count one choice."""
         self._saved += saved_loads
         self._spent += seconds
         self._choices += 1

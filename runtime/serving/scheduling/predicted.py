@@ -22,8 +22,8 @@ from runtime.serving.sequence import ServedSequence
 class Predicted(Ordering):
     """Least expected loads; first come, first served, and no look at prompts, while that rests.
 
-    Admission groups requests by habit (the mean use of each expert over the prompt), a step is
-    composed by what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
+    Admission groups requests by the mean use of each expert over the prompt; a step is composed by
+    what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
     many wait: nearly every expert crosses the link for a step with prompts in it, so several share
     one.
     """
@@ -60,7 +60,7 @@ class Predicted(Ordering):
         left_K = missing_K * np.prod(
             [_pending(sequence) for sequence in active if sequence.is_ready], axis=0
         )
-        self.bursts.book(np.stack([_pending(sequence) for sequence in admitted]), left_K)
+        self.bursts.count(np.stack([_pending(sequence) for sequence in admitted]), left_K)
         return admitted
 
     def _choose(

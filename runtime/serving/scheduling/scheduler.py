@@ -1,4 +1,4 @@
-"""Who is admitted and who decodes: an ordering within bounds on waiting and priorities.
+"""The scheduler: an ordering of admission and decoding within bounds on waiting and priorities.
 
 Bounds, whatever the ordering and the predictions: of requests that arrived later, at most
 `patience` (or as many as waited when it arrived, if those were fewer) and `rows` more are admitted
@@ -120,7 +120,7 @@ def num_rows(settings: ServeSettings, scheduler: str | None) -> int:
 
 
 def by_priority(sequences: Sequence[ServedSequence], limit: int) -> Iterator[list[ServedSequence]]:
-    """The first `limit` jobs in groups of one priority, the highest first, each by arrival."""
+    """The first `limit` sequences in groups of one priority, the highest first, each by arrival."""
     ranked = sorted(sequences, key=lambda sequence: (-sequence.request.priority, sequence.number))[
         :limit
     ]

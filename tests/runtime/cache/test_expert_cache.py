@@ -37,7 +37,7 @@ def keys_of(layer: int, experts: np.ndarray) -> set[int]:
 
 
 def serve(cache: ExpertCache, layer: int, experts: np.ndarray) -> int:
-    """Serve one call, checking the books after every wave. Returns the number of loads."""
+    """Serve one call, checking the slot table after every wave. Returns the number of loads."""
     before, requested = residents(cache), keys_of(layer, experts)
     served: list[int] = []
     missed: set[int] = set()
@@ -214,7 +214,9 @@ def test_the_lowest_values_are_chosen_and_ties_by_index(
         lambda cache: cache._free.append(int(cache.slot_of_key[0])),
     ],
 )
-def test_check_integrity_notices_damaged_books(damage: Callable[[ExpertCache], None]) -> None:
+def test_check_integrity_notices_a_damaged_slot_table(
+    damage: Callable[[ExpertCache], None],
+) -> None:
     cache = fixed_cache(6)
     call(cache, 0, 1, 2)
     cache.check_integrity()

@@ -1,4 +1,4 @@
-"""Layouts, books and counts of the GPU engine, on the CPU."""
+"""Kernel layouts, the device cache and the counts of the CUDA backend, on the CPU."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_known_activations_are_the_models_own(kind: str) -> None:
     torch.testing.assert_close(ours, own._apply_gate(gate_up))
 
 
-# ---------------------------------------------------------------------- books
+# ---------------------------------------------------------------------- device cache
 
 
 def keys_of(layer: int, *experts: int) -> set[int]:

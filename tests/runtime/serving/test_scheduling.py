@@ -291,7 +291,7 @@ def test_bursts_rest_where_empty_places_cost_more_than_shared_loads_save(
     unused_NK = np.full((2, 1000), 0.1)  # both use nearly all: 810 loads in common
     for _ in range(Bursts.WINDOW):
         assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3)
-        bursts.book(unused_NK, np.ones(1000))
+        bursts.count(unused_NK, np.ones(1000))
     assert bursts.holds_back(num_waiting=9, num_free=1, num_active=3) is not rests
 
 
@@ -399,7 +399,7 @@ def test_a_scheduler_that_needs_predictions_is_refused_without(name: str) -> Non
 def test_sequences_side_by_side_are_predicted_as_each_alone(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], steps: int, seed: int
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "outlook.onnx"
+    path = tmp_path_factory.getbasetemp() / "forecast.onnx"
     if not path.exists():
         write_predictor(path, TOPOLOGY, window=6)
     file = open_predictor(path)
