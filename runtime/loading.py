@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from runtime.weights.source import Source, from_module, from_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from runtime.offloaded_model import OffloadedModel
+
 
 HOSTS = ("file", "memory")
 
@@ -51,7 +53,7 @@ def load(
     compile: bool | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
-) -> Any:
+) -> OffloadedModel:
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
     model: a checkpoint directory, a hub id, or a model in memory (changed in place, until
@@ -108,7 +110,7 @@ def load(
         return offload_on_gpu(source, budget, target, chosen, options, forecaster, route_log)
     backend = CpuBackend(source, slot_budget(budget, source), target, chosen)
     Engine(source, backend, forecaster, route_log, target)
-    return source.model
+    return cast("OffloadedModel", source.model)
 
 
 def offload_on_gpu(
@@ -119,7 +121,7 @@ def offload_on_gpu(
     options: CudaOptions,
     forecaster: Forecaster | None = None,
     route_log: RouteLog | None = None,
-) -> Any:
+) -> OffloadedModel:
     """Attach an engine with the CUDA backend to the model of `source`, and return the model."""
     from runtime.cuda.backend import CudaBackend
     from runtime.cuda.device_budget import device_budget
@@ -127,7 +129,7 @@ def offload_on_gpu(
     budget = device_budget(source, memory, context=options.context, batch=options.batch)
     backend = CudaBackend(source, budget, device, policy, options, forecaster, route_log)
     Engine(source, backend, forecaster, route_log, device)
-    return source.model
+    return cast("OffloadedModel", source.model)
 
 
 def _cuda_options(given: dict[str, Any], device: torch.device) -> CudaOptions:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers import GenerationMixin, PreTrainedModel
 
 from runtime.engine.engine import Engine
@@ -14,3 +17,5 @@ class OffloadedModel(PreTrainedModel, GenerationMixin):
     """
 
     expertflow: Engine
+    generate: Callable[..., Any]
+    """`GenerationMixin.generate`, whose own annotations fit no single model class."""

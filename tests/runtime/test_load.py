@@ -102,7 +102,7 @@ def test_a_number_that_lacks_its_unit_is_asked_about(memory: Any, question: str)
 
 @pytest.mark.parametrize(("memory", "slots"), [(1.0, 32), (0.5, 16), (0.26, 8), (0.0625, 2)])
 def test_a_fraction_counts_experts(memory: float, slots: int) -> None:
-    model = runtime.load(tiny_model("olmoe"), memory=memory)
+    model: Any = runtime.load(tiny_model("olmoe"), memory=memory)
     assert model.expertflow.stats().num_slots == slots
     sizes = [len(pool.arena.tensors["down_proj"]) for pool in model.expertflow._backend.pools]
     assert sizes == [slots] * 4
@@ -121,7 +121,7 @@ def test_bytes_pay_for_the_other_weights_first() -> None:
 def test_the_other_weights_are_counted_from_a_directory_as_from_memory(
     tiny_directory: Directory,
 ) -> None:
-    model = runtime.load(tiny_directory("olmoe"), memory=0.5)
+    model: Any = runtime.load(tiny_directory("olmoe"), memory=0.5)
     assert model.expertflow._backend.pools[0].arena.num_slots == 16
     in_memory = from_module(tiny_model("olmoe"), None).fixed_bytes
     held = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -287,7 +287,7 @@ def test_a_number_format_that_is_none_is_refused(dtype: str, tiny_directory: Dir
 
 
 def test_the_number_format_can_be_chosen(tiny_directory: Directory) -> None:
-    model = runtime.load(tiny_directory("olmoe"), dtype=torch.bfloat16)
+    model: Any = runtime.load(tiny_directory("olmoe"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.expertflow._backend.pools[0].arena.tensors["down_proj"].dtype == torch.bfloat16
 

@@ -208,7 +208,7 @@ def test_moe_16x64_generates_the_stock_models_tokens_bit_identically(
     stock = trained[dtype].generate(**options)
     seen = []
     for size, policy in ((1.0, "lru"), (0.25, "lru"), (0.25, "lfu"), (8 / 1024, "lru")):
-        model = runtime.load(MOE_16X64, memory=size, policy=policy, dtype=dtype)
+        model: Any = runtime.load(MOE_16X64, memory=size, policy=policy, dtype=dtype)
         ours = model.generate(**options)
         assert torch.equal(ours.sequences, stock.sequences)
         seen.append(torch.stack(ours.logits))
