@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from numbers import Integral, Real
+from typing import Any, Literal, NamedTuple, Self
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -52,8 +54,8 @@ class Request:
     """Seed of the request's own random numbers: the same seed gives the same tokens, whatever runs
     beside it.
     """
-    stop: tuple[str, ...] = ()
-    """Generation ends before the first of these; they are not part of the text."""
+    stop: str | Sequence[str] = ()
+    """A stop string or several: generation ends before the first, which is no part of the text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
     logprobs: int | None = None
@@ -68,6 +70,9 @@ class Request:
     """Called after each token, in the thread that runs the steps."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check_types()
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: generate at least 1 token")
         if not 0.0 <= self.temperature < float("inf"):
@@ -80,6 +85,22 @@ class Request:
             raise ValueError(f"logprobs={self.logprobs} is negative; 0 is the chosen token's alone")
         if any(not text for text in self.stop):
             raise ValueError("an empty stop string would end every request at once")
+
+    def _check_types(self) -> None:
+        """Raise ValueError for a field that is no number or no text where it should be one."""
+        if not isinstance(self.stop, list | tuple) or not all(
+            isinstance(text, str) for text in self.stop
+        ):
+            raise ValueError(f"stop={self.stop!r} is neither text nor a list of texts")
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "priority"):
+            value: Any = getattr(self, name)
+            optional = value is None and name in ("seed", "logprobs")
+            if not optional and (type(value) is bool or not isinstance(value, Integral)):
+                raise ValueError(f"{name}={value!r} is not a whole number")
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if type(value) is bool or not isinstance(value, Real):
+                raise ValueError(f"{name}={value!r} is not a number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +120,13 @@ class Result:
     arrived: float = float("nan")
     first_token: float = float("nan")
     finished: float = float("nan")
+
+    @classmethod
+    def refusing(cls, request: Request, error: Exception) -> Self:
+        """The end of a request that could not be taken in."""
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        now = time.perf_counter()
+        return cls(
+            id=request.id, text="", token_ids=(), num_prompt=0, finish="error", error=reason,
+            arrived=now, finished=now,
+        )  # fmt: skip

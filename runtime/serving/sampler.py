@@ -29,11 +29,11 @@ class Sampler:
             self._random.manual_seed(request.seed % 2**63)
         self._warpers = LogitsProcessorList()
         if not self.greedy:
-            self._warpers.append(TemperatureLogitsWarper(request.temperature))
+            self._warpers.append(TemperatureLogitsWarper(float(request.temperature)))
         if request.top_k:
-            self._warpers.append(TopKLogitsWarper(request.top_k))
+            self._warpers.append(TopKLogitsWarper(int(request.top_k)))
         if request.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(request.top_p))
+            self._warpers.append(TopPLogitsWarper(float(request.top_p)))
 
     def choose(self, greedy: int, logits_V: Tensor) -> int:
         """A token id. greedy: the most likely, -1 for none. logits_V: float [V].

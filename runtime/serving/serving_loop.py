@@ -154,15 +154,16 @@ class ServingLoop:
         return results
 
     def _arrive(self, request: Request) -> list[Result]:
-        """Queue a request; a bad one ends here."""
+        """Queue a request; a bad one ends here, whatever it makes a library raise."""
         tokenizer, number = self._validator.tokenizer, self._num_arrived
         try:
             if any(request.id == sequence.request.id for sequence in (*self.waiting, *self.active)):
                 raise ValueError(f"a request with the id {request.id!r} is in flight already")
             prompt_ids = self._validator.encode(request)
-        except ValueError as error:
-            return [ServedSequence(request, [], tokenizer, number).result("error", str(error))]
-        self.waiting.append(ServedSequence(request, prompt_ids, tokenizer, number))
+            sequence = ServedSequence(request, prompt_ids, tokenizer, number)
+        except Exception as error:
+            return [Result.refusing(request, error)]
+        self.waiting.append(sequence)
         self._num_arrived += 1
         return []
 

@@ -19,9 +19,7 @@ class Validator(NamedTuple):
         """The prompt's token ids. Raises ValueError for a request that cannot be served."""
         if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
             raise ValueError("text prompts and stop strings need serve(..., tokenizer=)")
-        prompt = request.prompt
-        ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else map(int, prompt)
-        ids = list(ids)
+        ids = self._ids(request.prompt)
         if not ids:
             raise ValueError("the prompt is empty")
         if not all(0 <= i < self.vocab_size for i in ids):
@@ -32,3 +30,14 @@ class Validator(NamedTuple):
                 f"of {self.context} tokens"
             )
         return ids
+
+    def _ids(self, prompt: Any) -> list[int]:
+        try:
+            if isinstance(prompt, str):
+                return list(self.tokenizer(prompt).input_ids)
+            return [int(token) for token in prompt]
+        except (TypeError, ValueError, OverflowError) as error:  # a tokenizer raises several kinds
+            shown = f"{prompt!r:.60}"
+            raise ValueError(
+                f"the prompt {shown} is neither text that can be encoded nor token ids ({error})"
+            ) from error

@@ -390,3 +390,70 @@ def test_steps_of_others_touch_no_byte_of_a_parked_sequence(engine: Engine) -> N
 def _row(loop: ServingLoop, row: int) -> tuple[int, torch.Tensor]:
     keys: torch.Tensor = getattr(loop._cache.layers[1], "keys")  # noqa: B009 - not on every layer
     return keys[row].data_ptr(), keys[row].clone()
+
+
+# ---------------------------------------------------------------------- one among others
+
+
+BAD_PROMPTS: list[Any] = ["\ud800", "a\udfffb", None, 5, ["x"], [1.5, None], [2**70], [-1], ""]
+
+
+@pytest.mark.parametrize("prompt", BAD_PROMPTS, ids=repr)
+def test_a_prompt_that_cannot_be_encoded_ends_its_own_request_only(
+    prompt: Any, tmp_path: Path
+) -> None:
+    model: Any = tiny_model("olmoe")
+    good = [Request(id=str(i), prompt=p, max_tokens=4) for i, p in enumerate(prompts(7, 2))]
+    alone = {r.id: greedy(model, r.prompt, 4) for r in good}  # type: ignore[arg-type]
+    asked = [good[0], Request(id="bad", prompt=prompt, max_tokens=4), good[1]]
+    with offloaded(model, tmp_path, memory=0.5) as engine:
+        served = by_id(engine.serve(asked, tokenizer=tiny_tokenizer(), **SMALL))
+    assert served["bad"].finish == "error" and "prompt" in served["bad"].error
+    assert {id: served[id].token_ids for id in alone} == alone
+
+
+class Breaking:
+    """A tokenizer that raises what nobody expects of one."""
+
+    def __call__(self, text: str) -> Any:
+        raise KeyError(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tiny_tokenizer(), name)
+
+
+def test_an_unforeseen_error_of_a_tokenizer_ends_its_own_request_only(tmp_path: Path) -> None:
+    model: Any = tiny_model("olmoe")
+    good = Request(id="good", prompt=[3, 4], max_tokens=4)
+    alone = greedy(model, good.prompt, 4)  # type: ignore[arg-type]
+    with offloaded(model, tmp_path, memory=0.5) as engine:
+        asked = [Request(id="bad", prompt="text"), good]
+        served = by_id(engine.serve(asked, tokenizer=Breaking(), **SMALL))
+    assert served["bad"].error == "KeyError: 'text'"
+    assert served["good"].token_ids == alone
+
+
+def test_whole_numbers_will_do_where_fractions_are_meant(tmp_path: Path) -> None:
+    with offloaded(tiny_model("olmoe"), tmp_path, memory=0.5) as engine:
+        whole = Request(id="whole", prompt=[3, 4], max_tokens=4, temperature=1, top_p=1, seed=7)
+        exact = Request(id="exact", prompt=[3, 4], max_tokens=4, temperature=1.0, seed=7)
+        served = by_id(engine.serve([whole, exact], **SMALL))
+    assert served["whole"].finish != "error"
+    assert served["whole"].token_ids == served["exact"].token_ids
+
+
+def test_a_stop_string_by_itself_is_one_stop_string() -> None:
+    assert Request(prompt=[1], stop="the").stop == ("the",)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", 5), ("stop", [5]), ("temperature", "hot"), ("temperature", None),
+        ("temperature", float("nan")), ("top_p", True), ("max_tokens", 1.5), ("max_tokens", "9"),
+        ("seed", "x"), ("top_k", None), ("logprobs", 1.5), ("priority", "first"),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_wrong_kind_is_refused_by_its_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}="):
+        Request(prompt=[1], **{field: value})
