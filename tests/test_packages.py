@@ -139,7 +139,8 @@ def test_the_wheel_carries_every_file_of_the_packages_and_no_other(wheel):
     files = (path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file())
     sources = {path.relative_to(ROOT) for path in files if path.parent.name != "__pycache__"}
     expected = {f"expertflow/{path.as_posix()}" for path in sources}
-    expected |= {"expertflow/__init__.py", "expertflow.pth", "expertflow.start"}
+    expected |= {"expertflow/__init__.py", "expertflow/py.typed"}
+    expected |= {"expertflow.pth", "expertflow.start"}
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if ".dist-info/" not in name} == expected
 

@@ -102,8 +102,8 @@ def test_the_next_steps_are_three_commands(capsys: pytest.CaptureFixture[str]) -
     print_next_steps()
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= WIDTH
-    commands = [line.split()[2] for line in lines if line.strip().startswith("python -m")]
-    assert commands == ["trace.collect", "predictor.train", "predictor.export"]
+    commands = [line.split()[1] for line in lines if line.strip().startswith("expertflow ")]
+    assert commands == ["trace", "train", "export"]
 
 
 def test_a_prompt_of_every_domain_is_held_back_from_the_trace(tmp_path: Path) -> None:
