@@ -66,14 +66,15 @@ def main(settings: AgreementSettings) -> None:
         "settings": settings_json(settings),
     }
     print_facts(facts)
+    on_gpu = settings.device.startswith("cuda")
     model = runtime.load(
         settings.model,
         settings.predictor,
         memory=settings.memory,
         dtype=settings.dtype,
         device=settings.device,
-        context=settings.prompt_tokens[1] + settings.output_tokens[1],
-        batch=settings.rows,
+        context=settings.prompt_tokens[1] + settings.output_tokens[1] if on_gpu else None,
+        batch=settings.rows if on_gpu else None,
     )
     with model.expertflow as engine:
         one = vars(settings.serve_settings(ServingArm.parse("fifo"))) | {"batch": 1, "rows": 1}

@@ -133,8 +133,8 @@ def serve(
         memory=share,
         policy=arm.policy,
         device=subject.device,
-        context=options.context,
-        batch=rows,
+        context=options.context if on_gpu else None,
+        batch=rows if on_gpu else None,
     ).expertflow
     with engine, replay.installed():
         replayed_run(settings, engine, requests[: 4 * settings.batch], arm, residency, replay)

@@ -151,11 +151,10 @@ class Subject:
             "memory": self.memory(arm.residency),
             "policy": None if arm.policy == NO_CACHE else arm.policy,
             "device": self.device,
-            "context": context,
-            "batch": arm.batch,
-            "prefetch": arm.prefetch,
-            "compile": arm.compile,
         }
+        if self.device.type == "cuda":
+            options |= {"context": context, "batch": arm.batch}
+            options |= {"prefetch": arm.prefetch, "compile": arm.compile}
         if arm.policy == "belady":
             if not self.replays:
                 raise ValueError("belady needs a trace: the future is not known otherwise")
