@@ -129,15 +129,9 @@ def _forecast(parts: Sequence[Part]) -> Forecast | None:
 
 def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:
     """A cache of rows for `num_rows` sequences: the engine's own where it has one, as far as it
-    goes. Raises ValueError where that holds less than the settings ask for.
+    goes. settings: fitting that one.
     """
     storage = engine.key_value_storage
     if storage is not None:
-        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
-            if reserved < getattr(settings, name):
-                raise ValueError(
-                    f"{name}={getattr(settings, name)} needs runtime.load(..., {name}=...) of as "
-                    f"much on a GPU; the model was loaded with {reserved}"
-                )
         num_rows = min(num_rows, storage.batch)
     return RowCache(engine.model, num_rows, settings.context, storage)

@@ -25,10 +25,7 @@ from routing.predictor_file.driver import Past
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
-from runtime.prediction.sequence_forecaster import (
-    SequenceForecast,
-    SequenceForecaster,
-)
+from runtime.prediction.sequence_forecaster import SequenceForecast, SequenceForecaster
 from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part, open_rows
 from runtime.serving.request import Finish, Request, Result
 from runtime.serving.scheduling.scheduler import build_scheduler
@@ -45,6 +42,7 @@ class ServingLoop:
             raise ValueError(
                 "serving does not handle encoder-decoder models yet; use model.generate"
             )
+        settings = settings.fitting(engine.key_value_storage)
         self._engine, self._settings = engine, settings
         self._validator = Validator(tokenizer, engine.topology.vocab_size, settings.context)
         file = engine.predictor

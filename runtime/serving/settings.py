@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -74,6 +74,22 @@ class ServeSettings:
         reserved = {"batch": storage.batch, "context": storage.context} | given
         reserved.setdefault("rows", max(cls.rows, reserved["batch"]))
         return cls(**reserved)
+
+    def fitting(self, storage: Storage | None) -> Self:
+        """These settings with no more rows than an engine's key/value cache holds, if it has one.
+
+        Raises ValueError where `batch` or `context` is larger than what was reserved.
+        """
+        if storage is None:
+            return self
+        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
+            if reserved < getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs runtime.load(..., {name}=...) of as "
+                    f"much on a GPU; the model was loaded with {reserved}"
+                )
+        rows = min(self.rows, storage.batch)
+        return replace(self, rows=rows, burst=self.burst and min(self.burst, rows))
 
     @property
     def num_burst(self) -> int:

@@ -54,8 +54,8 @@ class Bursts:
         self._steps_held, self._lost = 0, 0.0
 
     def holds_back(self, num_waiting: int, num_free: int, num_active: int) -> bool:
-        """Whether to admit nobody in this step."""
-        if num_free >= min(self._size, num_waiting) or self.payoff.rests():
+        """Whether to admit nobody in this step. Without sequences in flight no row comes free."""
+        if num_active == 0 or num_free >= min(self._size, num_waiting) or self.payoff.rests():
             return False
         self._steps_held += 1
         self._lost += self.times.fixed * max(0, self._batch - num_active) / self._batch

@@ -268,6 +268,21 @@ def test_serving_takes_what_was_reserved_where_nothing_is_said(options: dict[str
     assert {id: result.token_ids for id, result in served.items()} == alone
 
 
+@pytest.mark.parametrize(
+    ("batch", "asked"), [(1, {}), (2, {}), (4, {"batch": 2, "rows": 32}), (3, {"burst": 20})]
+)
+def test_a_burst_never_waits_for_more_rows_than_were_reserved(
+    batch: int, asked: dict[str, int], tmp_path: Path
+) -> None:
+    engine = load(tiny_model("olmoe"), tmp_path, memory=0.5, batch=batch)
+    settings = ServeSettings.within(engine.key_value_storage, scheduler="predicted", **asked)
+    loop = ServingLoop(engine, None, settings)
+    for request in requests(12):
+        loop.submit(request)
+    ended = [result for _ in range(60) for result in loop.step()]
+    assert len(ended) == 12
+
+
 def test_no_more_rows_are_used_than_were_reserved() -> None:
     engine = load(tiny_model("olmoe"), batch=2)
     assert len(list(engine.serve(requests(3), **SMALL | {"rows": 30}))) == 3

@@ -279,6 +279,7 @@ def test_prompts_wait_for_each_other_and_a_lone_one_for_nobody() -> None:
     assert bursts.holds_back(num_waiting=5, num_free=2, num_active=2)
     assert not bursts.holds_back(num_waiting=5, num_free=3, num_active=1)
     assert not bursts.holds_back(num_waiting=1, num_free=1, num_active=3)
+    assert not bursts.holds_back(num_waiting=5, num_free=2, num_active=0), "no row would come free"
 
 
 @pytest.mark.parametrize(("seconds_per_load", "rests"), [(1e-3, False), (1e-5, True)])
