@@ -46,15 +46,23 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from predictor.configs import with_paths
 from predictor.training.calibration import calibrate
-from predictor.training.checkpoint import load_checkpoint, read_checkpoint
+from predictor.training.checkpoint import (
+    earlier_rows,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    require_resumable,
+    require_same,
+)
 from predictor.training.curves import plot_curves
 from predictor.training.data import Split, TraceData
 from predictor.training.module import CHECKPOINT_KEY, RouteModule
 from predictor.training.progress import EpochLines, print_scores, silence_framework
+from predictor.training.resumption import ResumedLogger
 
 PROG = "python -m predictor.train"
 DEFAULT_ROOT = "runs/predictor"
@@ -88,11 +96,15 @@ class TrainCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a checkpoint of another program before Lightning opens it."""
+        """Find the checkpoint to go on from, and refuse one of another program."""
         super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path:
-            read_checkpoint(Path(path))
+        config = self.config[self.config.subcommand]
+        if name := config.get("ckpt_path"):
+            root = Path(config["trainer"].get("default_root_dir") or DEFAULT_ROOT)
+            folder = config.get("checkpoint", {}).get("dirpath") or root / "checkpoints"
+            path = find_checkpoint(str(name), Path(folder))
+            read_checkpoint(path)
+            config["ckpt_path"] = str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with the project's logs and lines in place of Lightning's progress bar."""
@@ -103,9 +115,14 @@ class TrainCLI(LightningCLI):
         chosen = trainer.get("callbacks") or []
         lines = EpochLines(status=trainer.get("enable_progress_bar") is not False)
         kwargs["callbacks"] = [*(chosen if isinstance(chosen, list) else [chosen]), lines]
+        resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
+        rows, first_step = [], None
+        if resumed:
+            rows = earlier_rows(Path(resumed))
+            first_step = int(read_checkpoint(Path(resumed)).get("global_step", 0))
         kwargs["logger"] = [
-            CSVLogger(root, name="", version=""),
-            TensorBoardLogger(root, name="", version="tensorboard"),
+            ResumedLogger(root, rows),
+            TensorBoardLogger(root, name="", version="tensorboard", purge_step=first_step),
         ]
         return super().instantiate_trainer(**kwargs)
 
@@ -152,25 +169,6 @@ def start_from(path: Path, module: RouteModule) -> None:
     require_same(path, json.loads(read_checkpoint(path)[CHECKPOINT_KEY]), module.describe())
     module.predictor.load_state_dict(trained.predictor.state_dict())
     module.provenance["started_from"] = trained.provenance
-
-
-def require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise ValueError unless both descriptions are of the same predictor of the same model."""
-    for key in ("kind", "topology", "stack", "window", "horizon", "settings"):
-        if json.loads(json.dumps(here[key])) != there[key]:
-            raise ValueError(
-                f"{path} does not fit: its {key} is {there[key]}, here it is {here[key]}"
-            )
-
-
-def require_resumable(path: Path, here: dict[str, Any]) -> None:
-    """Raise ValueError unless the checkpoint is of the predictor `here` and has its optimizer."""
-    checkpoint = read_checkpoint(path)
-    require_same(path, json.loads(checkpoint[CHECKPOINT_KEY]), here)
-    if "optimizer_states" not in checkpoint:
-        raise ValueError(
-            f"{path} holds weights only and cannot be resumed; name the run's checkpoints/last.ckpt"
-        )
 
 
 def _summary(report: dict[str, Any]) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """Reading checkpoints of `predictor.train`, without unpickling anything but tensors."""
 
+import csv
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from predictor.networks.interface import RoutePredictor
 from predictor.networks.windows import PredictorShape
 from predictor.training.module import CHECKPOINT_KEY, settings_of
+from predictor.training.resumption import LOG_ROWS, METRICS
 from routing.topology import Topology
 
 PREFIX = "predictor."
@@ -63,6 +66,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
+        _require_intact(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise anything
         reason = str(error).partition("\n")[0]
@@ -74,6 +78,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _require_intact(path: Path) -> None:
+    """Raise ValueError where a record does not match its checksum; torch.load does not look."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} does not match its checksum")
+
+
 def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The predictor's own entries among those of the training module."""
     return {
@@ -81,3 +93,50 @@ def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in state.items()
         if name.startswith(PREFIX)
     }
+
+
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The file of `--ckpt_path`: a path, or "last" for the newest last.ckpt in `folder`.
+
+    Raises ValueError where there is none.
+    """
+    if name in ("best", "hpc", "registry"):
+        raise ValueError(f"--ckpt_path {name} is not known here: name a file, or last")
+    if name != "last":
+        return Path(name)
+    found = sorted(folder.glob("last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(
+            f"--ckpt_path last: {folder} holds no last.ckpt; name the run with "
+            "--trainer.default_root_dir, or start without --ckpt_path"
+        )
+    return found[-1]
+
+
+def earlier_rows(checkpoint: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv that the run of a checkpoint had written before it."""
+    count = int(read_checkpoint(checkpoint).get(LOG_ROWS, 0))
+    path = checkpoint.parent.parent / METRICS
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))[:count]
+
+
+def require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise ValueError unless both descriptions are of the same predictor of the same model."""
+    for key in ("kind", "topology", "stack", "window", "horizon", "settings"):
+        if json.loads(json.dumps(here[key])) != there[key]:
+            raise ValueError(
+                f"{path} does not fit: its {key} is {there[key]}, here it is {here[key]}"
+            )
+
+
+def require_resumable(path: Path, here: dict[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint is of the predictor `here` and has its optimizer."""
+    checkpoint = read_checkpoint(path)
+    require_same(path, json.loads(checkpoint[CHECKPOINT_KEY]), here)
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{path} holds weights only and cannot be resumed; name the run's checkpoints/last.ckpt"
+        )

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from predictor.networks.windows import PredictorShape, Windows
+from predictor.training.resumption import place_in_data
 from predictor.training.rows import Documents, Rows
 from routing.shards import Document, TraceReader
 
@@ -82,6 +83,7 @@ class TraceData(L.LightningDataModule):
             self.readers[0].topology, stack, window=window, horizon=horizon
         )
         self._indices = self._split()
+        self._place = (0, 0)
 
     def _split(self) -> dict[Split, list[tuple[int, int]]]:
         splits: dict[Split, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
@@ -115,6 +117,7 @@ class TraceData(L.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
+            place=self._place if split == "train" else (0, 0),
         )
         workers = self.num_workers if split == "train" else 0
         return DataLoader(
@@ -124,6 +127,16 @@ class TraceData(L.LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """The place in the training data, for a checkpoint."""
+        assert self.trainer is not None
+        return {"place": list(place_in_data(self.trainer))}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Go on at the place of a checkpoint."""
+        passes, batches = state["place"]
+        self._place = (passes, batches)
 
     def train_dataloader(self) -> DataLoader[Windows]:
         """Batches of the training split, in a new order at every pass."""

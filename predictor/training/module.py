@@ -19,6 +19,7 @@ from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.embedding import read_embedding
 from predictor.training.metrics import means, route_metrics
 from predictor.training.optimizer import Muon
+from predictor.training.resumption import SEED_KEY, note_log_rows, seed_step
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
 
@@ -79,6 +80,7 @@ class RouteModule(L.LightningModule):
         self.metrics = torch.nn.ModuleDict(
             {f"{head}_{known}": route_metrics(self.stack) for head in HEADS for known in HISTORIES}
         )
+        self._seed = torch.initial_seed()
         self.report: dict[str, Any] = {}
         """Held-out metrics of each layer, filled in by validation and test."""
         self.provenance: dict[str, Any] = {}
@@ -91,11 +93,33 @@ class RouteModule(L.LightningModule):
 
     # ---------------------------------------------------------------- steps
 
+    def on_train_batch_start(self, batch: Windows, batch_idx: int) -> None:
+        """Make the random numbers of a step independent of the steps before it."""
+        seed_step(self._seed, self.trainer.global_rank, self.current_epoch, batch_idx)
+
     def training_step(self, batch: Windows, batch_idx: int) -> Tensor:
         """The loss of a batch with some of its history hidden."""
         losses_J = self._train_losses(batch)
-        self._log_losses("train", losses_J, len(batch.token_ids_BT))
-        return total_loss(losses_J)
+        loss = total_loss(losses_J)
+        self.log("train/loss", loss, logger=False, batch_size=len(batch.token_ids_BT))
+        if self._steps_with(batch_idx) and (self.global_step + 1) % self._log_interval == 0:
+            self._write_losses(losses_J)
+        return loss
+
+    def _steps_with(self, batch_idx: int) -> bool:
+        """Whether the optimizer steps after this batch."""
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+
+    @property
+    def _log_interval(self) -> int:
+        """Steps between two rows of the log."""
+        return max(1, int(self.trainer.log_every_n_steps))  # type: ignore[attr-defined]
+
+    def _write_losses(self, losses_J: Tensor) -> None:
+        """Write a row of the log at once, so that a checkpoint of this step comes after it."""
+        row = {name: float(loss) for name, loss in _named_losses("train", losses_J).items()}
+        for logger in self.loggers:
+            logger.log_metrics(row | {"epoch": self.current_epoch}, step=self.global_step)
 
     def _losses_of(self, batch: Windows) -> Tensor:
         routes_BTLK = hide_routes(batch.routes_BTLK, self.hide_history)
@@ -169,8 +193,7 @@ class RouteModule(L.LightningModule):
         self.log(f"{stage}/recall", recall, prog_bar=True)
 
     def _log_losses(self, stage: str, losses_J: Tensor, batch_size: int) -> None:
-        named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
-        self.log_dict(named | {f"{stage}/loss": total_loss(losses_J)}, batch_size=batch_size)
+        self.log_dict(_named_losses(stage, losses_J), batch_size=batch_size)
 
     # ---------------------------------------------------------------- optimiser, checkpoint
 
@@ -199,6 +222,12 @@ class RouteModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilding the predictor needs, as JSON: no pickled classes."""
         checkpoint[CHECKPOINT_KEY] = json.dumps(self.describe())
+        checkpoint[SEED_KEY] = self._seed
+        note_log_rows(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the seed of the run."""
+        self._seed = int(checkpoint.get(SEED_KEY, self._seed))
 
     def describe(self) -> dict[str, Any]:
         """The description of the predictor that a checkpoint holds."""
@@ -213,6 +242,12 @@ class RouteModule(L.LightningModule):
             "metrics": self.report,
             "provenance": self.provenance,
         }
+
+
+def _named_losses(stage: str, losses_J: Tensor) -> dict[str, Tensor]:
+    """The losses of the heads and their weighted sum, by their names in the log."""
+    named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
+    return named | {f"{stage}/loss": total_loss(losses_J)}
 
 
 def total_loss(losses_J: Tensor) -> Tensor:

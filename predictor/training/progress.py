@@ -23,6 +23,7 @@ NOISE = (
     ".*Previous log files in this directory will be deleted.*",
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*smaller than the logging interval.*",
+    ".*your dataloader is not resumable.*",  # the data module is
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
 )
 """Warnings of Lightning that no user of this command can act on."""

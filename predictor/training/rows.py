@@ -61,14 +61,16 @@ class Rows(IterableDataset[Windows]):
         batch_size: int,
         shuffle: bool,
         seed: int,
+        place: tuple[int, int] = (0, 0),
     ) -> None:
+        """place: passes that are over, and batches taken of the first to come."""
         self.documents = documents
         self.shape = shape
         self.row_tokens = row_tokens
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self._passes = 0
+        self._passes, self._taken = place
 
     def __len__(self) -> int:
         """Batches of a pass. A shuffled pass drops an incomplete batch that is not its only one."""
@@ -83,7 +85,8 @@ class Rows(IterableDataset[Windows]):
         order = generator.permutation(len(rows)) if self.shuffle else np.arange(len(rows))
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for batch in range(first, len(self), stride):
+        taken, self._taken = self._taken, 0
+        for batch in range(taken + first, len(self), stride):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self.stack([rows[row] for row in chosen])
 
