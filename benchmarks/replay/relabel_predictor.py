@@ -14,6 +14,7 @@ from pathlib import Path
 
 from routing.cli import run
 from routing.inspect_model import topology_of
+from routing.predictor_file.checksum import CHECKSUM_KEY, UNSTAMPED, stamp
 from routing.predictor_file.format import METADATA_KEY
 from routing.topology import Stack, Topology
 
@@ -48,7 +49,8 @@ def relabel_predictor(predictor: Path, topology: Topology, into: Path) -> Path:
     if not predictor.is_file():
         raise ValueError(f"there is no predictor at {predictor}")
     model = onnx.load(predictor)
-    entry = next((e for e in model.metadata_props if e.key == METADATA_KEY), None)
+    entries = {entry.key: entry for entry in model.metadata_props}
+    entry = entries.get(METADATA_KEY)
     if entry is None:
         raise ValueError(f"{predictor} is an ONNX file, but not one that predictor.export wrote")
     metadata = json.loads(entry.value)
@@ -58,7 +60,11 @@ def relabel_predictor(predictor: Path, topology: Topology, into: Path) -> Path:
     metadata["topology"] = topology.to_json()
     entry.value = json.dumps(metadata)
     into.parent.mkdir(parents=True, exist_ok=True)
+    if CHECKSUM_KEY in entries:
+        entries[CHECKSUM_KEY].value = UNSTAMPED
     onnx.save(model, into)
+    if CHECKSUM_KEY in entries:
+        stamp(into)
     return into
 
 

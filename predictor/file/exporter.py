@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from predictor.file.quantization import quantize
 from predictor.training.checkpoint import Trained
+from routing.predictor_file.checksum import CHECKSUM_KEY, UNSTAMPED, stamp
 from routing.predictor_file.format import HEADS, METADATA_KEY, SCHEMA
 
 OPSET = 20
@@ -50,7 +51,9 @@ def write_graph(trained: Trained, path: Path) -> None:
     assert program is not None
     forget_origin(program.model)
     program.model.metadata_props[METADATA_KEY] = json.dumps(metadata(trained))
+    program.model.metadata_props[CHECKSUM_KEY] = UNSTAMPED
     program.save(str(path))
+    stamp(path)
 
 
 def forget_origin(model: Any) -> None:
@@ -100,8 +103,9 @@ def write_quantized(source: Path, target: Path) -> None:
     with _quiet():
         model = quantize(model)
     entry = {METADATA_KEY: json.dumps(meta | {"quantization": "int8"})}
-    onnx.helper.set_model_props(model, entry)
+    onnx.helper.set_model_props(model, entry | {CHECKSUM_KEY: UNSTAMPED})
     onnx.save(model, str(target))
+    stamp(target)
 
 
 @contextmanager

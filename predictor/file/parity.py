@@ -35,8 +35,8 @@ def check_parity(predictor: RoutePredictor, path: Path, *, exact: bool) -> dict[
             found += [_compare(predictor, file, *sizes) for sizes in _sizes(predictor)]
         if predictor.cache is not None:
             found.append(_compare_steps(predictor, file))
-    error = max(pair[0] for pair in found)
-    overlap = min(pair[1] for pair in found)
+    error = float(np.max([pair[0] for pair in found]))  # NaN where any is NaN
+    overlap = float(np.min([pair[1] for pair in found]))
     if exact and not error <= MAX_ERROR:
         raise ValueError(f"the exported graph differs from torch by {error:.2e}; nothing written")
     if not exact and not overlap >= MIN_OVERLAP:
@@ -103,4 +103,4 @@ def _distance(
         errors.append(float(((left - right).abs() / left.abs().clamp(min=1)).max()))
         best = left.topk(top_k).indices[..., :, None] == right.topk(top_k).indices[..., None, :]
         overlaps.append(float(best.any(-1).float().mean()))
-    return max(errors), min(overlaps)
+    return float(np.max(errors)), float(np.min(overlaps))

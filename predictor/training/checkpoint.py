@@ -46,6 +46,7 @@ def load_checkpoint(path: str | Path) -> Trained:
         )
         predictor = settings_of(meta["kind"])(**meta["settings"]).build(shape)
         predictor.load_state_dict(_weights(checkpoint["state_dict"]))
+        _require_finite(path, predictor)
         return Trained(
             predictor.eval(),
             topology,
@@ -84,6 +85,16 @@ def _require_intact(path: Path) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"{damaged} does not match its checksum")
+
+
+def _require_finite(path: Path, predictor: RoutePredictor) -> None:
+    """Raise ValueError where a weight is NaN or infinite."""
+    for name, weight in predictor.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{path} has weights that are not finite ({name}): its training diverged; train "
+                "again with a lower model.learning_rate"
+            )
 
 
 def _weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

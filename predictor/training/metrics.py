@@ -26,6 +26,15 @@ def used_experts(experts_NLK: Tensor, num_experts: int) -> Tensor:
     return multi_hot(experts_NLK, num_experts)
 
 
+def require_numbers(logits_NLE: Tensor) -> None:
+    """Raise ValueError where a logit is NaN: it would count as the most probable expert."""
+    if logits_NLE.isnan().any():
+        raise ValueError(
+            "the predictor's logits are NaN: its training diverged or its file is damaged; train "
+            "again, with a lower model.learning_rate where it diverged"
+        )
+
+
 class _RouteMetric(Metric):
     """The base of the metrics: the stack's sizes, and the experts that each layer has."""
 
@@ -67,7 +76,8 @@ class _RankedHits(_RouteMetric):
         self._add_counts("rows_L", stack.num_layers)
 
     def update(self, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
-        """Count N tokens."""
+        """Count N tokens. Raises ValueError for NaN."""
+        require_numbers(logits_NLE)
         used_NLE = used_experts(experts_NLK, self.num_experts)
         possible_NLE = logits_NLE.detach().masked_fill(~self.exists_LE, -torch.inf)
         ranked_NLR = possible_NLE.topk(self.num_ranks, dim=-1).indices
@@ -115,7 +125,8 @@ class RouteCalibrationError(_RouteMetric):
         self._add_counts("pairs_L", stack.num_layers)
 
     def update(self, logits_NLE: Tensor, experts_NLK: Tensor) -> None:
-        """Count N tokens."""
+        """Count N tokens. Raises ValueError for NaN."""
+        require_numbers(logits_NLE)
         used_NLE = used_experts(experts_NLK, self.num_experts)
         counted_NLE = used_NLE.any(-1, keepdim=True) & self.exists_LE
         probability_NLE = logits_NLE.detach().float().sigmoid()

@@ -1,7 +1,6 @@
 """Training of a route predictor: the loss, the metrics and the content of checkpoints."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from predictor.networks.targets import targets
 from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.embedding import read_embedding
 from predictor.training.metrics import means, route_metrics
-from predictor.training.optimizer import Muon
+from predictor.training.optimizer import Muon, warmup_cosine
 from predictor.training.resumption import SEED_KEY, note_log_rows, seed_step
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
@@ -104,7 +103,18 @@ class RouteModule(L.LightningModule):
         self.log("train/loss", loss, logger=False, batch_size=len(batch.token_ids_BT))
         if self._steps_with(batch_idx) and (self.global_step + 1) % self._log_interval == 0:
             self._write_losses(losses_J)
+            self._require_finite(loss)
         return loss
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Raise ValueError where the training has diverged."""
+        if not loss.isfinite():
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            kept = f"; the best checkpoint before it is {best}" if best else ""
+            raise ValueError(
+                f"the training diverged: the loss is {float(loss)} in step {self.global_step}; "
+                f"lower model.learning_rate, or set trainer.gradient_clip_val{kept}"
+            )
 
     def _steps_with(self, batch_idx: int) -> bool:
         """Whether the optimizer steps after this batch."""
@@ -223,7 +233,8 @@ class RouteModule(L.LightningModule):
         """Add what rebuilding the predictor needs, as JSON: no pickled classes."""
         checkpoint[CHECKPOINT_KEY] = json.dumps(self.describe())
         checkpoint[SEED_KEY] = self._seed
-        note_log_rows(self.trainer, checkpoint)
+        if self._trainer is not None:
+            note_log_rows(self._trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the seed of the run."""
@@ -254,13 +265,6 @@ def total_loss(losses_J: Tensor) -> Tensor:
     """The weighted sum that is minimised, and that chooses the best checkpoint."""
     weighted = (weight * loss for weight, loss in zip(HEAD_WEIGHTS, losses_J, strict=True))
     return torch.stack(tuple(weighted)).sum()
-
-
-def warmup_cosine(progress: float, warmup: float) -> float:
-    """The learning rate over its peak, after a share `progress` of the steps."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
 
 def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:

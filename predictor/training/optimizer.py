@@ -5,6 +5,7 @@ singular values set to about one. The step is scaled to AdamW's usual step (Liu 
 arXiv 2502.16982, section 2.2), so that both share a learning rate.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +91,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_div_(spread, (1 - second**count) ** 0.5)
         torch._foreach_add_(spread, self.EPSILON)
         torch._foreach_addcdiv_(params, means, spread, value=-group["lr"] / (1 - first**count))
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """The learning rate over its peak, after a share `progress` of the steps."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1)))
 
 
 def orthogonal(matrices_NRC: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class ResumedLogger(CSVLogger):
     @property
     def experiment(self) -> Any:
         """The writer of the rows."""
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             Path(self.log_dir).mkdir(parents=True, exist_ok=True)
             self._experiment = _Writer(self.log_dir, self._rows)
         return super().experiment

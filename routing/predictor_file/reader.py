@@ -7,16 +7,20 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from routing.predictor_file.checksum import CHECKSUM_KEY, require_intact
 from routing.predictor_file.format import (
     CACHED_INPUTS,
     HEADS,
     METADATA_KEY,
     OLDEST_HEADS,
+    PADDING,
     PRESENT,
     SCHEMA,
     WINDOW_INPUTS,
 )
-from routing.topology import Stack, Topology
+from routing.topology import NO_EXPERT, Stack, Topology
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -50,14 +54,18 @@ def open_predictor(path: str | Path, *, num_threads: int | None = None) -> Predi
     if not path.is_file():
         raise ValueError(f"there is no predictor at {path}")
     session = open_session(path, num_threads)
-    raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    entries = session.get_modelmeta().custom_metadata_map
+    raw = entries.get(METADATA_KEY)
+    if CHECKSUM_KEY in entries:
+        require_intact(path, entries[CHECKSUM_KEY])
     if raw is None:
         raise ValueError(f"{path} is an ONNX file, but not one that predictor.export wrote")
     try:
         file = _describe(session, json.loads(raw))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} has damaged predictor metadata ({error!r})") from error
     _check_names(path, file)
+    _check_answers(path, file)
     return file
 
 
@@ -107,3 +115,35 @@ def _check_names(path: Path, file: PredictorFile) -> None:
     want = {*inputs, *OLDEST_HEADS, *((PRESENT,) if file.cached else ())}
     if not want <= have:
         raise ValueError(f"{path} lacks the predictor inputs or outputs {sorted(want - have)}")
+
+
+def _check_answers(path: Path, file: PredictorFile) -> None:
+    """Raise ValueError unless the graph answers one token with finite logits of the right shape."""
+    num_layers, num_experts = file.stack.num_layers, file.stack.num_experts
+    tokens = 1 if file.cached else file.window
+    feeds: dict[str, np.ndarray] = {
+        "token_ids": np.zeros((1, tokens), np.int64),
+        "positions": np.arange(tokens)[None],
+    }
+    if file.cached:
+        blocks, heads, width = file.cache_shape
+        feeds["routes"] = np.full((1, 1, num_layers, file.stack.top_k), NO_EXPERT, np.int64)
+        feeds["past"] = np.zeros((blocks, 2, 1, heads, 1, width), np.float32)
+        feeds["past_positions"] = np.full((1, 1), PADDING, np.int64)
+    else:
+        feeds["prompt_lengths"] = np.array([max(1, tokens // 2)])
+    try:
+        answers = file.session.run(list(file.outputs), feeds)
+    except Exception as error:  # onnxruntime's own exceptions share no public base class
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot predict a token ({reason:.200})") from error
+    for name, logits in zip(file.outputs, answers, strict=True):
+        if logits.shape != (1, tokens, num_layers, num_experts):
+            raise ValueError(
+                f"{path} answers with {name} of shape {list(logits.shape)}, not "
+                f"{[1, tokens, num_layers, num_experts]}"
+            )
+        if np.isnan(logits).any():
+            raise ValueError(
+                f"{path} predicts NaN: its training diverged or the file is damaged; train again"
+            )

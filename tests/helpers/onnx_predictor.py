@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from routing.predictor_file.checksum import CHECKSUM_KEY, UNSTAMPED, stamp
 from routing.topology import Topology
 
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
@@ -102,8 +103,9 @@ def write_predictor(
     graph("Mul", later, graph("Add", scale_L1, scale_L1), to="far")
     model = _model(graph, topology, cache, set(without))
     meta = _metadata(topology, window, horizon, cache) if metadata is None else metadata
-    helper.set_model_props(model, {"expertflow": meta})
+    helper.set_model_props(model, {"expertflow": meta, CHECKSUM_KEY: UNSTAMPED})
     onnx.save(model, path)
+    stamp(path)
     return path
 
 

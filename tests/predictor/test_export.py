@@ -100,9 +100,9 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    (entry,) = onnx.load(path).metadata_props
-    assert entry.key == "expertflow"
-    return dict(json.loads(entry.value))
+    entries = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert set(entries) == {"expertflow", "expertflow_checksum"}
+    return dict(json.loads(entries["expertflow"]))
 
 
 def test_the_graph_has_exactly_the_contracts_names_types_and_axes(exported):

@@ -48,7 +48,9 @@ class PowerCut(Exception):
     """Ends a run in the middle."""
 
 
-def cut_off(monkeypatch: pytest.MonkeyPatch, trace: Path, out: Path, step: int, *options: str) -> None:
+def cut_off(
+    monkeypatch: pytest.MonkeyPatch, trace: Path, out: Path, step: int, *options: str
+) -> None:
     """A run that ends with an exception in its step number `step`."""
     original = RouteModule.training_step
 
