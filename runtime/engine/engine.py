@@ -35,7 +35,7 @@ from runtime.weights.source import Source
 if TYPE_CHECKING:
     from queue import Queue
 
-    from runtime.serving.request import Request, Result
+    from runtime.serving.request import Result
 
 
 class Engine:
@@ -90,14 +90,15 @@ class Engine:
 
     def serve(
         self,
-        requests: Iterable[Request] | Queue[Request | None],
+        requests: Iterable[Any] | Queue[Any],
         *,
         tokenizer: Any = None,
         **settings: Any,
     ) -> Iterator[Result]:
         """Continue many prompts together, joining and leaving between steps; results as they end.
 
-        requests: an iterable, taken as they can be scheduled, or a queue that None ends.
+        requests: an iterable, taken as they can be scheduled, or a queue that None ends; of
+            `Request`, of dicts of its fields or of prompts alone. One by itself will do.
         tokenizer: for prompts of text and for the text of results; without, prompts are token ids.
         settings: fields of `runtime.serving.settings.ServeSettings`; on a GPU, `batch` and
             `context` are by default what was reserved when the model was loaded.

@@ -2,4 +2,5 @@
 
 fields  numbers, flags and texts of a request's fields
 prompt  a prompt as text or token ids
+items   requests as callers give them
 """
