@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 ANY_OBJECT = {"type": "object"}
-WHITESPACE = {"whitespace_pattern": r"( |\n {0,32}|\n\t{0,8})?"}
+WHITESPACE: Any = {"whitespace_pattern": r"( |\n {0,32}|\n\t{0,8})?"}
 """Between the parts of a JSON: compact or indented, never without end. A schema's own `x-guidance`
 comes before it.
 """

@@ -140,5 +140,6 @@ def test_a_request_is_itself() -> None:
 
 
 def test_an_encoding_of_several_rows_is_no_single_prompt() -> None:
-    several = BatchEncoding({"input_ids": [[2, 3], [4]], "attention_mask": [[1, 1], [1]]})
-    assert Request(prompt=several).prompt == [[2, 3], [4]]
+    several: Any = BatchEncoding({"input_ids": [[2, 3], [4]], "attention_mask": [[1, 1], [1]]})
+    prompt: Any = Request(prompt=several).prompt
+    assert prompt == [[2, 3], [4]]

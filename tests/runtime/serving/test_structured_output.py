@@ -54,7 +54,7 @@ def engine() -> Iterator[Engine]:
 
 
 def ask(engine: Engine, *several: dict[str, Any], **options: Any) -> dict[str, Result]:
-    common = {"prompt": "a", "max_tokens": 250, "logit_bias": COMPACT}
+    common: dict[str, Any] = {"prompt": "a", "max_tokens": 250, "logit_bias": COMPACT}
     asked = [Request(id=str(i), **(common | one)) for i, one in enumerate(several)]
     settings = SMALL | {"context": 256} | options
     return by_id(engine.serve(asked, **({"tokenizer": TOKENIZER} | settings)))
