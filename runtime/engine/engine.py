@@ -99,7 +99,8 @@ class Engine:
 
         requests: an iterable, taken as they can be scheduled, or a queue that None ends; of
             `Request`, of dicts of its fields or of prompts alone. One by itself will do.
-        tokenizer: for prompts of text and for the text of results; without, prompts are token ids.
+        tokenizer: for prompts of text and for the text of results; by default the one beside the
+            model's weights, and without any, prompts are token ids and results have no text.
         settings: fields of `runtime.serving.settings.ServeSettings`; on a GPU, `batch` and
             `context` are by default what was reserved when the model was loaded.
         `runtime.serving.async_server.AsyncServer` does the same for asyncio.

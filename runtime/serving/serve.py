@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from queue import Empty, Queue
 from typing import Any
 
 from runtime.engine.engine import Engine
 from runtime.serving.inputs.items import items_of
+from runtime.serving.inputs.tokenizer import own_tokenizer
 from runtime.serving.request import Request, Result
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -23,8 +25,9 @@ def serve(
     engine: Engine, requests: Requests, tokenizer: Any, settings: ServeSettings
 ) -> Iterator[Result]:
     """Serve until the requests end and all have their result. Raises ValueError at once."""
+    tokenizer = own_tokenizer(engine.model) if tokenizer is None else tokenizer
     source = requests if isinstance(requests, Queue) else items_of(requests)
-    return run(ServingLoop(engine, tokenizer, settings), source, settings.lookahead)
+    return _warning(run(ServingLoop(engine, tokenizer, settings), source, settings.lookahead))
 
 
 def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Result]:
@@ -75,6 +78,14 @@ class QueueSource:
             return ABSENT
         self.ended = request is None
         return ABSENT if self.ended else request
+
+
+def _warning(results: Iterator[Result]) -> Iterator[Result]:
+    """`results`, with a warning for each error: who reads only the text sees it too."""
+    for result in results:
+        if result.finish == "error":
+            warnings.warn(f"{result.id} ended with an error: {result.error}", stacklevel=2)
+        yield result
 
 
 RequestSource = IterableSource | QueueSource

@@ -10,7 +10,7 @@ import torch
 
 from runtime.engine.engine import Engine
 from runtime.serving.request import Logprob, Request
-from runtime.serving.sampling.logprobs import logprob_of
+from runtime.serving.sampling.logprobs import PromptScores, logprob_of
 from runtime.serving.sequence import MOST_SCORED
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -71,6 +71,17 @@ def test_a_request_for_no_tokens_ends_after_its_prompt(engine: Engine) -> None:
     assert (result.finish, result.token_ids, result.text) == ("length", (), "")
     assert result.prompt_logprobs == (None,)
     assert loop.num_generated == 0 and loop.is_idle
+
+
+def test_a_step_that_runs_again_scores_a_prompt_once() -> None:
+    logits_TV = torch.randn(4, 20)
+    once, twice = PromptScores([5, 6, 7, 8], 1), PromptScores([5, 6, 7, 8], 1)
+    for start, rows in ((0, logits_TV[:2]), (2, logits_TV[2:])):
+        once.add(start, rows)
+        for _ in range(2):
+            twice.add(start, rows)
+    twice.check()
+    assert once.so_far == twice.so_far and len(once.so_far) == 4
 
 
 def test_prompt_logprobs_are_absent_unless_asked_for(engine: Engine) -> None:

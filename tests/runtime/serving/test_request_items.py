@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
+import runtime
 from runtime.engine.engine import Engine
 from runtime.serving.request import Request, Result
 from tests.helpers.serving import SMALL, by_id, greedy, offloaded
@@ -132,6 +134,22 @@ def test_a_mistake_is_seen_in_its_own_result_and_loses_nothing(engine: Engine, k
 def test_a_refused_mapping_keeps_its_id(engine: Engine) -> None:
     results = by_id(engine.serve([{"id": "mine", "prompt": "a", "tok_k": 3}], tokenizer=TOKENIZER))
     assert results["mine"].finish == "error" and "top_k" in results["mine"].error
+
+
+def test_text_is_served_with_the_tokenizer_beside_the_models_weights(tmp_path: Path) -> None:
+    model: Any = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with runtime.load(tmp_path, memory=0.5).expertflow as engine:
+        (result,) = engine.serve(["ABC"], context=200)
+        assert result.num_prompt == 3 and result.finish != "error"
+        assert result.text == TOKENIZER.decode(result.token_ids, skip_special_tokens=True)
+
+
+def test_who_reads_only_the_text_is_warned_of_errors(engine: Engine) -> None:
+    with pytest.warns(UserWarning, match=r"mine ended with an error: .*tokenizer="):
+        (result,) = engine.serve([{"id": "mine", "prompt": "text"}])
+    assert result.finish == "error"
 
 
 def test_a_request_is_itself() -> None:
