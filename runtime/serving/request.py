@@ -75,7 +75,7 @@ class Request:
     """Makes tokens of the prompt and of the text less likely: divides logits above 0, multiplies
     those below; 1 is none.
     """
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Added to the logits of tokens by their ids, -100 to 100."""
     seed: int | None = None
     """Seed of the request's own random numbers: the same seed gives the same tokens, whatever runs
@@ -93,7 +93,7 @@ class Request:
     """Report each token's log-probability and those of so many likeliest tokens; None: neither."""
     prompt_logprobs: int | None = None
     """Report the same of the prompt's tokens, each after those before it."""
-    json_schema: Mapping[str, Any] | bool | None = None
+    json_schema: Mapping[str, Any] | bool | None = field(default=None, hash=False)
     """The text is JSON that fits this schema, of which the model's choices fill the freedom; True:
     any JSON object. The request ends with the JSON's end.
     """

@@ -68,7 +68,7 @@ class Cut:
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: list[int], **options: Any) -> str:
         return "".join(self.pieces[i] for i in ids)
 
 
@@ -136,6 +136,19 @@ def test_byte_fallback_never_gives_half_a_character(text: str) -> None:
     pieces = [*map(stream.push, ids), stream.finish()]
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == stream.text == tokenizer.decode(ids)
+
+
+def test_no_letter_is_lost_where_a_tokenizer_tidies_spaces() -> None:
+    """Tidied, "a ' b" is shorter than the "a '" that went before."""
+    words = [("<unk>", 0.0), *((f"\u2581{letter}", -1.0) for letter in "ab'.")]
+    inner = Tokenizer(models.Unigram(words, unk_id=0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=True
+    )
+    stream = TextStream(tokenizer)
+    pieces = [*map(stream.push, tokenizer("a ' b . a").input_ids), stream.finish()]
+    assert "".join(pieces) == stream.text == "a ' b . a"
 
 
 # ---------------------------------------------------------------------- ends

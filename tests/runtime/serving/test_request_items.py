@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -155,6 +157,13 @@ def test_who_reads_only_the_text_is_warned_of_errors(engine: Engine) -> None:
 def test_a_request_is_itself() -> None:
     request = Request(prompt="a")
     assert Request.of(request) is request
+
+
+def test_requests_can_be_copied_pickled_and_put_into_sets() -> None:
+    request = Request(prompt="a", logit_bias={3: 1}, json_schema={"type": "object"}, top_k=-1)
+    assert pickle.loads(pickle.dumps(request)) == request
+    assert dataclasses.replace(request, max_tokens=4) == dataclasses.replace(request, max_tokens=4)
+    assert len({request, Request(prompt="a")}) == 2
 
 
 def test_an_encoding_of_several_rows_is_no_single_prompt() -> None:

@@ -121,6 +121,13 @@ def test_a_json_ends_where_it_is_complete_whatever_else_is_asked(
     jsonschema.validate(json.loads(result.text), PERSON)
 
 
+def test_an_end_token_after_a_json_is_no_part_of_the_text(engine: Engine) -> None:
+    digits = {"json_schema": {"type": "integer"}, "logit_bias": {EOS: 30.0}}
+    for result in ask(engine, digits, digits | {"ignore_eos": True}).values():
+        assert result.finish == "stop" and result.token_ids[-1] == EOS
+        assert isinstance(json.loads(result.text), int)
+
+
 def test_it_is_the_same_in_any_company(engine: Engine) -> None:
     one = {"json_schema": PERSON, "temperature": 1.0, "seed": 4}
     alone = ask(engine, one)["0"]
