@@ -37,6 +37,11 @@ class Part(NamedTuple):
         """True when the next token can be chosen after this step."""
         return self.num_tokens == self.sequence.num_pending
 
+    @property
+    def num_read(self) -> int:
+        """Tokens, the last ones, whose logits are read."""
+        return self.num_tokens if self.sequence.scores_prompt else int(self.completes)
+
 
 class ModelRunner:
     """One forward pass over everything."""
@@ -62,8 +67,8 @@ class ModelRunner:
         spans = [Span(sequence.row, sequence.num_cached, count) for sequence, count in parts]
         layout = TokenLayout(spans, device, self.attend_singles)
         tokens = [token for part in parts for token in _tokens(part)]
-        lasts = np.cumsum([part.num_tokens for part in parts]) - 1
-        completing = [part.completes for part in parts]
+        ends = np.cumsum([part.num_tokens for part in parts])
+        read = [np.arange(end - part.num_read, end) for part, end in zip(parts, ends, strict=True)]
         with self._cache.attending(layout):
             logits, routes_TLK = self._engine.run_ragged(
                 _forecast(parts),
@@ -71,9 +76,9 @@ class ModelRunner:
                 position_ids=layout.positions_T[None],
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=torch.from_numpy(lasts[completing]).to(device),
+                logits_to_keep=torch.from_numpy(np.concatenate(read)).to(device),
             )
-        return NextTokens.of(logits[0]), routes_TLK
+        return NextTokens.of(_next_logits(parts, logits[0])), routes_TLK
 
 
 class CapturedRunner(ModelRunner):
@@ -116,6 +121,23 @@ class CapturedRunner(ModelRunner):
         self._rows.revise(_forecast(parts))
         following, routes_NLK = self._rows.finish(run)
         return following, self._engine.tracked(routes_NLK)
+
+
+def _next_logits(parts: Sequence[Part], logits_NV: Tensor) -> Tensor:
+    """The logits of the parts that complete; those of prompts go to the sequences that ask.
+
+    logits_NV: those that are read, part by part.
+    """
+    if not any(part.sequence.scores_prompt for part in parts):
+        return logits_NV
+    lasts = []
+    for part, logits_TV in zip(
+        parts, logits_NV.split([part.num_read for part in parts]), strict=True
+    ):
+        if part.sequence.scores_prompt:
+            part.sequence.score_prompt(logits_TV)
+        lasts += [logits_TV[-1:]] if part.completes else []
+    return torch.cat(lasts) if lasts else logits_NV[:0]
 
 
 def _tokens(part: Part) -> list[int]:

@@ -158,7 +158,7 @@ class ServingLoop:
             if any(request.id == sequence.request.id for sequence in (*self.waiting, *self.active)):
                 raise ValueError(f"a request with the id {request.id!r} is in flight already")
             prompt_ids = self._validator.encode(request)
-            sequence = ServedSequence(request, prompt_ids, tokenizer, number)
+            sequence = ServedSequence(request, prompt_ids, tokenizer, number, self._eos_ids)
         except Exception as error:
             return [Result.refusing(request, error)]
         self.waiting.append(sequence)
@@ -208,7 +208,7 @@ class ServingLoop:
         parts, left = [], self._settings.chunk
         for sequence in self.active:
             if not sequence.is_ready and left:
-                parts.append(Part(sequence, min(sequence.num_pending, left)))
+                parts.append(Part(sequence, sequence.next_chunk(left)))
                 left -= parts[-1].num_tokens
         return parts
 
@@ -236,12 +236,12 @@ class ServingLoop:
 
     def _choose(self, sequence: ServedSequence, greedy: int, logits_V: Tensor) -> list[Result]:
         try:
-            finish = sequence.accept(greedy, logits_V, self._eos_ids)
+            finish = sequence.accept(greedy, logits_V)
         except (
             Exception
         ) as error:  # a streaming callback may fail in any way; only its request ends
             return [self._end(sequence, "error", f"{type(error).__name__}: {error}")]
-        self.num_generated += 1
+        self.num_generated += min(1, sequence.request.max_tokens)
         return [] if finish is None else [self._end(sequence, finish)]
 
     def _predict(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
