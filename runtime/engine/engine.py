@@ -35,7 +35,7 @@ from runtime.weights.source import Source
 if TYPE_CHECKING:
     from queue import Queue
 
-    from runtime.serving.request import Request, Result
+    from runtime.serving.request import Result
 
 
 class Engine:
@@ -90,15 +90,17 @@ class Engine:
 
     def serve(
         self,
-        requests: Iterable[Request] | Queue[Request | None],
+        requests: Iterable[Any] | Queue[Any],
         *,
         tokenizer: Any = None,
         **settings: Any,
     ) -> Iterator[Result]:
         """Continue many prompts together, joining and leaving between steps; results as they end.
 
-        requests: an iterable, taken as they can be scheduled, or a queue that None ends.
-        tokenizer: for prompts of text and for the text of results; without, prompts are token ids.
+        requests: an iterable, taken as they can be scheduled, or a queue that None ends; of
+            `Request`, of dicts of its fields or of prompts alone. One by itself will do.
+        tokenizer: for prompts of text and for the text of results; by default the one beside the
+            model's weights, and without any, prompts are token ids and results have no text.
         settings: fields of `runtime.serving.settings.ServeSettings`; on a GPU, `batch` and
             `context` are by default what was reserved when the model was loaded.
         `runtime.serving.async_server.AsyncServer` does the same for asyncio.

@@ -59,7 +59,11 @@ class TextStream:
     def _decode(self, start: int, stop: int) -> str:
         if start == stop:
             return ""
-        text: str = self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+        text: str = self._tokenizer.decode(
+            self._ids[start:stop],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # it would change text that was given out already
+        )
         return text
 
     def _release(self, piece: str, *, may_stop: bool) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from runtime.serving.inputs import fields
+from runtime.serving.inputs.prompt import ENCODING, IDS, as_prompt
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 _numbers = itertools.count()
+
+
+def next_id() -> str:
+    """An id that no request has."""
+    return f"request-{next(_numbers)}"
 
 
 class Logprob(NamedTuple):
@@ -44,7 +52,7 @@ class Request:
     """One prompt to continue."""
 
     prompt: str | Sequence[int]
-    """Text, or token ids."""
+    """Text, or token ids: a list, a tensor or a tokenizer's output of one row."""
     max_tokens: int = 128
     """Tokens to generate at the most; 0 with `prompt_logprobs` only."""
     min_tokens: int = 0
@@ -67,7 +75,7 @@ class Request:
     """Makes tokens of the prompt and of the text less likely: divides logits above 0, multiplies
     those below; 1 is none.
     """
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Added to the logits of tokens by their ids, -100 to 100."""
     seed: int | None = None
     """Seed of the request's own random numbers: the same seed gives the same tokens, whatever runs
@@ -85,7 +93,7 @@ class Request:
     """Report each token's log-probability and those of so many likeliest tokens; None: neither."""
     prompt_logprobs: int | None = None
     """Report the same of the prompt's tokens, each after those before it."""
-    json_schema: Mapping[str, Any] | bool | None = None
+    json_schema: Mapping[str, Any] | bool | None = field(default=None, hash=False)
     """The text is JSON that fits this schema, of which the model's choices fill the freedom; True:
     any JSON object. The request ends with the JSON's end.
     """
@@ -93,12 +101,42 @@ class Request:
     """A higher one is served first; the bound on waiting holds for all."""
     label: str = ""
     """Domain, for the reference scheduler `domain-oracle`."""
-    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    id: str = field(default_factory=next_id)
     """Unique among the requests in flight."""
     on_token: Callable[[Delta], None] | None = None
     """Called after each token, in the thread that runs the steps."""
 
+    @classmethod
+    def of(cls, item: Any) -> Self:
+        """A request out of one, of a mapping of its fields, or of a prompt alone.
+
+        Raises ValueError.
+        """
+        if isinstance(item, cls):
+            return item
+        if not isinstance(item, Mapping):
+            if item is None or isinstance(item, int | float):
+                raise ValueError(
+                    f"{item!r} is no request: give a Request, a dict of its fields or a prompt"
+                )
+            return cls(prompt=item)
+        given = {key: value for key, value in item.items() if key not in ENCODING}
+        if IDS in item:
+            given["prompt"] = {key: item[key] for key in ENCODING if key in item}
+        known = [one.name for one in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{name!r} is no field of a request{hint}")
+        if "prompt" not in given:
+            raise ValueError(
+                f"a request of {', '.join(map(str, given)) or 'nothing'} has no prompt"
+            )
+        return cls(**given)
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", as_prompt(self.prompt))
         for name in fields.KINDS:
             object.__setattr__(self, name, fields.normalized(name, getattr(self, name)))
         if self.max_tokens == 0 and self.prompt_logprobs is None:
@@ -132,11 +170,12 @@ class Result:
     finished: float = float("nan")
 
     @classmethod
-    def refusing(cls, request: Request, error: Exception) -> Self:
-        """The end of a request that could not be taken in."""
+    def refusing(cls, request: Any, error: Exception) -> Self:
+        """The end of a request that could not be taken in, or of what makes no request."""
+        given = request.get("id") if isinstance(request, Mapping) else getattr(request, "id", None)
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         now = time.perf_counter()
         return cls(
-            id=request.id, text="", token_ids=(), num_prompt=0, finish="error", error=reason,
-            arrived=now, finished=now,
+            id=given if isinstance(given, str) else next_id(), text="", token_ids=(), num_prompt=0,
+            finish="error", error=reason, arrived=now, finished=now,
         )  # fmt: skip

@@ -110,7 +110,7 @@ class ServedSequence:
     def score_prompt(self, logits_TV: Tensor) -> None:
         """Take the logits after the T tokens of the prompt that ran. logits_TV: float [T, V]."""
         assert self._prompt_scores is not None
-        self._prompt_scores.add(logits_TV)
+        self._prompt_scores.add(self.num_cached, logits_TV)
 
     def accept(self, greedy: int, logits_V: Tensor) -> Finish | None:
         """Choose the next token; returns how the request ends, if it does."""

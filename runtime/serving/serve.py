@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from queue import Empty, Queue
 from typing import Any
 
 from runtime.engine.engine import Engine
+from runtime.serving.inputs.items import items_of
+from runtime.serving.inputs.tokenizer import own_tokenizer
 from runtime.serving.request import Request, Result
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
 
-Requests = Iterable[Request] | Queue[Request | None]
+Requests = Iterable[Any] | Queue[Any]
+"""Of what `Request.of` takes."""
+
+ABSENT: Any = object()
+"""No request."""
 
 
 def serve(
     engine: Engine, requests: Requests, tokenizer: Any, settings: ServeSettings
 ) -> Iterator[Result]:
     """Serve until the requests end and all have their result. Raises ValueError at once."""
-    return run(ServingLoop(engine, tokenizer, settings), requests, settings.lookahead)
+    tokenizer = own_tokenizer(engine.model) if tokenizer is None else tokenizer
+    source = requests if isinstance(requests, Queue) else items_of(requests)
+    return _warning(run(ServingLoop(engine, tokenizer, settings), source, settings.lookahead))
 
 
 def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Result]:
@@ -28,9 +37,12 @@ def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Resul
     )
     while True:
         space = lookahead - len(loop.waiting)
-        while space > 0 and (request := source.next(block=loop.is_idle)) is not None:
-            loop.submit(request)
-            space -= 1
+        while space > 0 and (item := source.next(block=loop.is_idle)) is not ABSENT:
+            try:
+                loop.submit(Request.of(item))
+                space -= 1
+            except ValueError as error:
+                yield Result.refusing(item, error)
         if loop.is_idle and source.ended:
             return
         yield from loop.step()
@@ -39,33 +51,41 @@ def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Resul
 class IterableSource:
     """Requests out of an iterable."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
+    def __init__(self, requests: Iterable[Any]) -> None:
         self._requests = iter(requests)
         self.ended = False
 
-    def next(self, *, block: bool) -> Request | None:
-        request = next(self._requests, None)
-        self.ended = request is None
+    def next(self, *, block: bool) -> Any:
+        request = next(self._requests, ABSENT)
+        self.ended = request is ABSENT
         return request
 
 
 class QueueSource:
     """Requests out of a queue, which None ends."""
 
-    def __init__(self, requests: Queue[Request | None]) -> None:
+    def __init__(self, requests: Queue[Any]) -> None:
         self._requests = requests
         self.ended = False
 
-    def next(self, *, block: bool) -> Request | None:
-        """The next request, or None where there is none now; `block` waits for one."""
+    def next(self, *, block: bool) -> Any:
+        """The next request, or ABSENT where there is none now; `block` waits for one."""
         if self.ended:
-            return None
+            return ABSENT
         try:
             request = self._requests.get(block)
         except Empty:
-            return None
+            return ABSENT
         self.ended = request is None
-        return request
+        return ABSENT if self.ended else request
+
+
+def _warning(results: Iterator[Result]) -> Iterator[Result]:
+    """`results`, with a warning for each error: who reads only the text sees it too."""
+    for result in results:
+        if result.finish == "error":
+            warnings.warn(f"{result.id} ended with an error: {result.error}", stacklevel=2)
+        yield result
 
 
 RequestSource = IterableSource | QueueSource

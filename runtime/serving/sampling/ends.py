@@ -33,7 +33,8 @@ class Ends(NamedTuple):
             else:
                 forms = (stop, *(unicodedata.normalize(form, stop) for form in ("NFC", "NFD")))
                 texts += [form for form in dict.fromkeys(forms) if form]
-        model_ids = frozenset() if request.ignore_eos else eos_ids
+        goes_on = request.ignore_eos and request.json_schema is None  # else the JSON says
+        model_ids = frozenset() if goes_on else eos_ids
         return cls(model_ids | told, frozenset(told), tuple(texts))
 
 

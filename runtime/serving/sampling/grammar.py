@@ -15,6 +15,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 ANY_OBJECT = {"type": "object"}
+WHITESPACE: Any = {"whitespace_pattern": r"( |\n {0,32}|\n\t{0,8})?"}
+"""Between the parts of a JSON: compact or indented, never without end. A schema's own `x-guidance`
+comes before it.
+"""
 
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 """A tokenizer's tokens as llguidance reads them, by its end tokens: reading them takes long."""
@@ -29,7 +33,8 @@ class Grammar(LogitsProcessor):
         from llguidance import LLMatcher
 
         schema = ANY_OBJECT if schema is True else schema
-        self._matcher = LLMatcher(vocabulary, LLMatcher.grammar_from_json_schema(schema))
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=WHITESPACE)
+        self._matcher = LLMatcher(vocabulary, grammar)
         self._check("json_schema cannot be followed")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

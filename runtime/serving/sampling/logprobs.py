@@ -51,10 +51,13 @@ class PromptScores:
         """One for each token; None for the first, which nothing comes before."""
         return tuple(self._logprobs)
 
-    def add(self, logits_TV: Tensor) -> None:
-        """Take the logits after the next T tokens of the prompt."""
-        start = len(self._logprobs)
-        following = self._prompt_ids[start : start + len(logits_TV)]
+    def add(self, start: int, logits_TV: Tensor) -> None:
+        """Take the logits after T tokens of the prompt, of which `start` come before. A step that
+        is run again says the same again.
+        """
+        del self._logprobs[start + 1 :]
+        assert len(self._logprobs) == start + 1, "chunks of a prompt run in order"
+        following = self._prompt_ids[start + 1 : start + 1 + len(logits_TV)]
         if following:
             self._logprobs += logprobs_of(following, logits_TV[: len(following)], self._count)
 
@@ -62,3 +65,4 @@ class PromptScores:
         """Raise FloatingPointError for a model that has no probabilities."""
         if any(one is not None and math.isnan(one.logprob) for one in self._logprobs):
             raise FloatingPointError(NOT_FINITE)
+        assert len(self._logprobs) == len(self._prompt_ids), "the whole prompt has run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
+import runtime
 from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
 from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
@@ -155,6 +157,38 @@ def test_steps_compile_whole_and_say_the_same(kind: str) -> None:
     assert {id: result.token_ids for id, result in served.items()} == alone
     assert counters["stats"]["unique_graphs"] == 2  # one sequence, several
     assert not counters["graph_break"]
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.4},
+    "bias": {"logit_bias": {9: 50.0, 11: 49.5}, "frequency_penalty": 1.0},
+    "drawn": {"temperature": 1.2, "seed": 5, "min_p": 0.02, "top_k": 50, "presence_penalty": 1.0},
+    "scored": {"prompt_logprobs": 2, "logprobs": 1},
+    "scored alone": {"prompt_logprobs": 1, "max_tokens": 0},
+}
+
+
+def test_rules_of_sampling_hold_in_captured_steps() -> None:
+    model: Any = tiny_model("olmoe")
+    asked = [
+        Request(id=name, prompt=prompt, **({"max_tokens": 4} | rules))
+        for (name, rules), prompt in zip(RULES.items(), prompts(3, 5, longest=9), strict=True)
+    ]
+    with runtime.load(copy.deepcopy(model), memory=0.5).expertflow as resident:
+        want = by_id(resident.serve(asked, **SMALL))
+    got = by_id(load(model, memory=0.4).serve(asked, **SMALL))
+    for name, result in want.items():
+        assert got[name].error == result.error == ""
+        assert got[name].token_ids == result.token_ids
+        assert got[name].finish == result.finish
+        for ours, theirs in (
+            (got[name].logprobs, result.logprobs),
+            (got[name].prompt_logprobs[1:], result.prompt_logprobs[1:]),
+        ):
+            assert [one.token_id for one in ours] == [one.token_id for one in theirs]  # type: ignore[union-attr]
+            expected = [one.logprob for one in theirs]  # type: ignore[union-attr]
+            assert [one.logprob for one in ours] == pytest.approx(expected, abs=1e-4)  # type: ignore[union-attr]
+    assert set(want["bias"].token_ids) == {9, 11}
 
 
 def test_prefetching_is_tried_in_turns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
