@@ -14,7 +14,7 @@ import pytest
 
 from routing.shards import TraceReader
 from routing.writer import TraceWriter
-from runtime.batch import main
+from runtime.batch.command import main
 from runtime.server.settings import ServerSettings
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.ray_workers import Crew

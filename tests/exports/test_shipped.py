@@ -122,7 +122,7 @@ def test_the_embedded_model_chats_in_the_form_of_its_training_dialogues(tokenize
     ]
     shown = tokenizer.decode(render_chat(tokenizer, messages))
     assert shown == "Topic: What is your favourite food?\nA: Hi!\nB: Hello.\nA: How are you?\nB:"
-    training_form = next(read_documents(SAMPLE / "dialogue.txt")).splitlines()[:3]
+    training_form = read_documents(SAMPLE / "dialogue.txt")[0].splitlines()[:3]
     assert [line.partition(":")[0] for line in training_form] == ["Topic", "A", "B"]
     with pytest.raises(ValueError, match="the roles are user and assistant"):
         render_chat(tokenizer, [{"role": "tool", "content": "x"}])

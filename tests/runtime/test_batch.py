@@ -11,10 +11,11 @@ import pytest
 
 from routing.cli import run
 from routing.shards import PROMPT, TraceReader
-from runtime.batch import PROG, main
+from runtime.batch.command import PROG, main
 from runtime.serving import serve as feed
 from runtime.serving.batch.journal import Journal
-from runtime.serving.batch.prompts import read_rows, to_request
+from runtime.serving.batch.prompts import to_request
+from runtime.serving.batch.rows import rows_of
 from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.serving import greedy
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
@@ -56,16 +57,21 @@ def test_there_is_one_line_an_input_in_their_order(batch: Callable[..., Path]) -
         assert line["text"] == tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
-def test_bad_rows_are_reported_and_not_fatal(
-    batch: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_bad_rows_are_reported_and_not_fatal_and_the_exit_code_tells(
+    batch: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = ["not json", "[1]", {}, {"prompt": "a", "top_p": 2}, {"prompt": "a", "max_tokens": "9"}]
     bad += [{"prompt": "a", "max_tokens": 900}, {"messages": [{"role": "user", "content": "a"}]}]
-    out = read(batch([ROWS[0], *bad, ROWS[1]]))
+    bad += ['{"prompt": "a", "prompt": "b"}', {"prompt": "a", "messages": []}]
+    with pytest.raises(SystemExit) as stopped:
+        batch([ROWS[0], *bad, ROWS[1]])
+    assert stopped.value.code == 3
+    out = read(tmp_path / "out.jsonl")
     assert ["error" in line for line in out] == [False, *[True] * len(bad), False]
     said = capsys.readouterr().err
-    assert all(f"row {index}: {out[index]['error']}" in said for index in range(1, len(bad) + 1))
-    assert f"{len(ROWS[:2]) + len(bad)} results, {len(bad)} of them errors" in said
+    for index in range(1, len(bad) + 1):
+        assert f"row {index} (line {index + 1}): {out[index]['error']}" in said
+    assert f"{len(bad) + 2} rows: 2 rows done now, {len(bad)} failed" in said
     assert "hit rate" in said
 
 
@@ -100,7 +106,7 @@ def test_an_interrupted_batch_goes_on_without_repeating_a_row(
 
     monkeypatch.setattr(feed, "run", watched)
     assert batch(ROWS).read_bytes() == whole
-    assert sorted(asked) == sorted(str(index) for index in set(range(4)) - done)
+    assert sorted(asked) == sorted(f"{index}/0" for index in set(range(4)) - done)
     assert not partial.exists()
 
 
@@ -118,7 +124,7 @@ def test_a_start_that_came_to_nothing_binds_nobody(tmp_path: Path) -> None:
     with Journal(tmp_path / "out", {"rows": "b"}) as journal:
         journal.add(0, {"text": "x"})
         journal.finish()
-    assert read(tmp_path / "out") == [{"index": 0, "text": "x"}]
+    assert read(tmp_path / "out") == [{"text": "x"}]
 
 
 def test_a_batch_can_be_recorded(batch: Callable[..., Path], tmp_path: Path) -> None:
@@ -155,8 +161,9 @@ def test_a_text_file_is_a_prompt_a_line_and_a_parquet_file_a_table(tmp_path: Pat
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     Dataset.from_list([{"prompt": "one"}, {"prompt": "two"}]).to_parquet(tmp_path / "a.parquet")
     for name in ("a.txt", "a.parquet"):
-        rows = [*read_rows(str(tmp_path / name), "train")]
-        assert [to_request(row, "0", None, {}).prompt for row in rows] == ["one", "two"]
+        assert [row.data for row in rows_of(str(tmp_path / name), "train")] == [
+            {"prompt": "one"}, {"prompt": "two"},
+        ]  # fmt: skip
 
 
 def test_a_rows_own_settings_go_before_the_batchs() -> None:

@@ -1,0 +1,82 @@
+"""A survey of a data set before the model is loaded: what it is, and what is wrong with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from runtime.batch.openai_lines import KEYS, is_openai
+from runtime.serving.batch.columns import COLUMNS, unread
+from runtime.serving.batch.rows import Row
+
+
+class Survey(NamedTuple):
+    """The rows of a data set."""
+
+    digest: str
+    """Fingerprint of all of them."""
+    num_rows: int
+    has_openai: bool
+    """Lines of OpenAI's batch API are among them."""
+
+
+def survey(rows: Iterable[Row], ignore: list[str]) -> Survey:
+    """Read all rows. Raises ValueError for a misspelt option, and for a custom_id that is not one.
+
+    Warns of columns that nothing reads and of ids that come twice.
+    """
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    has_openai, columns, ids = False, Counter[str](), _Ids()
+    for count, row in enumerate(rows, 1):  # noqa: B007 - the count is what is wanted
+        digest.update(repr(row.data).encode(errors="backslashreplace"))
+        if isinstance(row.data, ValueError):
+            continue
+        openai = is_openai(row.data)
+        has_openai |= openai
+        ids.add(row, openai)
+        try:
+            columns.update(unread(row.data, ignore, KEYS if openai else COLUMNS))
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
+    if columns:
+        told = ", ".join(f"{name} ({number} rows)" for name, number in columns.most_common(20))
+        print(f"columns that are not read: {told}", file=sys.stderr)
+    ids.tell()
+    return Survey(digest.hexdigest(), count, has_openai)
+
+
+class _Ids:
+    """The ids of rows, and the first that comes twice."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
+        self._num_twice, self._twice = 0, ""
+
+    def add(self, row: Row, openai: bool) -> None:
+        assert isinstance(row.data, dict)
+        id = row.data.get("custom_id", None if openai else row.data.get("id"))
+        if id is None:
+            return
+        text = json.dumps(id, default=str)
+        before = self._places.setdefault(text, row.place)
+        if before == row.place:
+            return
+        if openai:
+            raise ValueError(
+                f"{row.place}: the custom_id {text} is that of {before} too, so that their answers "
+                "could not be told apart"
+            )
+        self._num_twice += 1
+        self._twice = self._twice or f"{text} in {before} and {row.place}"
+
+    def tell(self) -> None:
+        if self._num_twice:
+            print(
+                f"{self._num_twice} rows have the id of an earlier row: {self._twice}; `index` "
+                "tells their results apart",
+                file=sys.stderr,
+            )
