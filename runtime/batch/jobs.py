@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runtime.batch.openai_lines import OpenAILines, is_openai
+from runtime.batch.survey import is_openai
 from runtime.serving.batch.prompts import to_request
 from runtime.serving.batch.rows import Row
 from runtime.serving.batch.settings import BatchSettings
 from runtime.serving.request import Request, Result
+
+if TYPE_CHECKING:
+    from runtime.batch.openai_lines import OpenAILines
 
 DEFAULTS = ("max_tokens", "temperature", "top_p")
 
@@ -35,7 +38,7 @@ class Jobs:
         """Raises ValueError where OpenAI's lines cannot be read."""
         self._settings, self._tokenizer = settings, tokenizer
         self._template = settings.read_template()
-        self._openai = OpenAILines(settings, tokenizer, self._template) if has_openai else None
+        self._openai = _openai_lines(settings, tokenizer, self._template) if has_openai else None
         self._defaults: dict[str, Any] = {name: getattr(settings, name) for name in DEFAULTS}
         self._defaults["stop"] = tuple(settings.stop)
 
@@ -60,6 +63,16 @@ class Jobs:
         except ValueError as error:
             return _failed(head | {"place": row.place}, str(error))
         return Job([request], lambda results: _plain(head, request, results[0]))
+
+
+def _openai_lines(settings: BatchSettings, tokenizer: Any, template: str | None) -> OpenAILines:
+    try:
+        from runtime.batch.openai_lines import OpenAILines
+    except ModuleNotFoundError as missing:
+        raise ValueError(
+            f"lines of OpenAI's batch API need {missing.name}: install moe-expertflow[serve]"
+        ) from missing
+    return OpenAILines(settings, tokenizer, template)
 
 
 def _ids(row: Row) -> dict[str, Any]:

@@ -1,23 +1,29 @@
-"""Lines of OpenAI's batch API: a body for one of its addresses, and the answer to it."""
+"""Lines of OpenAI's batch API: a body for one of its addresses, and the answer to it.
+
+Needs the extra `serve`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
+from runtime.server.errors import Refused, bad_request
+from runtime.server.protocol.answers import Answer
+from runtime.server.protocol.chat import ChatBody
+from runtime.server.protocol.chat_answer import ChatAnswer
+from runtime.server.protocol.completion import CompletionBody
+from runtime.server.protocol.completion_answer import CompletionAnswer
+from runtime.server.protocol.token_text import TokenText
+from runtime.server.protocol.tool_calls import format_of, markers_of
 from runtime.serving.batch.columns import misspelt
 from runtime.serving.batch.settings import BatchSettings
+from runtime.serving.chat import template_of
 from runtime.serving.request import Request, Result
 
-if TYPE_CHECKING:
-    from runtime.server.protocol.answers import Answer
-    from runtime.server.protocol.chat import ChatBody
-    from runtime.server.protocol.completion import CompletionBody
+Body = CompletionBody | ChatBody
 
-    Body = CompletionBody | ChatBody
-
-KEYS = ("custom_id", "method", "url", "body")
 URLS = ("/v1/completions", "/v1/chat/completions")
 MOST_CHOICES = 128
 """Choices of one line."""
@@ -26,23 +32,11 @@ Line = tuple[dict[str, Any], str]
 """An answer as OpenAI writes it, and the error in it, if there is one."""
 
 
-def is_openai(data: dict[str, Any]) -> bool:
-    """A row is such a line where it has a body, or is sent to an address, and has no prompt."""
-    if "prompt" in data or "messages" in data:
-        return False
-    return "url" in data and ("body" in data or "method" in data)
-
-
 class OpenAILines:
     """Reads lines, and writes answers."""
 
     def __init__(self, settings: BatchSettings, tokenizer: Any, template: str | None) -> None:
-        """template: the chat template in place of the tokenizer's own. Raises ValueError."""
-        try:
-            from runtime.server.protocol.token_text import TokenText
-            from runtime.server.protocol.tool_calls import markers_of
-        except ModuleNotFoundError as missing:
-            raise _missing(missing) from missing
+        """template: the chat template in place of the tokenizer's own."""
         self._settings, self._tokenizer, self._template = settings, tokenizer, template
         self._text, self._markers = TokenText(tokenizer), markers_of(tokenizer)
 
@@ -53,8 +47,6 @@ class OpenAILines:
 
         seed: where the line has none of its own.
         """
-        from runtime.server.errors import Refused, bad_request
-
         id = data.get("custom_id")
         try:
             body = self._body(data, seed)
@@ -75,9 +67,6 @@ class OpenAILines:
         return requests, outcome, None
 
     def _body(self, data: dict[str, Any], seed: int) -> Body:
-        from runtime.server.errors import Refused
-        from runtime.server.protocol.chat import ChatBody
-        from runtime.server.protocol.completion import CompletionBody
 
         if not isinstance(data.get("custom_id"), str):
             raise Refused(400, "the line has no custom_id of text", param="custom_id")
@@ -97,7 +86,6 @@ class OpenAILines:
         return body if body.seed is not None else body.model_copy(update={"seed": seed})
 
     def _check(self, body: Body) -> None:
-        from runtime.server.errors import Refused
 
         names = self._settings.names
         if body.model is not None and body.model not in names:
@@ -108,9 +96,6 @@ class OpenAILines:
         body.check(max_choices=MOST_CHOICES, max_priority=max(0, body.priority))
 
     def _prepare(self, body: Body) -> tuple[Answer, list[Request]]:
-        from runtime.server.protocol.chat import ChatBody
-        from runtime.server.protocol.chat_answer import ChatAnswer
-        from runtime.server.protocol.completion_answer import CompletionAnswer
 
         name = body.model or self._settings.names[0]
         answer: Answer
@@ -125,10 +110,6 @@ class OpenAILines:
 
     def _tool_format(self, body: ChatBody) -> str | None:
         """The form in which the model calls tools, which its chat template tells."""
-        from runtime.server.errors import Refused
-        from runtime.server.protocol.tool_calls import format_of
-        from runtime.serving.chat import template_of
-
         if not body.may_call:
             return None
         try:
@@ -145,9 +126,3 @@ def _line(id: Any, status: int, body: dict[str, Any], error: str = "") -> Line:
     response = {"status_code": status, "request_id": f"req_{uuid4().hex}", "body": body}
     answer = {"id": f"batch_req_{uuid4().hex}", "custom_id": id, "response": response}
     return answer | {"error": None}, error
-
-
-def _missing(module: ModuleNotFoundError) -> ValueError:
-    return ValueError(
-        f"lines of OpenAI's batch API need {module.name}: install moe-expertflow[serve]"
-    )

@@ -7,11 +7,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from runtime.batch.openai_lines import KEYS, is_openai
 from runtime.serving.batch.columns import COLUMNS, unread
 from runtime.serving.batch.rows import Row
+
+OPENAI_COLUMNS = ("custom_id", "method", "url", "body")
 
 
 class Survey(NamedTuple):
@@ -22,6 +23,13 @@ class Survey(NamedTuple):
     num_rows: int
     has_openai: bool
     """Lines of OpenAI's batch API are among them."""
+
+
+def is_openai(data: dict[str, Any]) -> bool:
+    """Tell a line of OpenAI's batch API: it is sent to an address and has no prompt of its own."""
+    if "prompt" in data or "messages" in data:
+        return False
+    return "url" in data and ("body" in data or "method" in data)
 
 
 def survey(rows: Iterable[Row], ignore: list[str]) -> Survey:
@@ -39,7 +47,7 @@ def survey(rows: Iterable[Row], ignore: list[str]) -> Survey:
         has_openai |= openai
         ids.add(row, openai)
         try:
-            columns.update(unread(row.data, ignore, KEYS if openai else COLUMNS))
+            columns.update(unread(row.data, ignore, OPENAI_COLUMNS if openai else COLUMNS))
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from error
     if columns:

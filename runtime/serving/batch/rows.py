@@ -27,7 +27,7 @@ class Row(NamedTuple):
 def json_lines(file: BinaryIO, name: str) -> Iterator[Row]:
     """One object a line. A line that is none becomes the ValueError that says so."""
     for at, (number, line) in enumerate(lines_of(file, name)):
-        if (at == 0 and line.lstrip().startswith((b"[{", b"[ {"))) or line.strip() == b"[":
+        if at == 0 and (line.startswith((b"[{", b"[ {")) or line.strip() == b"["):
             raise ValueError(
                 f"{name} is one JSON list, not an object a line: name it .json, or give "
                 "--format json"
