@@ -55,20 +55,23 @@ def main(settings: BatchSettings) -> None:
 def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> None:
     from runtime.batch.batch_run import BatchRun
     from runtime.batch.jobs import Jobs
-    from runtime.batch.progress import Progress
+    from runtime.batch.progress import Progress, announce
+    from runtime.batch.survey import unchanged
 
     tokenizer = read_tokenizer(settings.model)
     jobs = Jobs(settings, tokenizer, has_openai=found.has_openai)
-    report = ""
-    with Progress(settings.out, found.num_rows, journal) as progress:
-        if len(journal.done) < found.num_rows:
-            with closing(_crew(settings, tokenizer)) as crew:
-                BatchRun(jobs, journal, progress).serve(crew, rows())
-                report = crew.report()
-        if len(journal.done) + len(journal.failed) != found.num_rows:
-            raise ValueError(f"{settings.dataset} changed while it was read")
-        journal.finish()
-    print(progress.summary, report, sep="\n", file=sys.stderr)
+    announce(found.num_rows, journal)
+    summary = [f"{settings.out}: {found.num_rows} rows, all of them done before"]
+    if len(journal.done) < found.num_rows:
+        with (
+            closing(_crew(settings, tokenizer)) as crew,
+            Progress(settings.out, found.num_rows, journal) as progress,
+        ):
+            run = BatchRun(jobs, journal, progress)
+            run.serve(crew, unchanged(rows(), found.digest))
+            summary = [progress.summary, crew.report()]
+    journal.finish()
+    print(*summary, sep="\n", file=sys.stderr)
     if journal.failed:
         print(f"--retry-failed serves the failed rows again: {journal.path}", file=sys.stderr)
 

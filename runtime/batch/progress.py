@@ -15,6 +15,16 @@ from runtime.serving.batch.rows import Row
 from runtime.serving.batch.settings import Served
 
 
+def announce(num_rows: int, journal: Journal) -> None:
+    """Tell what an interrupted batch, or one whose failed rows are served again, has already."""
+    if journal.done or journal.failed:
+        again = f"; {len(journal.failed)} that failed are served again" if journal.failed else ""
+        print(
+            f"{journal.path}: going on, {len(journal.done)} of {num_rows} rows are done{again}",
+            file=sys.stderr,
+        )
+
+
 class Progress:
     """Counts of the rows of `out`: done before, done now, failed."""
 
@@ -22,13 +32,6 @@ class Progress:
         self._out, self._num_rows, self._journal = out, num_rows, journal
         self._before = len(journal.done)
         self._num_tokens = 0
-        if self._before or journal.failed:
-            again = f"; {len(journal.failed)} that failed are served again"
-            print(
-                f"{journal.path}: going on, {self._before} of {num_rows} rows are done"
-                f"{again if journal.failed else ''}",
-                file=sys.stderr,
-            )
         self._bar = tqdm(total=num_rows, initial=self._before, unit="row", desc="batch")
 
     def ended(self, index: int, row: Row, outcome: Outcome) -> None:

@@ -6,12 +6,13 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from runtime.serving.batch.columns import COLUMNS, unread
 from runtime.serving.batch.rows import Row
 
+DIGEST_BYTES = 16
 OPENAI_COLUMNS = ("custom_id", "method", "url", "body")
 
 
@@ -37,10 +38,10 @@ def survey(rows: Iterable[Row], ignore: list[str]) -> Survey:
 
     Warns of columns that nothing reads and of ids that come twice.
     """
-    digest, count = hashlib.blake2b(digest_size=16), 0
+    digest, count = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
     has_openai, columns, ids = False, Counter[str](), _Ids()
     for count, row in enumerate(rows, 1):  # noqa: B007 - the count is what is wanted
-        digest.update(repr(row.data).encode(errors="backslashreplace"))
+        digest.update(_bytes_of(row))
         if isinstance(row.data, ValueError):
             continue
         openai = is_openai(row.data)
@@ -55,6 +56,20 @@ def survey(rows: Iterable[Row], ignore: list[str]) -> Survey:
         print(f"columns that are not read: {told}", file=sys.stderr)
     ids.tell()
     return Survey(digest.hexdigest(), count, has_openai)
+
+
+def unchanged(rows: Iterable[Row], digest: str) -> Iterator[Row]:
+    """The rows again. Raises ValueError at their end where they are not those of the survey."""
+    again = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for row in rows:
+        again.update(_bytes_of(row))
+        yield row
+    if again.hexdigest() != digest:
+        raise ValueError("the data set has changed while it was read: start again")
+
+
+def _bytes_of(row: Row) -> bytes:
+    return repr(row.data).encode(errors="backslashreplace")
 
 
 class _Ids:

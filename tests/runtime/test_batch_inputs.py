@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtime.batch.survey import Survey, survey
+from runtime.batch.survey import Survey, survey, unchanged
 from runtime.serving.batch.columns import ELSEWHERE, OPTIONS, misspelt
 from runtime.serving.batch.files import keep_stdin
 from runtime.serving.batch.prompts import to_request
@@ -172,6 +172,14 @@ def test_ids_that_come_twice_are_told(capsys: pytest.CaptureFixture[str]) -> Non
     line = {"custom_id": "x", "url": "/v1/completions", "body": {}}
     with pytest.raises(ValueError, match='line 2: the custom_id "x" is that of line 1 too'):
         surveyed(line, line)
+
+
+def test_a_data_set_that_changes_between_two_readings_is_noticed() -> None:
+    rows = [Row("line 1", {"prompt": "a"}), Row("line 2", ValueError("not JSON"))]
+    digest = survey(rows, []).digest
+    assert [*unchanged(rows, digest)] == rows
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        list(unchanged([rows[0], Row("line 2", {"prompt": "b"})], digest))
 
 
 def test_a_rows_own_settings_go_before_the_batchs() -> None:
