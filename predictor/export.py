@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from routing.cli import run
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ from predictor.training.curves import plot_curves
 from predictor.training.data import Split, TraceData
 from predictor.training.module import CHECKPOINT_KEY, RouteModule
 from predictor.training.progress import EpochLines, print_scores, silence_framework
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 
 PROG = "python -m predictor.train"
 DEFAULT_ROOT = "runs/predictor"

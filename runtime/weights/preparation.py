@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from routing.layers import MoELayer
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 from runtime.weights.arena import expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.directory import MetaModel, find_directory

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 
 lock = OutputLock(Path(sys.argv[1]))
 print("held", flush=True)

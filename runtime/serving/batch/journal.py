@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 
 
 class Journal:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import runtime
-from routing.output_lock import OutputLock
+from routing.process.output_lock import OutputLock
 from runtime.plan import plan
 from runtime.prepare import PrepareSettings, main, prepare
 from runtime.weights.prepared_store import PAGE, read_manifest, verify
