@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from routing.cli import run
+from routing.process.output_lock import OutputLock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,10 @@ def export(settings: ExportSettings) -> None:
 
     trained = load_checkpoint(settings.checkpoint)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=".export-") as scratch:
+    with (
+        OutputLock(settings.out),
+        tempfile.TemporaryDirectory(dir=settings.out.parent, prefix=".export-") as scratch,
+    ):
         exact = Path(scratch) / "exact.onnx"
         write_graph(trained, exact)
         result = exact

@@ -11,6 +11,7 @@ TensorBoard logs, curves.png and the checkpoints of the run.
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,15 @@ from predictor.training.data import Split, TraceData
 from predictor.training.module import CHECKPOINT_KEY, RouteModule
 from predictor.training.progress import EpochLines, print_scores, silence_framework
 from predictor.training.resumption import ResumedLogger
+from routing.process.output_lock import OutputLock
 
 PROG = "python -m predictor.train"
 DEFAULT_ROOT = "runs/predictor"
 CHECKPOINT = "predictor.ckpt"
 SUMMARY = "summary.json"
 SPLITS = {"test": "held-out documents", "val": "validation documents (there is no test split)"}
+_held = ExitStack()
+"""The lock on the directory of the running training."""
 
 
 class TrainCLI(LightningCLI):
@@ -127,7 +131,11 @@ class TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Note what the predictor is trained on, and check the checkpoint to go on from."""
+        """Lock the directory, note the traces, and check the checkpoint to go on from."""
+        root = Path(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            _held.enter_context(OutputLock(root))
         path = self._get(self.config, "ckpt_path")
         if path:
             require_resumable(Path(path), self.model.describe())
@@ -185,7 +193,7 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     silence_framework()
     prog = program(PROG)
-    with friendly_errors(prog):
+    with friendly_errors(prog), _held:
         words = with_paths(with_underscores(sys.argv[1:] if args is None else args))
         if args is None:  # Lightning warns where it gets both
             sys.argv[1:] = words

@@ -7,5 +7,6 @@ blocks           MoE blocks, whose routers can be run early
 shards, writer   the trace format, read and written; lookahead: experts of coming layers in it
 predictor_file/  the predictor's ONNX file: format, reader, driver
 cli              command lines from settings dataclasses; names: short names of files
+process/         how commands end; one writer of an output at a time
 cluster          workers on Ray (the extra `ray`)
 """

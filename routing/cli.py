@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from routing.process.exits import friendly_errors as friendly_errors
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 Settings = TypeVar("Settings")
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 EXAMPLES = "examples:"
 
 _called_as: list[str] = []
@@ -105,19 +105,6 @@ def with_underscores(words: Sequence[str], names: Collection[str] | None = None)
             word = f"--{name}{equals}{value}"
         rewritten.append(word)
     return rewritten
-
-
-@contextmanager
-def friendly_errors(prog: str) -> Iterator[None]:
-    """Turn ValueError and OSError into one line on stderr and exit code 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except (ValueError, OSError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 def parse(

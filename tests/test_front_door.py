@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ import runtime
 from predictor.configs import find_config, names, with_paths
 from routing.cli import with_underscores
 from routing.command import GROUPS, STAGES
+from routing.process.exits import EXIT_UNREAD
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "onnxruntime", "numpy", "lightning", "matplotlib")
@@ -29,8 +31,10 @@ OPTIONAL = {"accelerate", "moe_policylang"}
 """Other systems that a benchmark compares with, where they are installed."""
 
 
-def expertflow_command(*words: str, fails: bool = False) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+def expertflow_command(*words: str, fails: bool = False, first: Path | None = None) -> str:
+    """What the command says. first: a folder whose modules go before all others."""
+    folders = [str(first), str(ROOT)] if first else [str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "COLUMNS": "100"}
     done = subprocess.run(
         [sys.executable, "-m", "expertflow", *words],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
@@ -88,11 +92,66 @@ def test_the_command_lists_every_stage_by_purpose() -> None:
     assert expertflow_command() == shown
 
 
+@pytest.fixture(scope="session")
+def no_extras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that lets no module of the extras be imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [word for name in ("cpu", "ray", "serve", "notebooks") for word in extras[name]]
+    modules = [re.split(r"[\[<>=~; ]", word)[0].replace("-", "_") for word in needed]
+    folder = tmp_path_factory.mktemp("no_extras")
+    hidden = f"import sys\nsys.modules.update(dict.fromkeys({modules}))\n"
+    (folder / "sitecustomize.py").write_text(hidden)
+    return folder
+
+
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_has_a_help_with_examples_under_its_own_name(name: str) -> None:
-    shown = expertflow_command(name, "--help")
+def test_every_stage_has_a_help_with_examples_without_any_extra(name: str, no_extras: Path) -> None:
+    shown = expertflow_command(name, "--help", first=no_extras)
     assert f"usage: expertflow {name}" in shown
     assert f"examples:\n  expertflow {name}" in shown
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_the_command_quietly(
+    words: list[str], unbuffered: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "expertflow", *words], cwd=ROOT, stdout=writer,
+        stderr=subprocess.PIPE, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (EXIT_UNREAD, "")
+
+
+def test_output_to_a_full_disk_is_an_error_of_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "expertflow", "--help"], cwd=ROOT, stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "expertflow: error: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_prints_no_traceback_even_while_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('importing', flush=True)\ntime.sleep(60)"
+    )
+    folders = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "expertflow", "train", "fit"], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": folders},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "expertflow: interrupted\n")
 
 
 def test_a_mistyped_stage_is_told_the_nearest() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from routing.shards import TraceReader
 from routing.writer import TraceWriter
-from runtime.batch import main
+from runtime.batch.command import EXIT_ROWS_FAILED, main
 from runtime.server.settings import ServerSettings
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.ray_workers import Crew
@@ -53,7 +53,9 @@ def batch(tiny_directory: Directory, tmp_path: Path) -> Callable[..., bytes]:
             workers=workers,
             **(small | options),
         )
-        main(settings)
+        with pytest.raises(SystemExit) as ended:  # a row has failed
+            main(settings)
+        assert ended.value.code == EXIT_ROWS_FAILED
         return path.read_bytes()
 
     return start
@@ -64,17 +66,17 @@ def test_a_batch_over_workers_writes_what_one_process_writes(
 ) -> None:
     assert batch(2) == batch(0)
     said = capsys.readouterr().err
-    assert "row 10: the row has neither a prompt" in said
+    assert "row 10 (line 11): the row has neither a prompt" in said
     assert said.count("hit rate") >= 3  # a line for each engine
 
 
 def test_what_is_in_the_partial_file_is_not_asked_of_a_worker_again(
     batch: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Journal, index: int, result: dict[str, Any]) -> None:
+    def interrupted(self: Journal, index: int, line: dict[str, Any], *, failed: bool) -> None:
         if len(self.done) == 4:
             raise KeyboardInterrupt
-        add(self, index, result)
+        add(self, index, line, failed=failed)
 
     add = Journal.add
     with monkeypatch.context() as patched:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from routing.cli import EXIT_BAD_INPUT, called_as
+from routing.cli import called_as
+from routing.process.exits import EXIT_BAD_INPUT, quiet_exits
 
 PROG = "expertflow"
 
@@ -53,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     An unknown name exits with code 2 and suggests the nearest one.
     """
-    name, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with quiet_exits(PROG):
+        _run(list(sys.argv[1:] if argv is None else argv) or ["--help"])
+
+
+def _run(words: Sequence[str]) -> None:
+    name, *others = words
     if name in ("-h", "--help", "help"):
         print(overview())
     elif name in ("-V", "--version"):
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(f"{PROG} {expertflow.__version__}")
     elif name in STAGES:
-        run_stage(name, words)
+        run_stage(name, others)
     else:
         print(f"{PROG}: error: {unknown(name)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)

@@ -11,9 +11,8 @@ PROG = "python -m runtime.server"
 def main(settings: ServerSettings) -> None:
     """Load the model and serve until told to stop."""
     try:
-        import uvicorn
-
         from runtime.server.app import load_app
+        from runtime.server.listener import Listener
     except ModuleNotFoundError as missing:
         raise ValueError(
             f"the server needs {missing.name}: install moe-expertflow[serve]"
@@ -27,13 +26,7 @@ def main(settings: ServerSettings) -> None:
 
         start(settings)
         return
-    uvicorn.run(
-        load_app(settings),
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=settings.grace,
-        log_level="info",
-    )
+    Listener(load_app(settings), settings, log_level="info").run()
 
 
 if __name__ == "__main__":

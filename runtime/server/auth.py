@@ -1,60 +1,93 @@
-"""The guard of the server: a bearer token and a limit on bodies, checked before a body is read."""
+"""The guard of the server: a bearer token and limits on bodies, checked before a body is read."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+from uuid import uuid4
 
-from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.server.openai_schema import error
+from runtime.server.errors import Refused
 
-OPEN = ("/health",)
+OPEN = ("/health", "/ping")
 """Paths that need no token."""
+
+REQUEST_ID = "x-request-id"
 
 
 class Guard:
-    """ASGI middleware: a bearer token (None asks for none) and a limit on the body's bytes."""
+    """ASGI middleware: a bearer token (None asks for none), limits on the body's bytes and on the
+    seconds until it is there, and an id for every answer.
+    """
 
-    def __init__(self, app: ASGIApp, token: str | None, max_body: int) -> None:
-        self._app, self._token, self._max_body = app, token, max_body
+    def __init__(
+        self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float
+    ) -> None:
+        self._app, self._token = app, token
+        self._max_body, self._body_timeout = max_body, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        if scope["path"] not in OPEN and not self._is_known(headers.get("authorization", "")):
-            answer = error("this server asks for its bearer token", "authentication_error")
-            await JSONResponse(answer, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-            return
-        body = await self._read(headers, receive)
-        if body is None:
-            answer = error(f"the request has more than {self._max_body} bytes")
-            await JSONResponse(answer, 413, {"Connection": "close"})(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
+        headers, send = Headers(scope=scope), _identified(send)
+        try:
+            self._admit(scope["path"], headers)
+            body = await asyncio.wait_for(self._read(headers, receive), self._body_timeout)
+        except TimeoutError:
+            late = f"the request's body was not there within {self._body_timeout:g} seconds"
+            closing = {"Connection": "close"}
+            await Refused(408, late, headers=closing).response()(scope, receive, send)
+        except Refused as refused:
+            await refused.response()(scope, receive, send)
+        else:
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    def _admit(self, path: str, headers: Headers) -> None:
+        if path not in OPEN and not self._is_known(headers.get("authorization", "")):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise Refused(401, "this server asks for its bearer token", headers=challenge)
 
     def _is_known(self, authorization: str) -> bool:
         if self._token is None:
             return True
-        sent = authorization.encode("utf-8", "replace")
-        return hmac.compare_digest(sent, f"Bearer {self._token}".encode())
+        kind, _, sent = authorization.partition(" ")
+        same = hmac.compare_digest(sent.strip().encode("utf-8", "replace"), self._token.encode())
+        return same and kind.lower() == "bearer"
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None as soon as it is too long."""
+        """The whole body; None where the client went away. Raises Refused for one too long."""
         declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self._max_body:
-            return None
-        body, more = b"", True
+        if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_body):
+            raise self._too_long()
+        body, more = bytearray(), True
         while more:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._max_body:
-                return None
-        return body
+                raise self._too_long()
+        return bytes(body)
+
+    def _too_long(self) -> Refused:
+        message = f"the request has more than {self._max_body} bytes"
+        return Refused(413, message, headers={"Connection": "close"})
+
+
+def _identified(send: Send) -> Send:
+    """Sends answers with an id of their own, which clients show beside an error."""
+
+    async def identified(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault(REQUEST_ID, uuid4().hex)
+        await send(message)
+
+    return identified
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

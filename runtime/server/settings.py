@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.serving.chat import read_template
 from runtime.serving.model_settings import ModelSettings
+
+FORMATS = ("hermes", "mistral", "llama")
+"""Formats of calls of tools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +26,20 @@ class ServerSettings(ModelSettings):
     """File with the bearer token that clients must send."""
     max_body: int = 1 << 20
     """Bytes of a request at the most."""
+    body_timeout: float = 30.0
+    """Seconds that the body of a request may take to arrive."""
     max_queue: int = 256
-    """Requests in flight or waiting at the most; further ones are turned away (429)."""
+    """Choices in flight or waiting at the most; further requests are turned away (429)."""
+    max_choices: int = 128
+    """Choices of one request at the most: its prompts times `n`."""
+    max_priority: int = 0
+    """Highest priority that a client may ask for; everyone may ask for less."""
+    chat_template: str | None = None
+    """Chat template in place of the model's own: a file, or the template itself."""
+    tool_format: str | None = None
+    """How the model writes calls of tools: hermes, mistral or llama; by default what the chat
+    template tells.
+    """
     grace: int = 30
     """Seconds that running requests may take after the server was told to stop."""
 
@@ -42,13 +58,25 @@ class ServerSettings(ModelSettings):
             raise ValueError("port=0: Ray Serve takes no free port by itself, so name one")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} is not in 0 to 65535")
-        for name in ("max_body", "max_queue"):
+        for name in ("max_body", "max_queue", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+        if not self.body_timeout > 0:
+            raise ValueError(f"body_timeout={self.body_timeout} is not above 0")
+        if self.grace < 0:
+            raise ValueError(f"grace={self.grace} is negative")
+        if self.tool_format not in (None, *FORMATS):
+            raise ValueError(
+                f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}"
+            )
 
     @property
     def model_name(self) -> str:
         return self.name or Path(self.model).name
+
+    def read_template(self) -> str | None:
+        """The chat template, if one is given. Raises ValueError for a file that is missing."""
+        return None if self.chat_template is None else read_template(self.chat_template)
 
     def read_token(self) -> str | None:
         """The bearer token, if one is asked for. Raises ValueError for an empty file."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from routing.layers import MoELayer
+from routing.process.output_lock import OutputLock
 from runtime.weights.arena import expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.directory import MetaModel, find_directory
@@ -36,14 +37,21 @@ def write_prepared(model: str | Path, out: str | Path) -> Path:
     """Write a prepared copy of `model` (a directory or a Hub id) to `out`, and return `out`.
 
     Until it is complete, the copy lies in `<out>.partial`. Raises ValueError for a model that
-    cannot be loaded or is prepared already, and if `out` exists.
+    cannot be loaded or is prepared already, and if `out` exists or another process writes it.
     """
     directory, target = find_directory(model), Path(out)
-    if target.exists():
-        raise ValueError(f"{target} exists already")
     if is_prepared(directory):
         raise ValueError(f"{directory} is a prepared model already")
     meta = MetaModel.of(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with OutputLock(target):
+        if target.exists():
+            raise ValueError(f"{target} exists already")
+        _write(meta, directory, target)
+    return target
+
+
+def _write(meta: MetaModel, directory: Path, target: Path) -> None:
     files = CheckpointFiles(directory)
     mapping = CheckpointMapping(files, meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
@@ -54,7 +62,6 @@ def write_prepared(model: str | Path, out: str | Path) -> Path:
     _write_resident(files, store, partial)
     _write_experts(meta.layers, store, partial)
     partial.rename(target)
-    return target
 
 
 def _copy_small_files(directory: Path, out: Path) -> None:

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import exports
 from exports.routing_metrics import RouterTap, measure
 from exports.token_stream import read_documents
-from routing.inspect_model import topology_of
+from routing.inspect_model import tokenizer_fingerprint, topology_of
+from routing.predictor_file.reader import open_predictor
+from runtime.serving.chat import render_chat
 
 HERE = Path(exports.__file__).parent
 MODEL = HERE / "moe-8x32"
@@ -109,6 +111,29 @@ def test_the_embedded_model_generates_with_finite_logits(model, tokenizer):
 def test_the_tokenizer_gives_any_text_back(tokenizer):
     text = "x = 1234  # naïve\n\t春風\r\n🙂 "
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_the_embedded_model_chats_in_the_form_of_its_training_dialogues(tokenizer):
+    messages = [
+        {"role": "system", "content": "What is your favourite food?"},
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "How are you? "},
+    ]
+    shown = tokenizer.decode(render_chat(tokenizer, messages))
+    assert shown == "Topic: What is your favourite food?\nA: Hi!\nB: Hello.\nA: How are you?\nB:"
+    training_form = read_documents(SAMPLE / "dialogue.txt")[0].splitlines()[:3]
+    assert [line.partition(":")[0] for line in training_form] == ["Topic", "A", "B"]
+    with pytest.raises(ValueError, match="the roles are user and assistant"):
+        render_chat(tokenizer, [{"role": "tool", "content": "x"}])
+
+
+def test_the_predictor_is_of_the_tokenizer_that_has_the_template(model, tokenizer):
+    predictor = open_predictor(HERE / "predictors" / "moe-8x32.onnx")
+    topology_of(model, tokenizer).require_match(
+        predictor.topology, ours="the model", theirs="its predictor"
+    )
+    assert predictor.topology.tokenizer == tokenizer_fingerprint(tokenizer)
 
 
 def test_unseen_text_costs_what_the_card_says(figures):

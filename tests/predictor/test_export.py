@@ -28,6 +28,7 @@ from predictor.networks.windows import PredictorShape
 from predictor.training.checkpoint import load_checkpoint
 from predictor.training.module import RouteModule
 from routing.cli import run
+from routing.process.output_lock import OutputLock
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT, Topology
 from tests.helpers.predicting import TOPOLOGY, tiny_predictor
@@ -302,3 +303,10 @@ def test_a_file_says_nothing_about_the_machine_that_wrote_it(exported: Path) -> 
     content = exported.read_bytes()
     assert str(Path(__file__).parents[2]).encode() not in content
     assert b"causal.py" not in content and b"attention.py" not in content
+
+
+def test_two_exports_cannot_write_one_file(checkpoint: Path, tmp_path: Path) -> None:
+    with OutputLock(tmp_path / "p.onnx"), pytest.raises(SystemExit) as stopped:
+        main(str(checkpoint), str(tmp_path / "p.onnx"))
+    assert stopped.value.code == 2
+    assert not (tmp_path / "p.onnx").exists()

@@ -16,6 +16,7 @@ from predictor.training.calibration import calibrate, fit_affine
 from predictor.training.checkpoint import Trained, load_checkpoint
 from predictor.training.data import TraceData
 from predictor.training.module import hide_routes
+from routing.process.output_lock import OutputLock
 from routing.predictor_file.format import HEADS
 from routing.topology import NO_EXPERT
 from tests.helpers.predicting import TOPOLOGY, random_windows, tiny_predictor, train, write_trace
@@ -44,6 +45,16 @@ def test_it_learns_rules_of_tokens_and_of_context_on_documents_it_never_saw(trai
     token, before, secret = trained.metrics["this_known"]["recall"]
     assert min(token, before) > 0.99
     assert secret > 0.9
+
+
+def test_two_trainings_cannot_write_to_one_directory(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with OutputLock(tmp_path / "run"), pytest.raises(SystemExit):
+        train(trace, tmp_path / "run", "--trainer.max_epochs=1")
+    assert "is being written by process" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*.csv"))
+    train(trace, tmp_path / "run", "--trainer.max_epochs=1")
 
 
 def test_what_only_history_tells_is_unknown_without_it(trained):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from routing.cli import run
-from runtime.batch import PROG, main
+from runtime.batch.command import PROG, main
 from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.tiny import save_tiny
 from trace.collect import collect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,10 @@ class LocalWorker:
 
     def serve(self, requests: Iterator[Request]) -> Iterator[Served]:
         """Results as they end."""
-        for result in self._engine.serve(requests, **self._options):
-            yield Served(result, self._engine.stats().hit_rate)
+        with warnings.catch_warnings():  # a batch reports errors by their rows
+            warnings.filterwarnings("ignore", message=".* ended with an error")
+            for result in self._engine.serve(requests, **self._options):
+                yield Served(result, self._engine.stats().hit_rate)
 
     def report(self) -> str:
         """One line about the run so far."""

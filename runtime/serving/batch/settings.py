@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.serving.batch.rows import FORMATS
+from runtime.serving.chat import read_template
 from runtime.serving.model_settings import ModelSettings
 from runtime.serving.request import Result
 from runtime.serving.settings import ServeSettings
@@ -16,13 +18,25 @@ class BatchSettings(ModelSettings):
     """Continue every prompt of a data set; interrupted, the same command goes on."""
 
     dataset: str
-    """A .jsonl file (rows with `prompt` or `messages`, and options of their own), a .txt file (a
-    prompt a line), a .parquet file, or a data set on the Hub.
+    """Rows with `prompt` or `messages`, and options of their own, or lines of OpenAI's batch API: a
+    file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt a line; .gz, .bz2 and .xz are
+    unpacked), `-` for JSON lines from standard input, a directory of `datasets`, or a data set
+    on the Hub.
     """
     out: Path
-    """JSON lines to write, one an input and in their order."""
+    """JSON lines to write, one a row and in their order, with the row's `id` or `custom_id`."""
+    format: str | None = None
+    """What a file holds where its name does not tell: jsonl, json, csv, tsv, txt or parquet."""
     split: str = "train"
-    """Of a data set on the Hub."""
+    """Of a directory or a data set on the Hub."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns that are no options, although they are called like one."""
+    retry_failed: bool = False
+    """Serve the rows again whose result in `out` is an error. An interrupted batch does so too."""
+    chat_template: str | None = None
+    """Chat template in place of the model's own: a file, or the template itself."""
+    name: str | None = None
+    """What lines of OpenAI's batch API call the model; by default the last part of `model`."""
     max_tokens: int = 128
     """Tokens to generate for a prompt at the most."""
     temperature: float = 0.0
@@ -42,11 +56,22 @@ class BatchSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.format is not None and self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         if self.workers and self.record:
             raise ValueError("record: several workers cannot write one recording; serve without")
         for name, least in (("workers", 0), ("worker_cpus", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least {least}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a line may call the model."""
+        return (self.name,) if self.name else (Path(self.model).name, self.model)
+
+    def read_template(self) -> str | None:
+        """The chat template, if one is given. Raises ValueError."""
+        return None if self.chat_template is None else read_template(self.chat_template)
 
 
 class Served(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import runtime
+from routing.process.output_lock import OutputLock
 from runtime.plan import plan
 from runtime.prepare import PrepareSettings, main, prepare
 from runtime.weights.prepared_store import PAGE, read_manifest, verify
@@ -178,6 +179,15 @@ def test_blocks_of_another_model_are_refused(change: str, prepared: Path) -> Non
 
 
 # ---------------------------------------------------------------------- the command
+
+
+def test_two_preparations_cannot_write_one_directory(prepared: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "out.partial"
+    unfinished.mkdir()
+    (unfinished / "blocks").write_text("of the other process")
+    with OutputLock(tmp_path / "out"), pytest.raises(ValueError, match="is being written by"):
+        prepare(prepared.parent / "hub", tmp_path / "out")
+    assert (unfinished / "blocks").exists()
 
 
 def test_preparing_onto_an_existing_path_or_twice_is_refused(prepared: Path) -> None:
