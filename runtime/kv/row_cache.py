@@ -196,13 +196,27 @@ class RowCache(Cache):
         stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
-    def take(self) -> int:
-        """A free row."""
-        return self._free.pop()
+    @property
+    def free_rows(self) -> tuple[int, ...]:
+        """The one that `take` gives comes last."""
+        return tuple(self._free)
+
+    def take(self, row: int | None = None) -> int:
+        """A free row, or that one."""
+        if row is None:
+            return self._free.pop()
+        self._free.remove(row)
+        return row
 
     def release(self, row: int) -> None:
         assert row not in self._free
         self._free.append(row)
+
+    def claim(self) -> bool:
+        """Whether all rows still hold what was written to them: an engine's storage is shared, and
+        from now on it is this cache that writes to it.
+        """
+        return self.storage is None or self.storage.claim(self)
 
     @contextmanager
     def attending(self, layout: StepTokens) -> Iterator[None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Fault = Literal["", "request", "server"]
 
 _numbers = itertools.count()
 
@@ -62,6 +62,10 @@ class Request:
     """Report each token's log-probability and those of so many likeliest tokens; None: neither."""
     priority: int = 0
     """A higher one is served first; the bound on waiting holds for all."""
+    group: str = ""
+    """Requests of one group share one turn, and a prompt that they have in common runs once: the
+    choices of one answer, the requests of one client. Empty: a turn of its own.
+    """
     label: str = ""
     """Domain, for the reference scheduler `domain-oracle`."""
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
@@ -97,6 +101,8 @@ class Request:
             optional = value is None and name in ("seed", "logprobs")
             if not optional and (type(value) is bool or not isinstance(value, Integral)):
                 raise ValueError(f"{name}={value!r} is not a whole number")
+        if not isinstance(self.group, str):
+            raise ValueError(f"group={self.group!r} is not text")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             if type(value) is bool or not isinstance(value, Real):
@@ -116,17 +122,9 @@ class Result:
     logprobs: tuple[Logprob, ...] = ()
     """One for each of `token_ids`, where the request asks for them."""
     error: str = ""
-    """The reason, where `finish` is "error"."""
+    """The reason, where `finish` is "error", or "cancelled" by the server."""
+    fault: Fault = ""
+    """Where `finish` is "error": of the request, which would fail again, or of the server."""
     arrived: float = float("nan")
     first_token: float = float("nan")
     finished: float = float("nan")
-
-    @classmethod
-    def refusing(cls, request: Request, error: Exception) -> Self:
-        """The end of a request that could not be taken in."""
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        now = time.perf_counter()
-        return cls(
-            id=request.id, text="", token_ids=(), num_prompt=0, finish="error", error=reason,
-            arrived=now, finished=now,
-        )  # fmt: skip

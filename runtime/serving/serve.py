@@ -22,18 +22,33 @@ def serve(
 
 
 def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Result]:
-    """Step `loop` over `requests`, of which it holds as many waiting as it looks ahead."""
+    """Step `loop` over `requests`, of which it holds as many waiting as it looks ahead.
+
+    What `requests` raises is raised here once those that it gave before have their results. Raises
+    RuntimeError where the engine cannot go on.
+    """
     source: RequestSource = (
         QueueSource(requests) if isinstance(requests, Queue) else IterableSource(requests)
     )
-    while True:
-        space = lookahead - len(loop.waiting)
-        while space > 0 and (request := source.next(block=loop.is_idle)) is not None:
-            loop.submit(request)
-            space -= 1
-        if loop.is_idle and source.ended:
-            return
+    error: Exception | None = None
+    while not (loop.is_idle and source.ended):
+        try:
+            _fill(loop, source, lookahead)
+        except Exception as raised:  # whatever makes the requests
+            error, source.ended = raised, True
         yield from loop.step()
+        if loop.failure:
+            raise RuntimeError(f"no request can be served any more: {loop.failure}") from error
+    if error is not None:
+        raise error
+
+
+def _fill(loop: ServingLoop, source: RequestSource, lookahead: int) -> None:
+    """Submit what there is room for. Waits for a request where there is nothing else to do."""
+    space = lookahead - len(loop.waiting)
+    while space > 0 and (request := source.next(block=loop.is_idle)) is not None:
+        loop.submit(request)
+        space -= 1
 
 
 class IterableSource:
@@ -44,7 +59,8 @@ class IterableSource:
         self.ended = False
 
     def next(self, *, block: bool) -> Request | None:
-        request = next(self._requests, None)
+        """The next request, or None at the end."""
+        request = None if self.ended else next(self._requests, None)
         self.ended = request is None
         return request
 
