@@ -188,26 +188,23 @@ class ServingLoop:
         except Exception as error:  # whatever a model or a device raises
             self.num_failed_steps += 1
             log.error("a step of %d sequences failed", len(parts), exc_info=error)
-            self._run_one_by_one(parts, error)
+            self._run_one_by_one(parts)
             return
         if self._rows.claim(self.active):
             self._advance(parts, *ran)
 
-    def _run_one_by_one(self, parts: Sequence[Part], error: Exception) -> None:
+    def _run_one_by_one(self, parts: Sequence[Part]) -> None:
         """After a step that failed: run each part by itself, and end those that fail again."""
         for part in parts:
             if not self._is_whole():
                 return
-            ran, own = None, error
-            if len(parts) > 1:
-                try:
-                    ran = self._runner.run([part], self._renew)
-                except Exception as again:
-                    own = again
-                    log.error("request %s fails by itself", part.sequence.request.id, exc_info=own)
-            if ran is None:
-                self._sequences.end(part.sequence, "error", reason_of(own), "server")
-            elif self._rows.claim(self.active):
+            try:
+                ran = self._runner.run([part], self._renew)
+            except Exception as error:
+                log.error("request %s fails by itself", part.sequence.request.id, exc_info=error)
+                self._sequences.end(part.sequence, "error", reason_of(error), "server")
+                continue
+            if self._rows.claim(self.active):
                 self._advance([part], *ran)
         self._is_whole()
 

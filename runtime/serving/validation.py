@@ -37,7 +37,15 @@ class Validator(NamedTuple):
                 return list(self.tokenizer(prompt).input_ids)
             return [int(token) for token in prompt]
         except (TypeError, ValueError, OverflowError) as error:  # a tokenizer raises several kinds
-            shown = f"{prompt!r:.60}"
+            shown = shortened(prompt)
             raise ValueError(
                 f"the prompt {shown} is neither text that can be encoded nor token ids ({error})"
             ) from error
+
+
+def shortened(value: Any) -> str:
+    """A value as it is written, in short; its type where it cannot be written."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # a number of too many digits, a list within itself, a class of the caller's
+        return f"of type {type(value).__name__}"
