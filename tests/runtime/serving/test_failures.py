@@ -101,9 +101,9 @@ def test_a_prompt_of_any_kind_is_refused_in_words(prompt: Any, engine: Engine) -
 
 def test_what_is_no_request_is_refused_where_it_is_handed_over(engine: Engine) -> None:
     loop = ServingLoop(engine, None, ALL)
-    for given in ("text", {"prompt": [3]}, None):
+    for item in ("text", {"prompt": [3]}, None):
         with pytest.raises(ValueError, match="is not a Request"):
-            loop.submit(given)  # type: ignore[arg-type]
+            loop.submit(item)  # type: ignore[arg-type]
 
 
 def test_an_interrupt_is_nobodys_own_error(engine: Engine) -> None:
@@ -207,10 +207,9 @@ def test_serving_an_iterable_ends_where_the_engine_cannot_go_on(
     poison(loop)
     monkeypatch.setattr(engine, "check_integrity", lambda: 1 / 0)
     asked = iter(Request(prompt=[3], max_tokens=4, label=POISON) for _ in iter(int, 1))
-    results = []
+    results: list[Result] = []
     with pytest.raises(RuntimeError, match="no request can be served any more"):
-        for result in run(loop, asked, 5):
-            results.append(result)
+        results.extend(run(loop, asked, 5))
     assert len(results) == 5
 
 
@@ -305,11 +304,10 @@ def test_requests_in_flight_are_delivered_before_their_iterator_raises(
         yield from good()
         raise OSError("the data set is gone")
 
-    served = {}
+    served: list[Result] = []
     with pytest.raises(OSError, match="the data set is gone"):
-        for result in engine.serve(failing(), **SMALL):
-            served[result.id] = result
-    assert_served(served, alone)
+        served.extend(engine.serve(failing(), **SMALL))
+    assert_served(by_id(iter(served)), alone)
 
 
 def test_what_is_no_request_in_a_queue_is_raised_after_the_others(
@@ -318,11 +316,10 @@ def test_what_is_no_request_in_a_queue_is_raised_after_the_others(
     queue: Queue[Any] = Queue()
     for item in (*good(), "text"):
         queue.put(item)
-    served = {}
+    served: list[Result] = []
     with pytest.raises(ValueError, match="'text' is not a Request"):
-        for result in engine.serve(queue, **SMALL):
-            served[result.id] = result
-    assert_served(served, alone)
+        served.extend(engine.serve(queue, **SMALL))
+    assert_served(by_id(iter(served)), alone)
 
 
 # ---------------------------------------------------------------------- all together
