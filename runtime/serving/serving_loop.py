@@ -40,6 +40,9 @@ from runtime.serving.steps.in_flight import InFlight
 from runtime.serving.steps.rows import Rows
 from runtime.serving.validation import Validator
 
+MOST_LOST = 8
+"""Times in a row that sequences start over before they have a token more."""
+
 log = logging.getLogger(__name__)
 
 
@@ -84,6 +87,7 @@ class ServingLoop:
         """The reason that no request can be served any more; empty while they can."""
         self.num_steps, self.num_prefilled = 0, 0
         self.num_failed_steps, self._num_failing = 0, 0
+        self._num_lost, self._generated_at_loss = 0, 0
         self.seconds = 0.0
 
     # ------------------------------------------------------------------ what others call
@@ -160,7 +164,7 @@ class ServingLoop:
     # ------------------------------------------------------------------ run
 
     def _run_step(self, start: float) -> None:
-        self._rows.claim(self.active)
+        self._holds_rows()
         if not (self._runner.overlaps and self.active):  # else it happens while the step runs
             self._admission.look_ahead()
         missing_K = (~self._engine.resident_LE).astype(np.float32).reshape(-1)
@@ -171,6 +175,21 @@ class ServingLoop:
             self.num_steps += 1
         if decoding and not prompts:
             self.scheduler.ordering.observe(len(decoding), time.perf_counter() - start)
+
+    def _holds_rows(self) -> bool:
+        """Whether the rows are as the last step left them. If not, sequences start over; raises
+        RuntimeError where that never gets them any further.
+        """
+        if self._rows.claim(self.active):
+            return True
+        self._num_lost = self._num_lost + 1 if self._generated_at_loss == self.num_generated else 0
+        self._generated_at_loss = self.num_generated
+        if self.active and self._num_lost > MOST_LOST:
+            raise RuntimeError(
+                "what else runs on this engine writes to its key/value cache between the steps; "
+                "let one end before the other begins"
+            )
+        return False
 
     def _renew(self) -> None:
         """Make the forecasts that are missing, and some that admission will want."""
@@ -190,7 +209,7 @@ class ServingLoop:
             log.error("a step of %d sequences failed", len(parts), exc_info=error)
             self._run_one_by_one(parts)
             return
-        if self._rows.claim(self.active):
+        if self._holds_rows():
             self._advance(parts, *ran)
 
     def _run_one_by_one(self, parts: Sequence[Part]) -> None:
@@ -204,7 +223,7 @@ class ServingLoop:
                 log.error("request %s fails by itself", part.sequence.request.id, exc_info=error)
                 self._sequences.end(part.sequence, "error", reason_of(error), "server")
                 continue
-            if self._rows.claim(self.active):
+            if self._holds_rows():
                 self._advance([part], *ran)
         self._is_whole()
 

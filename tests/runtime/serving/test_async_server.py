@@ -313,7 +313,7 @@ def test_a_queue_without_places_is_refused(engine: Engine, most: int) -> None:
 
 
 def test_a_soak_of_requests_that_are_cancelled_at_random_ends_clean(
-    engine: Engine, tmp_path: Path
+    engine: Engine,
 ) -> None:
     random = np.random.default_rng(3)
 
