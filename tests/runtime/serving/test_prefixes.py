@@ -284,3 +284,25 @@ def test_state_that_cannot_be_cut_is_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"prefix_reuse: .* linear_attention"):
         Rows(None, Config(), reuse=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "original_max_position_embeddings": 32, "factor": 8.0,
+         "short_factor": [1.0] * 4, "long_factor": [9.0] * 4},
+        {"rope_type": "dynamic", "factor": 8.0},
+    ],
+)  # fmt: skip
+def test_positions_that_depend_on_the_company_are_refused_beyond_where_they_do(
+    rope: dict[str, Any],
+) -> None:
+    limits = {"max_position_embeddings": 33 if rope["rope_type"] == "dynamic" else 256}
+    model: Any = tiny_model("olmoe", rope_parameters=rope | {"rope_theta": 1e4}, **limits)
+    asked = [Request(id=str(i), prompt=p, max_tokens=4) for i, p in enumerate(prompts(5, 4, 20))]
+    alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
+    with offloaded(model) as engine:
+        with pytest.raises(ValueError, match=r"context=33: .* serve with context=32 or less"):
+            engine.serve(asked, **SMALL | {"context": 33})
+        served = by_id(engine.serve(asked, **SMALL | {"context": 32}))
+    assert {id: result.token_ids for id, result in served.items()} == alone
