@@ -27,7 +27,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from runtime.kv.attention_kinds import PLAIN, attention_types
+from runtime.kv.attention_kinds import require_rows
 from runtime.kv.static_cache import Storage
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -176,7 +176,7 @@ class RowCache(Cache):
     ) -> None:
         config: Any = model.config
         text = config.get_text_config()
-        _require_plain(text)
+        require_rows(text, context)
         self.num_rows, self.context, self.storage = num_rows, context, storage
         self.layout: StepTokens
         self._free = list(range(num_rows - 1, -1, -1))
@@ -196,13 +196,27 @@ class RowCache(Cache):
         stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
-    def take(self) -> int:
-        """A free row."""
-        return self._free.pop()
+    @property
+    def free_rows(self) -> tuple[int, ...]:
+        """The one that `take` gives comes last."""
+        return tuple(self._free)
+
+    def take(self, row: int | None = None) -> int:
+        """A free row, or that one."""
+        if row is None:
+            return self._free.pop()
+        self._free.remove(row)
+        return row
 
     def release(self, row: int) -> None:
         assert row not in self._free
         self._free.append(row)
+
+    def claim(self) -> bool:
+        """Whether all rows still hold what was written to them: an engine's storage is shared, and
+        from now on it is this cache that writes to it.
+        """
+        return self.storage is None or self.storage.claim(self)
 
     @contextmanager
     def attending(self, layout: StepTokens) -> Iterator[None]:
@@ -258,17 +272,3 @@ def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object that a module of the model reads."""
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in found if config is not None}.values())
-
-
-def _require_plain(config: Any) -> None:
-    others = attention_types(config) - PLAIN
-    if others:
-        raise ValueError(
-            f"the model has layers of type {', '.join(sorted(others))}, which cannot be served "
-            "together yet; use model.generate"
-        )
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(
-            f"the model's attention is {config._attn_implementation}; load it with "
-            "attn_implementation='sdpa' to serve it"
-        )

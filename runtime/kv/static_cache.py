@@ -19,6 +19,14 @@ class Storage:
     def __init__(self, batch: int, context: int) -> None:
         self.batch, self.context = batch, context
         self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._writer: object = None
+
+    def claim(self, writer: object) -> bool:
+        """Let `writer` be the one that writes; False where another wrote since it last was, and
+        may have left nothing of what it had stored.
+        """
+        unchanged, self._writer = self._writer is writer, writer
+        return unchanged
 
     def view(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
         """[batch, heads, context, width] for states `like` [*, heads, *, width]."""
@@ -55,6 +63,7 @@ class SharedLayer(StaticLayer):
 
     def reset(self) -> None:
         """Start a new sequence. What the storage holds is masked out, but must be finite."""
+        self._storage.claim(self)
         self.cumulative_length.zero_()
         if self.is_initialized:
             assert self.keys is not None and self.values is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
@@ -14,6 +13,7 @@ from runtime.serving.inputs import fields
 from runtime.serving.inputs.prompt import ENCODING, IDS, as_prompt
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+Fault = Literal["", "request", "server"]
 
 _numbers = itertools.count()
 
@@ -99,6 +99,10 @@ class Request:
     """
     priority: int = 0
     """A higher one is served first; the bound on waiting holds for all."""
+    group: str = ""
+    """Requests of one group share one turn, and a prompt that they have in common runs once: the
+    choices of one answer, the requests of one client. Empty: a turn of its own.
+    """
     label: str = ""
     """Domain, for the reference scheduler `domain-oracle`."""
     id: str = field(default_factory=next_id)
@@ -163,18 +167,9 @@ class Result:
     prompt_logprobs: tuple[Logprob | None, ...] = ()
     """One for each token of the prompt, where the request asks for them; None for the first."""
     error: str = ""
-    """The reason, where `finish` is "error"."""
+    """The reason, where `finish` is "error", or "cancelled" by the server."""
+    fault: Fault = ""
+    """Where `finish` is "error": of the request, which would fail again, or of the server."""
     arrived: float = float("nan")
     first_token: float = float("nan")
     finished: float = float("nan")
-
-    @classmethod
-    def refusing(cls, request: Any, error: Exception) -> Self:
-        """The end of a request that could not be taken in, or of what makes no request."""
-        given = request.get("id") if isinstance(request, Mapping) else getattr(request, "id", None)
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        now = time.perf_counter()
-        return cls(
-            id=given if isinstance(given, str) else next_id(), text="", token_ids=(), num_prompt=0,
-            finish="error", error=reason, arrived=now, finished=now,
-        )  # fmt: skip

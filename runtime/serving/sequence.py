@@ -86,7 +86,7 @@ class ServedSequence:
     @property
     def is_ready(self) -> bool:
         """True when one token is pending: the sequence can join a decode step."""
-        return self.row >= 0 and self.num_generated > 0
+        return self.row >= 0 and self.num_generated > 0 and self.num_pending == 1
 
     @property
     def num_pending(self) -> int:

@@ -13,6 +13,7 @@ from runtime.serving.inputs.tokenizer import own_tokenizer
 from runtime.serving.request import Request, Result
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
+from runtime.serving.steps.failures import reason_of, refusal
 
 Requests = Iterable[Any] | Queue[Any]
 """Of what `Request.of` takes."""
@@ -31,21 +32,39 @@ def serve(
 
 
 def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Result]:
-    """Step `loop` over `requests`, of which it holds as many waiting as it looks ahead."""
+    """Step `loop` over `requests`, of which it holds as many waiting as it looks ahead.
+
+    What `requests` raises is raised here once those that it gave before have their results. Raises
+    RuntimeError where the engine cannot go on.
+    """
     source: RequestSource = (
         QueueSource(requests) if isinstance(requests, Queue) else IterableSource(requests)
     )
-    while True:
-        space = lookahead - len(loop.waiting)
-        while space > 0 and (item := source.next(block=loop.is_idle)) is not ABSENT:
-            try:
-                loop.submit(Request.of(item))
-                space -= 1
-            except ValueError as error:
-                yield Result.refusing(item, error)
-        if loop.is_idle and source.ended:
-            return
+    error: Exception | None = None
+    while not (loop.is_idle and source.ended):
+        try:
+            yield from _fill(loop, source, lookahead)
+        except Exception as raised:  # whatever makes the requests
+            error, source.ended = raised, True
         yield from loop.step()
+        if loop.failure:
+            raise RuntimeError(f"no request can be served any more: {loop.failure}") from error
+    if error is not None:
+        raise error
+
+
+def _fill(loop: ServingLoop, source: RequestSource, lookahead: int) -> Iterator[Result]:
+    """Submit what there is room for. Waits for a request where there is nothing else to do.
+
+    Yields the refusals of what makes no request.
+    """
+    space = lookahead - len(loop.waiting)
+    while space > 0 and (item := source.next(block=loop.is_idle)) is not ABSENT:
+        try:
+            loop.submit(Request.of(item))
+            space -= 1
+        except ValueError as error:
+            yield refusal(item, reason_of(error), "request")
 
 
 class IterableSource:
@@ -56,9 +75,10 @@ class IterableSource:
         self.ended = False
 
     def next(self, *, block: bool) -> Any:
-        request = next(self._requests, ABSENT)
-        self.ended = request is ABSENT
-        return request
+        """The next item, or ABSENT at the end."""
+        item = ABSENT if self.ended else next(self._requests, ABSENT)
+        self.ended = item is ABSENT
+        return item
 
 
 class QueueSource:

@@ -8,30 +8,42 @@ Who shares a step never decides a token: attention runs for each sequence alone,
 are summed in their own order, and sampling has its own random numbers. What is left is rounding, as
 matrix products of another number of rows may differ in the last bits; in float32 the tokens are
 those of each request alone but for exact near-ties.
+
+One request never ends the others. What it raises is its own error; a step that fails is run again,
+each of its sequences by itself, and only those end that fail by themselves.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
-from routing.predictor_file.driver import Past
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
-from runtime.engine.step_inputs import end_tokens
-from runtime.prediction.sequence_forecaster import SequenceForecast, SequenceForecaster
 from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part, open_rows
 from runtime.serving.request import Finish, Request, Result
 from runtime.serving.scheduling.scheduler import build_scheduler
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
+from runtime.serving.steps.admission import Admission
+from runtime.serving.steps.arrivals import Arrivals, Cancel
+from runtime.serving.steps.choices import Choices, PromptEnd
+from runtime.serving.steps.failures import reason_of
+from runtime.serving.steps.forecasting import Forecasting
+from runtime.serving.steps.in_flight import InFlight
+from runtime.serving.steps.rows import Rows
 from runtime.serving.validation import Validator
+
+MOST_LOST = 8
+"""Times in a row that sequences start over before they have a token more."""
+
+log = logging.getLogger(__name__)
 
 
 class ServingLoop:
@@ -43,12 +55,10 @@ class ServingLoop:
                 "serving does not handle encoder-decoder models yet; use model.generate"
             )
         settings = settings.fitting(engine.key_value_storage)
-        self._engine, self._settings = engine, settings
-        self._validator = Validator(tokenizer, engine.topology.vocab_size, settings.context)
-        file = engine.predictor
-        if settings.scheduler is None and engine.stats().all_fit:
-            file = None  # no expert will ever be missing, so there is nothing to predict
-        self._forecaster = None if file is None else SequenceForecaster(file)
+        self._engine = engine
+        # where no expert will ever be missing, there is nothing to predict
+        predicts = settings.scheduler is not None or not engine.stats().all_fit
+        file = engine.predictor if predicts else None
         self.scheduler = build_scheduler(
             settings,
             stack=None if file is None else file.stack,
@@ -61,30 +71,65 @@ class ServingLoop:
             if rows is None
             else CapturedRunner(engine, self._cache, rows)
         )
-        self._unpredicted: tuple[list[ServedSequence], np.ndarray] | None = None
-        """Sequences whose newest token has no forecast yet, and the routes of the token before."""
-        self._inbox: SimpleQueue[Request | str] = SimpleQueue()
-        self.waiting: list[ServedSequence] = []
-        self.active: list[ServedSequence] = []
-        self.finished: Counter[Finish] = Counter()
-        self.num_steps, self.num_generated, self.num_prefilled = 0, 0, 0
+        self._forecasting = Forecasting(
+            engine, file, overlaps=self._runner.overlaps, on_failure=self._forget_forecasts
+        )
+        text: Any = engine.model.config.get_text_config()  # type: ignore[union-attr,operator]
+        self._rows = Rows(self._cache, text, reuse=settings.prefix_reuse)
+        self._choices = Choices(self._rows)
+        self._sequences = InFlight(engine, self._rows)
+        self._admission = Admission(
+            self.scheduler, settings, self._sequences, self._rows, self._choices, self._forecasting
+        )
+        validator = Validator(tokenizer, engine.topology.vocab_size, settings.context)
+        self._arrivals = Arrivals(validator, self._sequences)
+        self.failure = ""
+        """The reason that no request can be served any more; empty while they can."""
+        self.num_steps, self.num_prefilled = 0, 0
+        self.num_failed_steps, self._num_failing = 0, 0
+        self._num_lost, self._generated_at_loss = 0, 0
         self.seconds = 0.0
-        self._num_arrived = 0
-        self._eos_ids = end_tokens(engine.model)
 
     # ------------------------------------------------------------------ what others call
 
     def submit(self, request: Request) -> None:
         """Hand over a request; `step` will return its one `Result`."""
-        self._inbox.put(request)
+        if not isinstance(request, Request):
+            raise ValueError(f"{request!r:.80} is not a Request")
+        self._arrivals.put(request)
 
     def cancel(self, request_id: str) -> None:
         """End a request; one that is not in flight (any more) is left alone."""
-        self._inbox.put(request_id)
+        self._arrivals.put(Cancel(request_id))
+
+    @property
+    def waiting(self) -> list[ServedSequence]:
+        """Sequences without a row, in the order of arrival."""
+        return self._sequences.waiting
+
+    @property
+    def active(self) -> list[ServedSequence]:
+        """Sequences with a row."""
+        return self._sequences.active
 
     @property
     def is_idle(self) -> bool:
-        return not (self.waiting or self.active) and self._inbox.empty()
+        return not (self.waiting or self.active) and self._arrivals.is_empty
+
+    @property
+    def finished(self) -> Counter[Finish]:
+        """Requests that ended, by how they did."""
+        return self._sequences.finished
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens chosen."""
+        return self._sequences.num_generated
+
+    @property
+    def num_reused(self) -> int:
+        """Prompt tokens that did not run, as another request had run them."""
+        return self._rows.num_reused
 
     @property
     def key_value_bytes(self) -> int:
@@ -94,205 +139,137 @@ class ServingLoop:
     def step(self) -> list[Result]:
         """Run one step; returns the requests that ended."""
         start = time.perf_counter()
-        results = self._take_inbox()
-        if not (self._runner.overlaps and self.active):  # else it happens while the step runs
-            self._look_ahead()
-        missing_K = self._missing_K()
-        self._admit(missing_K)
-        decoding, prompts = self._decoding(missing_K), self._chunks()
-        if parts := [*decoding, *prompts]:
-            following, routes_TLK = self._runner.run(parts, self._renew)
-            results += self._advance(parts, following, routes_TLK)
-            self.num_steps += 1
-        self.finished.update(result.finish for result in results)
-        seconds = time.perf_counter() - start
-        if decoding and not prompts:
-            self.scheduler.ordering.observe(len(decoding), seconds)
-        self.seconds += seconds
-        return results
+        self._arrivals.take(self.failure)
+        try:
+            self._run_step(start)
+            self._num_failing = 0
+        except Exception as error:  # a model, a device, a scheduler: none of a request's own
+            self._fail(error)
+        self.seconds += time.perf_counter() - start
+        return self._sequences.take_ended()
 
-    def cancel_all(self) -> list[Result]:
+    def cancel_all(self, reason: str = "") -> list[Result]:
         """End everything that is in flight or was submitted."""
-        return self._end_all("cancelled")
+        self._arrivals.take(self.failure)
+        self._sequences.end_all("cancelled", reason)
+        return self._sequences.take_ended()
 
     def fail_all(self, error: str) -> list[Result]:
-        """End everything with an error, after a step that raised."""
-        return self._end_all("error", error)
+        """End everything with an error, and refuse all that comes."""
+        self.failure = self.failure or error
+        self._arrivals.take(self.failure)
+        self._sequences.end_all("error", error, "server")
+        return self._sequences.take_ended()
 
-    def _end_all(self, finish: Finish, error: str = "") -> list[Result]:
-        results = self._take_inbox()
-        results += [
-            self._end(sequence, finish, error) for sequence in (*self.waiting, *self.active)
-        ]
-        self.finished.update(result.finish for result in results)
-        return results
+    # ------------------------------------------------------------------ run
 
-    # ------------------------------------------------------------------ arrivals
+    def _run_step(self, start: float) -> None:
+        self._holds_rows()
+        if not (self._runner.overlaps and self.active):  # else it happens while the step runs
+            self._admission.look_ahead()
+        missing_K = (~self._engine.resident_LE).astype(np.float32).reshape(-1)
+        self._admission.admit(missing_K)
+        decoding, prompts = self._admission.decoding(missing_K), self._admission.chunks()
+        if parts := [*decoding, *prompts]:
+            self._run(parts)
+            self.num_steps += 1
+        if decoding and not prompts:
+            self.scheduler.ordering.observe(len(decoding), time.perf_counter() - start)
 
-    def _take_inbox(self) -> list[Result]:
-        results: list[Result] = []
-        first = self._num_arrived
-        while True:
-            try:
-                item = self._inbox.get_nowait()
-            except Empty:
-                break
-            if isinstance(item, str):
-                sequences = [
-                    sequence
-                    for sequence in (*self.waiting, *self.active)
-                    if sequence.request.id == item
-                ]
-                results += [self._end(sequence, "cancelled") for sequence in sequences]
-            else:
-                results += self._arrive(item)
-        for sequence in self.waiting:
-            if sequence.number >= first:
-                sequence.num_waiting_at_arrival = len(self.waiting)
-        return results
-
-    def _arrive(self, request: Request) -> list[Result]:
-        """Queue a request; a bad one ends here, whatever it makes a library raise."""
-        tokenizer, number = self._validator.tokenizer, self._num_arrived
-        try:
-            if any(request.id == sequence.request.id for sequence in (*self.waiting, *self.active)):
-                raise ValueError(f"a request with the id {request.id!r} is in flight already")
-            prompt_ids = self._validator.encode(request)
-            sequence = ServedSequence(request, prompt_ids, tokenizer, number, self._eos_ids)
-        except Exception as error:
-            return [Result.refusing(request, error)]
-        self.waiting.append(sequence)
-        self._num_arrived += 1
-        return []
-
-    # ------------------------------------------------------------------ schedule
-
-    def _look_ahead(self) -> None:
-        """Predict for some waiting prompts, oldest first, ahead of their admission."""
-        if self._forecaster is not None and self.scheduler.ordering.looks_ahead:
-            near = self.waiting[: self._settings.lookahead]
-            for sequence in [sequence for sequence in near if sequence.forecast is None][
-                : self._settings.batch
-            ]:
-                self._read_prompt(sequence)
-
-    def _read_prompt(self, sequence: ServedSequence) -> None:
-        if self._forecaster is None or sequence.predictor_past is not None:
-            return
-        with self._engine.stats().timer("predict"):
-            sequence.predictor_past = Past(self._forecaster.file, 1, sequence.limit)
-            sequence.forecast = self._forecaster.read_prompt(
-                sequence.predictor_past, sequence.token_ids
+    def _holds_rows(self) -> bool:
+        """Whether the rows are as the last step left them. If not, sequences start over; raises
+        RuntimeError where that never gets them any further.
+        """
+        if self._rows.claim(self.active):
+            return True
+        self._num_lost = self._num_lost + 1 if self._generated_at_loss == self.num_generated else 0
+        self._generated_at_loss = self.num_generated
+        if self.active and self._num_lost > MOST_LOST:
+            raise RuntimeError(
+                "what else runs on this engine writes to its key/value cache between the steps; "
+                "let one end before the other begins"
             )
-
-    def _missing_K(self) -> np.ndarray:
-        return (~self._engine.resident_LE).astype(np.float32).reshape(-1)
-
-    def _admit(self, missing_K: np.ndarray) -> None:
-        free = self._cache.num_free
-        admitted = self.scheduler.admit(self.waiting, self.active, free, missing_K) if free else []
-        for sequence in admitted:
-            self._read_prompt(sequence)
-            sequence.row = self._cache.take()
-            self.waiting.remove(sequence)
-            self.active.append(sequence)
-        for sequence in self.waiting:
-            sequence.forget()
-
-    def _decoding(self, missing_K: np.ndarray) -> list[Part]:
-        ready = [sequence for sequence in self.active if sequence.is_ready]
-        return [Part(sequence, 1) for sequence in self.scheduler.compose(ready, missing_K)]
-
-    def _chunks(self) -> list[Part]:
-        """Prompts, in the order of admission, until the step has enough of their tokens."""
-        parts, left = [], self._settings.chunk
-        for sequence in self.active:
-            if not sequence.is_ready and left:
-                parts.append(Part(sequence, sequence.next_chunk(left)))
-                left -= parts[-1].num_tokens
-        return parts
-
-    # ------------------------------------------------------------------ account
-
-    def _advance(
-        self, parts: Sequence[Part], following: NextTokens, routes_TLK: np.ndarray
-    ) -> list[Result]:
-        """Choose the next tokens and predict for them; returns the requests that ended."""
-        results, going, at, row = [], [], -1, 0
-        for part in parts:
-            sequence, completes, decoded = part.sequence, part.completes, part.sequence.is_ready
-            at += part.num_tokens
-            sequence.num_cached += part.num_tokens
-            if self._engine.route_log is not None:
-                sequence.routes.append(routes_TLK[at - part.num_tokens + 1 : at + 1])
-            self.num_prefilled += 0 if decoded else part.num_tokens
-            if completes:
-                ended = self._choose(sequence, following.greedy_N[row], following.logits_NV[row])
-                row += 1
-                going += [] if ended else [(sequence, at)]
-                results += ended
-        self._predict([sequence for sequence, _ in going], routes_TLK[[at for _, at in going]])
-        return results
-
-    def _choose(self, sequence: ServedSequence, greedy: int, logits_V: Tensor) -> list[Result]:
-        try:
-            finish = sequence.accept(greedy, logits_V)
-        except (
-            Exception
-        ) as error:  # a streaming callback may fail in any way; only its request ends
-            return [self._end(sequence, "error", f"{type(error).__name__}: {error}")]
-        self.num_generated += min(1, sequence.request.max_tokens)
-        return [] if finish is None else [self._end(sequence, finish)]
-
-    def _predict(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
-        """Score the forecasts of the tokens that ran, and predict for the chosen ones."""
-        if self._forecaster is None or not sequences:
-            return
-        forecasts = [sequence.forecast for sequence in sequences if sequence.forecast is not None]
-        self._score(sequences, forecasts, routes_BLK)
-        if not self._runner.overlaps:
-            self._predict_chosen(sequences, routes_BLK)
-            return
-        self._unpredicted = sequences, routes_BLK
-        for sequence, forecast in zip(sequences, forecasts, strict=True):
-            sequence.forecast = forecast.stale()
+        return False
 
     def _renew(self) -> None:
         """Make the forecasts that are missing, and some that admission will want."""
-        if self._unpredicted is not None:
-            unpredicted, self._unpredicted = self._unpredicted, None
-            self._predict_chosen(*unpredicted)
-        self._look_ahead()
+        self._forecasting.renew()
+        self._admission.look_ahead()
 
-    def _predict_chosen(self, sequences: list[ServedSequence], routes_BLK: np.ndarray) -> None:
-        assert self._forecaster is not None
-        before = [sequence.forecast for sequence in sequences if sequence.forecast is not None]
-        pasts = [
-            sequence.predictor_past for sequence in sequences if sequence.predictor_past is not None
-        ]
-        with self._engine.stats().timer("predict"):
-            newest = [sequence.token_ids[-1] for sequence in sequences]
-            forecasts = self._forecaster.step(pasts, newest, routes_BLK, before)
-        for sequence, forecast in zip(sequences, forecasts, strict=True):
-            sequence.forecast = forecast
+    def _forget_forecasts(self) -> None:
+        self.scheduler.do_without_predictions()
+        for sequence in self._sequences.all:
+            sequence.forecast = sequence.predictor_past = None
 
-    def _score(
-        self,
-        sequences: Sequence[ServedSequence],
-        forecasts: Sequence[SequenceForecast],
-        routes_BLK: np.ndarray,
+    def _run(self, parts: Sequence[Part]) -> None:
+        try:
+            ran = self._runner.run(parts, self._renew)
+        except Exception as error:  # whatever a model or a device raises
+            self.num_failed_steps += 1
+            log.error("a step of %d sequences failed", len(parts), exc_info=error)
+            self._run_one_by_one(parts)
+            return
+        if self._holds_rows():
+            self._advance(parts, *ran)
+
+    def _run_one_by_one(self, parts: Sequence[Part]) -> None:
+        """After a step that failed: run each part by itself, and end those that fail again."""
+        for part in parts:
+            if not self._is_whole():
+                return
+            try:
+                ran = self._runner.run([part], self._renew)
+            except Exception as error:
+                log.error("request %s fails by itself", part.sequence.request.id, exc_info=error)
+                self._sequences.end(part.sequence, "error", reason_of(error), "server")
+                continue
+            if self._holds_rows():
+                self._advance([part], *ran)
+        self._is_whole()
+
+    def _fail(self, error: Exception) -> None:
+        """After an error of no sequence in particular: end those in flight, or, where that did not
+        help, all.
+        """
+        self.num_failed_steps += 1
+        self._num_failing += 1
+        log.error("a step failed", exc_info=error)
+        ending = self.active if self._num_failing == 1 else [*self.active, *self.waiting]
+        for sequence in list(ending):
+            self._sequences.end(sequence, "error", reason_of(error), "server")
+        self._is_whole()
+
+    def _is_whole(self) -> bool:
+        """Whether the engine can go on; if not, everything ends here."""
+        try:
+            if self._engine.device.type == "cuda":
+                torch.cuda.synchronize(self._engine.device)
+            self._engine.check_integrity()
+        except Exception as error:  # a device that is lost raises whatever it is asked
+            self.failure = self.failure or f"the engine cannot go on: {reason_of(error)}"
+            log.critical("the engine cannot go on", exc_info=error)
+            self._sequences.end_all("error", self.failure, "server")
+        return not self.failure
+
+    def _advance(
+        self, parts: Sequence[Part], following: NextTokens, routes_TLK: np.ndarray
     ) -> None:
-        """Count the recall of the forecasts for the tokens that were decoded."""
-        decoded = [index for index, sequence in enumerate(sequences) if sequence.num_generated > 1]
-        if decoded:
-            logits_BLE = np.stack([forecasts[index].logits_LE for index in decoded])
-            self._engine.stats().count_recall(logits_BLE, routes_BLK[decoded])
-
-    def _end(self, sequence: ServedSequence, finish: Finish, error: str = "") -> Result:
-        if sequence.row >= 0:
-            self._cache.release(sequence.row)
-        (self.active if sequence in self.active else self.waiting).remove(sequence)
-        if self._engine.route_log is not None and sequence.routes:
-            tokens_T, routes_TLK = np.array(sequence.token_ids), np.concatenate(sequence.routes)
-            self._engine.route_log.add(tokens_T[: len(routes_TLK)], routes_TLK, sequence.num_prompt)
-        return sequence.result(finish, error)
+        """Choose the next tokens and predict for them."""
+        going, at, row = [], 0, 0
+        for part in parts:
+            sequence, completes, decoded = part.sequence, part.completes, part.sequence.is_ready
+            first, at = at, at + part.num_tokens
+            sequence.num_cached += part.num_tokens
+            if self._engine.route_log is not None:
+                sequence.routes.append(routes_TLK[first:at])
+            self.num_prefilled += 0 if decoded else part.num_tokens
+            if completes:
+                end = PromptEnd(
+                    following.greedy_N[row], following.logits_NV[row], routes_TLK[at - 1]
+                )
+                row += 1
+                sharing = self._choices.share(sequence, end, self.active, self.waiting)
+                for one in (sequence, *sharing):
+                    if self._sequences.choose(one, end):
+                        going.append((one, end.routes_LK))
+        self._forecasting.read_tokens(going)

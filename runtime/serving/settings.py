@@ -47,6 +47,11 @@ class ServeSettings:
     """
     max_skips: int = 32
     """Steps in a row that a parked sequence may be passed over."""
+    prefix_reuse: bool = False
+    """Let a request that begins as another did go on from its keys and values. They differ in the
+    last bits with the number of tokens that ran beside them, so a result may depend on what was
+    served before as it does on what is served beside.
+    """
 
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:

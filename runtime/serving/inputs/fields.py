@@ -182,6 +182,7 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "prompt_logprobs": whole,
     "json_schema": schema,
     "priority": whole,
+    "group": text,
     "label": text,
     "id": text,
 }

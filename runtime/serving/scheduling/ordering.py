@@ -20,6 +20,8 @@ class Ordering(ABC):
     """Chooses sequences. All lists come in the order of arrival."""
 
     name: ClassVar[str]
+    needs_forecasts: ClassVar[bool] = False
+    """Whether its choices read the sequences' forecasts."""
 
     @property
     def looks_ahead(self) -> bool:

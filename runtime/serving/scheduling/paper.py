@@ -23,6 +23,7 @@ class Paper(Ordering):
     """Pairs of batches, split by similarity of predicted routes."""
 
     name = "paper"
+    needs_forecasts = True
 
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k

@@ -29,6 +29,7 @@ class Predicted(Ordering):
     """
 
     name = "predicted"
+    needs_forecasts = True
 
     def __init__(self, seconds_per_load: Callable[[], float], *, burst: int, batch: int) -> None:
         self.payoff = Payoff(seconds_per_load)

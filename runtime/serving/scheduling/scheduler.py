@@ -3,14 +3,14 @@
 Bounds, whatever the ordering and the predictions: of requests that arrived later, at most
 `patience` (or as many as waited when it arrived, if those were fewer) and `rows` more are admitted
 before a waiting one; a sequence in flight is passed over in at most `max_skips + ceil(rows /
-batch)` steps in a row.
+batch)` steps in a row. Groups of requests take turns (`turns`): the bound on waiting is that of a
+group's first that waits, from when the group has no more rows than any other that waits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from routing.topology import Stack
 from runtime.serving.scheduling.ordering import DomainOracle, Fifo, Ordering
 from runtime.serving.scheduling.paper import Paper
 from runtime.serving.scheduling.predicted import Predicted
+from runtime.serving.scheduling.turns import Yielding, heads, in_turn, owed, turns_of
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
 
@@ -44,13 +45,16 @@ class Scheduler:
         active: Sequence[ServedSequence],
         free: int,
         missing_K: np.ndarray,
+        first: Sequence[ServedSequence] = (),
     ) -> list[ServedSequence]:
-        """Up to `free` of the `waiting` (in the order of arrival), to be admitted in this order."""
+        """Up to `free` of the `waiting` (in the order of arrival), to be admitted in this order.
+
+        first: those that others made room for.
+        """
         start = time.perf_counter()
-        admitted = self._admit(waiting, active, free, missing_K)
-        last = max((sequence.number for sequence in admitted), default=-1)
-        for sequence in waiting:
-            if sequence.number < last and sequence not in admitted:
+        admitted = self._admit(waiting, active, free, missing_K, first)
+        for sequence in heads(waiting) if admitted else []:
+            if sequence not in admitted:
                 sequence.overtaken += sum(other.number > sequence.number for other in admitted)
         self.seconds += time.perf_counter() - start
         return admitted
@@ -61,24 +65,57 @@ class Scheduler:
         active: Sequence[ServedSequence],
         free: int,
         missing_K: np.ndarray,
+        first: Sequence[ServedSequence],
     ) -> list[ServedSequence]:
-        patience = self._settings.patience
-        admitted = [
-            sequence
-            for sequence in waiting
-            if sequence.overtaken >= min(patience, sequence.num_waiting_at_arrival)
-        ][:free]
+        admitted = [*first, *self._overdue(waiting, active)]
+        admitted = list(dict.fromkeys(admitted))[:free]
         others = [sequence for sequence in waiting if sequence not in admitted]
         if self.ordering.looks_ahead:
             others = [sequence for sequence in others if sequence.forecast is not None]
         if self.ordering.holds_back(len(others), free - len(admitted), len(active)):
             most = max((sequence.request.priority for sequence in active), default=0)
-            others = [sequence for sequence in others if sequence.request.priority > most]
-        for same in by_priority(others, self._settings.lookahead):
-            beside = [*active, *admitted]
+            now = {yielding.to for yielding in owed(others, active)}
+            others = [one for one in others if one.request.priority > most or one in now]
+        beside = [*active, *admitted]
+        for same in in_turn(others, beside, self._settings.lookahead):
             count = free - len(admitted)
-            admitted += self.ordering.admit(same, beside, count, missing_K) if count else []
+            chosen = self.ordering.admit(same, beside, count, missing_K) if count else []
+            admitted += chosen
+            beside += chosen
         return admitted
+
+    def _overdue(
+        self, waiting: Sequence[ServedSequence], active: Sequence[ServedSequence]
+    ) -> list[ServedSequence]:
+        """Those that have waited long enough, of the groups whose turn it is."""
+        turns = turns_of(heads(waiting), active)
+        least, patience = min(turns.values(), default=0), self._settings.patience
+        return [
+            sequence
+            for sequence, turn in turns.items()
+            if turn == least
+            and sequence.overtaken >= min(patience, sequence.num_waiting_at_arrival)
+        ]
+
+    def next_to_yield(
+        self, waiting: Sequence[ServedSequence], active: Sequence[ServedSequence]
+    ) -> Yielding | None:
+        """The sequence in flight that is to make room, where groups have unequal shares."""
+        if not any(one.request.group for one in active):
+            return None
+        return next(owed(self.in_turn(waiting, active), active), None)
+
+    def in_turn(
+        self, waiting: Sequence[ServedSequence], active: Sequence[ServedSequence]
+    ) -> list[ServedSequence]:
+        """The waiting sequences that admission chooses from, in order."""
+        ranked = in_turn(waiting, active, self._settings.lookahead)
+        return [sequence for same in ranked for sequence in same]
+
+    def do_without_predictions(self) -> None:
+        """First come, first served from here on, where the ordering reads forecasts."""
+        if self.ordering.needs_forecasts:
+            self.ordering = Fifo()
 
     def compose(
         self, ready: Sequence[ServedSequence], missing_K: np.ndarray
@@ -90,9 +127,9 @@ class Scheduler:
         chosen = sorted(overdue, key=lambda sequence: (-sequence.skipped, sequence.number))[:batch]
         others = sorted(
             (sequence for sequence in ready if sequence not in chosen),
-            key=lambda sequence: sequence.number,
-        )
-        for same in by_priority(others, len(others)):
+            key=lambda sequence: (-sequence.skipped, sequence.number),
+        )  # within a group, whoever waited longest; `in_turn` sorts the rest by arrival
+        for same in in_turn(others, chosen, len(others)):
             count = batch - len(chosen)
             chosen += self.ordering.compose(same, chosen, count, missing_K) if count else []
         for sequence in ready:
@@ -117,15 +154,6 @@ def num_rows(settings: ServeSettings, scheduler: str | None) -> int:
     """Sequences in flight at the most under a scheduler of that name, or of whichever is taken."""
     rows = {Fifo.name: settings.batch, Paper.name: 2 * settings.batch, None: settings.rows}
     return rows.get(scheduler, settings.rows)
-
-
-def by_priority(sequences: Sequence[ServedSequence], limit: int) -> Iterator[list[ServedSequence]]:
-    """The first `limit` sequences in groups of one priority, the highest first, each by arrival."""
-    ranked = sorted(sequences, key=lambda sequence: (-sequence.request.priority, sequence.number))[
-        :limit
-    ]
-    for _, group in groupby(ranked, key=lambda sequence: sequence.request.priority):
-        yield list(group)
 
 
 def build_scheduler(

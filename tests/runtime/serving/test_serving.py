@@ -318,24 +318,6 @@ def test_a_sequence_that_becomes_nan_ends_alone_and_says_so(options: dict[str, A
     assert all(served[id].token_ids == sound[id].token_ids for id in ("0", "2"))
 
 
-def test_when_a_step_fails_every_request_hears_of_it(engine: Engine) -> None:
-    async def main() -> tuple[Result, str]:
-        async with AsyncServer(engine, **SMALL) as server:
-            server.loop._runner.run = _broken  # type: ignore[method-assign,assignment]
-            result = await server.complete(Request(prompt=[2], max_tokens=2))
-            with pytest.raises(RuntimeError, match="out of memory"):
-                await server.complete(Request(prompt=[2], max_tokens=2))
-            return result, server.failure
-
-    result, failure = asyncio.run(main())
-    assert (result.finish, result.error) == ("error", "RuntimeError: out of memory")
-    assert failure == result.error
-
-
-def _broken(*_: Any) -> Any:
-    raise RuntimeError("out of memory")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,115 @@
+"""Admission: the step's part before anything runs. Who gets a row, who gives one back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from runtime.serving.model_runner import Part
+from runtime.serving.scheduling.scheduler import Scheduler
+from runtime.serving.sequence import ServedSequence
+from runtime.serving.settings import ServeSettings
+from runtime.serving.steps.choices import Choices
+from runtime.serving.steps.forecasting import Forecasting
+from runtime.serving.steps.in_flight import InFlight
+from runtime.serving.steps.rows import Rows
+
+Chosen = TypeVar("Chosen")
+
+
+class Admission:
+    """Carries out what the scheduler chooses."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: ServeSettings,
+        sequences: InFlight,
+        rows: Rows,
+        choices: Choices,
+        forecasting: Forecasting,
+    ) -> None:
+        self._scheduler, self._settings, self._sequences = scheduler, settings, sequences
+        self._rows, self._choices, self._forecasting = rows, choices, forecasting
+
+    def look_ahead(self) -> None:
+        """Predict for some waiting prompts, those whose turn comes first, before admission."""
+        sequences = self._sequences
+        if self._forecasting.is_on and self._scheduler.ordering.looks_ahead:
+            near = self._scheduler.in_turn(sequences.waiting, sequences.active)
+            unread = [sequence for sequence in near if sequence.forecast is None]
+            self._forecasting.read_prompts(unread[: self._settings.batch])
+
+    def admit(self, missing_K: np.ndarray) -> None:
+        """Give the free rows to waiting sequences."""
+        sequences, first = self._sequences, self._make_room()
+        begun = []
+        for sequence in self._admitted(missing_K, first):
+            self._forecasting.read_prompts([sequence])
+            sequences.waiting.remove(sequence)
+            sequences.active.append(sequence)
+            end = self._choices.take_row(sequence, sequences.active)
+            if end is not None and sequences.choose(sequence, end):
+                begun.append((sequence, end.routes_LK))
+        self._choices.forget(sequences.waiting)
+        self._forecasting.read_tokens(begun)
+        for sequence in sequences.waiting:
+            sequence.forget()
+
+    def _admitted(self, missing_K: np.ndarray, first: list[ServedSequence]) -> list[ServedSequence]:
+        admit, sequences, free = self._scheduler.admit, self._sequences, self._rows.num_free
+        if not free:
+            return []
+        return self._scheduled(
+            lambda: admit(sequences.waiting, sequences.active, free, missing_K, first)
+        )
+
+    def _make_room(self) -> list[ServedSequence]:
+        """Park sequences of large groups while others wait for their turn; returns the latter."""
+        sequences, rows = self._sequences, self._rows
+        first: list[ServedSequence] = []
+        parked: list[ServedSequence] = []
+        while rows.num_free == len(first) and rows.num_parked < rows.num_rows:
+            waiting = [sequence for sequence in sequences.waiting if sequence not in first]
+            yielding = self._scheduler.next_to_yield(waiting, [*sequences.active, *first])
+            if yielding is None or yielding.sequence not in sequences.active:
+                break
+            rows.park(yielding.sequence)
+            sequences.active.remove(yielding.sequence)
+            parked.append(yielding.sequence)
+            first.append(yielding.to)
+        for sequence in parked:
+            sequence.overtaken, sequence.skipped = 0, 0
+            sequence.num_waiting_at_arrival = len(sequences.waiting) + len(parked)
+        if parked:
+            sequences.waiting += parked
+            sequences.waiting.sort(key=lambda sequence: sequence.number)
+        return first
+
+    def decoding(self, missing_K: np.ndarray) -> list[Part]:
+        """A token each of the sequences that decode in this step."""
+        ready = [sequence for sequence in self._sequences.active if sequence.is_ready]
+        chosen = self._scheduled(lambda: self._scheduler.compose(ready, missing_K))
+        return [Part(sequence, 1) for sequence in chosen]
+
+    def chunks(self) -> list[Part]:
+        """Prompts, in the order of admission, until the step has enough of their tokens."""
+        parts: list[Part] = []
+        left = self._settings.chunk
+        for sequence in self._choices.leaders(self._sequences.active):
+            if left:
+                parts.append(Part(sequence, sequence.next_chunk(left)))
+                left -= parts[-1].num_tokens
+        return parts
+
+    def _scheduled(self, choose: Callable[[], Chosen]) -> Chosen:
+        """The scheduler's choice; where it fails over forecasts, the choice without them."""
+        try:
+            return choose()
+        except Exception as error:
+            if not self._scheduler.ordering.needs_forecasts:
+                raise
+            self._forecasting.give_up(error)
+            return choose()

@@ -1,0 +1,188 @@
+"""Rows of the key/value cache: who has one, what the free ones still hold, who is parked.
+
+    waiting --take--> in flight --release--> free, and its tokens are remembered
+               ^          |
+               +--resume--+--park-->  waiting, keys and values in host memory
+
+A remembered row serves a new sequence that begins with the same tokens: it is taken over, or
+copied. Whatever is copied is the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.kv.attention_kinds import PLAIN, attention_types
+from runtime.kv.row_cache import RowCache
+from runtime.kv.saved_row import SavedRow, copy_row
+from runtime.serving.sequence import ServedSequence
+
+SHORTEST = 8
+"""Tokens in common from which on a row is reused."""
+
+
+class Held(NamedTuple):
+    """Tokens whose keys and values are in a row."""
+
+    row: int
+    token_ids: list[int]
+    routes: list[np.ndarray]
+    """Of these tokens, where they are recorded."""
+
+
+class Kept(NamedTuple):
+    """The same outside of the cache."""
+
+    saved: SavedRow
+    routes: list[np.ndarray]
+
+
+class Rows:
+    """The rows of one serving loop. reuse: whether requests may begin with the rows of others."""
+
+    def __init__(self, cache: RowCache, config: object, *, reuse: bool) -> None:
+        others = attention_types(config) - PLAIN
+        if reuse and others:
+            raise ValueError(
+                f"prefix_reuse: what layers of type {', '.join(sorted(others))} keep cannot be cut "
+                "after a prompt's beginning; serve without"
+            )
+        self._cache, self._reuse = cache, reuse
+        self._held: dict[int, Held] = {}
+        """Of free rows, the one that was freed first in front."""
+        self._parked: dict[ServedSequence, Kept] = {}
+        self.num_reused = 0
+        """Prompt tokens that did not run, as another row had them."""
+
+    @property
+    def num_rows(self) -> int:
+        return self._cache.num_rows
+
+    @property
+    def num_free(self) -> int:
+        return self._cache.num_free
+
+    @property
+    def num_parked(self) -> int:
+        """Sequences whose keys and values are in host memory."""
+        return len(self._parked)
+
+    def take(
+        self,
+        sequence: ServedSequence,
+        active: Sequence[ServedSequence],
+        given: Kept | None = None,
+    ) -> None:
+        """Give a row to a sequence; it goes on from what is kept of it, or of its beginning.
+
+        given: keeps a beginning that it has in common with another.
+        """
+        kept = self._parked.pop(sequence, given)
+        source = None if kept is not None else self._source(sequence, active)
+        length = 0 if source is None else _reusable(source.token_ids, sequence.token_ids)
+        sequence.row = self._cache.take(self._room(source, length))
+        self._held.pop(sequence.row, None)
+        if kept is not None:
+            kept.saved.restore(self._cache, sequence.row)
+            self._begin(sequence, kept.saved.num_tokens, kept.routes)
+        elif source is not None:
+            self.adopt(sequence, source, length)
+
+    def keep(self, sequence: ServedSequence) -> Kept:
+        """A copy of what the row of `sequence` holds."""
+        saved = SavedRow.of(self._cache, sequence.row, sequence.num_cached)
+        return Kept(saved, list(sequence.routes))
+
+    def _source(self, sequence: ServedSequence, active: Iterable[ServedSequence]) -> Held | None:
+        """The row that begins with most of its tokens; None where that is not worth it."""
+        if not self._reuse or wants_whole_prompt(sequence):
+            return None
+        rows = [*self._held.values(), *(held_by(one) for one in active if one.row >= 0)]
+        lengths = [_reusable(held.token_ids, sequence.token_ids) for held in rows]
+        longest = max(lengths, default=0)
+        return rows[lengths.index(longest)] if longest >= SHORTEST else None
+
+    def adopt(self, sequence: ServedSequence, source: Held, num_tokens: int) -> None:
+        """Let the row of `sequence` begin with the first `num_tokens` of another row, or of its
+        own from before.
+        """
+        if sequence.row != source.row:
+            copy_row(self._cache, source.row, sequence.row, num_tokens)
+        self._begin(sequence, num_tokens, source.routes)
+
+    def _begin(self, sequence: ServedSequence, num_tokens: int, routes: list[np.ndarray]) -> None:
+        self.num_reused += max(num_tokens - sequence.num_cached, 0)
+        sequence.num_cached = num_tokens
+        sequence.routes = [np.concatenate(routes)[:num_tokens]] if routes else []
+
+    def release(self, sequence: ServedSequence, *, is_sound: bool = True) -> None:
+        """Free the row of a sequence that ended or is parked, if it has one. is_sound: others may
+        use what it holds.
+        """
+        self._parked.pop(sequence, None)
+        if sequence.row < 0:
+            return
+        if is_sound:
+            cached = sequence.token_ids[: sequence.num_cached]
+            self._held[sequence.row] = Held(sequence.row, cached, list(sequence.routes))
+        self._cache.release(sequence.row)
+        sequence.row = -1
+
+    def park(self, sequence: ServedSequence) -> None:
+        """Free the row of a sequence in flight, which keeps all that it has computed."""
+        kept = self.keep(sequence)
+        self.release(sequence)
+        self._parked[sequence] = kept
+
+    def claim(self, active: Iterable[ServedSequence]) -> bool:
+        """Before a step and after it: where others have written to the rows, sequences in flight
+        run all of their tokens again. False in that case.
+        """
+        if self._cache.claim():
+            return True
+        self._held.clear()
+        for sequence in active:
+            sequence.num_cached = 0
+            sequence.routes = []
+        return False
+
+    def _room(self, source: Held | None, length: int) -> int:
+        """The free row to take: the source itself, where most of it is wanted; else an empty one,
+        else the one that was freed first.
+        """
+        others = [row for row in self._cache.free_rows if source is None or row != source.row]
+        free = source is not None and source.row in self._held
+        if free and source is not None and (not others or 2 * length >= len(source.token_ids)):
+            return source.row
+        empty = [row for row in others if row not in self._held]
+        return empty[-1] if empty else next(row for row in self._held if row in others)
+
+
+def wants_whole_prompt(sequence: ServedSequence) -> bool:
+    """Whether a request asks for something that takes a pass over all tokens of its prompt."""
+    return getattr(sequence.request, "prompt_logprobs", None) is not None
+
+
+def held_by(sequence: ServedSequence) -> Held:
+    """What the row of a sequence in flight holds."""
+    return Held(sequence.row, sequence.token_ids[: sequence.num_cached], sequence.routes)
+
+
+def _reusable(held: list[int], token_ids: list[int]) -> int:
+    """Tokens that need not run: the last one always does, for its logits."""
+    return min(_in_common(held, token_ids), len(token_ids) - 1)
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the beginning that both share."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices compare at the speed of C
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
