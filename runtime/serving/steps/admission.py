@@ -72,6 +72,8 @@ class Admission:
         sequences, rows = self._sequences, self._rows
         first: list[ServedSequence] = []
         parked: list[ServedSequence] = []
+        if not any(sequence.request.group for sequence in sequences.active):
+            return first
         while rows.num_free == len(first) and rows.num_parked < rows.num_rows:
             waiting = [sequence for sequence in sequences.waiting if sequence not in first]
             yielding = self._scheduler.next_to_yield(waiting, [*sequences.active, *first])
