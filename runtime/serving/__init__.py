@@ -2,7 +2,7 @@
 
 request         a request and its result; settings: how requests run together
 serve           `engine.serve`: requests in, results out; async_server: the same for asyncio
-serving_loop    one step after the other
+serving_loop    one step after the other; steps/: the parts of it
 sequence        a request in flight; detokenizer: its text
 validation      prompts as token ids, checked; chat: prompts out of conversations
 model_runner    a step's parts run through the model

@@ -39,9 +39,9 @@ def in_turn(
     """The first `limit` sequences in lists of one priority and turn: the highest priority first,
     then the lowest turn, each by arrival.
     """
-    turns = turns_of(sequences, active)
-    if len({group_of(one) for one in sequences}) == 1:  # nobody to take turns with
-        turns = dict.fromkeys(turns, 0)
+    groups = {one.request.group for one in sequences}
+    alone = len(groups) == 1  # all of one group, or none in any: nobody to take turns with
+    turns = dict.fromkeys(sequences, 0) if alone else turns_of(sequences, active)
 
     def rank(sequence: ServedSequence) -> tuple[int, int]:
         return -sequence.request.priority, turns[sequence]

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.serving.model_runner import Part
 from runtime.serving.scheduling.scheduler import Scheduler
+from runtime.serving.scheduling.turns import turns_of
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
 from runtime.serving.steps.choices import Choices
@@ -71,6 +72,8 @@ class Admission:
         sequences, rows = self._sequences, self._rows
         first: list[ServedSequence] = []
         parked: list[ServedSequence] = []
+        if not any(sequence.request.group for sequence in sequences.active):
+            return first
         while rows.num_free == len(first) and rows.num_parked < rows.num_rows:
             waiting = [sequence for sequence in sequences.waiting if sequence not in first]
             yielding = self._scheduler.next_to_yield(waiting, [*sequences.active, *first])
@@ -95,10 +98,11 @@ class Admission:
         return [Part(sequence, 1) for sequence in chosen]
 
     def chunks(self) -> list[Part]:
-        """Prompts, in the order of admission, until the step has enough of their tokens."""
+        """Prompts, by turns and in the order of admission, until the step has enough tokens."""
         parts: list[Part] = []
         left = self._settings.chunk
-        for sequence in self._choices.leaders(self._sequences.active):
+        turns = turns_of(self._choices.leaders(self._sequences.active))
+        for sequence in sorted(turns, key=lambda one: turns[one]):
             if left:
                 parts.append(Part(sequence, sequence.next_chunk(left)))
                 left -= parts[-1].num_tokens

@@ -13,7 +13,7 @@ from runtime.engine.step_inputs import end_tokens
 from runtime.serving.request import Fault, Finish, Result
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.steps.choices import PromptEnd
-from runtime.serving.steps.failures import PASSED_ON, fault_in_step, reason_of
+from runtime.serving.steps.failures import PASSED_ON, fault_in_step, reason_of, refusal
 from runtime.serving.steps.rows import Rows
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,12 @@ class InFlight:
         (self.active if sequence in self.active else self.waiting).remove(sequence)
         self._rows.release(sequence, is_sound=finish != "error")
         self._record(sequence)
-        self.ended.append(replace(sequence.result(finish, error), fault=fault))
+        try:
+            result = replace(sequence.result(finish, error), fault=fault)
+        except Exception as own:  # whoever waits for the request has to hear of its end
+            log.error("a result cannot be made", exc_info=own)
+            result = refusal(sequence.request, reason_of(own), "server")
+        self.ended.append(result)
 
     def _record(self, sequence: ServedSequence) -> None:
         """Add what ran to the route log, if there is one; whatever fails there ends no request."""

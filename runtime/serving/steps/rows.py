@@ -125,7 +125,7 @@ class Rows:
         self._parked.pop(sequence, None)
         if sequence.row < 0:
             return
-        if is_sound:
+        if is_sound and self._reuse:
             cached = sequence.token_ids[: sequence.num_cached]
             self._held[sequence.row] = Held(sequence.row, cached, list(sequence.routes))
         self._cache.release(sequence.row)

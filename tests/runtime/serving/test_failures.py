@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import runtime
 from runtime.engine.engine import Engine
 from runtime.serving.request import Request, Result
+from runtime.serving.sequence import ServedSequence
 from runtime.serving.serve import run
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -104,6 +105,20 @@ def test_what_is_no_request_is_refused_where_it_is_handed_over(engine: Engine) -
     for item in ("text", {"prompt": [3]}, None):
         with pytest.raises(ValueError, match="is not a Request"):
             loop.submit(item)  # type: ignore[arg-type]
+
+
+def test_a_result_that_cannot_be_made_is_an_error_not_a_silence(
+    engine: Engine, alone: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = ServedSequence.result
+
+    def failing(sequence: ServedSequence, *args: Any) -> Result:
+        return raise_(KeyError("text")) if sequence.request.id == "bad" else result(sequence, *args)
+
+    monkeypatch.setattr(ServedSequence, "result", failing)
+    served = by_id(engine.serve([Request(id="bad", prompt=[3], max_tokens=2), *good()], **SMALL))
+    assert (served["bad"].error, served["bad"].fault) == ("KeyError: 'text'", "server")
+    assert_served(served, alone)
 
 
 def test_an_interrupt_is_nobodys_own_error(engine: Engine) -> None:
@@ -290,7 +305,7 @@ def test_a_route_log_that_fails_ends_no_request(
         assert_served(by_id(engine.serve(good(), **SMALL)), alone)
 
 
-def raise_(error: Exception) -> None:
+def raise_(error: Exception) -> NoReturn:
     raise error
 
 

@@ -19,7 +19,7 @@ from runtime.serving.sequence import ServedSequence
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
 from tests.helpers.breaking import drain
-from tests.helpers.serving import SCHEDULERS, SMALL, greedy, offloaded, prompts, sequence
+from tests.helpers.serving import SMALL, greedy, offloaded, prompts, sequence
 from tests.helpers.tiny import tiny_model
 from tests.runtime.serving.test_scheduling import NOTHING, Spite, make_ready
 
@@ -32,7 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         yield engine
 
 
-def choices(count: int, group: str, max_tokens: int = 40, **options: Any) -> list[Request]:
+def choices(count: int, group: str, max_tokens: int = 25, **options: Any) -> list[Request]:
     """Choices of one long answer, each of its own random numbers."""
     return [
         Request(
@@ -125,7 +125,7 @@ def test_however_spiteful_the_ordering_the_first_of_every_group_gets_its_turn(
 # ---------------------------------------------------------------------- the loop
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["fifo", "predicted"])
 def test_many_long_choices_keep_nobody_waiting(scheduler: str, engine: Engine) -> None:
     """The rows are full of one client's long answers when another comes with four tokens."""
     options: dict[str, Any] = {
@@ -136,8 +136,7 @@ def test_many_long_choices_keep_nobody_waiting(scheduler: str, engine: Engine) -
         "max_skips": 4,
     }
     loop = ServingLoop(engine, None, ServeSettings(**options))
-    many = choices(16, "many")
-    for request in many:
+    for request in choices(12, "many"):
         loop.submit(request)
     ended = [result for _ in range(8) for result in loop.step()]
     assert ended == [] and loop._cache.num_free == 0
@@ -149,7 +148,7 @@ def test_many_long_choices_keep_nobody_waiting(scheduler: str, engine: Engine) -
         steps += 1
     assert steps <= 4 + 1 + 4 * 4  # a chunk or two, and each token within its bound
     assert ended[-1].token_ids[:4] == greedy(engine.model, POOL[1], 4)
-    assert len(drain(loop)) == 16
+    assert len(drain(loop)) == 12
     assert loop._rows.num_parked == 0
 
 
@@ -210,6 +209,19 @@ def test_a_stream_of_newcomers_does_not_starve_a_group(engine: Engine) -> None:
             break
     assert len(ended) == 6
     loop.cancel_all()
+
+
+def test_the_prompts_of_a_group_run_in_turn_with_those_of_others(engine: Engine) -> None:
+    loop = ServingLoop(
+        engine, None, ServeSettings(batch=6, rows=6, context=64, chunk=4, scheduler="fifo")
+    )
+    for i in range(4):
+        prompt = [10 + i] * 40
+        loop.submit(Request(id=f"long-{i}", prompt=prompt, max_tokens=9, group="many"))
+    loop.submit(Request(id="few", prompt=[5, 6, 7], max_tokens=1))
+    ended = [result.id for _ in range(11) for result in loop.step()]
+    assert ended == ["few"], "after the first of the group, before its second"
+    assert len(drain(loop)) == 4
 
 
 def test_a_group_has_to_be_text() -> None:
