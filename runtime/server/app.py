@@ -55,7 +55,7 @@ def build_app(
     _add_routes(app, handlers)
     tokens = Tokenization(
         tokenizer, template, handlers.check_model,
-        context=server.loop.context, vocab_size=engine.topology.vocab_size,
+        context=settings.context, vocab_size=engine.topology.vocab_size,
     )  # fmt: skip
     app.add_api_route("/tokenize", tokens.tokenize, methods=POST)
     app.add_api_route("/detokenize", tokens.detokenize, methods=POST)

@@ -22,9 +22,7 @@ class Guard:
     seconds until it is there, and an id for every answer.
     """
 
-    def __init__(
-        self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float) -> None:
         self._app, self._token = app, token
         self._max_body, self._body_timeout = max_body, body_timeout
 

@@ -41,7 +41,7 @@ class Handlers:
         self._runs: set[Run] = set()
         self._stopping = False
         self._since = int(time.time())
-        self.metrics_of = Metrics(server)
+        self._metrics = Metrics(server)
 
     # ------------------------------------------------------------------ what others call
 
@@ -69,7 +69,7 @@ class Handlers:
         return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
 
     async def metrics(self) -> Response:
-        return Response(self.metrics_of.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
@@ -92,7 +92,7 @@ class Handlers:
         return model | {
             "created": self._since,
             "parent": None,
-            "max_model_len": self._server.loop.context,
+            "max_model_len": self._settings.context,
         }
 
     # ------------------------------------------------------------------ answers
@@ -114,13 +114,14 @@ class Handlers:
         try:
             answer, requests = await self._prepare(body)
             self._check_open()
-            run = Run(self._server, requests, type(body).model_fields, body.prompt_field)
+            observe, fields = self._metrics.observe, type(body).model_fields
+            run = Run(self._server, requests, observe, fields, body.prompt_field)
             self._runs.add(run)
             if body.stream:
-                first = await self._next(run, http)  # a refusal is then a status, not an event
+                first = await run.next(http)  # a refusal is then a status, not an event
                 return EventResponse(run, answer, first, close, body.headers)
             while not run.ended:
-                await self._next(run, http)
+                await run.next(http)
             results = [run.results[index] for index in range(len(requests))]
             response = JSONResponse(answer.whole(results), headers=body.headers)
         except BaseException:
@@ -128,9 +129,6 @@ class Handlers:
             raise
         await close()
         return response
-
-    async def _next(self, run: Run, http: Request) -> Any:
-        return await run.next(http)
 
     def _check_open(self) -> None:
         if self._server.failure:
@@ -143,11 +141,11 @@ class Handlers:
         name, text = self._settings.model_name, self._text
         if isinstance(body, CompletionBody):
             prompts = await asyncio.to_thread(body.encoded, self._tokenizer)
-            requests = body.requests(prompts, self._server.loop.context)
+            requests = body.requests(prompts, self._settings.context)
             return CompletionAnswer(body, name, prompts, text, self._tokenizer), requests
         form = self._tool_format(body)
         prompts = [await asyncio.to_thread(body.rendered, self._tokenizer, self._template)]
-        requests = body.requests(prompts, self._server.loop.context)
+        requests = body.requests(prompts, self._settings.context)
         return ChatAnswer(body, name, prompts, text, self._markers, form), requests
 
     def _tool_format(self, body: ChatBody) -> str | None:

@@ -66,9 +66,7 @@ class ServerSettings(ModelSettings):
         if self.grace < 0:
             raise ValueError(f"grace={self.grace} is negative")
         if self.tool_format not in (None, *FORMATS):
-            raise ValueError(
-                f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}"
-            )
+            raise ValueError(f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}")
 
     @property
     def model_name(self) -> str:

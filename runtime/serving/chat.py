@@ -15,10 +15,12 @@ RENDERED = ("add_generation_prompt", "continue_final_message")
 """What `render_chat` passes on beside a template's own variables."""
 
 RESERVED = frozenset(
-    "conversation messages tools documents chat_template tokenize sanitize_control_tokens padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
-    "bos_token eos_token".split()
-)
+    (
+        "conversation", "messages", "tools", "documents", "chat_template", "tokenize",
+        "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
+        "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    )
+)  # fmt: skip
 """Names that are no variables of a template."""
 
 

@@ -46,7 +46,7 @@ class ChatAnswer(Answer):
         calls = [item for item in read if isinstance(item, Call)]
         if not self._chat.parallel_tool_calls:
             calls = calls[:1]
-        message = {"role": "assistant", "content": said, "refusal": None}
+        message: Event = {"role": "assistant", "content": said, "refusal": None}
         if calls:
             message |= {"content": said.strip() or None}
             message |= {"tool_calls": [self._call(call) for call in calls]}

@@ -59,9 +59,7 @@ class CompletionAnswer(Answer):
         if not item.text and item.logprob is None:
             return opening
         logprobs = (
-            None
-            if item.logprob is None
-            else self._logprobs(index, [item.logprob], [item.token_id])
+            None if item.logprob is None else self._logprobs(index, [item.logprob], [item.token_id])
         )
         return [*opening, self._piece(index, item.text, logprobs, None)]
 

@@ -15,7 +15,7 @@ from runtime.server.errors import Refused
 
 log = logging.getLogger(__name__)
 
-IDLE = (None, False, "", [], {})
+IDLE: tuple[Any, ...] = (None, False, "", [], {})
 """Values by which any field asks for nothing."""
 
 USE_FORMAT = "; use response_format"
@@ -58,9 +58,11 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Known fields that are not supported: the values that ask for nothing, and what to do instead."""
 
 WITHOUT_EFFECT = frozenset(
-    "cache_salt include_reasoning metadata prediction prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention request_id safety_identifier user".split()
-)
+    (
+        "cache_salt", "include_reasoning", "metadata", "prediction", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier", "user",
+    )
+)  # fmt: skip
 """Known fields that change nothing of an answer: whom it is for, and hints."""
 
 MOST_REPORTED = 100

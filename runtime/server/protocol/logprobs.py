@@ -16,6 +16,7 @@ LEAST = -9999.0
 
 
 def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
     return max(logprob, LEAST)
 
 
@@ -59,7 +60,7 @@ def _token(token_id: int, logprob: float, text: TokenText) -> dict[str, Any]:
 
 
 def of_prompt(logprobs: Sequence[Logprob | None], count: int, text: TokenText) -> list[Any]:
-    """vLLM's `prompt_logprobs`: the `count` likeliest and the token itself, by id."""
+    """The `prompt_logprobs` of vLLM: the `count` likeliest and the token itself, by id."""
     return [None if one is None else _by_id(one, count, text) for one in logprobs]
 
 

@@ -14,7 +14,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenText:
-    """Reads a tokenizer's vocabulary: byte-level tokens, SentencePiece with byte fallback, others."""
+    """Reads a vocabulary: byte-level tokens, SentencePiece with byte fallback, others."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -192,4 +192,3 @@ def _overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` that begins `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)
-
