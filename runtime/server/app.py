@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -22,7 +21,6 @@ from runtime.serving.async_server import AsyncServer
 from runtime.serving.chat import check_template
 from runtime.serving.settings import ServeSettings
 
-log = logging.getLogger(__name__)
 GET, POST = ["GET", "HEAD"], ["POST"]
 
 
@@ -50,8 +48,8 @@ def build_app(
     app.add_middleware(
         Guard, token=token, max_body=settings.max_body, body_timeout=settings.body_timeout
     )
-    for kind, handler in ((Refused, _refuse), (HTTPException, _no_route), (Exception, _crash)):
-        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(Refused, _refuse)
+    app.add_exception_handler(HTTPException, _no_route)
     _add_routes(app, handlers)
     tokens = Tokenization(
         tokenizer, template, handlers.check_model,
@@ -108,8 +106,3 @@ async def _no_route(http: Request, error: Exception) -> Response:
         headers=error.headers,
     )
     return refused.response()
-
-
-async def _crash(http: Request, _: Exception) -> Response:
-    """The answer where a handler failed, which uvicorn logs."""
-    return Refused(500, "the server failed to answer; its log has the reason").response()

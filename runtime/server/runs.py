@@ -58,8 +58,9 @@ class Run:
         fields: dict[str, Any],
         prompt_field: str,
     ) -> None:
-        """observe: is told of each end. fields: of the body, for errors that name one; prompt_field:
-        the one of the prompt.
+        """observe: is told of each end. fields: of the body, for errors that name one.
+
+        prompt_field: the one of the prompt.
         """
         self._observe = observe
         self._server, self._fields, self._prompt_field = server, fields, prompt_field

@@ -27,7 +27,8 @@ def running(
     """The address of a server that runs in a thread. template: the tokenizer's own."""
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
     tokenizer.chat_template = template
-    settings = ServerSettings(**({"model": "models/tiny", "context": 200} | options))
+    given: dict[str, Any] = {"model": "models/tiny", "context": 200} | options
+    settings = ServerSettings(**given)
     app = build_app(engine, tokenizer, settings, settings.read_token())
     listening = socket.create_server(("127.0.0.1", 0))
     server = Listener(app, settings, log_level="warning")

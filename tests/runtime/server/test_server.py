@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,10 @@ import torch
 from runtime.engine.engine import Engine
 from runtime.server.settings import ServerSettings
 from tests.helpers.http_server import connect, running
-from tests.helpers.serving import greedy, offloaded
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.serving import greedy
+from tests.helpers.tiny import tiny_tokenizer
 
 TOKEN = "open sesame"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with offloaded(tiny_model("olmoe"), tmp_path_factory.mktemp("server")) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def address(engine: Engine) -> Iterator[str]:
-    with running(engine) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with connect(address) as client:
-        yield client
 
 
 def alone(engine: Engine, text: str, max_tokens: int) -> str:
