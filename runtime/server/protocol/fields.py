@@ -15,8 +15,8 @@ from runtime.server.errors import Refused
 
 log = logging.getLogger(__name__)
 
-IDLE: tuple[Any, ...] = (None, False, "", [], {})
-"""Values by which any field asks for nothing."""
+IDLE: tuple[Any, ...] = (False, "", [], {})
+"""Values by which a field asks for nothing that is not on by default."""
 
 USE_FORMAT = "; use response_format"
 USE_TOOLS = "; use tools"
@@ -34,7 +34,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_json": ((), USE_FORMAT),
     "guided_regex": ((), USE_FORMAT),
     "kv_transfer_params": ((), ""),
-    "length_penalty": ((1,), ""),
+    "length_penalty": ((1, 1.0), ""),
     "logits_processors": ((), ""),
     "media_io_kwargs": ((), ""),
     "mm_processor_kwargs": ((), ""),
@@ -105,7 +105,8 @@ class Body(BaseModel):
 
 def _refuse_unsupported(name: str, value: Any) -> None:
     neutral, remedy = UNSUPPORTED[name]
-    if not any(value == one and type(value) is type(one) for one in IDLE) and value not in neutral:
+    idle = IDLE if True not in neutral else ()
+    if not any(value == one and type(value) is type(one) for one in (*idle, *neutral)):
         raise Refused(
             400,
             f"{name}={value!r:.60} is not supported{remedy}",
