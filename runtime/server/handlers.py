@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from runtime.server.errors import Refused
+from runtime.server.errors import Refused, bad_request
 from runtime.server.events import EventResponse
 from runtime.server.json_body import read_json
 from runtime.server.metrics import Metrics
@@ -152,10 +151,11 @@ class Handlers:
         """How the model calls tools. Raises Refused where that has to be known and is not."""
         if not body.may_call:
             return None
-        form = self._settings.tool_format
-        if form is None:
-            with suppress(ValueError):  # which rendering reports
-                form = format_of(template_of(self._tokenizer, self._template, body.tools))
+        try:
+            template = template_of(self._tokenizer, self._template, body.tools)
+        except ValueError as error:
+            raise bad_request(error, type(body).model_fields, body.prompt_field) from error
+        form = self._settings.tool_format or format_of(template)
         if form is None and body.must_call is None:
             asked = "the form in which this model calls tools is not known: name --tool_format"
             raise Refused(400, asked, param="tools", code="unsupported_parameter")

@@ -75,7 +75,8 @@ def test_echo_with_logprobs_scores_prompts_as_the_harness_reads_them(
         assert found is not None and found.tokens and found.token_logprobs
         assert found.top_logprobs is not None and found.text_offset is not None
         assert len(found.tokens) == len(prompt) + max_tokens
-        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        assert found.to_dict()["token_logprobs"][0] is None  # type: ignore[index]
+        assert found.to_dict()["top_logprobs"][0] is None  # type: ignore[index]
         expected_TV = scores(engine, prompt)
         expected = expected_TV.gather(-1, torch.tensor(prompt)[1:, None])[:, 0]
         np.testing.assert_allclose(
@@ -167,13 +168,11 @@ def test_offsets_count_characters_not_their_parts() -> None:
     offsets = Offsets(tokenizer).take(ids)
     assert offsets == sorted(offsets)
     assert TEXT[offsets[-1]] == "é"
-    text, at = TokenText(tokenizer), 0
-    read = b""
+    text, read = TokenText(tokenizer), b""
     for token_id, offset in zip(ids, offsets, strict=True):
         if read.decode(errors="ignore").encode() == read:
             assert offset == len(read.decode())
         read += text.bytes_of(token_id) or b""
-        at += 1
 
 
 def test_numbers_are_finite() -> None:
