@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -124,13 +124,12 @@ class Run:
         raise bad_request(ValueError(result.error), self._fields, self._prompt_field)
 
     async def _read(self, index: int, request: Request) -> None:
-        stream = self._server.stream(request)
         try:
-            async for item in stream:
-                self._items.put_nowait((index, item))
+            async with aclosing(self._server.stream(request)) as stream:  # type: ignore[type-var]
+                async for item in stream:
+                    self._items.put_nowait((index, item))
+        except RuntimeError as error:  # nothing is served any more
+            self._items.put_nowait(Refused(503, self._server.failure or str(error)))
         except Exception as error:  # whoever waits must hear of it
             log.exception("a request cannot be served")
-            reason = self._server.failure or f"{type(error).__name__}: {error}"
-            self._items.put_nowait(Refused(503 if self._server.failure else 500, reason))
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            self._items.put_nowait(Refused(500, f"{type(error).__name__}: {error}"))
