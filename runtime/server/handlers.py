@@ -149,13 +149,14 @@ class Handlers:
 
     def _tool_format(self, body: ChatBody) -> str | None:
         """How the model calls tools. Raises Refused where that has to be known and is not."""
-        if not body.may_call:
-            return None
+        tools = body.tools if body.may_call else None
         try:
-            template = template_of(self._tokenizer, self._template, body.tools)
+            template = template_of(self._tokenizer, self._template, tools)
         except ValueError as error:
             raise bad_request(error, type(body).model_fields, body.prompt_field) from error
         form = self._settings.tool_format or format_of(template)
+        if tools is None:  # but some models tell their thoughts from their answers alike
+            return form if form == "harmony" else None
         if form is None and body.must_call is None:
             asked = "the form in which this model calls tools is not known: name --tool_format"
             raise Refused(400, asked, param="tools", code="unsupported_parameter")

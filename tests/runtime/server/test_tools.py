@@ -14,7 +14,7 @@ from runtime.server.errors import Refused
 from runtime.server.protocol.chat import ChatBody
 from runtime.server.protocol.chat_answer import ChatAnswer
 from runtime.server.protocol.token_text import TokenText
-from runtime.server.protocol.tool_calls import Read, format_of, reader_of
+from runtime.server.protocol.tool_calls import Read, Thought, format_of, reader_of
 from runtime.server.protocol.tool_choice import Tool, schema_of_calls
 from runtime.server.protocol.tool_formats import Call
 from runtime.serving.request import Delta, Result
@@ -95,6 +95,23 @@ def test_calls_are_read_however_the_text_is_cut(
     assert read(form, text, size) == expected
 
 
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_thoughts_answers_and_calls_of_harmony_are_told_apart(size: int) -> None:
+    said = (
+        "<|channel|>analysis<|message|>Let me think.<|end|><|start|>assistant<|channel|>commentary"
+        "<|message|>I will look.<|end|><|start|>assistant<|channel|>commentary to=functions.weather"
+        ' <|constrain|>json<|message|>{"city": "Rome"}<|call|>'
+    )
+    found = read("harmony", said, size)
+    assert "".join(item.text for item in found if isinstance(item, Thought)) == "Let me think."
+    assert [item for item in found if not isinstance(item, Thought)] == ["I will look.", ROME]
+    assert read("harmony", "plain <| text", size) == ["plain <| text"]
+    final = "<|channel|>final<|message|>Hello<|return|>"
+    assert read("harmony", final, size) == ["Hello"]
+    named = "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>"
+    assert read("harmony", named, size) == [Call("f", "{}")]
+
+
 def test_text_that_opens_no_call_is_not_held_back() -> None:
     reader = reader_of(None, "hermes", {})
     assert reader.push("Hello <b") == ["Hello <b"]
@@ -132,7 +149,8 @@ def answered(text: str, **asked: Any) -> tuple[dict[str, Any], list[dict[str, An
     result = Result(id="r", text=text, token_ids=tuple(ids), num_prompt=1, finish="stop")
 
     def answer() -> ChatAnswer:
-        return ChatAnswer(body, "tiny", [[1]], TokenText(tokenizer), {}, "hermes")
+        form = "hermes" if body.may_call else None
+        return ChatAnswer(body, "tiny", [[1]], TokenText(tokenizer), {}, form)
 
     whole, streamed = answer().whole([result])["choices"][0], answer()
     deltas: list[Any] = [Delta("r", 70, char) for char in text]
