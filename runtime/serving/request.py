@@ -117,7 +117,8 @@ class Request:
         if not isinstance(item, Mapping):
             if item is None or isinstance(item, int | float):
                 raise ValueError(
-                    f"{item!r} is no request: give a Request, a dict of its fields or a prompt"
+                    f"{fields.shown(item)} is no request: give a Request, a dict of its fields or "
+                    "a prompt"
                 )
             return cls(prompt=item)
         given = {key: value for key, value in item.items() if key not in ENCODING}
@@ -128,11 +129,9 @@ class Request:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name!r} is no field of a request{hint}")
+                raise ValueError(f"{fields.shown(name)} is no field of a request{hint}")
         if "prompt" not in given:
-            raise ValueError(
-                f"a request of {', '.join(map(str, given)) or 'nothing'} has no prompt"
-            )
+            raise ValueError(f"a request of {', '.join(given) or 'nothing'} has no prompt")
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -146,7 +145,7 @@ class Request:
         if self.json_schema is not None and self.min_tokens:
             raise ValueError("min_tokens does not go with json_schema, which says where to end")
         if not (self.on_token is None or callable(self.on_token)):
-            raise ValueError(f"on_token={self.on_token!r} cannot be called")
+            raise ValueError(f"on_token={fields.shown(self.on_token)} cannot be called")
 
 
 @dataclass(frozen=True, kw_only=True)

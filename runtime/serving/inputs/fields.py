@@ -14,6 +14,14 @@ from typing import Any, NamedTuple
 MOST_BIAS = 100.0
 
 
+def shown(value: Any) -> str:
+    """A value as it is written, in short; its type where it cannot be written."""
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # too many digits, a list within itself, a class of the caller's
+        return f"of type {type(value).__name__}"
+
+
 def plain(value: Any) -> Any:
     """A NumPy or torch scalar as Python's number; anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
@@ -23,7 +31,7 @@ def whole(name: str, value: Any) -> int:
     """`value` as an int. Raises ValueError for fractions, flags and text."""
     value = plain(value)
     if type(value) is bool or not isinstance(value, Integral):
-        raise ValueError(f"{name}={value!r} is not a whole number")
+        raise ValueError(f"{name}={shown(value)} is not a whole number")
     return int(value)
 
 
@@ -31,13 +39,13 @@ def number(name: str, value: Any) -> float:
     """`value` as a finite float."""
     value = plain(value)
     if type(value) is bool or not isinstance(value, Real):
-        raise ValueError(f"{name}={value!r} is not a number")
+        raise ValueError(f"{name}={shown(value)} is not a number")
     try:
         converted = float(value)
     except OverflowError:
         converted = math.inf
     if not math.isfinite(converted):
-        raise ValueError(f"{name}={value!r:.60} is not a finite number")
+        raise ValueError(f"{name}={shown(value)} is not a finite number")
     return converted
 
 
@@ -45,14 +53,14 @@ def flag(name: str, value: Any) -> bool:
     """`value` as a bool; 0, 1 and "no" are none."""
     value = plain(value)
     if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is neither True nor False")
+        raise ValueError(f"{name}={shown(value)} is neither True nor False")
     return value
 
 
 def text(name: str, value: Any) -> str:
     """`value`, which has to be text."""
     if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} is not text")
+        raise ValueError(f"{name}={shown(value)} is not text")
     return value
 
 
@@ -60,14 +68,16 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     """Stop strings: one by itself, several, or none."""
     given = (value,) if isinstance(value, str) else () if value is None else value
     if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
-        raise ValueError(f"{name}={value!r} is neither text nor a list of texts")
+        raise ValueError(f"{name}={shown(value)} is neither text nor a list of texts")
     if not all(given):
         raise ValueError("an empty stop string would end every request at once")
     for one in given:
         try:
             one.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name}={one!r} is no valid text: no output can hold it") from error
+            raise ValueError(
+                f"{name}={shown(one)} is no valid text: no output can hold it"
+            ) from error
     return tuple(given)
 
 
@@ -77,10 +87,10 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
         return ()
     given = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"{name}={value!r} is not a list of token ids")
+        raise ValueError(f"{name}={shown(value)} is not a list of token ids")
     ids = tuple(whole(name, one) for one in given)
     if any(one < 0 for one in ids):
-        raise ValueError(f"{name}={value!r} has a negative token id")
+        raise ValueError(f"{name}={shown(value)} has a negative token id")
     return ids
 
 
@@ -89,16 +99,18 @@ def bias(name: str, value: Any) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name}={value!r} is not a mapping from token ids to numbers")
+        raise ValueError(f"{name}={shown(value)} is not a mapping from token ids to numbers")
     found: dict[int, float] = {}
     for key, added in value.items():
         is_id = isinstance(key, str) and key.isascii() and key.isdigit()
         token_id = int(key) if is_id else whole(f"{name}, token id", key)
         if token_id < 0 or token_id in found:
-            raise ValueError(f"{name} has the token id {key!r}, which is negative or given twice")
+            raise ValueError(
+                f"{name} has the token id {shown(key)}, which is negative or given twice"
+            )
         found[token_id] = number(f"{name}[{token_id}]", added)
         if abs(found[token_id]) > MOST_BIAS:
-            raise ValueError(f"{name}[{token_id}]={added} is not in [-100, 100]")
+            raise ValueError(f"{name}[{token_id}]={shown(added)} is not in [-100, 100]")
     return found
 
 
@@ -109,7 +121,7 @@ def schema(name: str, value: Any) -> Any:
         return None
     if value is not True and not isinstance(value, Mapping):
         raise ValueError(
-            f"{name}={value!r:.60} is neither a JSON schema as a mapping nor True; "
+            f"{name}={shown(value)} is neither a JSON schema as a mapping nor True; "
             "json.loads makes a mapping of text"
         )
     try:
@@ -129,7 +141,7 @@ class Range(NamedTuple):
     def check(self, name: str, value: float) -> None:
         above = value >= self.low if self.takes_low else value > self.low
         if not (above and value <= self.high):
-            raise ValueError(f"{name}={value} {self.complaint}")
+            raise ValueError(f"{name}={shown(value)} {self.complaint}")
 
 
 ALL = -1

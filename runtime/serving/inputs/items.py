@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from runtime.serving.inputs.fields import shown
 from runtime.serving.inputs.prompt import IDS, encoded_rows
 from runtime.serving.request import Request
 
@@ -28,7 +29,7 @@ def items_of(requests: Any) -> Iterable[Any]:
         return [requests]
     if isinstance(requests, bytes | bytearray) or not isinstance(requests, Iterable):
         raise ValueError(
-            f"{requests!r:.60} holds no requests: give an iterable of Request, of dicts of its "
+            f"{shown(requests)} holds no requests: give an iterable of Request, of dicts of its "
             "fields or of prompts, or a queue"
         )
     return requests

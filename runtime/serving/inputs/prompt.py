@@ -47,9 +47,9 @@ def prompt_ids(prompt: Any, tokenizer: Any) -> list[int]:
             return list(prompt)
         return [fields.whole("a token id", token) for token in prompt]
     except (TypeError, ValueError, OverflowError) as error:  # a tokenizer raises several kinds
-        shown = f"{prompt!r:.60}"
         raise ValueError(
-            f"the prompt {shown} is neither text that can be encoded nor token ids ({error})"
+            f"the prompt {fields.shown(prompt)} is neither text that can be encoded nor token ids "
+            f"({error})"
         ) from error
 
 

@@ -60,7 +60,7 @@ class Sampler:
     def choose(self, greedy: int, logits_V: Tensor) -> int:
         """A token id. greedy: the most likely of the logits, -1 for none. logits_V: float [V].
 
-        Raises FloatingPointError or ValueError when there is none.
+        Raises FloatingPointError where the model has none, ValueError where the rules leave none.
         """
         if greedy < 0:
             raise FloatingPointError(NOT_FINITE)
@@ -83,7 +83,7 @@ class Sampler:
         if not math.isfinite(best):
             if best == -math.inf:
                 raise ValueError(NO_TOKEN)
-            raise FloatingPointError(TOO_LARGE)
+            raise (ValueError if self._processors else FloatingPointError)(TOO_LARGE)
         if self.greedy:
             return int(scores_1V.argmax())
         scores_1V = self._warpers(seen, scores_1V)

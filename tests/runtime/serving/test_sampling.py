@@ -271,10 +271,18 @@ def test_numbers_of_any_library_are_taken(field: str, value: Any, taken: Any) ->
     assert got == taken and type(got) is type(taken)
 
 
+class Unspeakable:
+    """A value that cannot even be written."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", 10**400), ("temperature", math.inf), ("temperature", -0.1),
+        ("temperature", 10**400), ("temperature", 10**5000), ("top_k", -(10**5000)),
+        ("temperature", math.inf), ("temperature", -0.1),
         ("temperature", torch.tensor([0.5, 0.6])), ("temperature", torch.tensor(True)),
         ("temperature", np.float32("nan")), ("temperature", 1j), ("top_p", 0), ("top_p", 1.1),
         ("min_p", -0.1), ("min_p", 1.5), ("min_p", math.nan), ("min_p", True),
@@ -290,8 +298,9 @@ def test_numbers_of_any_library_are_taken(field: str, value: Any, taken: Any) ->
         ("ignore_eos", "no"), ("ignore_eos", 0), ("include_stop_str_in_output", None),
         ("json_schema", "{}"), ("json_schema", 1), ("json_schema", {"enum": [{1, 2}]}),
         ("json_schema", {"enum": [math.nan]}), ("stop", ["\ud800"]), ("stop", {"a"}), ("label", 5),
-        ("id", 5), ("on_token", "print"),
+        ("id", 5), ("id", Unspeakable()), ("temperature", Unspeakable()), ("on_token", "print"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_value_that_means_nothing_is_refused_by_its_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
