@@ -83,6 +83,13 @@ class ChatBody(Conversation):
     def shown_tools(self) -> list[dict[str, Any]] | None:
         return super().shown_tools if self.may_call else None
 
+    @property
+    def ignored(self) -> list[str]:
+        """`strict` holds where a call has to be made, which the model is then held to."""
+        is_strict = any(tool.function.strict for tool in self.tools)
+        freely = ["tools.function.strict"] if is_strict and self.must_call is None else []
+        return super().ignored + freely
+
     def check(self, *, max_choices: int, max_priority: int) -> None:
         super().check(max_choices=max_choices, max_priority=max_priority)
         if self.top_logprobs and not self.logprobs:

@@ -83,10 +83,9 @@ class ChatAnswer(Answer):
     def _read_whole(self, index: int, result: Result) -> Read:
         """What the text says, the special tokens that tell calls included."""
         reader, text = self._readers[index], result.text
-        marked = [token_id for token_id in result.token_ids if token_id in self._markers]
-        if not marked:
-            return [*reader.push(text), *reader.finish()]
-        return [*reader.push(self._text.joined(result.token_ids, self._markers)), *reader.finish()]
+        if any(token_id in self._markers for token_id in result.token_ids):
+            text = self._text.joined(result.token_ids, self._markers, len(text))
+        return [*reader.push(text), *reader.finish()]
 
     def _told(self, index: int, read: Read) -> list[Event]:
         told = []

@@ -7,6 +7,7 @@ is left alone and reported: in the answer's header `x-ignored-fields`, and once 
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,6 +69,7 @@ WITHOUT_EFFECT = frozenset(
 MOST_REPORTED = 100
 """Names that the log reports at the most."""
 
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 _reported: set[str] = set()
 
 
@@ -92,14 +94,14 @@ class Body(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of the fields that nobody knows."""
+        """Names of the fields without effect that may be meant to have one."""
         extra = self.model_extra or {}
         return sorted(extra.keys() - UNSUPPORTED.keys() - WITHOUT_EFFECT)
 
     @property
     def headers(self) -> dict[str, str]:
         """The report of the fields that were ignored, for the answer."""
-        names = [name for name in self.ignored if name.isascii() and name.isidentifier()]
+        names = [name for name in self.ignored if _PLAIN.fullmatch(name)]
         return {"x-ignored-fields": ", ".join(names[:20])[:500]} if names else {}
 
 
@@ -131,4 +133,4 @@ def report(names: list[str]) -> None:
     for name in names:
         if name not in _reported and len(_reported) < MOST_REPORTED:
             _reported.add(name)
-            log.warning("requests have the field %.80r, which is not known and ignored", name)
+            log.warning("requests have the field %.80r, which is ignored", name)

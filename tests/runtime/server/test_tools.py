@@ -202,6 +202,19 @@ def test_special_tokens_that_tell_calls_are_part_of_what_is_read() -> None:
     assert choice["message"]["tool_calls"][0]["function"] == ROME._asdict()
 
 
+def test_a_stop_string_ends_the_text_among_special_tokens_too() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = [7, *tokenizer("abc").input_ids, 7, *tokenizer("def").input_ids]
+    assert TokenText(tokenizer).joined(ids, {7: "<m>"}, 4) == "<m>abc<m>d"
+
+
+def test_strict_is_reported_where_the_model_is_not_held_to_it() -> None:
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    asked = {"messages": HI, "tools": [strict]}
+    assert ChatBody.of(asked).headers == {"x-ignored-fields": "tools.function.strict"}
+    assert ChatBody.of(asked | {"tool_choice": "required"}).headers == {}
+
+
 # ---------------------------------------------------------------------- over HTTP
 
 
