@@ -125,7 +125,8 @@ class Run:
 
     async def _read(self, index: int, request: Request) -> None:
         try:
-            async with aclosing(self._server.stream(request)) as stream:  # type: ignore[type-var]
+            stream: Any = self._server.stream(request)
+            async with aclosing(stream):
                 async for item in stream:
                     self._items.put_nowait((index, item))
         except RuntimeError as error:  # nothing is served any more

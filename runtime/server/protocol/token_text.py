@@ -48,6 +48,14 @@ class TokenText:
             assert known is not None
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
+    def lead(self, token_id: int) -> str:
+        """The space that a text that goes on with this token begins with, where decoding strips it:
+        SentencePiece leaves it out at the beginning of what is decoded.
+        """
+        known = self.bytes_of(token_id)
+        alone = self._tokenizer.decode([token_id], skip_special_tokens=True)
+        return " " if known == f" {alone}".encode() else ""
+
     def joined(self, token_ids: Sequence[int], marks: Mapping[int, str], most: int) -> str:
         """The text of tokens, with those special tokens that are `marks`.
 

@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from runtime.engine.engine import Engine
+from runtime.server.protocol.completion import CompletionBody
+from runtime.server.protocol.completion_answer import CompletionAnswer
 from runtime.server.protocol.logprobs import LEAST, Offsets, of_chat, of_completion, of_prompt
 from runtime.server.protocol.token_text import TokenText
-from runtime.serving.request import Logprob
+from runtime.serving.request import Delta, Logprob, Result
 from tests.helpers.tiny import tiny_tokenizer
 
 TEXT = "hello 漢字 é"
@@ -160,6 +162,31 @@ def test_bytes_of_pieces_with_byte_fallback_are_the_true_ones() -> None:
     assert [text.bytes_of(i) for i in ids] == [b" hi", b"\xc3", b"\xa9", b"hi"]
     assert [text.named(i) for i in ids] == [" hi", "bytes:\\xc3", "bytes:\\xa9", "hi"]
     assert text.bytes_of(1) == b"<s>"
+
+
+def test_a_completion_goes_on_from_its_prompt_with_the_space_that_decoding_strips() -> None:
+    tokenizer, ids = pieces(), [260, 261, 260]
+    assert tokenizer.decode(ids) == "hihi hi"
+    logprobs = tuple(Logprob(i, -1.0, ()) for i in ids)
+    result = Result(
+        id="r", text="hihi hi", token_ids=tuple(ids), num_prompt=1, finish="length",
+        logprobs=logprobs, prompt_logprobs=(None,),
+    )  # fmt: skip
+    texts = ("hi", "hi", " hi")
+    deltas = [Delta("r", *said) for said in zip(ids, texts, logprobs, strict=True)]
+    for echo, prompt in ((False, ""), (True, "hi")):
+        body = CompletionBody.of({"prompt": "hi", "echo": echo, "logprobs": 0})
+
+        def answer(body: CompletionBody = body) -> CompletionAnswer:
+            return CompletionAnswer(body, "tiny", [[261]], TokenText(tokenizer), tokenizer)
+
+        choice = answer().choice(0, result)
+        assert choice["text"] == prompt + " hihi hi"
+        offsets = choice["logprobs"]["text_offset"]
+        assert offsets == ([0, 2, 5, 7] if echo else [0, 3, 5])
+        streamed = answer()
+        said = [event for delta in deltas for event in streamed.events(0, delta)]
+        assert "".join(event["choices"][0]["text"] for event in said) == prompt + " hihi hi"
 
 
 def test_offsets_count_characters_not_their_parts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ import pytest
 
 from runtime.engine.engine import Engine
 from runtime.server.errors import Refused
-from runtime.server.runs import Places
+from runtime.server.protocol.completion import CompletionBody
+from runtime.server.runs import Places, Run
 from runtime.server.settings import ServerSettings
+from runtime.serving.request import Request, Result
 from tests.helpers.http_server import connect, running
 from tests.helpers.tiny import save_tiny, tiny_tokenizer
 
@@ -158,6 +162,45 @@ def test_a_signal_lets_requests_finish_and_ends_the_command(tmp_path: Path) -> N
         assert server.wait(30) in (0, -signal.SIGTERM)
     finally:
         server.kill()
+
+
+def test_a_fault_of_a_step_is_the_servers_and_one_of_the_request_the_clients() -> None:
+    asked = Request(prompt=[1])
+
+    class Failing:
+        """A server whose requests all end with one error."""
+
+        failure = ""
+
+        def __init__(self, fault: str) -> None:
+            self._fault = fault
+
+        async def stream(self, request: Request) -> AsyncIterator[Result]:
+            ended = Result(
+                id=request.id, text="", token_ids=(), num_prompt=1, finish="error",
+                error="seed is odd",
+            )  # fmt: skip
+            object.__setattr__(ended, "fault", self._fault)
+            yield ended
+
+    async def status(fault: str) -> tuple[int, str | None]:
+        server: Any = Failing(fault)
+        run = Run(server, [asked], lambda _: None, {"seed": None}, "prompt")
+        with pytest.raises(Refused) as refused:
+            await run.next()
+        await run.close()
+        return refused.value.status, refused.value.param
+
+    assert asyncio.run(status("server")) == (500, None)
+    assert asyncio.run(status("request")) == (400, "seed")
+
+
+@pytest.mark.skipif("group" not in Request.__dataclass_fields__, reason="requests have no groups")
+def test_the_choices_of_one_answer_share_a_turn() -> None:
+    body = CompletionBody.of({"prompt": ["a", "b"], "n": 2})
+    requests: list[Any] = body.requests([[1], [2]], 100)
+    assert len({request.group for request in requests}) == 1 and requests[0].group
+    assert len({request.id for request in requests}) == 4
 
 
 # ---------------------------------------------------------------------- chat templates
