@@ -21,7 +21,7 @@ from runtime.serving.async_server import AsyncServer
 from runtime.serving.chat import check_template
 from runtime.serving.settings import ServeSettings
 
-GET, POST = ["GET", "HEAD"], ["POST"]
+POST = ["POST"]
 
 
 def build_app(
@@ -61,12 +61,17 @@ def build_app(
 
 
 def _add_routes(app: FastAPI, handlers: Handlers) -> None:
-    for path in ("/health", "/ping"):
-        app.add_api_route(path, handlers.health, methods=GET)
-    app.add_api_route("/metrics", handlers.metrics, methods=GET)
-    app.add_api_route("/version", _version, methods=GET)
-    app.add_api_route("/v1/models", handlers.models, methods=GET)
-    app.add_api_route("/v1/models/{name:path}", handlers.model, methods=GET)
+    asked: dict[str, Any] = {
+        "/health": handlers.health,
+        "/ping": handlers.health,
+        "/metrics": handlers.metrics,
+        "/version": _version,
+        "/v1/models": handlers.models,
+        "/v1/models/{name:path}": handlers.model,
+    }
+    for path, handler in asked.items():
+        app.add_api_route(path, handler, methods=["GET"])
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/v1/completions", handlers.completions, methods=POST)
     app.add_api_route("/v1/chat/completions", handlers.chat, methods=POST)
 

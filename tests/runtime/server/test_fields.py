@@ -168,6 +168,7 @@ def test_what_is_known_but_not_supported_is_refused_unless_it_asks_for_nothing(n
         ({"tool_choice": "required"}, "tools"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
         ({"chat_template_kwargs": {"tokenize": True}}, "messages"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
@@ -193,6 +194,16 @@ def test_an_unknown_field_is_ignored_and_reported(
     assert answers[0].headers["x-ignored-fields"] == "frobnicate"
     assert sum("frobnicate" in record.getMessage() for record in caplog.records) == 1
     assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_variables_that_a_template_does_not_read_are_reported(
+    address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields._reported.clear()
+    asked = {"messages": HI, "max_tokens": 1, "chat_template_kwargs": {"enable_thinking": False}}
+    with caplog.at_level(logging.WARNING, logger=fields.__name__):
+        assert httpx.post(f"{address}/v1/chat/completions", json=asked).status_code == 200
+    assert "chat_template_kwargs.enable_thinking" in caplog.text
 
 
 def test_a_request_need_not_name_the_model(address: str) -> None:

@@ -68,5 +68,9 @@ def test_models_may_have_slashes_in_their_names(engine: Engine) -> None:
         assert httpx.get(f"{address}/v1/models/org/tiny-7b").json()["id"] == "org/tiny-7b"
 
 
+def test_the_routes_are_documented(address: str) -> None:
+    assert "/v1/chat/completions" in httpx.get(f"{address}/openapi.json").json()["paths"]
+
+
 def test_the_version_is_told(address: str) -> None:
     assert httpx.get(f"{address}/version").json().keys() == {"version"}
