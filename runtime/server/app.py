@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import fields
@@ -22,8 +21,7 @@ from runtime.serving.async_server import AsyncServer
 from runtime.serving.chat import check_template
 from runtime.serving.settings import ServeSettings
 
-log = logging.getLogger(__name__)
-GET, POST = ["GET", "HEAD"], ["POST"]
+POST = ["POST"]
 
 
 def build_app(
@@ -50,12 +48,12 @@ def build_app(
     app.add_middleware(
         Guard, token=token, max_body=settings.max_body, body_timeout=settings.body_timeout
     )
-    for kind, handler in ((Refused, _refuse), (HTTPException, _no_route), (Exception, _crash)):
-        app.add_exception_handler(kind, handler)
+    app.add_exception_handler(Refused, _refuse)
+    app.add_exception_handler(HTTPException, _no_route)
     _add_routes(app, handlers)
     tokens = Tokenization(
         tokenizer, template, handlers.check_model,
-        context=server.loop.context, vocab_size=engine.topology.vocab_size,
+        context=settings.context, vocab_size=engine.topology.vocab_size,
     )  # fmt: skip
     app.add_api_route("/tokenize", tokens.tokenize, methods=POST)
     app.add_api_route("/detokenize", tokens.detokenize, methods=POST)
@@ -63,12 +61,17 @@ def build_app(
 
 
 def _add_routes(app: FastAPI, handlers: Handlers) -> None:
-    for path in ("/health", "/ping"):
-        app.add_api_route(path, handlers.health, methods=GET)
-    app.add_api_route("/metrics", handlers.metrics, methods=GET)
-    app.add_api_route("/version", _version, methods=GET)
-    app.add_api_route("/v1/models", handlers.models, methods=GET)
-    app.add_api_route("/v1/models/{name:path}", handlers.model, methods=GET)
+    asked: dict[str, Any] = {
+        "/health": handlers.health,
+        "/ping": handlers.health,
+        "/metrics": handlers.metrics,
+        "/version": _version,
+        "/v1/models": handlers.models,
+        "/v1/models/{name:path}": handlers.model,
+    }
+    for path, handler in asked.items():
+        app.add_api_route(path, handler, methods=["GET"])
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/v1/completions", handlers.completions, methods=POST)
     app.add_api_route("/v1/chat/completions", handlers.chat, methods=POST)
 
@@ -108,8 +111,3 @@ async def _no_route(http: Request, error: Exception) -> Response:
         headers=error.headers,
     )
     return refused.response()
-
-
-async def _crash(http: Request, _: Exception) -> Response:
-    """The answer where a handler failed, which uvicorn logs."""
-    return Refused(500, "the server failed to answer; its log has the reason").response()

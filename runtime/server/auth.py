@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server.errors import Refused
+
+log = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ping")
 """Paths that need no token."""
@@ -22,9 +25,7 @@ class Guard:
     seconds until it is there, and an id for every answer.
     """
 
-    def __init__(
-        self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float) -> None:
         self._app, self._token = app, token
         self._max_body, self._body_timeout = max_body, body_timeout
 
@@ -32,7 +33,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, send = Headers(scope=scope), _identified(send)
+        headers, send = Headers(scope=scope), Identified(send)
         try:
             self._admit(scope["path"], headers)
             body = await asyncio.wait_for(self._read(headers, receive), self._body_timeout)
@@ -44,7 +45,18 @@ class Guard:
             await refused.response()(scope, receive, send)
         else:
             if body is not None:
-                await self._app(scope, _replay(body, receive), send)
+                await self._run(scope, _replay(body, receive), send)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Identified) -> None:
+        """Run the application, whose own failures are told to the log, not to the client."""
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if send.has_begun:
+                raise
+            failed = Refused(500, "the server failed to answer; its log has the reason")
+            await failed.response()(scope, receive, send)
 
     def _admit(self, path: str, headers: Headers) -> None:
         if path not in OPEN and not self._is_known(headers.get("authorization", "")):
@@ -79,15 +91,17 @@ class Guard:
         return Refused(413, message, headers={"Connection": "close"})
 
 
-def _identified(send: Send) -> Send:
-    """Sends answers with an id of their own, which clients show beside an error."""
+class Identified:
+    """Sends an answer with an id of its own, which clients show beside an error."""
 
-    async def identified(message: Message) -> None:
+    def __init__(self, send: Send) -> None:
+        self._send, self.has_begun = send, False
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.has_begun = True
             MutableHeaders(scope=message).setdefault(REQUEST_ID, uuid4().hex)
-        await send(message)
-
-    return identified
+        await self._send(message)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

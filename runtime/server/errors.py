@@ -25,6 +25,9 @@ CODES = {
 RETRY_AFTER = {429: "1", 503: "5"}
 """Seconds to wait before a request that was turned away is sent again."""
 
+ALIASES = {"json_schema": "response_format"}
+"""Fields of requests whose name is another in a body."""
+
 TOO_LONG = "context_length_exceeded"
 
 
@@ -65,6 +68,7 @@ def bad_request(error: Exception, fields: Mapping[str, Any], default: str) -> Re
     """
     message = str(error)
     named = re.match(r"(?:an? |the )?(\w+)", message)
-    param = named[1] if named and named[1] in fields else default
+    name = ALIASES.get(named[1], named[1]) if named else default
+    param = name if name in fields else default
     code = TOO_LONG if "exceed the context" in message else None
     return Refused(400, message, param=default if code else param, code=code)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from runtime.server.errors import Refused
+from runtime.server.errors import Refused, bad_request
 from runtime.server.events import EventResponse
 from runtime.server.json_body import read_json
 from runtime.server.metrics import Metrics
@@ -41,7 +40,7 @@ class Handlers:
         self._runs: set[Run] = set()
         self._stopping = False
         self._since = int(time.time())
-        self.metrics_of = Metrics(server)
+        self._metrics = Metrics(server)
 
     # ------------------------------------------------------------------ what others call
 
@@ -69,7 +68,7 @@ class Handlers:
         return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
 
     async def metrics(self) -> Response:
-        return Response(self.metrics_of.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
@@ -92,7 +91,7 @@ class Handlers:
         return model | {
             "created": self._since,
             "parent": None,
-            "max_model_len": self._server.loop.context,
+            "max_model_len": self._settings.context,
         }
 
     # ------------------------------------------------------------------ answers
@@ -114,13 +113,14 @@ class Handlers:
         try:
             answer, requests = await self._prepare(body)
             self._check_open()
-            run = Run(self._server, requests, type(body).model_fields, body.prompt_field)
+            observe, fields = self._metrics.observe, type(body).model_fields
+            run = Run(self._server, requests, observe, fields, body.prompt_field)
             self._runs.add(run)
             if body.stream:
-                first = await self._next(run, http)  # a refusal is then a status, not an event
+                first = await run.next(http)  # a refusal is then a status, not an event
                 return EventResponse(run, answer, first, close, body.headers)
             while not run.ended:
-                await self._next(run, http)
+                await run.next(http)
             results = [run.results[index] for index in range(len(requests))]
             response = JSONResponse(answer.whole(results), headers=body.headers)
         except BaseException:
@@ -128,9 +128,6 @@ class Handlers:
             raise
         await close()
         return response
-
-    async def _next(self, run: Run, http: Request) -> Any:
-        return await run.next(http)
 
     def _check_open(self) -> None:
         if self._server.failure:
@@ -143,21 +140,23 @@ class Handlers:
         name, text = self._settings.model_name, self._text
         if isinstance(body, CompletionBody):
             prompts = await asyncio.to_thread(body.encoded, self._tokenizer)
-            requests = body.requests(prompts, self._server.loop.context)
+            requests = body.requests(prompts, self._settings.context)
             return CompletionAnswer(body, name, prompts, text, self._tokenizer), requests
         form = self._tool_format(body)
         prompts = [await asyncio.to_thread(body.rendered, self._tokenizer, self._template)]
-        requests = body.requests(prompts, self._server.loop.context)
+        requests = body.requests(prompts, self._settings.context)
         return ChatAnswer(body, name, prompts, text, self._markers, form), requests
 
     def _tool_format(self, body: ChatBody) -> str | None:
         """How the model calls tools. Raises Refused where that has to be known and is not."""
-        if not body.may_call:
-            return None
-        form = self._settings.tool_format
-        if form is None:
-            with suppress(ValueError):  # which rendering reports
-                form = format_of(template_of(self._tokenizer, self._template, body.tools))
+        tools = body.tools if body.may_call else None
+        try:
+            template = template_of(self._tokenizer, self._template, tools)
+        except ValueError as error:
+            raise bad_request(error, type(body).model_fields, body.prompt_field) from error
+        form = self._settings.tool_format or format_of(template)
+        if tools is None:  # but some models tell their thoughts from their answers alike
+            return form if form == "harmony" else None
         if form is None and body.must_call is None:
             asked = "the form in which this model calls tools is not known: name --tool_format"
             raise Refused(400, asked, param="tools", code="unsupported_parameter")

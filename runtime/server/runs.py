@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -17,6 +18,9 @@ from runtime.serving.request import Delta, Request, Result
 log = logging.getLogger(__name__)
 
 DISCONNECT_POLL = 0.2
+Item = tuple[int, Delta | Result]
+"""A choice's number, and a token of it or its end."""
+
 STOPPING = "the server is shutting down"
 
 
@@ -50,12 +54,18 @@ class Run:
         self,
         server: AsyncServer,
         requests: Sequence[Request],
+        observe: Callable[[Result], None],
         fields: dict[str, Any],
         prompt_field: str,
     ) -> None:
-        """fields: of the body, for errors that name one; prompt_field: the one of the prompt."""
+        """observe: is told of each end. fields: of the body, for errors that name one.
+
+        prompt_field: the one of the prompt.
+        """
+        self._observe = observe
         self._server, self._fields, self._prompt_field = server, fields, prompt_field
-        self._items: asyncio.Queue[tuple[int, Delta | Result] | BaseException] = asyncio.Queue()
+        self._items: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+        self._next_look = time.monotonic() + DISCONNECT_POLL
         self._tasks = [
             asyncio.create_task(self._read(index, request))
             for index, request in enumerate(requests)
@@ -66,26 +76,32 @@ class Run:
     def ended(self) -> bool:
         return len(self.results) == len(self._tasks)
 
-    async def next(self, http: HttpRequest | None = None) -> tuple[int, Delta | Result]:
+    async def next(self, http: HttpRequest | None = None) -> Item:
         """The next token or end of a choice. Raises Refused.
 
         http: the connection to watch, which ends the run where it is closed.
         """
-        while True:
-            try:
-                async with asyncio.timeout(None if http is None else DISCONNECT_POLL):
-                    item = await self._items.get()
-                break
-            except TimeoutError:
-                if http is not None and await http.is_disconnected():
-                    raise Refused(499, "the client went away") from None
+        item = await self._item(http)
         if isinstance(item, BaseException):
             raise item
         index, told = item
         if isinstance(told, Result):
+            self._observe(told)
             self._check(told)
             self.results[index] = told
         return index, told
+
+    async def _item(self, http: HttpRequest | None) -> Item | BaseException:
+        if http is None:
+            return await self._items.get()
+        while True:
+            if time.monotonic() >= self._next_look:
+                self._next_look = time.monotonic() + DISCONNECT_POLL
+                if await http.is_disconnected():
+                    raise Refused(499, "the client went away")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DISCONNECT_POLL):
+                    return await self._items.get()
 
     def end(self, reason: Refused) -> None:
         """Let whoever waits for the next token have `reason` instead."""
@@ -108,13 +124,13 @@ class Run:
         raise bad_request(ValueError(result.error), self._fields, self._prompt_field)
 
     async def _read(self, index: int, request: Request) -> None:
-        stream = self._server.stream(request)
         try:
-            async for item in stream:
-                self._items.put_nowait((index, item))
+            stream: Any = self._server.stream(request)
+            async with aclosing(stream):
+                async for item in stream:
+                    self._items.put_nowait((index, item))
+        except RuntimeError as error:  # nothing is served any more
+            self._items.put_nowait(Refused(503, self._server.failure or str(error)))
         except Exception as error:  # whoever waits must hear of it
             log.exception("a request cannot be served")
-            reason = self._server.failure or f"{type(error).__name__}: {error}"
-            self._items.put_nowait(Refused(503 if self._server.failure else 500, reason))
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
+            self._items.put_nowait(Refused(500, f"{type(error).__name__}: {error}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime.serving.chat import read_template
 from runtime.serving.model_settings import ModelSettings
 
-FORMATS = ("hermes", "mistral", "llama")
+FORMATS = ("hermes", "mistral", "llama", "harmony")
 """Formats of calls of tools."""
 
 
@@ -37,8 +37,8 @@ class ServerSettings(ModelSettings):
     chat_template: str | None = None
     """Chat template in place of the model's own: a file, or the template itself."""
     tool_format: str | None = None
-    """How the model writes calls of tools: hermes, mistral or llama; by default what the chat
-    template tells.
+    """How the model writes calls of tools: hermes, mistral, llama or harmony; by default what the
+    chat template tells.
     """
     grace: int = 30
     """Seconds that running requests may take after the server was told to stop."""
@@ -66,9 +66,7 @@ class ServerSettings(ModelSettings):
         if self.grace < 0:
             raise ValueError(f"grace={self.grace} is negative")
         if self.tool_format not in (None, *FORMATS):
-            raise ValueError(
-                f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}"
-            )
+            raise ValueError(f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}")
 
     @property
     def model_name(self) -> str:

@@ -15,10 +15,12 @@ RENDERED = ("add_generation_prompt", "continue_final_message")
 """What `render_chat` passes on beside a template's own variables."""
 
 RESERVED = frozenset(
-    "conversation messages tools documents chat_template tokenize sanitize_control_tokens padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs "
-    "bos_token eos_token".split()
-)
+    (
+        "conversation", "messages", "tools", "documents", "chat_template", "tokenize",
+        "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors",
+        "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    )
+)  # fmt: skip
 """Names that are no variables of a template."""
 
 
@@ -86,16 +88,14 @@ def read_template(given: str) -> str:
 
 def check_template(tokenizer: Any, template: str) -> None:
     """Raise ValueError for a template that cannot be compiled; what it says is not looked at."""
-    from jinja2 import TemplateSyntaxError
-
     try:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": "hello"}], chat_template=template, tokenize=False
         )
-    except TemplateSyntaxError as error:
-        raise ValueError(f"chat_template: line {error.lineno}: {error.message}") from error
-    except Exception:  # of these messages; it may take others
-        return
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        if line is not None:  # Jinja's errors of syntax; else of these messages alone
+            raise ValueError(f"chat_template: line {line}: {error}") from error
 
 
 def conversation_of(messages: Any, template: str) -> list[dict[str, Any]]:

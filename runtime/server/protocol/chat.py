@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from runtime.server.errors import Refused, bad_request
+from runtime.server.protocol.fields import report
 from runtime.server.protocol.sampling import Kind, Sampling
 from runtime.server.protocol.tool_choice import (
     NamedChoice,
@@ -42,10 +43,15 @@ class Conversation(Sampling):
         given = {name: getattr(self, name) for name in RENDERED}
         variables |= {name: value for name, value in given.items() if value is not None}
         try:
+            if self.add_special_tokens:
+                raise ValueError("add_special_tokens: the chat template writes them itself")
+            source = template_of(tokenizer, template, self.shown_tools)
             if self.reasoning_effort is not None:
-                if "reasoning_effort" not in template_of(tokenizer, template, self.tools):
+                if "reasoning_effort" not in source:
                     raise ValueError("reasoning_effort: the model's chat template does not read it")
                 variables["reasoning_effort"] = self.reasoning_effort
+            unread = [name for name in self.chat_template_kwargs if name not in source]
+            report([f"chat_template_kwargs.{name}" for name in unread])
             return render_chat(tokenizer, self.messages, template, self.shown_tools, **variables)
         except (ValueError, RecursionError) as error:
             raise bad_request(error, type(self).model_fields, self.prompt_field) from error
@@ -82,6 +88,13 @@ class ChatBody(Conversation):
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
         return super().shown_tools if self.may_call else None
+
+    @property
+    def ignored(self) -> list[str]:
+        """`strict` holds where a call has to be made, which the model is then held to."""
+        is_strict = any(tool.function.strict for tool in self.tools)
+        freely = ["tools.function.strict"] if is_strict and self.must_call is None else []
+        return super().ignored + freely
 
     def check(self, *, max_choices: int, max_priority: int) -> None:
         super().check(max_choices=max_choices, max_priority=max_priority)

@@ -10,7 +10,7 @@ from runtime.server.protocol.answers import Answer, Event
 from runtime.server.protocol.chat import ChatBody
 from runtime.server.protocol.logprobs import of_chat
 from runtime.server.protocol.token_text import TokenText
-from runtime.server.protocol.tool_calls import Reader, reader_of
+from runtime.server.protocol.tool_calls import Read, Thought, reader_of
 from runtime.server.protocol.tool_formats import Call
 from runtime.serving.request import Delta, Result
 
@@ -31,22 +31,25 @@ class ChatAnswer(Answer):
         markers: dict[int, str],
         tool_format: str | None,
     ) -> None:
-        """markers: special tokens that the calls of tools are told by, in `tool_format`."""
+        """tool_format: in which calls of tools are to be read, None for none; markers: the special
+        tokens that tell them.
+        """
         super().__init__(body, model, prompts, text)
-        self._chat, self._markers = body, markers
-        self._readers: list[Reader] = [
-            reader_of(body.must_call, tool_format if body.may_call else None, body.schemas)
-            for _ in range(body.n)
-        ]
+        self._chat, self._markers = body, {} if tool_format is None else markers
+        must_call = body.must_call if body.may_call else None
+        self._readers = [reader_of(must_call, tool_format, body.schemas) for _ in range(body.n)]
         self._num_calls = [0] * body.n
 
     def choice(self, index: int, result: Result) -> Event:
         read = self._read_whole(index, result)
         said = "".join(item for item in read if isinstance(item, str))
+        thought = "".join(item.text for item in read if isinstance(item, Thought))
         calls = [item for item in read if isinstance(item, Call)]
         if not self._chat.parallel_tool_calls:
             calls = calls[:1]
-        message = {"role": "assistant", "content": said, "refusal": None}
+        message: Event = {"role": "assistant", "content": said, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             message |= {"content": said.strip() or None}
             message |= {"tool_calls": [self._call(call) for call in calls]}
@@ -77,19 +80,20 @@ class ChatAnswer(Answer):
             return {}
         return {"prompt_logprobs": self._prompt_logprobs(results[0])}
 
-    def _read_whole(self, index: int, result: Result) -> list[str | Call]:
+    def _read_whole(self, index: int, result: Result) -> Read:
         """What the text says, the special tokens that tell calls included."""
         reader, text = self._readers[index], result.text
-        marked = [token_id for token_id in result.token_ids if token_id in self._markers]
-        if not marked:
-            return [*reader.push(text), *reader.finish()]
-        return [*reader.push(self._text.joined(result.token_ids, self._markers)), *reader.finish()]
+        if any(token_id in self._markers for token_id in result.token_ids):
+            text = self._text.joined(result.token_ids, self._markers, len(text))
+        return [*reader.push(text), *reader.finish()]
 
-    def _told(self, index: int, read: Sequence[str | Call]) -> list[Event]:
+    def _told(self, index: int, read: Read) -> list[Event]:
         told = []
         for item in read:
             if isinstance(item, str):
                 told.append(self._piece(index, {"content": item}))
+            elif isinstance(item, Thought):
+                told.append(self._piece(index, {"reasoning_content": item.text}))
             elif self._chat.parallel_tool_calls or not self._num_calls[index]:
                 call = {"index": self._num_calls[index]} | self._call(item)
                 self._num_calls[index] += 1

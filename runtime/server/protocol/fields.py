@@ -7,6 +7,7 @@ is left alone and reported: in the answer's header `x-ignored-fields`, and once 
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,8 +16,8 @@ from runtime.server.errors import Refused
 
 log = logging.getLogger(__name__)
 
-IDLE = (None, False, "", [], {})
-"""Values by which any field asks for nothing."""
+IDLE: tuple[Any, ...] = (False, "", [], {})
+"""Values by which a field asks for nothing that is not on by default."""
 
 USE_FORMAT = "; use response_format"
 USE_TOOLS = "; use tools"
@@ -34,7 +35,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_json": ((), USE_FORMAT),
     "guided_regex": ((), USE_FORMAT),
     "kv_transfer_params": ((), ""),
-    "length_penalty": ((1,), ""),
+    "length_penalty": ((1, 1.0), ""),
     "logits_processors": ((), ""),
     "media_io_kwargs": ((), ""),
     "mm_processor_kwargs": ((), ""),
@@ -58,14 +59,17 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Known fields that are not supported: the values that ask for nothing, and what to do instead."""
 
 WITHOUT_EFFECT = frozenset(
-    "cache_salt include_reasoning metadata prediction prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention request_id safety_identifier user".split()
-)
+    (
+        "cache_salt", "include_reasoning", "metadata", "prediction", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "request_id", "safety_identifier", "user",
+    )
+)  # fmt: skip
 """Known fields that change nothing of an answer: whom it is for, and hints."""
 
 MOST_REPORTED = 100
 """Names that the log reports at the most."""
 
+_PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 _reported: set[str] = set()
 
 
@@ -90,20 +94,21 @@ class Body(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of the fields that nobody knows."""
+        """Names of the fields without effect that may be meant to have one."""
         extra = self.model_extra or {}
         return sorted(extra.keys() - UNSUPPORTED.keys() - WITHOUT_EFFECT)
 
     @property
     def headers(self) -> dict[str, str]:
         """The report of the fields that were ignored, for the answer."""
-        names = [name for name in self.ignored if name.isascii() and name.isidentifier()]
+        names = [name for name in self.ignored if _PLAIN.fullmatch(name)]
         return {"x-ignored-fields": ", ".join(names[:20])[:500]} if names else {}
 
 
 def _refuse_unsupported(name: str, value: Any) -> None:
     neutral, remedy = UNSUPPORTED[name]
-    if not any(value == one and type(value) is type(one) for one in IDLE) and value not in neutral:
+    idle = IDLE if True not in neutral else ()
+    if not any(value == one and type(value) is type(one) for one in (*idle, *neutral)):
         raise Refused(
             400,
             f"{name}={value!r:.60} is not supported{remedy}",
@@ -128,4 +133,4 @@ def report(names: list[str]) -> None:
     for name in names:
         if name not in _reported and len(_reported) < MOST_REPORTED:
             _reported.add(name)
-            log.warning("requests have the field %.80r, which is not known and ignored", name)
+            log.warning("requests have the field %.80r, which is ignored", name)

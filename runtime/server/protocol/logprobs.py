@@ -16,6 +16,7 @@ LEAST = -9999.0
 
 
 def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
     return max(logprob, LEAST)
 
 
@@ -59,7 +60,7 @@ def _token(token_id: int, logprob: float, text: TokenText) -> dict[str, Any]:
 
 
 def of_prompt(logprobs: Sequence[Logprob | None], count: int, text: TokenText) -> list[Any]:
-    """vLLM's `prompt_logprobs`: the `count` likeliest and the token itself, by id."""
+    """The `prompt_logprobs` of vLLM: the `count` likeliest and the token itself, by id."""
     return [None if one is None else _by_id(one, count, text) for one in logprobs]
 
 
@@ -87,13 +88,15 @@ def _by_id(one: Logprob, count: int, text: TokenText) -> dict[str, Any]:
 class Offsets:
     """Where the tokens of a text begin in it, as they come."""
 
-    def __init__(self, tokenizer: Any, start: int = 0) -> None:
-        self._text, self._start = TextStream(tokenizer), start
+    def __init__(self, tokenizer: Any, lead: str = "") -> None:
+        """lead: begins the text, as a part of its first token, though decoding strips it."""
+        self._text, self._lead, self._is_first = TextStream(tokenizer), len(lead), True
 
     def take(self, token_ids: Sequence[int]) -> list[int]:
         """Offsets of the next tokens; those that share a character share its offset."""
         offsets = []
         for token_id in token_ids:
-            offsets.append(self._start + len(self._text.text))
+            offsets.append(0 if self._is_first else self._lead + len(self._text.text))
+            self._is_first = False
             self._text.push(token_id)
         return offsets

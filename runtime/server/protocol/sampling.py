@@ -95,6 +95,8 @@ class Sampling(Body):
             raise ValueError(
                 f"at most {MOST_STOPS} stop strings of {LONGEST_STOP} characters are taken"
             )
+        if not all(stops):
+            raise ValueError("an empty stop string would end every request at once")
         return stops
 
     @property

@@ -14,7 +14,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenText:
-    """Reads a tokenizer's vocabulary: byte-level tokens, SentencePiece with byte fallback, others."""
+    """Reads a vocabulary: byte-level tokens, SentencePiece with byte fallback, others."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -48,14 +48,25 @@ class TokenText:
             assert known is not None
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
 
-    def joined(self, token_ids: Sequence[int], marks: Mapping[int, str]) -> str:
-        """The text of tokens, with those special tokens that are `marks`."""
+    def lead(self, token_id: int) -> str:
+        """The space that a text that goes on with this token begins with, where decoding strips it:
+        SentencePiece leaves it out at the beginning of what is decoded.
+        """
+        known = self.bytes_of(token_id)
+        alone = self._tokenizer.decode([token_id], skip_special_tokens=True)
+        return " " if known == f" {alone}".encode() else ""
+
+    def joined(self, token_ids: Sequence[int], marks: Mapping[int, str], most: int) -> str:
+        """The text of tokens, with those special tokens that are `marks`.
+
+        most: characters beside the marks, as a stop string may end the text before its tokens.
+        """
         text, since = "", 0
         for at, token_id in enumerate([*token_ids, -1]):
             if token_id in marks or at == len(token_ids):
                 between = list(token_ids[since:at])
-                text += self._tokenizer.decode(between, skip_special_tokens=True)
-                text, since = text + marks.get(token_id, ""), at + 1
+                said = self._tokenizer.decode(between, skip_special_tokens=True)[:most]
+                text, since, most = text + said + marks.get(token_id, ""), at + 1, most - len(said)
         return text
 
     def _decoded(self, token_id: int) -> str:

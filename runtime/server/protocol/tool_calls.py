@@ -6,20 +6,27 @@ Text is held back while it may open a call. What looks like a call but cannot be
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.server.protocol.tool_formats import (
     Call,
     Schemas,
+    arguments_of,
     calls_of_json,
     read_beginning,
     read_mistral,
     read_tagged,
 )
 
-OPENERS = {"mistral": "[TOOL_CALLS]", "hermes": "<tool_call>", "llama": "<|python_tag|>"}
+OPENERS = {
+    "harmony": "<|channel|>",
+    "mistral": "[TOOL_CALLS]",
+    "hermes": "<tool_call>",
+    "llama": "<|python_tag|>",
+}
 """What tells each format in a chat template."""
 
 MARKS = (
@@ -28,7 +35,17 @@ MARKS = (
 )  # fmt: skip
 """Tokens that tell calls, and that may be special: left out of a text."""
 
-Read = list[str | Call]
+HARMONY = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>",
+           "<|call|>")  # fmt: skip
+
+
+class Thought(NamedTuple):
+    """A piece of what the model says to itself."""
+
+    text: str
+
+
+Read = list[str | Thought | Call]
 
 
 def format_of(template: str) -> str | None:
@@ -42,7 +59,7 @@ def markers_of(tokenizer: Any) -> dict[int, str]:
     return {
         token_id: token.content
         for token_id, token in added.items()
-        if token.special and token.content in MARKS
+        if token.special and token.content in (*MARKS, *HARMONY)
     }
 
 
@@ -172,6 +189,72 @@ class BeginningReader(Reader):
             return [self._held]
 
 
+class HarmonyReader(Reader):
+    """Messages of gpt-oss: thoughts, texts, and calls, each after a header.
+
+    <|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 1}<|call|>
+    """
+
+    def __init__(self) -> None:
+        self._held, self._header = "", ""
+        self._in_header, self._channel = False, "final"
+        self._name, self._arguments = "", ""
+
+    def push(self, text: str) -> Read:
+        self._held += text
+        read: Read = []
+        while found := _HARMONY_MARK.search(self._held):
+            before, self._held = self._held[: found.start()], self._held[found.end() :]
+            read += self._take(before) + self._turn(found[0])
+        certain = len(self._held) - max(_overlap(self._held, mark) for mark in HARMONY)
+        read += self._take(self._held[:certain])
+        self._held = self._held[certain:]
+        return read
+
+    def finish(self) -> Read:
+        held, self._held = self._held, ""
+        return self._take(held) + self._end_call()
+
+    def _take(self, text: str) -> Read:
+        if self._in_header:
+            self._header += text
+        elif self._name:
+            self._arguments += text
+        elif text:
+            return [Thought(text)] if self._channel == "analysis" else [text]
+        return []
+
+    def _turn(self, mark: str) -> Read:
+        """Go on after a mark."""
+        if mark == "<|message|>":
+            recipient = _RECIPIENT.search(self._header)
+            self._name = recipient[1] if recipient else ""
+            channel = self._header.rpartition("<|channel|>")[2].split()
+            self._channel = channel[0] if channel else "final"
+            self._in_header, self._header = False, ""
+            return []
+        ended = self._end_call()
+        if mark in ("<|start|>", "<|channel|>", "<|constrain|>"):
+            self._header = (self._header if self._in_header else "") + mark
+            self._in_header = True
+        else:
+            self._in_header, self._channel = False, "final"
+        return ended
+
+    def _end_call(self) -> Read:
+        name, arguments, self._name, self._arguments = self._name, self._arguments, "", ""
+        if not name:
+            return []
+        try:
+            return [Call(name, arguments_of(arguments or "{}"))]
+        except (ValueError, RecursionError):
+            return [arguments]
+
+
+_HARMONY_MARK = re.compile("|".join(map(re.escape, HARMONY)))
+_RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
+
+
 def reader_of(must_call: str | None, form: str | None, schemas: Schemas) -> Reader:
     """The reader of a choice. form: None where no calls are to be read."""
     if must_call is not None:
@@ -181,6 +264,8 @@ def reader_of(must_call: str | None, form: str | None, schemas: Schemas) -> Read
         "mistral": MistralReader,
         "llama": BeginningReader,
     }
+    if form == "harmony":
+        return HarmonyReader()
     return kinds[form](schemas) if form in kinds else TextReader()
 
 
@@ -192,4 +277,3 @@ def _overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` that begins `mark`."""
     longest = min(len(text), len(mark) - 1)
     return next((n for n in range(longest, 0, -1) if mark.startswith(text[-n:])), 0)
-

@@ -1,10 +1,10 @@
 """Formats in which models write calls of tools.
 
-    hermes   <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>            Hermes, Qwen
-             <tool_call><function=f><parameter=x>1</parameter></function></tool_call>  Qwen coders
-             <tool_call>f <arg_key>x</arg_key><arg_value>1</arg_value></tool_call>     GLM
-    mistral  [TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]      or  [TOOL_CALLS]f[ARGS]{"x": 1}
-    llama    {"name": "f", "parameters": {"x": 1}}                   or  [f(x=1)]
+hermes   <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>            Hermes, Qwen
+         <tool_call><function=f><parameter=x>1</parameter></function></tool_call>  Qwen coders
+         <tool_call>f <arg_key>x</arg_key><arg_value>1</arg_value></tool_call>     GLM
+mistral  [TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]      or  [TOOL_CALLS]f[ARGS]{"x": 1}
+llama    {"name": "f", "parameters": {"x": 1}}                   or  [f(x=1)]
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ _DECODER = json.JSONDecoder()
 _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>\s*|$)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?(?:</parameter>|$)", re.DOTALL)
 _GLM = re.compile(r"\s*([^\s<{]+)\s*((?:<arg_key>.*)?)$", re.DOTALL)
-_GLM_PAIR = re.compile(
-    r"<arg_key>\s*(.*?)\s*</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL
-)
+_GLM_PAIR = re.compile(r"<arg_key>\s*(.*?)\s*</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _MISTRAL = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]+)?(?:\[ARGS\])?\s*(?=\{)")
 
 

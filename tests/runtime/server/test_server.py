@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +12,14 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
 
 from runtime.engine.engine import Engine
-from runtime.server.app import build_app
 from runtime.server.settings import ServerSettings
-from tests.helpers.serving import greedy, offloaded
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.http_server import connect, running
+from tests.helpers.serving import greedy
+from tests.helpers.tiny import tiny_tokenizer
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 TOKEN = "open sesame"
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with offloaded(tiny_model("olmoe"), tmp_path_factory.mktemp("server")) as engine:
-        yield engine
-
-
-@contextmanager
-def running(engine: Engine, **options: Any) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    settings = ServerSettings(model="models/tiny", context=200, **options)
-    app = build_app(engine, tokenizer, settings, settings.read_token())
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=settings.grace)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def address(engine: Engine) -> Iterator[str]:
-    with running(engine) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with connect(address) as client:
-        yield client
-
-
-def connect(address: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
 
 
 def alone(engine: Engine, text: str, max_tokens: int) -> str:
@@ -238,7 +189,7 @@ def test_a_chats_logprobs_come_whole_or_streamed(client: openai.OpenAI, engine: 
         atol=1e-4,
     )
     assert all(
-        token.bytes is None or bytes(token.bytes).decode() == token.token for token in said.content
+        bytes(token.bytes or []).decode(errors="replace") == token.token for token in said.content
     )
     streamed = [
         token
@@ -266,12 +217,12 @@ def test_top_logprobs_without_logprobs_are_refused(client: openai.OpenAI) -> Non
         ({"model": "gpt"}, openai.NotFoundError, "there is no model gpt"),
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"max_tokens": 500}, openai.BadRequestError, "exceed the context of 200"),
-        ({"logprobs": 9}, openai.BadRequestError, "logprobs"),
+        ({"logprobs": 21}, openai.BadRequestError, "logprobs"),
         ({"n": 0}, openai.BadRequestError, "n: "),
-        ({"n": 40, "prompt": ["a", "b"]}, openai.BadRequestError, "at most 64"),
-        ({"echo": True}, openai.BadRequestError, "echo"),
+        ({"n": 70, "prompt": ["a", "b"]}, openai.BadRequestError, "at most 128"),
+        ({"suffix": "s"}, openai.BadRequestError, "suffix"),
         ({"prompt": []}, openai.BadRequestError, "empty"),
-        ({"prompt": ["a"] * 65}, openai.BadRequestError, "at most 64"),
+        ({"prompt": ["a"] * 129}, openai.BadRequestError, "at most 128"),
         ({"stop": ""}, openai.BadRequestError, "empty stop"),
     ],
 )
@@ -303,13 +254,6 @@ def test_a_body_beyond_the_limit_is_turned_away_declared_or_not(engine: Engine) 
         url = f"{address}/v1/completions"
         assert httpx.post(url, content=b"x" * 201).status_code == 413
         assert httpx.post(url, content=iter([b"x" * 150] * 2)).status_code == 413
-
-
-def test_a_full_queue_turns_away_and_recovers(engine: Engine) -> None:
-    with running(engine, max_queue=2) as address, connect(address) as client:
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(model="tiny", prompt=["a", "b", "c"])
-        assert client.completions.create(model="tiny", prompt="a", max_tokens=2).choices
 
 
 # ---------------------------------------------------------------------- life
@@ -365,23 +309,21 @@ def test_stopping_lets_a_running_request_finish(engine: Engine) -> None:
 
 
 def test_stopping_cancels_what_outlasts_the_grace(engine: Engine) -> None:
-    gone: list[Exception] = []
+    told: list[Any] = []
     with running(engine, grace=1, batch=1, rows=1) as address:
         prompts = ["a"] * 64  # one after the other, for longer than the grace
         asked = {"model": "tiny", "prompt": prompts, "max_tokens": 190, "ignore_eos": True}
 
         def ask() -> None:
-            try:
-                httpx.post(f"{address}/v1/completions", json=asked, timeout=60).raise_for_status()
-            except httpx.HTTPError as error:
-                gone.append(error)
+            told.append(httpx.post(f"{address}/v1/completions", json=asked, timeout=60))
 
         asking = threading.Thread(target=ask)
         asking.start()
         while not metric(address, "expertflow_requests_active"):
             time.sleep(0.005)
     asking.join()
-    assert len(gone) == 1
+    assert told[0].status_code == 503
+    assert told[0].json()["error"]["message"] == "the server is shutting down"
 
 
 def metric(address: str, name: str) -> float:
