@@ -110,12 +110,13 @@ class OpenAILines:
 
     def _tool_format(self, body: ChatBody) -> str | None:
         """The form in which the model calls tools, which its chat template tells."""
-        if not body.may_call:
-            return None
+        tools = body.tools if body.may_call else None
         try:
-            form = format_of(template_of(self._tokenizer, self._template, body.tools))
+            form = format_of(template_of(self._tokenizer, self._template, tools))
         except ValueError:  # which rendering reports
             return None
+        if tools is None:  # some models tell their thoughts from their answers alike
+            return form if form == "harmony" else None
         if form is None and body.must_call is None:
             asked = "the form in which this model calls tools is not known: send tool_choice='none'"
             raise Refused(400, asked, param="tools", code="unsupported_parameter")

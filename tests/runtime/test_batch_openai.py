@@ -123,3 +123,17 @@ def test_without_the_extra_the_command_names_it_before_it_loads_the_model(
     with pytest.raises(ValueError, match=r"need pydantic: install moe-expertflow\[serve\]"):
         answers([line("a", model="tiny", prompt="x")])
     assert answers([{"prompt": "x", "max_tokens": 1}])
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALLING = TEMPLATE + "{% if tools %}<tool_call>{{ tools[0].function.name }}{% endif %}"
+
+
+def test_tools_go_through_the_template_or_are_refused(answers: Any, tmp_path: Path) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    (told,) = answers([chat("a", **asked, tools=[TOOL])], fails=True)
+    assert "tools: the model's chat template takes none" in json.dumps(told)
+    (tmp_path / "out.jsonl").unlink()
+    (tmp_path / "out.jsonl.partial").unlink()
+    (told,) = answers([chat("a", **asked, tools=[TOOL])], chat_template=CALLING)
+    assert told["response"]["status_code"] == 200
