@@ -119,7 +119,7 @@ class Run:
             raise Refused(503, result.error or STOPPING)
         if result.finish != "error":
             return
-        if getattr(result, "fault", "") == "server" or self._server.failure:
+        if result.fault == "server" or self._server.failure:
             raise Refused(500, result.error)
         raise bad_request(ValueError(result.error), self._fields, self._prompt_field)
 

@@ -134,7 +134,7 @@ class Sampling(Body):
         """
         names = {name: getattr(self, name) for name in SAME}
         seeds = [None if self.seed is None else self.seed + choice for choice in range(self.n)]
-        group = {"group": uuid4().hex} if "group" in Request.__dataclass_fields__ else {}
+        group = uuid4().hex
         try:
             if "json_schema" not in options and self.response_format is not None:
                 options["json_schema"] = self.response_format.schema_asked
@@ -144,7 +144,8 @@ class Sampling(Body):
                     prompt=prompt,
                     seed=seed,
                     max_tokens=max(1, context - len(prompt)) if max_tokens is None else max_tokens,
-                    **(names | options | group),
+                    **(names | options),
+                    group=group,
                 )
                 for prompt in prompts
                 for seed in seeds
