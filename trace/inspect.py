@@ -46,7 +46,7 @@ def inspect(settings: InspectSettings) -> None:
         draw_usage(usage, path, title=f"Expert usage of {trace.topology.model_type}: {stack}")
         console.print(f"picture: {path}", soft_wrap=True)
     if settings.verify:
-        console.print("every shard matches its checksum")
+        console.print("every shard matches its checksum and holds what it may")
 
 
 def print_usage(console: Console, trace: TraceReader, usage: Usage) -> None:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         prog="python -m trace.inspect",
         positional=["directory"],
-        examples=["trace", "trace --verify --picture usage.png"],
+        examples=["trace", "trace --picture usage.png"],
     )
 
 

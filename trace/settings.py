@@ -101,7 +101,7 @@ class InspectSettings:
 
     directory: str
     """Directory of the trace."""
-    verify: bool = False
-    """Check every shard against its checksum."""
+    verify: bool = True
+    """Check the checksum and the values of every shard. `--verify false` spares reading them."""
     picture: str | None = None
     """File of the picture. Default: usage.png in the directory; one file for each stack."""

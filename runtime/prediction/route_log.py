@@ -105,6 +105,7 @@ class RouteLog:
         """End the running generation and write everything. Later calls do nothing."""
         self.end()
         self._guarded(self._writer.flush)
+        self._writer.release()
         self._is_open = False
         atexit.unregister(self.close)
 
