@@ -16,9 +16,10 @@ class CollectSettings:
     model: str
     """Hugging Face model: a directory or an id on the Hub."""
     dataset: list[str]
-    """Data sets: names on the Hub (`name` or `name:config`), .txt, .jsonl and .parquet files, or
-    folders of such files. A line `<|endoftext|>` in a .txt file ends a document; without one, the
-    file is one document."""
+    """Data sets: names on the Hub (`name` or `name:config`), files (.txt, .md, .jsonl, .json, .csv,
+    .tsv, .parquet, .arrow; text also as .gz, .bz2 or .xz), folders of such files, and folders that
+    the `datasets` library wrote or that lie as on the Hub. A line `<|endoftext|>` in a .txt file
+    ends a document; without one, the file is one document."""
     out: str
     """Directory of the trace."""
     split: str = "train"
@@ -26,12 +27,13 @@ class CollectSettings:
     streaming: bool = False
     """Read data sets of the Hub while they download. Local files are always streamed."""
     column: str | None = None
-    """Column with the text or, with --chat_template, the messages. Default: `text` or
-    `messages`."""
+    """Column with the text or the turns. Default: `text`, or else a known form of chat (messages,
+    conversations, prompt and completion, instruction and output, question and answer ...)."""
     label_column: str | None = None
     """Column with each document's label (its domain). Default: the name of the file or data set."""
-    chat_template: bool = False
-    """Render the column, lists of {role, content}, with the tokenizer's chat template."""
+    chat_template: bool | str = False
+    """Render chats: `true` with the tokenizer's chat template, FILE with the Jinja template in it,
+    `plain` by joining the turns. Without it, chats are refused."""
     max_documents: int | None = None
     """Stop after this many documents."""
     max_tokens: int = 2048
@@ -74,11 +76,6 @@ class CollectSettings:
                 raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"--max_documents must be at least 1, not {self.max_documents}")
-
-    @property
-    def text_column(self) -> str:
-        """Name of the column with the documents."""
-        return self.column or ("messages" if self.chat_template else "text")
 
     def provenance(self) -> dict[str, Any]:
         """The settings that decide the contents of a trace. Resuming it needs the same."""
