@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from routing.cli import run
+from routing.cores import wait_passively
 from trace.settings import CollectSettings
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for a mistake of the user, and leaves an existing trace intact.
     """
+    wait_passively()
     from routing.inspect_model import topology_of
     from routing.lookahead import GATE
     from routing.writer import TraceWriter
