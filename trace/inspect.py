@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from routing.cli import run
+from routing.names import print_whole
 from trace.settings import InspectSettings
 
 if TYPE_CHECKING:
@@ -51,9 +52,8 @@ def inspect(settings: InspectSettings) -> None:
 
 def print_usage(console: Console, trace: TraceReader, usage: Usage) -> None:
     """Print the facts of one stack, then a table of its labels and one of its layers."""
-    console.print(_facts(trace, usage))
-    console.print(_labels(usage))
-    console.print(_layers(usage))
+    for table in (_facts(trace, usage), _labels(usage), _layers(usage)):
+        print_whole(table, console)
 
 
 def _facts(trace: TraceReader, usage: Usage) -> Table:

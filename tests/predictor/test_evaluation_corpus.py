@@ -113,7 +113,9 @@ def test_figures_by_label_and_in_all_are_those_of_one_pass(
             figures = result.heads if label is None else result.labels[label]
             for head, metric in metrics.items():
                 for name, value_L in metric.compute().items():
-                    assert figures[head][name] == pytest.approx(value_L.tolist(), rel=1e-6, abs=1e-9)
+                    assert figures[head][name] == pytest.approx(
+                        value_L.tolist(), rel=1e-6, abs=1e-9
+                    )
 
 
 def test_figures_do_not_depend_on_the_number_of_cores(
