@@ -24,7 +24,7 @@ from routing.trace_format.manifest import (
     write_atomically,
     write_manifest,
 )
-from routing.trace_format.shard_checks import check_file
+from routing.trace_format.shard_checks import check_file, check_tensors, check_values
 
 SHARD_TOKENS = 1 << 20
 """Tokens of a shard, about."""
@@ -172,8 +172,14 @@ class TraceWriter:
 
     def _write_shard(self, name: str, index: int) -> dict[str, Any]:
         documents = [documents[name] for documents in self._pending]
+        counts = {
+            "documents": len(documents),
+            "tokens": sum(len(d.token_ids_T) for d in documents),
+        }
+        tensors = self._tensors(documents)
+        self._check(tensors, counts, name)
         data = serialize(
-            self._tensors(documents),
+            tensors,
             {
                 "format": "expertflow-trace",
                 "schema": str(SCHEMA),
@@ -187,9 +193,24 @@ class TraceWriter:
             "file": file,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "documents": len(documents),
-            "tokens": sum(len(d.token_ids_T) for d in documents),
+            **counts,
         }
+
+    def _check(self, tensors: dict[str, np.ndarray], counts: dict[str, int], name: str) -> None:
+        """Raise ValueError for documents that no reader would accept."""
+        stack = self.topology.stack(name)
+        try:
+            check_tensors(
+                tensors,
+                counts,
+                stack,
+                num_labels=len(self._manifest["labels"]),
+                with_weights=self._manifest["with_weights"],
+                lookahead=self._manifest["lookahead"],
+            )
+            check_values(tensors, stack, self.topology.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"not written into {self.directory}: {error}") from error
 
     def _tensors(self, documents: list[Document]) -> dict[str, np.ndarray]:
         lengths = [len(document.token_ids_T) for document in documents]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+SPLIT = "train"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectSettings:
@@ -22,8 +24,8 @@ class CollectSettings:
     ends a document; without one, the file is one document."""
     out: str
     """Directory of the trace."""
-    split: str = "train"
-    """Split of the data sets from the Hub."""
+    split: str = SPLIT
+    """Split of the data sets from the Hub, or of folders that are laid out like them."""
     streaming: bool = False
     """Read data sets of the Hub while they download. Local files are always streamed."""
     column: str | None = None

@@ -36,8 +36,8 @@ class DirectoryLock:
             except BlockingIOError:
                 os.close(file)
                 raise ValueError(
-                    f"another writer is at work in {self._directory}: wait until it has ended, or "
-                    "name another directory"
+                    f"another writer is at work in {self._directory}: wait until it has ended (a "
+                    "model that records there: detach it), or name another directory"
                 ) from None
             except OSError:
                 os.close(file)

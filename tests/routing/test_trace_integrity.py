@@ -278,6 +278,26 @@ def test_nothing_is_added_to_a_complete_trace(tmp_path: Path) -> None:
         writer.add({"decoder": random_document(np.random.default_rng(0), 4)})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids_T": np.full(4, 99, np.int32)}, "token_ids are not within the vocabulary"),
+        ({"experts_TLK": np.full((4, 3, 2), 9, np.uint8)}, "name expert 9, but the layer has 8"),
+        ({"experts_TLK": np.zeros((3, 3, 2), np.uint8)}, "experts is uint8"),
+        ({"phase_T": np.full(4, 7, np.uint8)}, "phase is 7"),
+    ],
+)
+def test_a_document_that_no_reader_would_accept_is_not_written(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    good = random_document(np.random.default_rng(0), 4)
+    writer = TraceWriter(tmp_path, TOPOLOGY, provenance={}, shard_tokens=1)
+    writer.add({"decoder": good})
+    with pytest.raises(ValueError, match=rf"not written into {tmp_path}: .*{message}"):
+        writer.add({"decoder": good._replace(**change)})
+    assert len(TraceReader(tmp_path)) == 1
+
+
 def test_a_topology_with_impossible_numbers_is_refused() -> None:
     data = TOPOLOGY.to_json()
     for layer in (["a", -1, 1], ["a", 8, 0], ["a", 8.5, 2], ["a", True, 1], ["a", 8], [3, 8, 2]):

@@ -199,6 +199,13 @@ def test_a_folder_laid_out_as_on_the_hub_is_read_by_its_split(
         texts(tmp_path, split="dev")
 
 
+def test_a_split_of_files_that_have_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for path in (tmp_path, tmp_path / "a.txt"):
+        with pytest.raises(ValueError, match=rf"{path} has no splits: leave --split test out"):
+            texts(path, split="test")
+
+
 def test_a_folder_whose_readme_lists_configs_is_read_by_them(tmp_path: Path) -> None:
     configs = [{"config_name": name, "data_files": f"{name}.parquet"} for name in ("en", "de")]
     front = f"configs:\n  {json.dumps(configs)}"

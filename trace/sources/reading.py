@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace.settings import CollectSettings
+from trace.settings import SPLIT, CollectSettings
 from trace.sources import library
 from trace.sources.chats import Turn, content_of, is_blank, require
 from trace.sources.documents import Tally, Text
@@ -34,10 +34,13 @@ def read_texts(settings: CollectSettings, tally: Tally | None = None) -> Iterato
 def _sources(name: str, settings: CollectSettings) -> Iterator[tuple[str, Iterator[Text]]]:
     """The parts of one entry of --dataset: a name for messages, and its documents."""
     path = Path(name)
-    if path.is_dir() and layout_of(path) == "files":
+    is_files = path.is_file() or (path.is_dir() and layout_of(path) == "files")
+    if is_files and settings.split != SPLIT:
+        raise ValueError(f"{name} has no splits: leave --split {settings.split} out")
+    if path.is_dir() and is_files:
         for file, label in files_of(path):
             yield str(file), _file(file, label, settings)
-    elif path.is_file():
+    elif is_files:
         yield name, _file(path, label_of(Path(path.name)), settings)
     else:
         yield name, _rows(_library(name, settings), name, settings)
