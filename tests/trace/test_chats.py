@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from routing.cli import parse
 from tests.helpers.tiny import tiny_tokenizer
 from trace.settings import CollectSettings
 from trace.sources import Tally, read_texts, tokenize
@@ -160,3 +161,18 @@ def test_plain_text_is_not_rendered(tmp_path: Path) -> None:
     for path in (tmp_path / "a.txt", rows):
         with pytest.raises(ValueError, match="--chat_template needs"):
             prompts(path, chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--chat_template"], True),
+        (["--chat-template", "true"], True),
+        (["--chat_template", "plain"], "plain"),
+        (["--chat_template=t.jinja"], "t.jinja"),
+        ([], False),
+    ],
+)
+def test_the_option_is_a_flag_a_word_or_a_file(words: list[str], value: bool | str) -> None:
+    argv = ["--model", "m", "--dataset", "d", "--out", "o", *words]
+    assert parse(CollectSettings, argv, prog="collect").chat_template == value
