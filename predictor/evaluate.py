@@ -3,7 +3,8 @@
     python -m predictor.evaluate --trace DIR --predictors a.onnx b.onnx --fit_trace TRAINING_DIR
 
 Without `--fit_trace` the baselines are fitted on the training split of the trace and all predictors
-are scored on its test split. The splits are those that `predictor.train` makes by default.
+are scored on its test split. The splits are those that `predictor.train` makes by default. With it,
+documents that both traces hold are left out of the figures.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import json
 
 from predictor.evaluation.settings import EvaluateSettings
 from routing.cli import run
+from routing.cores import wait_passively
 
 
 def evaluate(settings: EvaluateSettings) -> None:
     """Score the predictors, print tables, write the JSON and the picture. Raises ValueError."""
-    from predictor.evaluation.report import plot_layers, print_report, to_json
-    from predictor.evaluation.scoring import all_contenders, check, corpora, score
+    wait_passively()
+    from predictor.evaluation.corpus import corpora
+    from predictor.evaluation.report import plot_layers, to_json
+    from predictor.evaluation.scoring import all_contenders, check, score
+    from predictor.evaluation.tables import print_report
     from predictor.file.documents import open_exported
     from routing.shards import TraceReader, write_atomically
 
@@ -26,15 +31,15 @@ def evaluate(settings: EvaluateSettings) -> None:
     check(predictors, reader, settings)
     fit, held_out = corpora(reader, settings)
     contenders, shape = all_contenders(predictors, fit, settings)
-    results, num_tokens = score(contenders, held_out, shape, predictors)
-    report = to_json(settings, results, predictors, num_tokens, shape.horizon)
-    print_report(report, results, reader.stack)
+    scores = score(contenders, held_out, shape, predictors)
+    report = to_json(settings, scores, predictors, shape.horizon)
+    print_report(report, scores, reader.stack)
     for path in filter(None, (settings.json, settings.plot)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if settings.json is not None:
         write_atomically(settings.json, json.dumps(report, indent=1).encode())
     if settings.plot is not None:
-        plot_layers(results, reader.stack, shape.horizon, settings.plot)
+        plot_layers(scores.results, reader.stack, shape.horizon, settings.plot)
 
 
 if __name__ == "__main__":

@@ -241,10 +241,14 @@ def _join_words(settings: type[Any], argv: list[str]) -> list[str]:
             while argv and not argv[0].startswith("--"):
                 values.append(argv.pop(0))
             word = f"{option}={json.dumps(values)}"
-        elif hints.get(word) is bool and (not argv or argv[0].startswith("--")):
+        elif _is_flag(hints.get(word)) and (not argv or argv[0].startswith("--")):
             word = f"{word}=true"
         joined.append(word)
     return joined
+
+
+def _is_flag(hint: Any) -> bool:
+    return hint is bool or bool in typing.get_args(hint)
 
 
 def _is_list(hint: Any) -> bool:

@@ -1,6 +1,6 @@
 """The trace format: a directory of safetensors shards and a manifest.json.
 
-    manifest.json                 schema, topology, provenance, labels, and per stack its shards
+    manifest.json                 see routing.trace_format.manifest
     decoder-00000.safetensors     token_ids    int32   [T]
                                   experts      uint8   [T, L, K]   (uint16 above 256 experts)
                                   phase        uint8   [T]         PROMPT or GENERATED
@@ -11,16 +11,15 @@
     encoder-00000.safetensors     the same, for encoder-decoder models; document d is document d
 
 A shard is written whole, synced and renamed. Only then does the manifest name it, which is replaced
-in the same way. So the directory holds complete documents only, whatever happens. The highest
+in the same way. So the directory holds complete documents only, whatever happens. Shards of equal
+runs are equal byte for byte; what may vary is in the manifest's provenance. The highest
 value of the experts' dtype stands for "no expert". When E is 256, 255 is an ordinary id; models
 that large drop no tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,12 +29,11 @@ from safetensors import SafetensorError, safe_open
 
 from routing.lookahead import LookAhead, from_tensors
 from routing.topology import NO_EXPERT, Stack, Topology
+from routing.trace_format.manifest import MANIFEST as MANIFEST
+from routing.trace_format.manifest import read_manifest as read_manifest
+from routing.trace_format.manifest import write_atomically as write_atomically
+from routing.trace_format.shard_checks import check_file, check_tensors, check_values
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-MANIFEST_KEYS = {
-    "topology", "provenance", "with_weights", "num_documents", "complete", "labels", "shards"
-}  # fmt: skip
 PROMPT, GENERATED = 0, 1
 
 
@@ -80,59 +78,70 @@ def stored_experts(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return np.where(missing, nothing, experts).astype(dtype)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the content of `path` by `data`: entirely or, after a crash, not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read the manifest of a trace directory. Raises ValueError where there is none."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{directory} is not a trace: it has no {MANIFEST}")
-    try:
-        manifest = dict(json.loads(path.read_text()))
-        schema = manifest["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the manifest of a trace: {error!r}") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
-    if lacking := MANIFEST_KEYS - manifest.keys():
-        raise ValueError(f"{path} is not the manifest of a trace: it lacks {sorted(lacking)}")
-    return manifest
-
-
 class TraceReader:
     """Reads one stack of a trace; documents are slices of memory-mapped tensors.
 
-    Raises ValueError, naming the file, when a shard is missing, truncated or of another model, or
-    (with `verify`) does not match its checksum.
+    Raises ValueError, naming the file, when the manifest is damaged, or a shard is missing,
+    truncated, of another model or not as the manifest describes it. With `verify`, the checksum and
+    the values of each shard are checked too: every byte is read once.
     """
 
     def __init__(
-        self, directory: str | Path, stack: str = "decoder", *, verify: bool = False
+        self, directory: str | Path, stack: str = "decoder", *, verify: bool = True
     ) -> None:
         self.directory = Path(directory)
-        manifest = read_manifest(self.directory)
-        self.topology = Topology.from_json(manifest["topology"])
+        self._manifest = read_manifest(self.directory)
+        self.topology = Topology.from_json(self._manifest["topology"])
         self.stack: Stack = self.topology.stack(stack)
-        self.labels: list[str] = manifest["labels"]
-        self.provenance: dict[str, Any] = manifest["provenance"]
-        self.complete: bool = manifest["complete"]
-        self.with_weights: bool = manifest["with_weights"]
-        self.lookahead: dict[str, int] = manifest.get("lookahead", {})
+        self.labels: list[str] = self._manifest["labels"]
+        self.provenance: dict[str, Any] = self._manifest["provenance"]
+        self.complete: bool = self._manifest["complete"]
+        self.with_weights: bool = self._manifest["with_weights"]
+        self.lookahead: dict[str, int] = self._manifest.get("lookahead", {})
         self._shards = [
-            _Shard(self.directory, entry, self.topology, list(self.lookahead), verify=verify)
-            for entry in manifest["shards"][stack]
+            self._open(entry, verify=verify) for entry in self._manifest["shards"][stack]
         ]
         self._first_doc = np.cumsum([0] + [len(shard) for shard in self._shards])
         self.doc_lengths = _concatenate([shard.lengths for shard in self._shards], np.int64)
-        self.doc_labels = _concatenate([shard["doc_labels"] for shard in self._shards], np.int32)
+        self.doc_labels = _concatenate([shard.labels for shard in self._shards], np.int32)
+
+    def _open(self, entry: Mapping[str, Any], *, verify: bool) -> _Shard:
+        path = self.directory / entry["file"]
+        check_file(path, entry, verify=verify)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+            recorded = Topology.from_json(json.loads(metadata["topology"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); trace it again") from error
+        self.topology.require_match(recorded, ours=f"the trace {self.directory}", theirs=str(path))
+        try:
+            self._check(tensors, metadata, entry, verify=verify)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; trace it again") from error
+        return _Shard(tensors, list(self.lookahead))
+
+    def _check(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        metadata: Mapping[str, str],
+        entry: Mapping[str, Any],
+        *,
+        verify: bool,
+    ) -> None:
+        if (recorded := metadata.get("stack", self.stack.name)) != self.stack.name:
+            raise ValueError(f"it is of the {recorded} stack, not of the {self.stack.name} stack")
+        check_tensors(
+            tensors,
+            entry,
+            self.stack,
+            num_labels=len(self.labels),
+            with_weights=self.with_weights,
+            lookahead=self.lookahead,
+        )
+        if verify:
+            check_values(tensors, self.stack, self.topology.vocab_size)
 
     @property
     def num_tokens(self) -> int:
@@ -156,64 +165,29 @@ class TraceReader:
 
 
 class _Shard:
-    def __init__(
-        self,
-        directory: Path,
-        entry: Mapping[str, Any],
-        topology: Topology,
-        lookahead: list[str],
-        *,
-        verify: bool,
-    ) -> None:
-        self.path = directory / entry["file"]
-        self._check(entry, verify)
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
-                self._lookahead = from_tensors(lookahead, tensors)
-                recorded = Topology.from_json(json.loads(file.metadata()["topology"]))
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); trace it again") from error
-        topology.require_match(recorded, ours=f"the trace {directory}", theirs=str(self.path))
-        self._tensors: dict[str, np.ndarray] = tensors
-        self.offsets = self["doc_offsets"]
-        self.lengths = np.diff(self.offsets)
+    """The tensors of one shard, checked."""
 
-    def _check(self, entry: Mapping[str, Any], verify: bool) -> None:
-        if not self.path.is_file():
-            raise ValueError(
-                f"{self.path} is missing, though the manifest names it; trace it again"
-            )
-        size = self.path.stat().st_size
-        if size != entry["bytes"]:
-            raise ValueError(
-                f"{self.path} is truncated or changed: {size} bytes, but the manifest says "
-                f"{entry['bytes']}; trace it again"
-            )
-        if verify and _sha256(self.path) != entry["sha256"]:
-            raise ValueError(f"{self.path} does not match its checksum; trace it again")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._tensors[name]
+    def __init__(self, tensors: dict[str, np.ndarray], lookahead: list[str]) -> None:
+        self._tensors = tensors
+        self._lookahead = from_tensors(lookahead, tensors)
+        self._offsets = tensors["doc_offsets"]
+        self.labels = tensors["doc_labels"]
+        self.lengths = np.diff(self._offsets)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def document(self, index: int, label: str) -> Document:
-        span = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        span = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+        tensors = self._tensors
         return Document(
-            self["token_ids"][span],
-            self["experts"][span],
-            self["phase"][span],
+            tensors["token_ids"][span],
+            tensors["experts"][span],
+            tensors["phase"][span],
             label,
-            self["weights"][span] if "weights" in self._tensors else None,
+            tensors["weights"][span] if "weights" in tensors else None,
             {name: LookAhead(*(x[span] for x in ahead)) for name, ahead in self._lookahead.items()},
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:

@@ -26,6 +26,14 @@ class Layer(NamedTuple):
     top_k: int
 
 
+def _layer(name: object, num_experts: object, top_k: object) -> Layer:
+    """A layer out of a file. Raises ValueError for what cannot be one."""
+    counts = [num_experts, top_k]
+    if not isinstance(name, str) or any(type(n) is not int or n < 1 for n in counts):
+        raise ValueError(f"no MoE layer: {[name, num_experts, top_k]!r:.80}")
+    return Layer(name, *counts)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """The MoE layers that one token passes, in execution order ("decoder" or "encoder")."""
@@ -88,7 +96,7 @@ class Topology:
             stacks = tuple(
                 Stack(
                     name=str(stack["name"]),
-                    layers=tuple(Layer(str(n), int(e), int(k)) for n, e, k in stack["layers"]),
+                    layers=tuple(_layer(*layer) for layer in stack["layers"]),
                 )
                 for stack in data["stacks"]
             )

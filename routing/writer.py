@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from safetensors.numpy import save as serialize
+from safetensors.numpy import save
 
 from routing.lookahead import as_tensors
-from routing.shards import MANIFEST, SCHEMA, Document, read_manifest, write_atomically
+from routing.shards import Document
 from routing.topology import Topology
+from routing.trace_format.lock import DirectoryLock
+from routing.trace_format.manifest import (
+    MANIFEST,
+    SCHEMA,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from routing.trace_format.shard_checks import check_file, check_tensors, check_values
 
 SHARD_TOKENS = 1 << 20
 """Tokens of a shard, about."""
@@ -23,8 +34,9 @@ class TraceWriter:
     """Appends documents to a trace directory; opening an existing one resumes it.
 
     lookahead: source -> number of layers, for the look-aheads that every document brings.
-    Documents are durable once their shard is written; `num_documents` counts these. Raises
-    ValueError when the directory holds a trace of another model or of other provenance.
+    Documents are durable once their shard is written; `num_documents` counts these. While the
+    writer lives, no other one can open the directory. Raises ValueError when another one has, or
+    when the directory holds a trace of another model or of other provenance, or a damaged one.
     """
 
     def __init__(
@@ -42,12 +54,25 @@ class TraceWriter:
         self.shard_tokens = shard_tokens
         self._pending: list[Mapping[str, Document]] = []
         self._pending_tokens = 0
-        self._manifest = self._open(dict(provenance), with_weights, dict(lookahead or {}))
+        self._lock: DirectoryLock | None = None
+        self._is_new = False
+        wanted = self._fresh(dict(provenance), with_weights, dict(lookahead or {}))
+        self._manifest = self._open(wanted)  # refuses before it touches anything
+        if not self.complete:
+            self._is_new = not self.directory.exists()
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = DirectoryLock(self.directory)
+            try:
+                self._manifest = self._open(wanted)  # another writer may have ended in between
+            except ValueError:
+                self.release()
+                raise
 
-    def _open(
+    def _fresh(
         self, provenance: dict[str, Any], with_weights: bool, lookahead: dict[str, int]
     ) -> dict[str, Any]:
-        fresh = {
+        """The manifest of a trace without documents."""
+        return {
             "schema": SCHEMA,
             "topology": self.topology.to_json(),
             "provenance": json.loads(json.dumps(provenance)),
@@ -58,23 +83,28 @@ class TraceWriter:
             "labels": [],
             "shards": {stack.name: [] for stack in self.topology.stacks},
         }
+
+    def _open(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The manifest in the directory, or a copy of `wanted` where there is none."""
         if not (self.directory / MANIFEST).exists():
             if self.directory.is_dir() and any(self.directory.glob("[!.]*")):
                 raise ValueError(
                     f"{self.directory} is not empty and holds no trace; name a new one"
                 )
-            return fresh
+            return copy.deepcopy(wanted)
         manifest = {"lookahead": {}} | read_manifest(self.directory)
         Topology.from_json(manifest["topology"]).require_match(
             self.topology, ours=f"the trace in {self.directory}", theirs="this model"
         )
         for key in ("provenance", "with_weights", "lookahead"):
-            if manifest[key] != fresh[key]:
-                difference = _difference(manifest, fresh, key)
+            if manifest[key] != wanted[key]:
+                difference = _difference(manifest, wanted, key)
                 raise ValueError(
                     f"{self.directory} was traced with other options ({difference}); "
                     "trace into another directory, or with the same options to resume"
                 )
+        for entry in (entry for entries in manifest["shards"].values() for entry in entries):
+            check_file(self.directory / entry["file"], entry, verify=False)
         return manifest
 
     @property
@@ -88,7 +118,9 @@ class TraceWriter:
         return bool(self._manifest["complete"])
 
     def add(self, documents: Mapping[str, Document]) -> None:
-        """Append one document, given once per stack."""
+        """Append one document, given once per stack. Raises ValueError for a complete trace."""
+        if self.complete:
+            raise ValueError(f"the trace in {self.directory} is complete: name another directory")
         assert set(documents) == set(self._manifest["shards"]), "one document per stack"
         self._pending.append(documents)
         self._pending_tokens += sum(len(d.token_ids_T) for d in documents.values())
@@ -109,28 +141,46 @@ class TraceWriter:
     def _begin(self) -> None:
         """Write the manifest before the first shard, so that an interrupted trace can resume."""
         if not (self.directory / MANIFEST).exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
             self._save_manifest()
 
     def close(self) -> None:
-        """Flush, and mark the trace complete."""
+        """Flush, mark the trace complete, and let others open it."""
         self.flush()
         self._begin()
         self._manifest["complete"] = True
         self._save_manifest()
+        self.release()
+
+    def release(self) -> None:
+        """Let others open the directory; what was not flushed is dropped."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.release()
+        if self._is_new and not (self.directory / MANIFEST).exists():
+            with suppress(OSError):  # something else lies in it by now
+                self.directory.rmdir()
 
     def _write_shard(self, name: str, index: int) -> dict[str, Any]:
         documents = [documents[name] for documents in self._pending]
+        counts = {
+            "documents": len(documents),
+            "tokens": sum(len(d.token_ids_T) for d in documents),
+        }
+        tensors = self._tensors(documents)
+        self._check(tensors, counts, name)
         data = serialize(
-            {name: np.ascontiguousarray(x) for name, x in self._tensors(documents).items()},
-            metadata={
+            tensors,
+            {
                 "format": "expertflow-trace",
                 "schema": str(SCHEMA),
                 "stack": name,
@@ -143,9 +193,24 @@ class TraceWriter:
             "file": file,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "documents": len(documents),
-            "tokens": sum(len(d.token_ids_T) for d in documents),
+            **counts,
         }
+
+    def _check(self, tensors: dict[str, np.ndarray], counts: dict[str, int], name: str) -> None:
+        """Raise ValueError for documents that no reader would accept."""
+        stack = self.topology.stack(name)
+        try:
+            check_tensors(
+                tensors,
+                counts,
+                stack,
+                num_labels=len(self._manifest["labels"]),
+                with_weights=self._manifest["with_weights"],
+                lookahead=self._manifest["lookahead"],
+            )
+            check_values(tensors, stack, self.topology.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"not written into {self.directory}: {error}") from error
 
     def _tensors(self, documents: list[Document]) -> dict[str, np.ndarray]:
         lengths = [len(document.token_ids_T) for document in documents]
@@ -169,8 +234,22 @@ class TraceWriter:
         return labels.index(label)
 
     def _save_manifest(self) -> None:
-        data = json.dumps(self._manifest, indent=1).encode()
-        write_atomically(self.directory / MANIFEST, data)
+        write_manifest(self.directory, self._manifest)
+
+
+def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose bytes follow from its content.
+
+    The library writes the metadata in an order that varies from process to process.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    data = save(arrays, metadata=dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(ordered) <= end - 8, "the same header in another order is no longer"
+    return data[:8] + ordered.ljust(end - 8) + data[end:]
 
 
 def _weights(document: Document) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from routing.cli import run
+from routing.names import print_whole
 from routing.shards import GENERATED, Document, TraceReader
 from runtime.simulation.settings import SimulateSettings
 from runtime.simulation.trace_steps import document_steps, sample_documents
@@ -48,8 +49,6 @@ def _replay(
     predictor: PredictorFile | None,
 ) -> None:
     """Hit rates of every policy at every cache size."""
-    from rich.console import Console
-
     from runtime.simulation.hit_rates import plot, table, write_json
     from runtime.simulation.replay import simulate
 
@@ -64,7 +63,7 @@ def _replay(
     results = simulate(steps, shape, residency=settings.residency, predictor=predictor)
     num_tokens = sum(len(document.token_ids_T) for document in documents)
     title = f"{num_tokens} tokens of {len(documents)} documents, {reader.topology.model_type}"
-    Console().print(table(results, title))
+    print_whole(table(results, title))
     if settings.json is not None:
         write_json(settings.json, settings, [asdict(result) for result in results])
     if settings.plot is not None:

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from routing.cli import run
+from routing.cores import wait_passively
 from trace.settings import CollectSettings
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Traced(NamedTuple):
     num_tokens: int
     num_cut_documents: int
     num_cut_tokens: int
+    has_more: bool
+    """Whether some of the cut text was never turned into tokens."""
 
 
 def collect(settings: CollectSettings) -> None:
@@ -40,17 +44,20 @@ def collect(settings: CollectSettings) -> None:
 
     Raises ValueError or OSError for a mistake of the user, and leaves an existing trace intact.
     """
+    wait_passively()
     from routing.inspect_model import topology_of
     from routing.lookahead import GATE
     from routing.writer import TraceWriter
     from trace.models import build_runner, context, load_model_and_tokenizer
-    from trace.sources import read_texts, tokenize
+    from trace.sources import Tally, read_texts, tokenize
 
-    texts = read_texts(settings)
+    tally = Tally()
+    texts = read_texts(settings, tally)
     first = next(texts, None)  # shows a mistake in the data sets before the model is loaded
     if first is None:
         raise ValueError(f"{', '.join(settings.dataset)}: no document with any text")
     model, tokenizer = load_model_and_tokenizer(settings)
+    runner = build_runner(model, settings)
     writer = TraceWriter(
         settings.out,
         topology_of(model, tokenizer),
@@ -62,13 +69,13 @@ def collect(settings: CollectSettings) -> None:
     if writer.complete:
         print(f"{settings.out} is already complete: {writer.num_documents:,} documents")
         return
-    runner = build_runner(model, settings)
     prompts = tokenize(
         chain([first], texts),
         tokenizer,
         max_tokens=context(model, settings),
         chat_template=settings.chat_template,
         answer=settings.generate > 0,
+        tally=tally,
     )
     start = time.perf_counter()
     with writer, _batch_tracer(settings, runner) as trace_batches:
@@ -80,8 +87,10 @@ def collect(settings: CollectSettings) -> None:
     if traced.num_cut_documents:
         print(
             f"documents cut to fit: {traced.num_cut_documents:,}, "
-            f"by {traced.num_cut_tokens:,} tokens in all"
+            f"by {'more than ' * traced.has_more}{traced.num_cut_tokens:,} tokens in all"
         )
+    for line in tally.lines():
+        print(line)
 
 
 def _batch_tracer(settings: CollectSettings, runner: Runner) -> AbstractContextManager[BatchTracer]:
@@ -115,6 +124,7 @@ def _trace(
     done = writer.num_documents
     if done:
         print(f"resuming {settings.out} after {done:,} documents")
+        prompts = _unchanged(prompts, settings.out, done)
     num_tokens, cuts = 0, []
     pace = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
@@ -128,8 +138,34 @@ def _trace(
             num_tokens += tokens
             writer.add(documents)
             if prompt.num_cut:
-                cuts.append(prompt.num_cut)
-    return Traced(num_tokens, len(cuts), sum(cuts))
+                cuts.append(prompt)
+    cut = sum(prompt.num_cut for prompt in cuts)
+    return Traced(num_tokens, len(cuts), cut, any(prompt.has_more for prompt in cuts))
+
+
+def _unchanged(prompts: Iterable[Prompt], out: str, done: int) -> Iterator[Prompt]:
+    """The same prompts. Raises ValueError where the first `done` are not those of the trace.
+
+    Data sets that changed since would otherwise leave documents out, or trace some twice.
+    """
+    from routing.shards import PROMPT, TraceReader
+    from routing.topology import Topology
+    from routing.trace_format.manifest import read_manifest
+
+    topology = Topology.from_json(read_manifest(Path(out))["topology"])
+    names = [stack.name for stack in topology.stacks]
+    traced = TraceReader(out, "encoder" if "encoder" in names else names[0])
+    for prompt in prompts:
+        if prompt.number < done:
+            document = traced.document(prompt.number)
+            ids = document.token_ids_T[document.phase_T == PROMPT].tolist()
+            if ids != prompt.ids or document.label != prompt.label:
+                raise ValueError(
+                    f"the data sets have changed since {out} was begun: its document "
+                    f"{prompt.number} (label {document.label}) is another one now (label "
+                    f"{prompt.label}); restore them, or trace into another directory"
+                )
+        yield prompt
 
 
 def _batches(

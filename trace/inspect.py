@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from routing.cli import run
+from routing.names import print_whole
 from trace.settings import InspectSettings
 
 if TYPE_CHECKING:
@@ -46,14 +47,13 @@ def inspect(settings: InspectSettings) -> None:
         draw_usage(usage, path, title=f"Expert usage of {trace.topology.model_type}: {stack}")
         console.print(f"picture: {path}", soft_wrap=True)
     if settings.verify:
-        console.print("every shard matches its checksum")
+        console.print("every shard matches its checksum and holds what it may")
 
 
 def print_usage(console: Console, trace: TraceReader, usage: Usage) -> None:
     """Print the facts of one stack, then a table of its labels and one of its layers."""
-    console.print(_facts(trace, usage))
-    console.print(_labels(usage))
-    console.print(_layers(usage))
+    for table in (_facts(trace, usage), _labels(usage), _layers(usage)):
+        print_whole(table, console)
 
 
 def _facts(trace: TraceReader, usage: Usage) -> Table:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         prog="python -m trace.inspect",
         positional=["directory"],
-        examples=["trace", "trace --verify --picture usage.png"],
+        examples=["trace", "trace --picture usage.png"],
     )
 
 

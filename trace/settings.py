@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+SPLIT = "train"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CollectSettings:
@@ -16,22 +18,24 @@ class CollectSettings:
     model: str
     """Hugging Face model: a directory or an id on the Hub."""
     dataset: list[str]
-    """Data sets: names on the Hub (`name` or `name:config`), .txt, .jsonl and .parquet files, or
-    folders of such files. A line `<|endoftext|>` in a .txt file ends a document; without one, the
-    file is one document."""
+    """Data sets: names on the Hub (`name` or `name:config`), files (.txt, .md, .jsonl, .json, .csv,
+    .tsv, .parquet, .arrow; text also as .gz, .bz2 or .xz), folders of such files, and folders that
+    the `datasets` library wrote or that lie as on the Hub. A line `<|endoftext|>` in a .txt file
+    ends a document; without one, the file is one document."""
     out: str
     """Directory of the trace."""
-    split: str = "train"
-    """Split of the data sets from the Hub."""
+    split: str = SPLIT
+    """Split of the data sets from the Hub, or of folders that are laid out like them."""
     streaming: bool = False
     """Read data sets of the Hub while they download. Local files are always streamed."""
     column: str | None = None
-    """Column with the text or, with --chat_template, the messages. Default: `text` or
-    `messages`."""
+    """Column with the text or the turns. Default: `text`, or else a known form of chat (messages,
+    conversations, prompt and completion, instruction and output, question and answer ...)."""
     label_column: str | None = None
     """Column with each document's label (its domain). Default: the name of the file or data set."""
-    chat_template: bool = False
-    """Render the column, lists of {role, content}, with the tokenizer's chat template."""
+    chat_template: bool | str = False
+    """Render chats: `true` with the tokenizer's chat template, FILE with the Jinja template in it,
+    `plain` by joining the turns. Without it, chats are refused."""
     max_documents: int | None = None
     """Stop after this many documents."""
     max_tokens: int = 2048
@@ -75,11 +79,6 @@ class CollectSettings:
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"--max_documents must be at least 1, not {self.max_documents}")
 
-    @property
-    def text_column(self) -> str:
-        """Name of the column with the documents."""
-        return self.column or ("messages" if self.chat_template else "text")
-
     def provenance(self) -> dict[str, Any]:
         """The settings that decide the contents of a trace. Resuming it needs the same."""
         free = {
@@ -101,7 +100,7 @@ class InspectSettings:
 
     directory: str
     """Directory of the trace."""
-    verify: bool = False
-    """Check every shard against its checksum."""
+    verify: bool = True
+    """Check the checksum and the values of every shard. `--verify false` spares reading them."""
     picture: str | None = None
     """File of the picture. Default: usage.png in the directory; one file for each stack."""

@@ -1,4 +1,4 @@
-"""Report of `predictor.evaluate`: the scores as JSON, as tables and as a picture."""
+"""Report of `predictor.evaluate`: the scores as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from predictor.evaluation.scoring import Score
+from predictor.evaluation.scoring import Score, Scores
 from predictor.evaluation.settings import EvaluateSettings
 from predictor.file.documents import ExportedPredictor
 from routing.predictor_file.format import FAR, HEADS
@@ -32,16 +32,16 @@ COLORS = ("#3b6ea5", "#d9822b", "#4f8a5b", "#a8477a", "#7a5fb0")
 
 def to_json(
     settings: EvaluateSettings,
-    results: Sequence[Score],
+    scores: Scores,
     predictors: Sequence[ExportedPredictor],
-    num_tokens: int,
     horizon: int,
 ) -> dict[str, Any]:
-    """All figures; null for a layer without a token."""
+    """All figures; null for a layer without a token. By label, means over the layers."""
     return {
         "trace": str(settings.trace),
         "fit_trace": None if settings.fit_trace is None else str(settings.fit_trace),
-        "tokens": num_tokens,
+        "tokens": sum(scores.tokens.values()),
+        "labels": scores.tokens,
         "horizon": horizon,
         "files": [_file(predictor) for predictor in predictors],
         "predictors": [
@@ -49,8 +49,9 @@ def to_json(
                 "name": result.name,
                 "history": result.history,
                 "heads": {head: _head(result, head) for head in HEADS},
+                "labels": {label: _label(result, label) for label in scores.tokens},
             }
-            for result in results
+            for result in scores.results
         ],
     }
 
@@ -76,72 +77,15 @@ def _head(result: Score, head: str) -> dict[str, Any]:
     }
 
 
+def _label(result: Score, label: str) -> dict[str, dict[str, float | None]]:
+    return {
+        head: {metric: _finite(result.mean(head, metric, label)) for metric in METRICS}
+        for head in HEADS
+    }
+
+
 def _finite(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def print_report(report: dict[str, Any], results: Sequence[Score], stack: Stack) -> None:
-    """Print a table for each head, the recall of each layer, and the cost of each file."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(f"{report['tokens']:,} held-out tokens of {report['trace']}, {stack}")
-    for head in HEADS:
-        title = TITLES[head].format(horizon=report["horizon"], far=FAR * report["horizon"])
-        console.print(_head_table(title, head, results, stack))
-    console.print(_layer_table(results, stack))
-    if report["files"]:
-        console.print(_file_table(report["files"]))
-
-
-def _head_table(title: str, head: str, results: Sequence[Score], stack: Stack) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("predictor")
-    table.add_column("history")
-    top_k = stack.top_k
-    for column in (
-        f"recall@{top_k}",
-        f"recall@{math.ceil(1.5 * top_k)}",
-        f"precision@{top_k}",
-        "calibration error",
-    ):
-        table.add_column(column, justify="right")
-    for result in results:
-        figures = (f"{result.mean(head, metric):.3f}" for metric in METRICS)
-        table.add_row(result.name, result.history, *figures)
-    return table
-
-
-def _layer_table(results: Sequence[Score], stack: Stack) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"recall@{stack.top_k} of {TITLES['this']}, by layer", title_justify="left")
-    table.add_column("layer", justify="right")
-    for result in results:
-        table.add_column(result.label, justify="right")
-    for layer in range(stack.num_layers):
-        figures = (f"{result.heads['this']['recall'][layer]:.3f}" for result in results)
-        table.add_row(str(layer), *figures)
-    return table
-
-
-def _file_table(files: Sequence[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title="cost", title_justify="left")
-    table.add_column("predictor")
-    for column in ("MB", "window", "ms a step (batch 1, full window, 1 thread)"):
-        table.add_column(column, justify="right")
-    for file in files:
-        table.add_row(
-            Path(file["path"]).name,
-            f"{file['bytes'] / 1e6:.1f}",
-            str(file["window"]),
-            f"{1e3 * file['step_seconds']:.2f}",
-        )
-    return table
 
 
 def plot_layers(results: Sequence[Score], stack: Stack, horizon: int, png: Path) -> None:

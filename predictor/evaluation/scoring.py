@@ -1,28 +1,34 @@
-"""Scoring of predictors: the contenders, the held-out documents and the scores."""
+"""Scoring of predictors: the contenders, and their scores on held-out documents."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
 from torchmetrics import MetricCollection
 from tqdm.auto import tqdm
 
 from predictor.evaluation.baselines import Baseline, fit_baselines
+from predictor.evaluation.corpus import Corpus
 from predictor.evaluation.settings import EvaluateSettings
-from predictor.file.documents import ExportedPredictor, StatelessPredictor, whole_document
+from predictor.file.documents import ExportedPredictor, StatelessPredictor
 from predictor.networks.targets import targets
 from predictor.networks.windows import Predictions, PredictorShape, Windows
-from predictor.training.data import split_of
 from predictor.training.metrics import route_metrics
+from routing.cores import available_cores
 from routing.names import told_apart
 from routing.predictor_file.format import HEADS
-from routing.shards import PROMPT, TraceReader, signed_experts
+from routing.shards import TraceReader
 
-VAL_FRACTION, TEST_FRACTION = 0.05, 0.05
-"""The default splits of `predictor.training.data`."""
+GROUP_TOKENS = 4096
+"""Tokens that are counted together, about."""
 
 
 class Contender(NamedTuple):
@@ -35,42 +41,42 @@ class Contender(NamedTuple):
     """Predicts one document."""
 
 
+Figures = dict[str, dict[str, list[float]]]
+"""head -> metric -> figure of each layer, NaN for a layer without a token."""
+Counts = dict[str, dict[str, dict[str, Tensor]]]
+"""head -> metric -> state -> sums."""
+Pairs = dict[str, list[tuple[Tensor, Tensor]]]
+"""head -> logits and used experts, both [N, L, E]."""
+
+
 class Score(NamedTuple):
     """The figures of one contender."""
 
     name: str
     history: str
     is_baseline: bool
-    heads: dict[str, dict[str, list[float]]]
-    """head -> metric -> figure of each layer, NaN for a layer without a token."""
+    heads: Figures
+    labels: dict[str, Figures]
+    """The figures on the documents of each label."""
 
     @property
     def label(self) -> str:
         """The name in tables and pictures."""
         return f"{self.name}, no history" if self.history == "unknown" else self.name
 
-    def mean(self, head: str, metric: str) -> float:
+    def mean(self, head: str, metric: str, label: str | None = None) -> float:
         """The mean over the layers that have a figure; NaN without one."""
-        known = [value for value in self.heads[head][metric] if not math.isnan(value)]
+        figures = self.heads if label is None else self.labels[label]
+        known = [value for value in figures[head][metric] if not math.isnan(value)]
         return sum(known) / len(known) if known else math.nan
 
 
-class Corpus:
-    """Some documents of a trace; iterating gives each as a batch of one row."""
+class Scores(NamedTuple):
+    """The figures of all contenders, and the tokens that they were scored on."""
 
-    def __init__(self, reader: TraceReader, indices: Sequence[int]) -> None:
-        self.reader = reader
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Windows]:
-        for index in self.indices:
-            document = self.reader.document(index)
-            experts_TLK = signed_experts(document.experts_TLK, self.reader.stack.num_experts)
-            num_prompt = int((document.phase_T == PROMPT).sum())
-            yield whole_document(document.token_ids_T, experts_TLK, num_prompt)
+    results: list[Score]
+    tokens: dict[str, int]
+    """Tokens of each label."""
 
 
 def check(
@@ -94,37 +100,6 @@ def check(
                 f"{predictors[0].path} {predictors[0].shape.horizon}: their figures do not "
                 "compare; evaluate them apart"
             )
-
-
-def corpora(reader: TraceReader, settings: EvaluateSettings) -> tuple[Corpus, Corpus]:
-    """The documents to fit the baselines on, and those to score on. Raises ValueError."""
-    if settings.fit_trace is not None:
-        fit_reader = TraceReader(settings.fit_trace, settings.stack)
-        reader.topology.require_match(
-            fit_reader.topology,
-            ours=f"the trace {reader.directory}",
-            theirs=f"the trace {fit_reader.directory}",
-        )
-        fit, held_out = range(len(fit_reader)), range(len(reader))
-        return (
-            some(fit_reader, fit, settings.max_fit_tokens),
-            some(reader, held_out, settings.max_tokens),
-        )
-    splits = [split_of(document, VAL_FRACTION, TEST_FRACTION) for document in reader.documents()]
-    train, test = ([i for i, s in enumerate(splits) if s == name] for name in ("train", "test"))
-    return some(reader, train, settings.max_fit_tokens), some(reader, test, settings.max_tokens)
-
-
-def some(reader: TraceReader, indices: Sequence[int], max_tokens: int) -> Corpus:
-    """Documents picked at random until they have `max_tokens` tokens. Raises ValueError."""
-    if not indices:
-        raise ValueError(
-            f"the {len(reader)} document(s) of {reader.directory} are too few to fit on some and "
-            "score on others; name another trace to fit on with --fit_trace, or trace more"
-        )
-    order = np.random.default_rng(0).permutation(np.asarray(indices))
-    ends = np.cumsum(reader.doc_lengths[order])
-    return Corpus(reader, order[: int(np.searchsorted(ends, max_tokens)) + 1].tolist())
 
 
 def all_contenders(
@@ -156,37 +131,125 @@ def score(
     documents: Corpus,
     shape: PredictorShape,
     predictors: Sequence[ExportedPredictor],
-) -> tuple[list[Score], int]:
-    """Score every contender on the same tokens; returns the scores and the number of tokens.
+) -> Scores:
+    """Score every contender on the same tokens, on all the cores that there are.
 
     An encoder-decoder predicts generated tokens only. Where one takes part, no contender is scored
-    on a document's prompt, or on the first half of its first window where there is no prompt.
+    on a document's prompt, or on the first half of its first window where there is no prompt. The
+    figures do not depend on the number of cores: groups of documents are counted by themselves, and
+    added up in their order.
     """
-    metrics = [{head: route_metrics(documents.reader.stack) for head in HEADS} for _ in contenders]
     stateless = [predictor for predictor in predictors if isinstance(predictor, StatelessPredictor)]
-    num_tokens = 0
-    for batch in tqdm(documents, desc="scoring", unit="document", leave=False, disable=None):
-        first = max((predictor.first_generated(batch) for predictor in stateless), default=0)
-        answers = targets(batch, shape)
-        num_tokens += batch.token_ids_BT.shape[1] - first
-        for contender, heads in zip(contenders, metrics, strict=True):
-            predictions = contender.predict(batch)
-            for head, logits_BTLE, answer in zip(HEADS, predictions, answers, strict=True):
-                rows = answer.valid_BT[:, first:]
-                heads[head].update(logits_BTLE[:, first:][rows], answer.used_BTLE[:, first:][rows])
+    groups = list(documents.by_label(GROUP_TOKENS))
+    scorer = _Scorer(contenders, documents, shape, stateless)
+    counts: dict[str, list[Counts]] = {}
+    tokens: dict[str, int] = {}
+    with ThreadPoolExecutor(available_cores(), initializer=_one_thread_each) as pool:
+        counted = pool.map(scorer.count, (indices for _, indices in groups))
+        for (label, _), (found, num_tokens) in zip(
+            tqdm(groups, desc="scoring", leave=False, disable=None), counted, strict=True
+        ):
+            counts[label] = _sum(counts[label], found) if label in counts else found
+            tokens[label] = tokens.get(label, 0) + num_tokens
+    whole = reduce(_sum, counts.values())
+    by_label = {label: [scorer.figures(count) for count in counts[label]] for label in counts}
+    return Scores(
+        [
+            Score(
+                contender.name,
+                contender.history,
+                isinstance(contender.predict, Baseline),
+                scorer.figures(whole[row]),
+                {label: figures[row] for label, figures in by_label.items()},
+            )
+            for row, contender in enumerate(contenders)
+        ],
+        tokens,
+    )
+
+
+def _one_thread_each() -> None:
+    """Threads of the pool share the cores; none of them starts others."""
+    torch.set_num_threads(1)
+
+
+class _Scorer:
+    """Counts of all contenders on groups of documents, and the figures that follow from them."""
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        documents: Corpus,
+        shape: PredictorShape,
+        stateless: Sequence[StatelessPredictor],
+    ) -> None:
+        self._contenders, self._documents, self._shape = contenders, documents, shape
+        self._stateless = stateless
+        self._own = threading.local()
+
+    def _metrics(self) -> MetricCollection:
+        """The thread's own collection, empty: to make one takes longer than to use it."""
+        if not hasattr(self._own, "metrics"):
+            self._own.metrics = route_metrics(self._documents.reader.stack)
+        metrics: MetricCollection = self._own.metrics
+        metrics.reset()
+        return metrics
+
+    def count(self, indices: Sequence[int]) -> tuple[list[Counts], int]:
+        """The counts of each contender on some documents, and the number of their tokens."""
+        logits: list[Pairs] = [{head: [] for head in HEADS} for _ in self._contenders]
+        num_tokens = 0
+        for batch in map(self._documents.batch, indices):
+            first = max((p.first_generated(batch) for p in self._stateless), default=0)
+            answers = targets(batch, self._shape)
+            num_tokens += batch.token_ids_BT.shape[1] - first
+            for contender, pairs in zip(self._contenders, logits, strict=True):
+                predictions = contender.predict(batch)
+                for head, logits_BTLE, answer in zip(HEADS, predictions, answers, strict=True):
+                    rows = answer.valid_BT[:, first:]
+                    used_NLE = answer.used_BTLE[:, first:][rows]
+                    pairs[head].append((logits_BTLE[:, first:][rows], used_NLE))
+        return [self._counts(pairs) for pairs in logits], num_tokens
+
+    def _counts(self, pairs: Pairs) -> Counts:
+        counts: Counts = {}
+        for head, parts in pairs.items():
+            metrics = self._metrics()
+            metrics.update(*map(torch.cat, zip(*parts, strict=True)))
+            counts[head] = {
+                name: {state: _copy(value) for state, value in metric.metric_state.items()}
+                for name, metric in metrics.items()
+            }
+        return counts
+
+    def figures(self, counts: Counts) -> Figures:
+        """Head -> metric -> figure of each layer."""
+        found: Figures = {}
+        for head, states in counts.items():
+            metrics = self._metrics()
+            for name, metric in metrics.items():
+                metric.merge_state(states[name])
+            with warnings.catch_warnings():  # that these were not updated here, but merged
+                warnings.simplefilter("ignore", UserWarning)
+                values = metrics.compute()
+            found[head] = {name: value_L.tolist() for name, value_L in values.items()}
+        return found
+
+
+def _copy(state: Tensor | list[Tensor]) -> Tensor:
+    assert isinstance(state, Tensor), "states are sums"
+    return state.clone()
+
+
+def _sum(ours: list[Counts], theirs: list[Counts]) -> list[Counts]:
+    """The sums of all states, contender by contender."""
     return [
-        Score(
-            contender.name,
-            contender.history,
-            isinstance(contender.predict, Baseline),
-            _figures(heads),
-        )
-        for contender, heads in zip(contenders, metrics, strict=True)
-    ], num_tokens
-
-
-def _figures(heads: dict[str, MetricCollection]) -> dict[str, dict[str, list[float]]]:
-    return {
-        head: {name: value_L.tolist() for name, value_L in metrics.compute().items()}
-        for head, metrics in heads.items()
-    }
+        {
+            head: {
+                name: {state: value + other[head][name][state] for state, value in states.items()}
+                for name, states in metrics.items()
+            }
+            for head, metrics in one.items()
+        }
+        for one, other in zip(ours, theirs, strict=True)
+    ]

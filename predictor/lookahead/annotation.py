@@ -28,6 +28,8 @@ def annotate(
         with_weights=reader.with_weights,
         lookahead=reader.lookahead | {MLP: settings.depth},
     )
+    if writer.num_documents:
+        raise ValueError(f"{out} already holds documents: name another --out, or delete it")
     recalls, lengths = [], []
     with writer:
         batches = ([document.token_ids_T] for document in reader.documents())

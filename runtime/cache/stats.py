@@ -219,9 +219,10 @@ class Stats:
 
     def table(self) -> Table:
         """The counts of each layer, as a rich table."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("layer", "hits", "late", "misses", "hit rate", title=self.report())
+        layer_column = Column("layer", overflow="fold")  # a cut name would be any layer's
+        table = Table(layer_column, "hits", "late", "misses", "hit rate", title=self.report())
         for layer, hits, late, misses in self._by_layer():
             requests = hits + late + misses
             rate = f"{hits / requests:.1%}" if requests else "-"

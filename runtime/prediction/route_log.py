@@ -105,6 +105,7 @@ class RouteLog:
         """End the running generation and write everything. Later calls do nothing."""
         self.end()
         self._guarded(self._writer.flush)
+        self._writer.release()
         self._is_open = False
         atexit.unregister(self.close)
 
@@ -130,10 +131,10 @@ class RouteLog:
         self._guarded(partial(self._writer.add, {"decoder": document}))
 
     def _guarded(self, write: Callable[[], None]) -> None:
-        """Write; a full disk ends the recording, not the generation."""
+        """Write; a full disk ends the recording, not the generation. So do impossible routes."""
         try:
             write()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._stop(str(error))
 
     def _stop(self, why: str) -> None:

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.simulation.replay import ReplayResult
 from runtime.simulation.settings import SimulateSettings
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 COLORS = {
     "lru": "#8c8c8c",
@@ -28,7 +31,7 @@ def _by_policy(results: Sequence[ReplayResult]) -> dict[str, list[ReplayResult]]
     return {name: [r for r in results if r.policy == name] for name in policies}
 
 
-def table(results: Sequence[ReplayResult], title: str) -> object:
+def table(results: Sequence[ReplayResult], title: str) -> Table:
     """Hit rates by policy and cache size, as a rich table."""
     from rich.table import Table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from routing.names import print_whole
 from routing.shards import Document, TraceReader
 from runtime.simulation.comparison import (
     Contender,
@@ -67,7 +68,6 @@ def print_table(
 
     others: names and hit rates of replays by other rules.
     """
-    from rich.console import Console
     from rich.table import Table
 
     machine = (
@@ -76,12 +76,12 @@ def print_table(
     )
     table = Table(title=f"{share:.4g} of all experts resident; {machine}", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=not column)
     for row in rows:
         table.add_row(*_cells(row, settings.expert_mb))
     for name, hit_rate in others:
         table.add_row(name, "", "", f"{hit_rate:.3f}")
-    Console(width=120).print(table)
+    print_whole(table)
 
 
 def _cells(row: ContenderResult, expert_mb: float) -> list[str]:
@@ -107,19 +107,18 @@ def _cells(row: ContenderResult, expert_mb: float) -> list[str]:
 
 def print_recall_ahead(contenders: Sequence[Contender]) -> None:
     """Print each contender's recall of the experts 1, 2 ... layers ahead, if any looks ahead."""
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     depth = max(len(contender.recall_ahead) for contender in contenders)
     rows = [contender for contender in contenders if depth and contender.recall_ahead]
-    table = Table("layers ahead")
+    table = Table(Column("layers ahead", no_wrap=True))
     for distance in range(1, depth + 1):
         table.add_column(str(distance), justify="right")
     for row in rows:
         table.add_row(row.name, *(f"{value:.3f}" for value in row.recall_ahead))
     if rows:
         print("recall of the experts of a coming layer")
-        Console(width=120).print(table)
+        print_whole(table)
 
 
 def remark(row: ContenderResult) -> str:

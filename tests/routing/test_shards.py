@@ -27,6 +27,7 @@ from routing.shards import (
     stored_experts,
 )
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
+from routing.trace_format.manifest import write_manifest
 from routing.writer import TraceWriter
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +192,7 @@ def test_an_interrupted_trace_resumes_without_losing_or_doubling_a_document(tmp_
         for document in documents[done:stop]:
             writer.add({"decoder": document})
         done = writer.num_documents  # the rest was never flushed: lost with the process
+        writer.release()
     assert done == 8
     with TraceWriter(tmp_path, a_topology(), provenance=PROVENANCE) as writer:
         writer.add({"decoder": documents[8]})
@@ -328,14 +330,13 @@ def test_a_truncated_shard_is_refused_by_name(three: Path, keep: int) -> None:
         TraceReader(three)
 
 
-def test_a_shard_with_one_flipped_bit_is_refused_under_verify(three: Path) -> None:
+def test_a_shard_with_one_flipped_bit_is_refused(three: Path) -> None:
     shard = three / "decoder-00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert len(TraceReader(three)) == 3
     with pytest.raises(ValueError, match=r"decoder-00000\.safetensors does not match its checksum"):
-        TraceReader(three, verify=True)
+        TraceReader(three)
 
 
 def test_a_shard_with_a_damaged_header_is_refused_by_name(three: Path) -> None:
@@ -344,7 +345,7 @@ def test_a_shard_with_a_damaged_header_is_refused_by_name(three: Path) -> None:
     data[8:40] = bytes(32)
     shard.write_bytes(data)
     with pytest.raises(ValueError, match=r"decoder-00000\.safetensors is damaged"):
-        TraceReader(three)
+        TraceReader(three, verify=False)
 
 
 def test_a_shard_of_another_models_trace_is_refused_by_name(three: Path, tmp_path: Path) -> None:
@@ -354,11 +355,11 @@ def test_a_shard_of_another_models_trace_is_refused_by_name(three: Path, tmp_pat
     name, manifest = "decoder-00000.safetensors", json.loads((three / MANIFEST).read_text())
     (three / name).write_bytes((tmp_path / "other" / name).read_bytes())
     manifest["shards"]["decoder"][0]["bytes"] = (three / name).stat().st_size
-    (three / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(three, manifest)
     with pytest.raises(
         ValueError, match=r"the trace .* is for .*, but .*decoder-00000\.safetensors is for"
     ):
-        TraceReader(three)
+        TraceReader(three, verify=False)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 1}', '{"topology": {}}'])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from routing.cli import run
 from routing.shards import MANIFEST, PROMPT, TraceReader, read_manifest
+from routing.writer import TraceWriter
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.tracing import Directory, assert_same_documents, decode, trace, write_texts
 from trace.collect import collect
@@ -98,6 +100,57 @@ def test_a_trace_of_something_else_is_not_appended_to(
     with pytest.raises(ValueError, match=message):
         trace(tiny_directory(options.pop("model")), data, tmp_path / "out", **options)
     assert contents(tmp_path / "out") == before
+
+
+def interrupted(model: Path, data: Path, out: Path, **options: Any) -> None:
+    """A trace whose second shard was never written."""
+    write = TraceWriter.flush
+
+    def flush(writer: TraceWriter) -> None:
+        if writer.num_documents:
+            raise KeyboardInterrupt
+        write(writer)
+
+    with patch.object(TraceWriter, "flush", flush), pytest.raises(KeyboardInterrupt):
+        trace(model, data, out, **options)
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "switch_transformers"])
+def test_a_trace_is_not_resumed_with_data_sets_that_have_changed(
+    kind: str, tiny_directory: Directory, tmp_path: Path
+) -> None:
+    texts = [f"text number {n}" for n in range(30)]
+    data = write_texts(tmp_path / "texts.txt", texts)
+    options = {"batch_tokens": 64, "shard_tokens": 100, "generate": 2}
+    model, out = tiny_directory(kind), tmp_path / "out"
+    interrupted(model, data, out, **options)
+    write_texts(data, ["another first text", *texts[1:]])
+    with pytest.raises(ValueError, match=r"data sets have changed since .* its document 0"):
+        trace(model, data, out, **options)
+    write_texts(data, texts)
+    resumed = trace(model, data, out, **options)
+    assert_same_documents(resumed, trace(model, data, tmp_path / "whole", **options))
+    shards = [
+        [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+        for folder in (out, tmp_path / "whole")
+    ]
+    assert shards[0] == shards[1], "a resumed trace has the bytes of an uninterrupted one"
+
+
+def test_a_chat_without_a_template_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"conversations": [{"from": "human", "value": "hi"}]}')
+    with pytest.raises(ValueError, match="its rows are chats, not text; give --chat_template true"):
+        trace(tmp_path / "no-model", tmp_path / "chat.jsonl", tmp_path / "out")
+
+
+def test_empty_and_repeated_documents_are_counted_in_the_end(
+    tiny_directory: Directory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_texts(tmp_path / "texts.txt", ["one", " ", "one", "two"])
+    assert len(trace(tiny_directory("olmoe"), data, tmp_path / "out")) == 3
+    printed = capsys.readouterr().out
+    assert "documents without any text, left out: 1" in printed
+    assert "documents that repeat an earlier one token by token, traced all the same: 1" in printed
 
 
 def test_nan_in_router_weights_names_layer_and_document_and_keeps_the_shards(

@@ -33,7 +33,7 @@ def document(experts_TLK: object, label: str, num_prompt: int = 99) -> Document:
 
 
 def write(path: Path, *documents: dict[str, Document], stacks: tuple[Stack, ...]) -> Path:
-    topology = Topology(model_type="toy", vocab_size=9, stacks=stacks, model="f00d")
+    topology = Topology(model_type="toy", vocab_size=99, stacks=stacks, model="f00d")
     with TraceWriter(path, topology, provenance={"model": "toy"}) as writer:
         for stacks_documents in documents:
             writer.add(stacks_documents)
@@ -101,9 +101,9 @@ def test_verify_finds_a_changed_shard(toy: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    inspect(InspectSettings(directory=str(toy)))
+    inspect(InspectSettings(directory=str(toy), verify=False))
     with pytest.raises(ValueError, match=r"decoder-00000.safetensors does not match its checksum"):
-        inspect(InspectSettings(directory=str(toy), verify=True))
+        inspect(InspectSettings(directory=str(toy)))
 
 
 def test_a_directory_without_a_trace_is_refused_in_one_line(
@@ -137,3 +137,16 @@ def test_counts_and_overlap_are_those_of_sets(experts_TLK: np.ndarray) -> None:
         assert counts_LE[layer].tolist() == [sum(t.count(e) for t in tokens) for e in range(E)]
         assert compared_L[layer] == sum(map(len, tokens[1:]))
         assert same_L[layer] == sum(e in before for before, now in pairwise(tokens) for e in now)
+
+
+def test_layers_and_labels_with_long_names_are_told_apart_at_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"model.language_model.decoder.layers.{n}.feed_forward.experts" for n in (10, 11)]
+    stack = Stack(name="decoder", layers=tuple(Layer(name, E, K) for name in names))
+    labels = [f"corpora/of/the/web/in/many/languages/and/scripts/part-{n}" for n in range(2)]
+    documents = [{"decoder": document([[[0, 1], [2, 3]]], label)} for label in labels]
+    inspect(InspectSettings(directory=str(write(tmp_path / "t", *documents, stacks=(stack,)))))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*names, *labels))

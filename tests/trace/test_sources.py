@@ -22,7 +22,7 @@ TEMPLATE = (
 
 def texts(*dataset: Path | str, **options: Any) -> list[tuple[Any, str]]:
     settings = CollectSettings(model="m", dataset=[str(d) for d in dataset], out="o", **options)
-    return [tuple(text) for text in read_texts(settings)]
+    return [(text.content, text.label) for text in read_texts(settings)]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -65,7 +65,8 @@ def test_a_folder_is_its_files_in_alphabetical_order(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_the_columns_there_are(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"body": "a", "lang": "en"}])
     with pytest.raises(
-        ValueError, match=r"rows.jsonl: no column 'text'; its columns are body, lang"
+        ValueError,
+        match=r"rows.jsonl: no column 'text' .* its columns are body, lang: give --column",
     ):
         texts(path)
     with pytest.raises(ValueError, match="no column 'domain'; its columns are body, lang"):
@@ -73,12 +74,13 @@ def test_a_missing_column_is_named_with_the_columns_there_are(tmp_path: Path) ->
 
 
 def test_a_wrong_path_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"absent.jsonl: there is no such file"):
-        texts(tmp_path / "absent.jsonl")
-    with pytest.raises(ValueError, match=r"a.csv: it is not one of the known kinds"):
-        texts(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match=r"has no .txt, .jsonl, .parquet files"):
+    (tmp_path / "a.png").write_text("x")
+    for absent in ("absent.jsonl", "absent"):
+        with pytest.raises(ValueError, match=rf"{absent}: there is no such file or folder"):
+            texts(tmp_path / absent)
+    with pytest.raises(ValueError, match=r"a.png: it is not one of the known kinds"):
+        texts(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"has no .txt, .md, .jsonl, .*.arrow files"):
         texts(tmp_path)
 
 
@@ -133,7 +135,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "chats.jsonl", [{"text": CHAT}])
     settings = CollectSettings(model="m", dataset=[str(path)], out="o")
-    with pytest.raises(ValueError, match="holds list, not text; give --column, or --chat_template"):
+    with pytest.raises(ValueError, match="rows are chats, not text; give --chat_template true"):
         list(tokenize(read_texts(settings), tiny_tokenizer(), max_tokens=9))
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+from torch import nn
 
+from routing.layers import MoELayer
 from runtime.cache.stats import Stats
 from tests.helpers.offloading import Predictor, generate, logits, offload
 from tests.helpers.tiny import tiny_model
@@ -26,6 +29,26 @@ def test_the_counts_add_up(tiny_predictor: Predictor) -> None:
     assert "\n" not in report
     stats.reset()
     assert (stats.steps, stats.tokens, stats.misses, stats.bytes_loaded) == (0, 0, 0, 0)
+
+
+def test_layers_with_long_names_are_told_apart_in_a_narrow_table() -> None:
+    from rich.console import Console
+
+    layers = [
+        MoELayer(name=f"model.language_model.decoder.layers.{n}.feed_forward.experts.of.{n}",
+                 module=nn.Identity(), num_experts=8, top_k=2, stack="decoder", kind="modules")
+        for n in range(3)
+    ]  # fmt: skip
+    stats = Stats.__new__(Stats)
+    counts = dict.fromkeys(("hits_L", "late_L", "misses_L"), np.full(3, 12_345))
+    vars(stats).update(counts | {"layers": layers})
+    with patch.object(Stats, "report", lambda _: "a run"):
+        console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(stats.table())
+    text = console.export_text()
+    assert "…" not in text
+    cells = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert "".join(cells) == "".join(layer.name for layer in layers)
 
 
 def test_the_counts_can_be_seen_as_a_table_and_a_picture(tmp_path: Path) -> None:
