@@ -25,8 +25,12 @@ class NoObserver:
     forecaster: Forecaster | None = None
     route_log: RouteLog | None = None
 
-    def begin_step(self) -> None:
-        """A step is about to run."""
+    def begin_step(self) -> dict[int, np.ndarray]:
+        """A step is about to run. Returns what `resume` takes when it has ended."""
+        return {}
+
+    def resume(self, outer: dict[int, np.ndarray]) -> None:
+        """Go on with the step within which the last one ran, if there is one."""
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
         """A forecast of the step; None where nothing is predicted."""
@@ -71,8 +75,12 @@ class Observer(NoObserver):
         self._stats: Stats = backend.stats
         self._routes: dict[int, np.ndarray] = {}
 
-    def begin_step(self) -> None:
-        self._routes.clear()
+    def begin_step(self) -> dict[int, np.ndarray]:
+        outer, self._routes = self._routes, {}
+        return outer
+
+    def resume(self, outer: dict[int, np.ndarray]) -> None:
+        self._routes = outer
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
         if self.forecaster is None or inputs.token_ids_BT is None:

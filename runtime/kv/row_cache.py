@@ -197,12 +197,22 @@ class RowCache(Cache):
         return sum(tensor.nbytes for tensor in stored if tensor is not None)
 
     def take(self) -> int:
-        """A free row."""
+        """A free row.
+
+        Raises ValueError while the storage has sequences of others in it, and then takes none.
+        """
+        if self.storage is not None and not self.storage.take(self):
+            raise ValueError(
+                "the key/value cache of captured steps is in use by another serve or a generation "
+                "of this engine; let it end, or give all requests to one model.expertflow.serve"
+            )
         return self._free.pop()
 
     def release(self, row: int) -> None:
         assert row not in self._free
         self._free.append(row)
+        if self.storage is not None and self.num_free == self.num_rows:
+            self.storage.let_go(self)
 
     @contextmanager
     def attending(self, layout: StepTokens) -> Iterator[None]:

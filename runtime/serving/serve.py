@@ -26,14 +26,17 @@ def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Resul
     source: RequestSource = (
         QueueSource(requests) if isinstance(requests, Queue) else IterableSource(requests)
     )
-    while True:
-        space = lookahead - len(loop.waiting)
-        while space > 0 and (request := source.next(block=loop.is_idle)) is not None:
-            loop.submit(request)
-            space -= 1
-        if loop.is_idle and source.ended:
-            return
-        yield from loop.step()
+    try:
+        while True:
+            space = lookahead - len(loop.waiting)
+            while space > 0 and (request := source.next(block=loop.is_idle)) is not None:
+                loop.submit(request)
+                space -= 1
+            if loop.is_idle and source.ended:
+                return
+            yield from loop.step()
+    finally:
+        loop.cancel_all()  # whoever stops asking for results leaves no rows behind
 
 
 class IterableSource:

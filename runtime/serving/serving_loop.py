@@ -26,7 +26,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.sequence_forecaster import SequenceForecast, SequenceForecaster
-from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part, open_rows
+from runtime.serving.model_runner import Part, open_rows, open_runner
 from runtime.serving.request import Finish, Request, Result
 from runtime.serving.scheduling.scheduler import build_scheduler
 from runtime.serving.sequence import ServedSequence
@@ -54,13 +54,9 @@ class ServingLoop:
             stack=None if file is None else file.stack,
             seconds_per_load=engine.seconds_per_load,
         )
-        self._cache = open_rows(engine, settings, self.scheduler.num_rows)
-        rows = engine.row_decoder(self._cache)
-        self._runner = (
-            ModelRunner(engine, self._cache)
-            if rows is None
-            else CapturedRunner(engine, self._cache, rows)
-        )
+        with engine.turn():
+            self._cache = open_rows(engine, settings, self.scheduler.num_rows)
+            self._runner = open_runner(engine, self._cache)
         self._unpredicted: tuple[list[ServedSequence], np.ndarray] | None = None
         """Sequences whose newest token has no forecast yet, and the routes of the token before."""
         self._inbox: SimpleQueue[Request | str] = SimpleQueue()
@@ -92,7 +88,13 @@ class ServingLoop:
         return self._cache.nbytes
 
     def step(self) -> list[Result]:
-        """Run one step; returns the requests that ended."""
+        """Run one step; returns the requests that ended. Raises ValueError once the engine is
+        detached.
+        """
+        with self._engine.turn():
+            return self._step()
+
+    def _step(self) -> list[Result]:
         start = time.perf_counter()
         results = self._take_inbox()
         if not (self._runner.overlaps and self.active):  # else it happens while the step runs
@@ -138,11 +140,8 @@ class ServingLoop:
             except Empty:
                 break
             if isinstance(item, str):
-                sequences = [
-                    sequence
-                    for sequence in (*self.waiting, *self.active)
-                    if sequence.request.id == item
-                ]
+                flying = (*self.waiting, *self.active)
+                sequences = [sequence for sequence in flying if sequence.request.id == item]
                 results += [self._end(sequence, "cancelled") for sequence in sequences]
             else:
                 results += self._arrive(item)
