@@ -8,7 +8,7 @@ are constants.
     what is differentiated                       what runs the experts
     nothing                                      the backend, out of slots
     a loss, by `backward` or `autograd.grad`     the backend; in the backward pass the host tier
-    a gradient; forward mode; `torch.func`       the host tier, with torch's own operations
+    a gradient; forward mode                     the host tier, with torch's own operations
     a layer that is checkpointed, once more      the host tier
     a layer with dropout, in training            the host tier, as the stock model: in order
 """
@@ -56,7 +56,7 @@ class LayerCall(NamedTuple):
     def __call__(self, hidden: Tensor, routes: Routes) -> Tensor:
         """The layer's output for hidden states [..., H], which gradients can pass."""
         weights_TK, own = routes.weights_TK, self.own
-        if _is_transformed(hidden) or _is_transformed(weights_TK):
+        if _is_dual(hidden) or _is_dual(weights_TK):
             return self.from_host(hidden, routes)
         call = self
         if in_backward() or drops_out(self.layer.module):
@@ -97,18 +97,17 @@ def drops_out(module: nn.Module) -> bool:
     )
 
 
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether forward-mode derivatives or `torch.func` go through `tensor`.
-
-    Raises ValueError under `torch.vmap`, where every example would have experts of its own.
-    """
-    if torch._C._functorch.is_batchedtensor(tensor):
+def refuse_transforms() -> None:
+    """Raise ValueError within a transform of `torch.func`: slots are none of its values."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
-            "torch.vmap cannot go through the experts of an offloaded model; call the model with a "
-            "batch instead"
+            "torch.func (grad, jvp, vmap) cannot go through an offloaded model; use autograd "
+            "(backward, torch.autograd.grad, torch.autograd.forward_ad) and batches"
         )
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    """Whether forward-mode derivatives go through `tensor`."""
     if forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None
@@ -147,9 +146,10 @@ def _differentiable(
     grad: Tensor, needs: list[int],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients that can be differentiated again: the graph keeps a copy of each expert."""
+    inputs = [tensor.view_as(tensor) for tensor in (hidden, routes.weights_TK, *own)]
+    hidden, weights_TK, *own = inputs  # views: weights that come of hidden states end here
     call = call._replace(layer=_with(call.layer, paths, own))
-    inputs = [hidden, routes.weights_TK, *own]
-    output = call.from_host(hidden, routes)
+    output = call.from_host(hidden, Routes(routes.experts_TK, weights_TK))
     wanted = [inputs[index] for index in needs]
     found = torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True)
     grads: list[Tensor | None] = [None] * len(inputs)

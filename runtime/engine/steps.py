@@ -20,7 +20,7 @@ from routing.layers import bound_call, read_call
 from runtime.cache.forecast import Forecast
 from runtime.engine.backend import Backend
 from runtime.engine.experts import with_bias
-from runtime.engine.gradients import LayerCall, in_backward
+from runtime.engine.gradients import LayerCall, in_backward, refuse_transforms
 from runtime.engine.observer import NoObserver
 from runtime.engine.step_inputs import StepInputs, read_inputs
 from runtime.engine.turns import Turns
@@ -67,6 +67,7 @@ class Steps:
 
     def forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One step; own: the model's forward. A checkpointed model that runs again is none."""
+        refuse_transforms()
         if in_backward():
             return own(*args, **kwargs)
         with self.turns:
@@ -135,6 +136,7 @@ class Steps:
         layer = self._layers[index]
         if torch.compiler.is_compiling() and self._backend.is_capturing:
             return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
+        refuse_transforms()
         if in_backward():
             return with_bias(layer, self._call(index)(*read_call(layer, args, kwargs)))
         with self.turns:
