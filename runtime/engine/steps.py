@@ -101,7 +101,7 @@ class Steps:
         try:
             self._backend.begin_step(self._forecast(inputs, ragged))
             output = own(*args, **kwargs)
-            self._account(inputs, ragged, start)
+            self._account(inputs, ragged, start, getattr(output, "past_key_values", None))
         finally:
             self._backend.end_forward()
             self._observer.resume(outer_routes)
@@ -113,9 +113,11 @@ class Steps:
             return self._observer.spread(ragged.forecast)
         return self._observer.predict(inputs)
 
-    def _account(self, inputs: StepInputs, ragged: RaggedStep | None, start: float) -> None:
+    def _account(
+        self, inputs: StepInputs, ragged: RaggedStep | None, start: float, cache: Any
+    ) -> None:
         if ragged is None:
-            self._observer.end_step(inputs)
+            self._observer.end_step(inputs, cache)
         else:
             ragged.routes_TLK = self._observer.routes(inputs.positions_BT.shape[1])
         stats = self._backend.stats

@@ -35,8 +35,8 @@ class Turns:
 
     @property
     def is_mine(self) -> bool:
-        """Whether the calling thread has the turn."""
-        return self._owner == threading.get_ident()
+        """Whether the calling thread has the turn, and is no fork of it."""
+        return self._owner == threading.get_ident() and os.getpid() == self._process
 
     def __enter__(self) -> Self:
         if os.getpid() != self._process:

@@ -146,7 +146,7 @@ class CapturedGenerate:
         next_B = rows * 0 + length if positions is None else positions[:, -1] + 1
         mask = kwargs.get("attention_mask")
         step.start(length, next_B, None if mask is None else mask.bool())
-        self.batch_decoder.positions_B = next_B[:num_rows].cpu().numpy()
+        self.batch_decoder.begin(next_B[:num_rows].cpu().numpy())
         return logits_BV[:num_rows]
 
 

@@ -65,7 +65,7 @@ def backward(model: Any, **inputs: Any) -> Gradients:
 
 def assert_same(ours: Gradients, theirs: Gradients, tolerance: float = 1e-5) -> None:
     assert ours.keys() == theirs.keys() and len(theirs) > 3
-    noise = 1e-4 * max(float(want.abs().max()) for want in theirs.values())
+    noise = 1e-3 * max(float(want.abs().max()) for want in theirs.values())
     for name, want in theirs.items():
         error = (ours[name] - want).abs().max() / want.abs().max().clamp(min=noise)
         assert error <= tolerance, name
@@ -195,7 +195,7 @@ def test_dropout_in_experts_is_the_stock_models_for_the_same_seed() -> None:
         loss.backward()
         return loss.item(), gradients(model)
 
-    options = {"dropout_rate": 0.3}
+    options: dict[str, Any] = {"dropout_rate": 0.3}
     stock_loss, want = run(tiny_model("switch_transformers", **options))
     for memory in (0.25, 1.0):
         model = runtime.load(tiny_model("switch_transformers", **options), memory=memory)
@@ -354,7 +354,7 @@ def test_a_graph_keeps_no_experts(tiny_directory: Directory) -> None:
     kept: list[int] = []
     for width in (24, 240):
         model = runtime.load(tiny_model("olmoe", intermediate_size=width), memory=0.25)
-        sizes = []
+        sizes: list[int] = []
 
         def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(tensor.nbytes)
