@@ -260,7 +260,8 @@ class ConstantExperts:
         if self._has_warned or model is None:
             return
         self._has_warned = True
-        if all(parameter.requires_grad for parameter in model.parameters()):
+        parameters = (one for one in model.parameters() if type(one) is nn.Parameter)
+        if all(parameter.requires_grad for parameter in parameters):
             warnings.warn(NOT_TRAINED, stacklevel=2)
 
 

@@ -56,7 +56,7 @@ class Steps:
         self._reading = threading.Lock()
         self._ragged: RaggedStep | None = None
         """The ragged step that is about to run."""
-        self._is_running, self._in_experts = False, False
+        self._is_running, self._is_ragged, self._in_experts = False, False, False
 
     def close(self) -> None:
         """End the steps; whoever waits for a turn runs the model as it is then."""
@@ -93,9 +93,11 @@ class Steps:
 
     def _run(self, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         start = time.perf_counter()
+        self._refuse_within()
         ragged, self._ragged = self._ragged, None
         inputs = read_inputs(self._model, args, kwargs, self._backend.mask_BT)
         outer, self._is_running = self._is_running, True
+        self._is_ragged = ragged is not None
         outer_routes = self._observer.begin_step()
         self._backend.begin_forward()
         try:
@@ -105,8 +107,17 @@ class Steps:
         finally:
             self._backend.end_forward()
             self._observer.resume(outer_routes)
-            self._is_running = outer
+            self._is_running, self._is_ragged = outer, False
         return output
+
+    def _refuse_within(self) -> None:
+        """Raise ValueError within a step whose attention is over rows of other sequences."""
+        if self._is_ragged or self._backend.is_capturing:
+            raise ValueError(
+                "the model was called from within a step of serve or a captured step (by a hook?), "
+                "whose key/value cache it would use; call it between tokens, as on_token= of "
+                "model.expertflow.serve does, or remove the hook"
+            )
 
     def _forecast(self, inputs: StepInputs, ragged: RaggedStep | None) -> Forecast | None:
         if ragged is not None:

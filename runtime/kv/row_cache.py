@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.kv.attention_kinds import PLAIN, attention_types
+from runtime.kv.private_configs import PrivateConfigs
 from runtime.kv.static_cache import Storage
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -180,8 +181,8 @@ class RowCache(Cache):
         self.num_rows, self.context, self.storage = num_rows, context, storage
         self.layout: StepTokens
         self._free = list(range(num_rows - 1, -1, -1))
-        self._configs = _configs(model)
         self._name = f"expertflow-rows-{id(self)}"
+        self._configs = PrivateConfigs(model, self._name)
         self._inner = text._attn_implementation
         super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
 
@@ -216,17 +217,17 @@ class RowCache(Cache):
 
     @contextmanager
     def attending(self, layout: StepTokens) -> Iterator[None]:
-        """Within the block, the model's forward runs over the tokens of `layout`."""
+        """Within the block, the model's forward runs over the tokens of `layout`.
+
+        Its modules read copies of their configurations: other models, which other threads may be
+        running, can have the same ones.
+        """
         self.layout = layout
         AttentionInterface.register(self._name, self._attend)
-        before = [config._attn_implementation for config in self._configs]
         try:
-            for config in self._configs:
-                config._attn_implementation = self._name
-            yield
+            with self._configs.in_use():
+                yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
             del ALL_ATTENTION_FUNCTIONS._global_mapping[self._name]
 
     def _attend(
@@ -262,12 +263,6 @@ def _eager(
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
     return function(module, query, key, value, mask, **kwargs)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every configuration object that a module of the model reads."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in found if config is not None}.values())
 
 
 def _require_plain(config: Any) -> None:

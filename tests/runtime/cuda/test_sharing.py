@@ -186,6 +186,13 @@ def test_a_turn_on_another_stream_waits_for_the_stream_of_the_last_turn(
     streams["main"].wait_stream.assert_called_once_with(streams["worker"])
 
 
+def test_offloading_leaves_the_processes_random_numbers_alone() -> None:
+    model = tiny_model("olmoe", **SMALL)
+    before = torch.get_rng_state()
+    load_fake(model, memory=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_attention_by_cudnn_is_off_until_the_last_of_several_passes_has_ended() -> None:
     switch, before = CudnnAttention(), torch.backends.cuda.cudnn_sdp_enabled()
     assert before

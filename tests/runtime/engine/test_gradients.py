@@ -230,6 +230,13 @@ def test_several_forward_passes_may_come_before_one_backward_pass() -> None:
     assert_same(run(runtime.load(tiny_model("olmoe"), memory=0.25)), run(tiny_model("olmoe")))
 
 
+def test_slots_that_were_filled_in_inference_mode_serve_a_forward_pass_with_gradients() -> None:
+    model = runtime.load(tiny_model("olmoe"), memory=1.0)
+    with torch.inference_mode():
+        loss_of(model)
+    assert_same(backward(model), backward(tiny_model("olmoe")))
+
+
 def test_a_graph_that_is_retained_gives_the_same_gradients_again() -> None:
     model = runtime.load(tiny_model("olmoe"), memory=0.25)
     loss = loss_of(model)

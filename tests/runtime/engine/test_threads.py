@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from routing.shards import TraceReader
@@ -24,7 +24,7 @@ from runtime.engine.turns import Turns
 from runtime.serving.async_server import AsyncServer
 from runtime.serving.request import Request
 from tests.helpers.offloading import Predictor, generate, offload
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.tiny import tiny_config, tiny_model, tiny_tokenizer
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 """Large enough for threads to meet within a step."""
@@ -129,6 +129,27 @@ def test_engines_of_two_models_do_not_disturb_each_other() -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
+def test_serving_leaves_models_of_the_same_configuration_alone() -> None:
+    """`from_config` gives them one object, and serving has an attention of its own."""
+    config = tiny_config("olmoe")
+    torch.manual_seed(0)
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    assert models[0].config is models[1].config
+    want, before = logits(models[1], prompt(1)), config.to_dict()
+    ids = prompt(2)
+    tokens = served(continued(models[0], ids), ids)
+    engine = offload(models[0], 0.25).expertflow
+    found: list[Tensor] = []
+    layer = engine.model.model.layers[1]
+    hook = layer.register_forward_hook(lambda *_: found.append(logits(models[1], prompt(1))))
+    request = Request(prompt=ids[0].tolist(), max_tokens=8, ignore_eos=True)
+    (result,) = engine.serve([request])
+    hook.remove()
+    assert list(result.token_ids) == tokens and len(found) == 8
+    assert all(torch.equal(one, want) for one in found)
+    assert config.to_dict() == before and engine.model.config is config
+
+
 def test_detaching_waits_for_the_generation_and_the_model_runs_on() -> None:
     stock: Any = tiny_model("olmoe", **WIDE)
     want = continued(stock, prompt(1), max_new_tokens=40)
@@ -208,6 +229,32 @@ def test_a_forward_pass_within_a_hook_of_another_is_right(tiny_predictor: Predic
     for found in seen:
         torch.testing.assert_close(found, inner, rtol=0, atol=1e-5)
     assert model.expertflow.stats().steps == 3
+
+
+def test_a_call_from_within_a_step_of_serve_is_refused_and_one_between_steps_is_right() -> None:
+    stock: Any = tiny_model("olmoe")
+    want, tokens = logits(stock, prompt(2)), served(continued(stock, prompt(1)), prompt(1))
+    model: Any = offload(tiny_model("olmoe"), 0.25)
+    found: list[Tensor] = []
+    request = Request(
+        prompt=prompt(1)[0].tolist(), max_tokens=8, ignore_eos=True,
+        on_token=lambda _: found.append(logits(model, prompt(2))),
+    )  # fmt: skip
+    (result,) = model.expertflow.serve([request])
+    assert list(result.token_ids) == tokens and len(found) == 8
+    assert all(torch.allclose(one, want, rtol=0, atol=1e-5) for one in found)
+    errors: list[str] = []
+
+    def call(*_: Any) -> None:
+        with pytest.raises(ValueError) as caught:
+            logits(model, prompt(2))
+        errors.append(str(caught.value))
+
+    hook = model.model.layers[1].register_forward_hook(call)
+    (result,) = model.expertflow.serve([request])
+    hook.remove()
+    assert list(result.token_ids) == tokens
+    assert len(errors) == 8 and "within a step of serve" in errors[0]
 
 
 def test_a_call_from_within_an_experts_call_is_refused() -> None:
