@@ -55,15 +55,15 @@ class LayerCall(NamedTuple):
 
     def __call__(self, hidden: Tensor, routes: Routes) -> Tensor:
         """The layer's output for hidden states [..., H], which gradients can pass."""
-        weights_TK, own = routes.weights_TK, self.own
+        weights_TK = routes.weights_TK
         if _is_dual(hidden) or _is_dual(weights_TK):
             return self.from_host(hidden, routes)
         call = self
         if in_backward() or drops_out(self.layer.module):
             call = self._replace(run=self.from_host)
-        if not torch.is_grad_enabled() or not any(
-            tensor.requires_grad for tensor in (hidden, weights_TK, *own.values())
-        ):
+        own = self.own if torch.is_grad_enabled() else {}
+        needed = hidden, weights_TK, *own.values()
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in needed):
             return call.run(hidden, routes)
         output: Tensor = _ExpertsCall.apply(
             call, tuple(own), hidden, routes.experts_TK, weights_TK, *own.values()

@@ -53,6 +53,7 @@ class Steps:
         """False once the engine is detached or closed."""
         self._model, self._layers = source.model, source.layers
         self._backend, self._observer, self._on_backward = backend, observer, on_backward
+        self._calls = [self._call(index) for index in range(len(source.layers))]
         self._reading = threading.Lock()
         self._ragged: RaggedStep | None = None
         """The ragged step that is about to run."""
@@ -62,6 +63,7 @@ class Steps:
         """End the steps; whoever waits for a turn runs the model as it is then."""
         with self._reading:
             self.is_open = False
+        self._calls = []  # which refer to the steps: whoever drops the model frees it
 
     # ------------------------------------------------------------------ a forward pass
 
@@ -162,11 +164,11 @@ class Steps:
             if not self._is_running:
                 return with_bias(layer, self._alone(index)(hidden, routes))
             self._observer.see(index, args, kwargs)
-            return with_bias(layer, self._call(index)(hidden, routes))
+            return with_bias(layer, self._calls[index](hidden, routes))
 
     def _alone(self, index: int) -> LayerCall:
         """Outside of a step: a part of the model was called, not the model."""
-        call = self._call(index)
+        call = self._calls[index]
 
         def run(*inputs: Any) -> Tensor:
             self._backend.begin_forward()
