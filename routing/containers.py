@@ -192,7 +192,8 @@ class Nllb(Switch):
         first_T, all_T = (top1_TE * gates_TE).sum(-1), gates_TE.sum(-1)
         weights_TK = torch.stack([first_T, all_T - first_T], dim=-1)
         experts_TK = torch.tensor([1, 0], device=top1_TE.device).expand(len(top1_TE), 2)
-        return Routes(experts_TK, weights_TK * (1 - experts.moe_token_dropout))
+        kept = 1 if experts.training else 1 - experts.moe_token_dropout
+        return Routes(experts_TK, weights_TK * kept)
 
     def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
         weights_TK, experts_TK = arguments[2].topk(layer.top_k, dim=-1)

@@ -9,6 +9,7 @@ Only `runtime.loading` imports it, and only for a CUDA device: nothing else need
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.grouped_experts import run_grouped
 from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
 from runtime.engine.experts import run_experts
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
@@ -69,7 +71,7 @@ class CudaBackend:
         self._layout = layout if isinstance(layout, KernelLayout) else None
         self._policy = policy
         self._pools: list[StreamingPool] = []
-        self._uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        self._streams = StreamOrder(device)
         self.decoder: Decoder | None = None
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
@@ -202,13 +204,13 @@ class CudaBackend:
         The pass's attention leaves cuDNN alone, which builds a plan for every new length, tens of
         milliseconds each.
         """
-        self._uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        self._streams.follow()
         if self.decoder is not None:
             self._device_cache.download()
+        CUDNN_ATTENTION.turn_off()
 
     def end_forward(self, *_: Any) -> None:
-        torch.backends.cuda.enable_cudnn_sdp(self._uses_cudnn)
+        CUDNN_ATTENTION.turn_back()
 
     def begin_step(self, forecast: Forecast | None) -> None:
         self._policy.begin_step(forecast)
@@ -218,6 +220,12 @@ class CudaBackend:
         if self._layout is not None:
             return run_grouped(pool, self._layout, index, hidden_TH, routes, ahead)
         return run_experts(layer, hidden_TH, routes, partial(pool.serve, index, ahead=ahead))
+
+    def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
+        return self._host.read(index, expert)
+
+    def guard(self) -> AbstractContextManager[None]:
+        return self._streams.turn()
 
     # ------------------------------------------------------------------ the cache
 

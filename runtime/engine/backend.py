@@ -13,6 +13,7 @@ knows nothing of hooks, nor of what the model is otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,6 +85,12 @@ class Backend(Protocol):
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         """The experts call of layer `index` outside of captured steps: [T, H]."""
 
+    def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
+        """A copy of one expert of layer `index` on the device, out of the host tier, not a slot.
+
+        Any thread may call it, at any time.
+        """
+
     def predict_beside(self, inputs: StepInputs) -> bool:
         """Start a prediction that runs beside this forward pass; False where there is none."""
 
@@ -123,6 +130,9 @@ class Backend(Protocol):
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """The context of every turn, in the thread that has it."""
 
     def close(self) -> None:
         """Free the slots, and give experts that were taken over back to their store."""

@@ -6,6 +6,7 @@ It runs every layout, since it calls the experts class's own code; nothing is ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,11 @@ class CpuBackend:
         self.stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
         self.pools = build_pools(source, slots, device, policy, self.stats)
         """The pool of each layer; layers of one expert shape share theirs."""
+        self._store, self._device = source.store, device
+        self._specs = [source.store.specs(index) for index in range(len(source.layers))]
+
+    def guard(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def begin_forward(self) -> None:
         """Nothing has to be made ready."""
@@ -61,6 +67,14 @@ class CpuBackend:
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         return run_experts(layer, hidden_TH, routes, partial(self.pools[index].serve, index))
+
+    def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
+        into = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+            for name, spec in self._specs[index].items()
+        }
+        self._store.read(index, expert, into)
+        return into
 
     def predict_beside(self, inputs: StepInputs) -> bool:
         return False

@@ -1,15 +1,15 @@
 """The engine: attached to an unmodified Hugging Face model, it runs the experts out of slots.
 
 Each forward pass of the model is one step: predict, schedule (the cache's policy), run, account.
-Nothing of the model's own code changes: the experts containers get an instance-level `forward`, the
-model a hook before and after its own. Where and how the experts run is the backend's business.
+Nothing of the model's own code changes: the experts containers and the model get an instance-level
+`forward`, the model a `generate`. Where and how the experts run is the backend's business.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import partial, wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -17,20 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from routing.layers import bound_call, read_call
 from routing.predictor_file.reader import PredictorFile
 from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
 from runtime.engine.backend import Backend, RowDecoder
+from runtime.engine.gradients import ConstantExperts
 from runtime.engine.observer import build_observer
-from runtime.engine.step_inputs import StepInputs, read_inputs
+from runtime.engine.steps import Steps
+from runtime.engine.turns import Turns
 from runtime.kv.row_cache import RowCache
 from runtime.kv.static_cache import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.layer_map import LayerMap
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import Source
+from runtime.weights.store import expert_parameters
 
 if TYPE_CHECKING:
     from queue import Queue
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 class Engine:
     """The offloading of one model, at `model.expertflow`. Also a context manager that ends it.
 
-    One generation at a time: the slots and the predictor's state belong to one caller.
+    Threads take turns: a forward pass, a generation or a step of `serve` has the slots and the
+    predictor's state to itself, and whoever comes meanwhile waits.
     """
 
     def __init__(
@@ -60,10 +63,17 @@ class Engine:
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
         self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)
-        self._inputs: StepInputs | None = None
-        self._given: tuple[Forecast | None] | None = None
-        """The forecast that a ragged step brings along, while it runs."""
-        self._step_start = 0.0
+        experts = (
+            (
+                parameter
+                for layer in source.layers
+                for parameter in expert_parameters(layer).values()
+            )
+            if source.store.owns_experts
+            else ()
+        )
+        self._constants = ConstantExperts(source.model, experts)
+        self._steps = Steps(source, backend, self._observer, self._constants.warn)
         self._attachment = Attachment()
         try:
             self._attach(device)
@@ -113,7 +123,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
-        self._backend.check_integrity()
+        with self._steps.turns:
+            self._backend.check_integrity()
 
     @property
     def decode_path(self) -> str:
@@ -126,8 +137,12 @@ class Engine:
         return self._backend.prefetching
 
     def detach(self) -> nn.Module:
-        """Restore and return the original model, all experts in memory. Idempotent."""
-        self._attachment.undo()
+        """Restore and return the original model, all experts in memory. Idempotent.
+
+        Waits for what other threads run. Raises ValueError within a forward pass or a generation.
+        """
+        with self._last_turn():
+            self._attachment.undo()
         return self.model
 
     def close(self) -> None:
@@ -139,9 +154,18 @@ class Engine:
         if self._store.owns_experts:
             self.detach()
             return
-        self._attachment.release()
-        for layer in self._layers:
-            layer.module.__dict__["forward"] = _refuse_to_run
+        with self._last_turn():
+            self._attachment.release()
+            for layer in self._layers:
+                layer.module.__dict__["forward"] = _refuse_to_run
+
+    def _last_turn(self) -> Turns:
+        if self._steps.turns.is_mine:
+            raise ValueError(
+                "the model is running: detach or close its engine when the forward pass, generate "
+                "or step of serve has ended"
+            )
+        return self._steps.turns
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +179,19 @@ class Engine:
         self.detach()
 
     # ------------------------------------------------------------------ for runtime.serving
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The block has the model to itself; other threads wait.
+
+        Raises ValueError once the engine is detached or closed.
+        """
+        with self._steps.turns:
+            if not self._steps.is_open:
+                raise ValueError(
+                    "this model's engine is detached or closed; runtime.load the model again"
+                )
+            yield
 
     @property
     def predictor(self) -> PredictorFile | None:
@@ -200,12 +237,8 @@ class Engine:
         Returns the logits, and the routes [T, L, K] of the predicted stack, NO_EXPERT where there
         is none ([T, 0, 0] with neither a predictor nor a route log).
         """
-        self._given = (forecast,)
-        try:
-            logits: Tensor = self.model(**inputs).logits
-        finally:
-            self._given = None
-        return logits, self._observer.routes(inputs["input_ids"].shape[1])
+        with self.turn():
+            return self._steps.run_ragged(forecast, **inputs)
 
     # ------------------------------------------------------------------ attach
 
@@ -221,26 +254,30 @@ class Engine:
         for index, layer in enumerate(self._layers):
             self._store.take(index)
             changes.add(partial(self._store.restore, index))
-            changes.put(layer.module, "forward", partial(self._run_layer, index))
+            changes.put(layer.module, "forward", partial(self._steps.run_layer, index))
         changes.put(model, "expertflow", self)
         changes.put(model, "save_pretrained", _refuse_to_save)
-        self._add_hooks()
+        self._take_turns()
         self._disable_compile()
-        if backend.generate is not None:
-            changes.put(model, "generate", backend.generate)
+        changes.add(self._constants.close, self._steps.close, holds=True)
         model.to(device).eval()
 
-    def _add_hooks(self) -> None:
-        model = self.model
-        hooks = [
-            model.register_forward_pre_hook(self._begin_step, with_kwargs=True),
-            model.register_forward_hook(self._end_step),
-            model.register_forward_hook(self._backend.end_forward, always_call=True),
-        ]
+    def _take_turns(self) -> None:
+        """Make steps of the model's forward passes, and a turn of each generation.
+
+        Not by hooks: some callers go past them, and an interrupt would.
+        """
+        model, steps, changes = self.model, self._steps, self._attachment
+        forward, generate = model.forward, getattr(model, "generate", None)
+        if "forward" in model.__dict__:
+            changes.add(partial(model.__dict__.__setitem__, "forward", forward), holds=True)
+        changes.put(model, "forward", wraps(forward)(partial(steps.forward, forward)))
+        if generate is not None:
+            run = partial(steps.generate, self._backend.generate or generate)
+            changes.put(model, "generate", wraps(generate)(run))
         if model.config.is_encoder_decoder:  # type: ignore[union-attr]
             encoder = model.get_encoder()  # type: ignore[operator]
-            hooks.append(encoder.register_forward_pre_hook(self._begin_encoding))
-        self._attachment.add(*(hook.remove for hook in hooks), holds=True)
+            changes.add(encoder.register_forward_pre_hook(steps.begin_encoding).remove, holds=True)
 
     def _disable_compile(self) -> None:
         """Keep generate from compiling the step: it would only break at every experts call."""
@@ -248,41 +285,6 @@ class Engine:
         if config is not None:
             self._attachment.keep(config, "disable_compile")
             config.disable_compile = True
-
-    # ------------------------------------------------------------------ one step
-
-    def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._step_start = time.perf_counter()
-        self._inputs = read_inputs(self.model, args, kwargs, self._backend.mask_BT)
-        self._backend.begin_forward()
-        self._backend.begin_step(self._forecast(self._inputs))
-
-    def _begin_encoding(self, *_: Any) -> None:
-        self._backend.begin_step(None)
-
-    def _forecast(self, inputs: StepInputs) -> Forecast | None:
-        self._observer.begin_step()
-        if self._given is not None:
-            return self._observer.spread(self._given[0])
-        return self._observer.predict(inputs)
-
-    def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self._layers[index]
-        if self._backend.is_capturing:
-            return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
-        hidden_TH, routes = read_call(layer, args, kwargs)
-        self._observer.see(index, args, kwargs)
-        return self._backend.run_layer(layer, index, hidden_TH, routes)
-
-    def _end_step(self, *_: Any) -> None:
-        inputs, self._inputs = self._inputs, None
-        assert inputs is not None
-        if self._given is None:
-            self._observer.end_step(inputs)
-        stats = self._backend.stats
-        stats.steps += 1
-        stats.tokens += inputs.num_tokens
-        stats.seconds["step"] += time.perf_counter() - self._step_start
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:

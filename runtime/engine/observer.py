@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,12 @@ class NoObserver:
     forecaster: Forecaster | None = None
     route_log: RouteLog | None = None
 
-    def begin_step(self) -> None:
-        """A step is about to run."""
+    def begin_step(self) -> dict[int, np.ndarray]:
+        """A step is about to run. Returns what `resume` takes when it has ended."""
+        return {}
+
+    def resume(self, outer: dict[int, np.ndarray]) -> None:
+        """Go on with the step within which the last one ran, if there is one."""
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
         """A forecast of the step; None where nothing is predicted."""
@@ -51,8 +56,8 @@ class NoObserver:
         """Of routes of all layers, those that `routes` would give."""
         return routes_TLK[:, :0, :0]
 
-    def end_step(self, inputs: StepInputs) -> None:
-        """The step has run."""
+    def end_step(self, inputs: StepInputs, cache: Any) -> None:
+        """The step has run, and left its keys and values in `cache` (None: not known)."""
 
 
 class Observer(NoObserver):
@@ -70,9 +75,15 @@ class Observer(NoObserver):
         self._layers, self._map, self._backend = layers, map, backend
         self._stats: Stats = backend.stats
         self._routes: dict[int, np.ndarray] = {}
+        self._cache: weakref.ref[Any] | None = None
+        """The key/value cache of the last step."""
 
-    def begin_step(self) -> None:
-        self._routes.clear()
+    def begin_step(self) -> dict[int, np.ndarray]:
+        outer, self._routes = self._routes, {}
+        return outer
+
+    def resume(self, outer: dict[int, np.ndarray]) -> None:
+        self._routes = outer
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
         if self.forecaster is None or inputs.token_ids_BT is None:
@@ -103,7 +114,7 @@ class Observer(NoObserver):
     def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
         return self.of_stack(routes_TLK, 1)
 
-    def end_step(self, inputs: StepInputs) -> None:
+    def end_step(self, inputs: StepInputs, cache: Any) -> None:
         """Tell the predictor and the route log what the step used."""
         if inputs.token_ids_BT is None:
             return
@@ -112,6 +123,9 @@ class Observer(NoObserver):
         if self.forecaster is not None:
             self._learn(self.forecaster, routes_BTLK)
         if self.route_log is not None:
+            if inputs.past_length and self._cache is not None and self._cache() is not inputs.cache:
+                self.route_log.end()  # of other sequences, whose loop takes turns with this one
+            self._cache = None if cache is None else weakref.ref(cache)
             rows = slice(self._backend.num_rows)
             tokens_BT, positions_BT = inputs.token_ids_BT[rows], inputs.positions_BT[rows]
             self.route_log.extend(tokens_BT, positions_BT, inputs.past_length, routes_BTLK[rows])

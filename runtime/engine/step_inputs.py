@@ -23,6 +23,8 @@ class StepInputs(NamedTuple):
     """Tokens in the key/value cache before this step."""
     num_tokens: int
     """Tokens to run that are not padding."""
+    cache: Any = None
+    """The key/value cache that the step goes on with, if one was given."""
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -54,6 +56,7 @@ def read_inputs(
         positions_BT,
         past_length,
         int((positions_BT != PADDING).sum()),
+        kwargs.get("past_key_values"),
     )
 
 

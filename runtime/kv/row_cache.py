@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.kv.attention_kinds import require_rows
+from runtime.kv.private_configs import PrivateConfigs
 from runtime.kv.static_cache import Storage
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -180,8 +181,8 @@ class RowCache(Cache):
         self.num_rows, self.context, self.storage = num_rows, context, storage
         self.layout: StepTokens
         self._free = list(range(num_rows - 1, -1, -1))
-        self._configs = _configs(model)
         self._name = f"expertflow-rows-{id(self)}"
+        self._configs = PrivateConfigs(model, self._name)
         self._inner = text._attn_implementation
         super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
 
@@ -202,7 +203,15 @@ class RowCache(Cache):
         return tuple(self._free)
 
     def take(self, row: int | None = None) -> int:
-        """A free row, or that one."""
+        """A free row, or that one.
+
+        Raises ValueError while the storage has sequences of others in it, and then takes none.
+        """
+        if self.storage is not None and not self.storage.take(self):
+            raise ValueError(
+                "the key/value cache of captured steps is in use by another serve or a generation "
+                "of this engine; let it end, or give all requests to one model.expertflow.serve"
+            )
         if row is None:
             return self._free.pop()
         self._free.remove(row)
@@ -211,6 +220,8 @@ class RowCache(Cache):
     def release(self, row: int) -> None:
         assert row not in self._free
         self._free.append(row)
+        if self.storage is not None and self.num_free == self.num_rows:
+            self.storage.let_go(self)
 
     def claim(self) -> bool:
         """Whether all rows still hold what was written to them: an engine's storage is shared, and
@@ -220,17 +231,17 @@ class RowCache(Cache):
 
     @contextmanager
     def attending(self, layout: StepTokens) -> Iterator[None]:
-        """Within the block, the model's forward runs over the tokens of `layout`."""
+        """Within the block, the model's forward runs over the tokens of `layout`.
+
+        Its modules read copies of their configurations: other models, which other threads may be
+        running, can have the same ones.
+        """
         self.layout = layout
         AttentionInterface.register(self._name, self._attend)
-        before = [config._attn_implementation for config in self._configs]
         try:
-            for config in self._configs:
-                config._attn_implementation = self._name
-            yield
+            with self._configs.in_use():
+                yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
             del ALL_ATTENTION_FUNCTIONS._global_mapping[self._name]
 
     def _attend(
@@ -266,9 +277,3 @@ def _eager(
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
     return function(module, query, key, value, mask, **kwargs)
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every configuration object that a module of the model reads."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in found if config is not None}.values())

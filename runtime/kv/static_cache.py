@@ -6,6 +6,7 @@ share one storage, as large as the largest batch needs.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -19,7 +20,25 @@ class Storage:
     def __init__(self, batch: int, context: int) -> None:
         self.batch, self.context = batch, context
         self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._tenant: weakref.ref[Any] | None = None
         self._writer: object = None
+
+    def take(self, tenant: object) -> bool:
+        """Whether `tenant` has the storage to itself now, until it lets go or is dropped."""
+        if self.is_lent and self._tenant is not None and self._tenant() is not tenant:
+            return False
+        self._tenant = weakref.ref(tenant)
+        return True
+
+    def let_go(self, tenant: object) -> None:
+        """Whoever comes next may take the storage, if it was `tenant` who had it."""
+        if self._tenant is not None and self._tenant() is tenant:
+            self._tenant = None
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether somebody's sequences are in it."""
+        return self._tenant is not None and self._tenant() is not None
 
     def claim(self, writer: object) -> bool:
         """Let `writer` be the one that writes; False where another wrote since it last was, and

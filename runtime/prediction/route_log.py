@@ -56,6 +56,8 @@ class RouteLog:
         self._stack, self._eos_ids, self._limit = topology.stack(), eos_ids, limit
         self._sequences: list[_Sequence] = []
         self._length = 0
+        self.num_begun = 0
+        """Forward passes so far that began new sequences."""
         self._is_open = True
         self._writer = _open(Path(directory), topology)
         self._num_bytes = sum(path.stat().st_size for path in self._writer.directory.iterdir())
@@ -76,6 +78,7 @@ class RouteLog:
                 return
         if past == 0:
             self._sequences = [_Sequence() for _ in tokens_BT]
+            self.num_begun += 1
         self._length = past + tokens_BT.shape[1]
         for row, sequence in enumerate(self._sequences):
             is_real_T = positions_BT[row] != PADDING

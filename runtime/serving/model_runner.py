@@ -157,3 +157,9 @@ def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCach
     if storage is not None:
         num_rows = min(num_rows, storage.batch)
     return RowCache(engine.model, num_rows, settings.context, storage)
+
+
+def open_runner(engine: Engine, cache: RowCache) -> ModelRunner:
+    """What runs the steps: captured ones where the model's experts have kernels."""
+    rows = engine.row_decoder(cache)
+    return ModelRunner(engine, cache) if rows is None else CapturedRunner(engine, cache, rows)

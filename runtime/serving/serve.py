@@ -41,14 +41,17 @@ def run(loop: ServingLoop, requests: Requests, lookahead: int) -> Iterator[Resul
         QueueSource(requests) if isinstance(requests, Queue) else IterableSource(requests)
     )
     error: Exception | None = None
-    while not (loop.is_idle and source.ended):
-        try:
-            yield from _fill(loop, source, lookahead)
-        except Exception as raised:  # whatever makes the requests
-            error, source.ended = raised, True
-        yield from loop.step()
-        if loop.failure:
-            raise RuntimeError(f"no request can be served any more: {loop.failure}") from error
+    try:
+        while not (loop.is_idle and source.ended):
+            try:
+                yield from _fill(loop, source, lookahead)
+            except Exception as raised:  # whatever makes the requests
+                error, source.ended = raised, True
+            yield from loop.step()
+            if loop.failure:
+                raise RuntimeError(f"no request can be served any more: {loop.failure}") from error
+    finally:
+        loop.cancel_all()  # whoever stops asking for results leaves no rows behind
     if error is not None:
         raise error
 

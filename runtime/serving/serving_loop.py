@@ -26,7 +26,7 @@ import torch
 
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
-from runtime.serving.model_runner import CapturedRunner, ModelRunner, Part, open_rows
+from runtime.serving.model_runner import Part, open_rows, open_runner
 from runtime.serving.request import Finish, Request, Result
 from runtime.serving.scheduling.scheduler import build_scheduler
 from runtime.serving.sequence import ServedSequence
@@ -64,13 +64,9 @@ class ServingLoop:
             stack=None if file is None else file.stack,
             seconds_per_load=engine.seconds_per_load,
         )
-        self._cache = open_rows(engine, settings, self.scheduler.num_rows)
-        rows = engine.row_decoder(self._cache)
-        self._runner = (
-            ModelRunner(engine, self._cache)
-            if rows is None
-            else CapturedRunner(engine, self._cache, rows)
-        )
+        with engine.turn():
+            self._cache = open_rows(engine, settings, self.scheduler.num_rows)
+            self._runner = open_runner(engine, self._cache)
         self._forecasting = Forecasting(
             engine, file, overlaps=self._runner.overlaps, on_failure=self._forget_forecasts
         )
@@ -137,7 +133,13 @@ class ServingLoop:
         return self._cache.nbytes
 
     def step(self) -> list[Result]:
-        """Run one step; returns the requests that ended."""
+        """Run one step; returns the requests that ended. Raises ValueError once the engine is
+        detached.
+        """
+        with self._engine.turn():
+            return self._step()
+
+    def _step(self) -> list[Result]:
         start = time.perf_counter()
         self._arrivals.take(self.failure)
         try:

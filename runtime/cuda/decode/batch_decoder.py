@@ -39,6 +39,13 @@ class BatchDecoder:
         """Positions of the tokens that run next."""
         self._tokens_B: np.ndarray = np.zeros(0, np.int64)
         self._flying: deque[StepInFlight] = deque()
+        self._logged = 0
+        """The prompt whose sequences the route log goes on with."""
+
+    def begin(self, positions_B: np.ndarray) -> None:
+        """A prompt has run; its next tokens have these positions."""
+        self.positions_B = positions_B
+        self._logged = 0 if self._route_log is None else self._route_log.num_begun
 
     def step_for(self, num_rows: int) -> DecodeStep:
         """The step for so many sequences, made at first use; steps in flight are dropped."""
@@ -120,7 +127,7 @@ class BatchDecoder:
         if np.isnan(result.best_B).any():
             raise FloatingPointError(NOT_FINITE)
         self.routes_LBK = result.routes_LBK
-        if self._route_log is not None:
+        if self._route_log is not None and self._route_log.num_begun == self._logged:
             self._route_log.follow(self._tokens_B, result.routes_LBK.swapaxes(0, 1))
         self._tokens_B = result.tokens_B
         self._decoder.driver.end_step(result.routes_LBK)

@@ -40,12 +40,20 @@ class CapturedGenerate:
 
     def generate(self, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """The model's `generate`, decoding captured where it can."""
-        self.why, self.num_rows = self._objection(generation_config, kwargs), None
+        outer = self.num_rows, self.mask_BT  # of a generation between whose tokens this one runs
+        self.why, self.num_rows, self.mask_BT = (
+            self._objection(generation_config, kwargs),
+            None,
+            None,
+        )
         if self.why is None:
             kwargs["custom_generate"] = partial(self._decode, streamer=kwargs.get("streamer"))
         else:
             self._complain()
-        return type(self._model).generate(self._model, inputs, generation_config, **kwargs)
+        try:
+            return type(self._model).generate(self._model, inputs, generation_config, **kwargs)
+        finally:
+            self.num_rows, self.mask_BT = outer
 
     def _objection(self, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
         if (reason := unsupported(self._config)) is not None:
@@ -75,7 +83,10 @@ class CapturedGenerate:
         **model_kwargs: Any,
     ) -> Any:
         num_rows, longest = len(input_ids), generation_config.max_length
+        storage = self._decoder.model.storage
         self.why = self._too_large(num_rows, longest)
+        if self.why is None and storage.is_lent:
+            self.why = "served sequences or another generation are in the key/value cache"
         if self.why is not None:
             self._complain()
             return type(model)._sample(
@@ -90,12 +101,14 @@ class CapturedGenerate:
             generation_config,
             streamer,
         )
-        step = self.batch_decoder.step_for(num_rows)
-        run = partial(self.batch_decoder.run, step, num_rows)
+        storage.take(self)
         try:
+            step = self.batch_decoder.step_for(num_rows)
+            run = partial(self.batch_decoder.run, step, num_rows)
             return decode(prompt, partial(self._prefill, prompt, step), run)
         finally:
             self.batch_decoder.drain()
+            storage.let_go(self)
 
     def _too_large(self, num_rows: int, longest: int) -> str | None:
         """Why captured steps cannot hold so many sequences of so many tokens; None: they can."""
@@ -133,7 +146,7 @@ class CapturedGenerate:
         next_B = rows * 0 + length if positions is None else positions[:, -1] + 1
         mask = kwargs.get("attention_mask")
         step.start(length, next_B, None if mask is None else mask.bool())
-        self.batch_decoder.positions_B = next_B[:num_rows].cpu().numpy()
+        self.batch_decoder.begin(next_B[:num_rows].cpu().numpy())
         return logits_BV[:num_rows]
 
 

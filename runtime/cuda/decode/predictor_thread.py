@@ -36,6 +36,11 @@ class PredictorRequest(NamedTuple):
     is_new: bool
     """Whether new sequences start with these tokens."""
 
+    @property
+    def num_rows(self) -> int:
+        """B, the sequences."""
+        return len(self.token_ids_BT)
+
 
 class DeviceForecast:
     """The last forecast, on the device: values in the device cache, and probabilities of use."""
@@ -125,7 +130,10 @@ class PredictorThread:
             waiting.append(self._requests.get())
         ended = None in waiting
         requests = [] if ended else [request for request in waiting if request is not None]
-        starts = [index for index, request in enumerate(requests) if request.is_new]
+        starts = [
+            index for index, request in enumerate(requests)
+            if request.is_new or request.num_rows != requests[index - 1].num_rows
+        ]  # fmt: skip
         return requests[starts[-1] :] if starts else requests
 
     def _answer(self, requests: list[PredictorRequest]) -> None:
@@ -147,7 +155,7 @@ class PredictorThread:
         """Give the predictor the routes of the last step, and count its recall."""
         if request.is_new or batch_size != self._forecaster.batch_size:
             self._forecaster.reset(batch_size)
-        elif request.routes_LBK is not None:
+        elif request.routes_LBK is not None and request.routes_LBK.shape[1] == batch_size:
             routes_BLK = np.ascontiguousarray(request.routes_LBK.swapaxes(0, 1))
             self._forecaster.observe(routes_BLK)
             if self._forecaster.this_BLE is not None and request.token_ids_BT.shape[1] == 1:

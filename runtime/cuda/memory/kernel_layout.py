@@ -95,7 +95,8 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
 @torch.no_grad()
 def _activation(module: Any) -> tuple[str, bool] | None:
     """The known activation that the container's own gate computes, found by numbers that differ."""
-    gate_up = torch.linspace(-9.0, 9.0, 64)[torch.randperm(64, generator=torch.manual_seed(0))]
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    gate_up = torch.linspace(-9.0, 9.0, 64)[order]
     try:
         own = module._apply_gate(gate_up[None])
     except Exception:

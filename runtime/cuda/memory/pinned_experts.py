@@ -133,6 +133,12 @@ class PinnedExperts:
         """Send a stored block over the link, on the current stream, to int16 [stored units]."""
         into.copy_(self.layers[layer][expert], non_blocking=True)
 
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parameters of one expert on the device, as the store hands them out, in memory of
+        their own.
+        """
+        return self._as_model(self.expert_blocks[layer].views(self._on_device(layer, expert)))
+
     def _on_device(self, layer: int, expert: int) -> Tensor:
         """One block, unpacked, int16 [units], in device memory of its own."""
         block = self.expert_blocks[layer]
@@ -161,8 +167,7 @@ class PinnedExperts:
             self._let_go(self.layers.pop())
 
     def _read_one(self, layer: int, expert: int) -> dict[str, Tensor]:
-        block_N = self._on_device(layer, expert)
-        views = self._as_model(self.expert_blocks[layer].views(block_N))
+        views = self.read(layer, expert)
         return {name: self._landed(name, view) for name, view in views.items()}
 
     def _landed(self, name: str, view: Tensor) -> Tensor:
