@@ -23,6 +23,7 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
 from runtime.engine.backend import Backend, RowDecoder
+from runtime.engine.guards.guard import guard
 from runtime.engine.observer import build_observer
 from runtime.engine.step_inputs import StepInputs, read_inputs
 from runtime.kv.row_cache import RowCache
@@ -221,12 +222,12 @@ class Engine:
             changes.add(partial(self._store.restore, index))
             changes.put(layer.module, "forward", partial(self._run_layer, index))
         changes.put(model, "expertflow", self)
-        changes.put(model, "save_pretrained", _refuse_to_save)
         self._add_hooks()
         self._disable_compile()
         if backend.generate is not None:
             changes.put(model, "generate", backend.generate)
         model.to(device).eval()
+        guard(model, self._layers, self._store, changes)
 
     def _add_hooks(self) -> None:
         model = self.model
@@ -281,12 +282,6 @@ class Engine:
         stats.steps += 1
         stats.tokens += inputs.num_tokens
         stats.seconds["step"] += time.perf_counter() - self._step_start
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        "an offloaded model would be saved without its experts; save model.expertflow.detach()"
-    )
 
 
 def _refuse_to_run(*_: Any, **__: Any) -> NoReturn:

@@ -8,7 +8,7 @@ between cache sizes and policies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,16 +84,34 @@ def _linear(module: nn.Module, rows: Tensor, parameters: dict[str, Tensor], name
 
 def _own_forward(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     index_N1 = torch.zeros(len(rows_NH), 1, dtype=torch.int64, device=rows_NH.device)
-    num_experts, held = module.num_experts, dict(module._parameters)
-    try:
-        module.num_experts = 1  # type: ignore[assignment]
-        for name, tensor in parameters.items():
-            module._parameters[name] = nn.Parameter(tensor[None], requires_grad=False)
-        ones_N1 = torch.ones_like(index_N1, dtype=rows_NH.dtype)
-        return type(module).forward(module, rows_NH, index_N1, ones_N1)
-    finally:
-        module._parameters.update(held)
-        module.num_experts = num_experts
+    alone = twin(module, {name: tensor[None] for name, tensor in parameters.items()})
+    alone.num_experts = 1  # type: ignore[assignment]
+    ones_N1 = torch.ones_like(index_N1, dtype=rows_NH.dtype)
+    return type(module).forward(alone, rows_NH, index_N1, ones_N1)
+
+
+def twin(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `module` that shares everything with it but some parameters, given by their paths.
+
+    Nothing happens to the module itself, which another thread may be running.
+    """
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_modules"):
+        copy.__dict__[kind] = dict(module.__dict__[kind])
+    inner: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(name, {})[rest] = tensor
+        else:
+            del copy._parameters[name]
+            copy.__dict__[name] = tensor
+    for name, below in inner.items():
+        child = module._modules[name]
+        assert child is not None
+        copy._modules[name] = twin(child, below)
+    return copy
 
 
 def _longcat(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -125,8 +143,9 @@ def _llama4(module: Any, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tens
 
 def _module(module: nn.Module, rows_NH: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """One expert that is a module: the first expert's module with other parameters."""
-    template = module["expert_0"]  # type: ignore[index]
-    return torch.func.functional_call(template, parameters, (rows_NH,))
+    template: nn.Module = module["expert_0"]  # type: ignore[index]
+    output: Tensor = twin(template, parameters)(rows_NH)
+    return output
 
 
 RUN = {

@@ -23,6 +23,10 @@ class ExpertStore(ABC):
         """Shapes and dtypes of one expert of `layer`."""
 
     @abstractmethod
+    def whole_specs(self, layer: int) -> Specs:
+        """Shapes and dtypes of the parameters that hold all experts of `layer`, by path."""
+
+    @abstractmethod
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         """Copy one expert into the given tensors (views of a slot)."""
 
@@ -62,6 +66,14 @@ class ModuleStore(ExpertStore):
         return {
             name: Spec(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._expert(layer, 0).items()
+        }
+
+    def whole_specs(self, layer: int) -> Specs:
+        parameters = self._parameters[layer]
+        shapes = self._released.get(layer) or [tuple(p.shape) for p in parameters.values()]
+        return {
+            path: Spec(shape, parameter.dtype)
+            for (path, parameter), shape in zip(parameters.items(), shapes, strict=True)
         }
 
     def _expert(self, layer: int, expert: int) -> dict[str, Tensor]:
@@ -127,6 +139,9 @@ class SkeletonStore(ExpertStore):
         whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
         parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
         return {name: Spec(tuple(part.shape), self.dtype) for name, part in parts.items()}
+
+    def whole_specs(self, layer: int) -> Specs:
+        return {path: Spec(tuple(s), self.dtype) for path, s in self._shapes[layer].items()}
 
     def restore(self, layer: int) -> None:
         container = self.layers[layer]
