@@ -19,6 +19,7 @@ from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
+from runtime.engine.guards.adapters import load_adapter_beside, refuse_lone_adapter
 from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.forecaster import Forecaster
@@ -98,6 +99,8 @@ def load(
     whole = model
     if isinstance(model, nn.Module):
         model = base_model(model)
+    else:
+        refuse_lone_adapter(model)
     budget, target = parse_memory(memory), target_device(device, model)
     given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
     options = _cuda_options(given, target)
@@ -115,7 +118,10 @@ def load(
     else:
         backend = CpuBackend(source, slot_budget(budget, source), target, chosen)
         Engine(source, backend, forecaster, route_log, target)
-    return cast("OffloadedModel", whole if isinstance(whole, nn.Module) else source.model)
+    if isinstance(whole, nn.Module):
+        return cast("OffloadedModel", whole)
+    load_adapter_beside(source.model)
+    return cast("OffloadedModel", source.model)
 
 
 def offload_on_gpu(

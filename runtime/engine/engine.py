@@ -250,12 +250,14 @@ class Engine:
 
     # ------------------------------------------------------------------ one step
 
+    @torch.compiler.disable
     def _begin_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._step_start = time.perf_counter()
         self._inputs = read_inputs(self.model, args, kwargs, self._backend.mask_BT)
         self._backend.begin_forward()
         self._backend.begin_step(self._forecast(self._inputs))
 
+    @torch.compiler.disable
     def _begin_encoding(self, *_: Any) -> None:
         self._backend.begin_step(None)
 
@@ -266,13 +268,19 @@ class Engine:
         return self._observer.predict(inputs)
 
     def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self._layers[index]
         if self._backend.is_capturing:
+            layer = self._layers[index]
             return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
+        return self._run_in_step(index, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _run_in_step(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layers[index]
         hidden_TH, routes = read_call(layer, args, kwargs)
         self._observer.see(index, args, kwargs)
         return self._backend.run_layer(layer, index, hidden_TH, routes)
 
+    @torch.compiler.disable
     def _end_step(self, *_: Any) -> None:
         inputs, self._inputs = self._inputs, None
         assert inputs is not None

@@ -48,7 +48,8 @@ def guard(
             changes.add(module.register_load_state_dict_pre_hook(hook).remove)
     for name in ("__getstate__", "_replicate_for_data_parallel"):
         _put(changes, model, name, _refuse_to_copy)
-    _put(changes, model, "save_pretrained", partial(_save, weakref.ref(model)))
+    for name in ("save_pretrained", "push_to_hub"):
+        _put(changes, model, name, partial(_save, weakref.ref(model), name))
 
 
 def _put(changes: Attachment, owner: Any, name: str, value: Any) -> None:
@@ -150,11 +151,11 @@ def _refuse_to_copy(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-def _save(of: weakref.ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """`save_pretrained`, where it writes only an adapter."""
+def _save(of: weakref.ref[nn.Module], method: str, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` and `push_to_hub`, where they write only an adapter."""
     model: Any = of()
     if getattr(model, "_hf_peft_config_loaded", False):
-        return type(model).save_pretrained(model, *args, **kwargs)
+        return getattr(type(model), method)(model, *args, **kwargs)
     raise ValueError(
         "an offloaded model would be saved without its experts; save model.expertflow.detach()"
     )
