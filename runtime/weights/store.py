@@ -61,6 +61,7 @@ class ModuleStore(ExpertStore):
         self._names = [layer.container.names(layer.module) for layer in layers]
         self._parameters = [expert_parameters(layer) for layer in layers]
         self._released: dict[int, list[tuple[int, ...]]] = {}
+        self._versions: dict[int, int] = {}
 
     def specs(self, layer: int) -> Specs:
         return {
@@ -81,8 +82,20 @@ class ModuleStore(ExpertStore):
 
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        """Raises ValueError for experts that were changed in place since they were taken."""
+        if self._versions.get(layer) not in (None, self._count_changes(layer)):
+            raise ValueError(
+                f"experts of {self._layers[layer].name} were changed while they are offloaded, and "
+                "slots hold some as they were; change them after model.expertflow.detach(), and "
+                "load the model again"
+            )
         for name, tensor in self._expert(layer, expert).items():
             into[name].copy_(tensor)
+
+    def _count_changes(self, layer: int) -> int:
+        """Changes in place so far; tensors made in inference mode cannot be changed elsewhere."""
+        tensors = self._parameters[layer].values()
+        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
     def release(self, layer: int) -> None:
         self._released[layer] = [tuple(p.shape) for p in self._parameters[layer].values()]
@@ -106,8 +119,10 @@ class ModuleStore(ExpertStore):
         for path, parameter in self._parameters[layer].items():
             parameter.data = parameter.data.to("cpu")
             self._set(layer, path, None)
+        self._versions[layer] = self._count_changes(layer)
 
     def restore(self, layer: int) -> None:
+        self._versions.pop(layer, None)
         for path, parameter in self._parameters[layer].items():
             self._set(layer, path, parameter)
 

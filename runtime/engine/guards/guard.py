@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NoReturn
@@ -40,12 +41,11 @@ def guard(
         _put(changes, layer.module, "extra_repr", partial(str, text))
     dtype = next(iter(placeholders.values())).dtype
     sample = torch.empty(0, dtype=dtype, device=device)
-    for name, module in model.named_modules():
-        inside = {path: one for path, one in placeholders.items() if _within(path, name)}
-        if inside:
-            _guard_conversions(module, sample, changes)
-            hook = partial(_refuse_to_load, prefix_length=len(name) + bool(name), experts=inside)
-            changes.add(module.register_load_state_dict_pre_hook(hook).remove)
+    for name, inside in _by_module(placeholders).items():
+        module = model.get_submodule(name)
+        _guard_conversions(module, sample, changes)
+        hook = partial(_refuse_to_load, prefix_length=len(name) + bool(name), experts=inside)
+        changes.add(module.register_load_state_dict_pre_hook(hook).remove)
     for name in ("__getstate__", "_replicate_for_data_parallel"):
         _put(changes, model, name, _refuse_to_copy)
     for name in ("save_pretrained", "push_to_hub"):
@@ -56,8 +56,14 @@ def _put(changes: Attachment, owner: Any, name: str, value: Any) -> None:
     changes.put(owner, name, value, holds=False)
 
 
-def _within(path: str, module: str) -> bool:
-    return not module or path.startswith(f"{module}.")
+def _by_module(placeholders: Placeholders) -> dict[str, Placeholders]:
+    """The placeholders within each module that has any, by its path."""
+    inside: defaultdict[str, Placeholders] = defaultdict(dict)
+    for path, placeholder in placeholders.items():
+        names = path.split(".")
+        for length in range(len(names)):
+            inside[".".join(names[:length])][path] = placeholder
+    return inside
 
 
 def _summary(layer: MoELayer) -> str:
@@ -75,12 +81,14 @@ def _hide(
         f"{layer.name}.{path}": Placeholder(f"{layer.name}.{path}", spec.shape, spec.dtype, device)
         for path, spec in store.whole_specs(index).items()
     }
+    held: defaultdict[str, Placeholders] = defaultdict(dict)
+    for path, placeholder in placeholders.items():
+        holder, _, name = path.rpartition(".")
+        held[holder][name] = placeholder
     for name, module in layer.module.named_modules(prefix=layer.name):
-        own = {path.rpartition(".")[2]: one for path, one in placeholders.items()
-               if path.rpartition(".")[0] == name}  # fmt: skip
         _fix(module, "_modules", {}, name, None, changes)
-        if own:
-            _fix(module, "_parameters", own, name, own, changes)
+        if name in held:
+            _fix(module, "_parameters", held[name], name, held[name], changes)
     return placeholders
 
 

@@ -276,3 +276,18 @@ def test_a_detached_model_can_be_changed_again() -> None:
     assert torch.equal(logits(offload(model).expertflow.detach().bfloat16()), logits(stock))
     experts(model).down_proj = nn.Parameter(torch.zeros(8, 32, 24, dtype=torch.bfloat16))
     assert experts(model).down_proj.requires_grad
+
+
+def test_an_expert_that_is_changed_behind_the_engines_back_is_noticed_at_its_next_load() -> None:
+    model: Any = tiny_model("olmoe")
+    kept = experts(model).down_proj
+    offload(model, None)
+    logits(model)
+    with torch.no_grad():
+        kept.mul_(2)
+    with pytest.raises(ValueError, match="changed while they are offloaded"):
+        logits(model)
+    stock: Any = tiny_model("olmoe")
+    experts(stock).down_proj.data.mul_(2)
+    assert torch.equal(logits(model.expertflow.detach()), logits(stock))
+    torch.testing.assert_close(logits(offload(model)), logits(stock), rtol=0, atol=1e-5)

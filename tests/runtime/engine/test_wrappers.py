@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 import runtime
 from tests.helpers.offloading import check, generate, logits, offload
@@ -139,6 +139,20 @@ def test_one_device_in_parallel_is_the_model_itself() -> None:
     with torch.inference_mode():
         assert torch.equal(nn.DataParallel(model)(ids).logits, model(ids).logits)
     assert model.expertflow.stats().steps == 2
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "fully_shard"])
+def test_weights_are_not_spread_over_processes(name: str, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    wrap: Change = fully_shard if name == "fully_shard" else nn.parallel.DistributedDataParallel
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="is offloaded"):
+            wrap(offload(tiny_model("olmoe")))
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("compile", [
