@@ -19,6 +19,8 @@ from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
+from runtime.engine.guards.adapters import load_adapter_beside, refuse_lone_adapter
+from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import LIMIT, RouteLog
@@ -56,8 +58,8 @@ def load(
 ) -> OffloadedModel:
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
-    model: a checkpoint directory, a hub id, or a model in memory (changed in place, until
-        `model.expertflow.detach()`).
+    model: a checkpoint directory, a hub id, or a model in memory, also of PEFT (changed in place,
+        until `model.expertflow.detach()`).
     predictor: an ONNX file of `predictor.export`.
     memory: the fraction of all experts' bytes that stays resident, or the bytes ("2GiB") for the
         model's other weights and the expert slots together. On the CPU the key/value cache comes on
@@ -94,6 +96,11 @@ def load(
     Raises ValueError, naming the thing and the remedy, when something does not fit together; the
     model is then as it was.
     """
+    whole = model
+    if isinstance(model, nn.Module):
+        model = base_model(model)
+    else:
+        refuse_lone_adapter(model)
     budget, target = parse_memory(memory), target_device(device, model)
     given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
     options = _cuda_options(given, target)
@@ -107,9 +114,13 @@ def load(
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
     route_log = None if record is None else _route_log(record, record_limit, source)
     if target.type == "cuda":
-        return offload_on_gpu(source, budget, target, chosen, options, forecaster, route_log)
-    backend = CpuBackend(source, slot_budget(budget, source), target, chosen)
-    Engine(source, backend, forecaster, route_log, target)
+        offload_on_gpu(source, budget, target, chosen, options, forecaster, route_log)
+    else:
+        backend = CpuBackend(source, slot_budget(budget, source), target, chosen)
+        Engine(source, backend, forecaster, route_log, target)
+    if isinstance(whole, nn.Module):
+        return cast("OffloadedModel", whole)
+    load_adapter_beside(source.model)
     return cast("OffloadedModel", source.model)
 
 

@@ -13,7 +13,9 @@ from runtime.engine.engine import Engine
 class OffloadedModel(PreTrainedModel, GenerationMixin):
     """A Hugging Face model with an engine attached: what `runtime.load` returns.
 
-    A model keeps its own class, so no model is an instance of this one.
+    A model keeps its own class, so no model is an instance of this one. Its experts are listed by
+    `named_parameters` and `state_dict`, as placeholders without values: docs/models.md says what
+    may be done to the model.
     """
 
     expertflow: Engine

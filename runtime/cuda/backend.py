@@ -165,7 +165,7 @@ class CudaBackend:
         return None if self.decoder is None else self.decoder.model.storage
 
     def row_decoder(self, cache: RowCache) -> RowDecoder | None:
-        if self.decoder is None:
+        if self.decoder is None or self.decoder.objection() is not None:
             return None
         if self._rows is None or not self._rows.take_on(cache):
             self._rows = RowDecoder(self.decoder, cache)

@@ -10,4 +10,5 @@ step_inputs  what a forward pass is about to run
 observer     the true routes of each step, for the predictor and the route log
 next_tokens  the likeliest next tokens of a step, and its logits
 attachment   changes to a model, each with its way back
+guards/      changes, copies and saves by others: exact or refused
 """

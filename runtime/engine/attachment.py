@@ -23,10 +23,10 @@ class Attachment:
         """Remember how a change is undone. holds: `release` undoes it too."""
         self._undo.extend((one, holds) for one in undo)
 
-    def put(self, owner: Any, name: str, value: Any) -> None:
+    def put(self, owner: Any, name: str, value: Any, *, holds: bool = True) -> None:
         """Give one object an attribute of its own, which hides its class's."""
         owner.__dict__[name] = value
-        self.add(partial(owner.__dict__.pop, name, None), holds=True)
+        self.add(partial(owner.__dict__.pop, name, None), holds=holds)
 
     def keep(self, owner: Any, name: str) -> None:
         """Remember the present value of an attribute that may change meanwhile."""

@@ -23,6 +23,7 @@ from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
 from runtime.engine.backend import Backend, RowDecoder
 from runtime.engine.gradients import ConstantExperts
+from runtime.engine.guards.guard import guard
 from runtime.engine.observer import build_observer
 from runtime.engine.steps import Steps
 from runtime.engine.turns import Turns
@@ -256,11 +257,11 @@ class Engine:
             changes.add(partial(self._store.restore, index))
             changes.put(layer.module, "forward", partial(self._steps.run_layer, index))
         changes.put(model, "expertflow", self)
-        changes.put(model, "save_pretrained", _refuse_to_save)
         self._take_turns()
         self._disable_compile()
         changes.add(self._constants.close, self._steps.close, holds=True)
         model.to(device).eval()
+        guard(model, self._layers, self._store, changes)
 
     def _take_turns(self) -> None:
         """Make steps of the model's forward passes, and a turn of each generation.
@@ -285,12 +286,6 @@ class Engine:
         if config is not None:
             self._attachment.keep(config, "disable_compile")
             config.disable_compile = True
-
-
-def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError(
-        "an offloaded model would be saved without its experts; save model.expertflow.detach()"
-    )
 
 
 def _refuse_to_run(*_: Any, **__: Any) -> NoReturn:

@@ -42,7 +42,13 @@ def read_inputs(
     """Read token ids, positions and history length of the (decoder's) step.
 
     mask_BT: zero for padding, where the call itself has a mask of another form.
+    Raises ValueError while the model is traced: the trace would keep the routes of one call.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "an offloaded model cannot be traced: which experts run is decided in every call; "
+            "call model.expertflow.detach() first"
+        )
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     prefix = "decoder_" if model.config.is_encoder_decoder else ""  # type: ignore[union-attr]

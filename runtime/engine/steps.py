@@ -67,6 +67,7 @@ class Steps:
 
     # ------------------------------------------------------------------ a forward pass
 
+    @torch.compiler.disable
     def forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One step; own: the model's forward. A checkpointed model that runs again is none."""
         refuse_transforms()
@@ -138,6 +139,7 @@ class Steps:
         stats.tokens += inputs.num_tokens
         stats.seconds["step"] += time.perf_counter() - start
 
+    @torch.compiler.disable
     def begin_encoding(self, *_: Any) -> None:
         """The encoder is about to run, on its own or within a step."""
         if not in_backward():
@@ -148,9 +150,14 @@ class Steps:
 
     def run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         """The experts call of layer `index`, within a step or without one."""
-        layer = self._layers[index]
         if torch.compiler.is_compiling() and self._backend.is_capturing:
+            layer = self._layers[index]
             return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
+        return self._run_layer(index, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layers[index]
         refuse_transforms()
         if in_backward():
             return with_bias(layer, self._call(index)(*read_call(layer, args, kwargs)))

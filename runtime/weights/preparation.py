@@ -65,9 +65,10 @@ def _write(meta: MetaModel, directory: Path, target: Path) -> None:
 
 
 def _copy_small_files(directory: Path, out: Path) -> None:
-    """Copy the configuration, the tokenizer, the licence: all files but weights."""
+    """Copy the configuration, the tokenizer, an adapter: all but the model's weights."""
     for path in directory.iterdir():
         is_weights = path.suffix in WEIGHTS or path.name.endswith(INDEX_SUFFIX)
+        is_weights = is_weights and not path.name.startswith("adapter_model")
         if path.is_file() and not path.name.startswith(".") and not is_weights:
             shutil.copyfile(path, out / path.name)
 

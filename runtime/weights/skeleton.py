@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 
 from routing.layers import MoELayer
 from runtime.weights.store import expert_parameters
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file by which PEFT and transformers know an adapter."""
 
 
 def read_weights(
@@ -23,9 +27,9 @@ def read_weights(
     variant: of the file names, as in transformers.
     Raises ValueError naming the tensor that is missing or has another shape.
     """
-    with _errors_only():
+    with _errors_only(), _without_adapter(directory) as base:
         model, found = model_class.from_pretrained(
-            directory,
+            base,
             dtype=dtype,
             variant=variant,
             output_loading_info=True,
@@ -38,7 +42,24 @@ def read_weights(
             f"{directory}: {name} has shape {tuple(shape)}, but the model needs {tuple(expected)}"
         )
     _copy_weights(model)
+    model.name_or_path = model.config._name_or_path = str(directory)
     return model
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The directory as transformers sees it without an adapter, which it would put on by itself.
+
+    An adapter goes on the model with its experts in place: `runtime.engine.guards.adapters`.
+    """
+    if not (directory / ADAPTER_CONFIG).is_file():
+        yield directory
+        return
+    with TemporaryDirectory(prefix="expertflow-") as links:
+        for path in directory.iterdir():
+            if path.name != ADAPTER_CONFIG:
+                (Path(links) / path.name).symlink_to(path.resolve())
+        yield Path(links)
 
 
 def _copy_weights(model: nn.Module) -> None:

@@ -23,6 +23,10 @@ class ExpertStore(ABC):
         """Shapes and dtypes of one expert of `layer`."""
 
     @abstractmethod
+    def whole_specs(self, layer: int) -> Specs:
+        """Shapes and dtypes of the parameters that hold all experts of `layer`, by path."""
+
+    @abstractmethod
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         """Copy one expert into the given tensors (views of a slot)."""
 
@@ -57,6 +61,7 @@ class ModuleStore(ExpertStore):
         self._names = [layer.container.names(layer.module) for layer in layers]
         self._parameters = [expert_parameters(layer) for layer in layers]
         self._released: dict[int, list[tuple[int, ...]]] = {}
+        self._versions: dict[int, int] = {}
 
     def specs(self, layer: int) -> Specs:
         return {
@@ -64,13 +69,33 @@ class ModuleStore(ExpertStore):
             for name, tensor in self._expert(layer, 0).items()
         }
 
+    def whole_specs(self, layer: int) -> Specs:
+        parameters = self._parameters[layer]
+        shapes = self._released.get(layer) or [tuple(p.shape) for p in parameters.values()]
+        return {
+            path: Spec(shape, parameter.dtype)
+            for (path, parameter), shape in zip(parameters.items(), shapes, strict=True)
+        }
+
     def _expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         return expert_part(self._layers[layer], self._names[layer], self._parameters[layer], expert)
 
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        """Raises ValueError for experts that were changed in place since they were taken."""
+        if self._versions.get(layer) not in (None, self._count_changes(layer)):
+            raise ValueError(
+                f"experts of {self._layers[layer].name} were changed while they are offloaded, and "
+                "slots hold some as they were; change them after model.expertflow.detach(), and "
+                "load the model again"
+            )
         for name, tensor in self._expert(layer, expert).items():
             into[name].copy_(tensor)
+
+    def _count_changes(self, layer: int) -> int:
+        """Changes in place so far; tensors made in inference mode cannot be changed elsewhere."""
+        tensors = self._parameters[layer].values()
+        return sum(tensor._version for tensor in tensors if not tensor.is_inference())
 
     def release(self, layer: int) -> None:
         self._released[layer] = [tuple(p.shape) for p in self._parameters[layer].values()]
@@ -94,8 +119,10 @@ class ModuleStore(ExpertStore):
         for path, parameter in self._parameters[layer].items():
             parameter.data = parameter.data.to("cpu")
             self._set(layer, path, None)
+        self._versions[layer] = self._count_changes(layer)
 
     def restore(self, layer: int) -> None:
+        self._versions.pop(layer, None)
         for path, parameter in self._parameters[layer].items():
             self._set(layer, path, parameter)
 
@@ -127,6 +154,9 @@ class SkeletonStore(ExpertStore):
         whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
         parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
         return {name: Spec(tuple(part.shape), self.dtype) for name, part in parts.items()}
+
+    def whole_specs(self, layer: int) -> Specs:
+        return {path: Spec(tuple(s), self.dtype) for path, s in self._shapes[layer].items()}
 
     def restore(self, layer: int) -> None:
         container = self.layers[layer]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import runtime
 from routing.layers import find_moe_layers
+from runtime.engine.guards.placeholder import Placeholder
 from runtime.kv.size import cache_bytes, tensor_bytes
 from runtime.plan import PlanSettings, main, plan
 from runtime.sizing.link import measure_link
@@ -27,7 +28,8 @@ ODD = ["aria", "dbrx", "ernie4_5_vl_moe", "inkling2_text", "jetmoe", "llama4_tex
 
 def loaded_bytes(model: Any) -> int:
     """Bytes of an offloaded model's weights and slots."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    others = (p for p in model.parameters() if not isinstance(p, Placeholder))
+    weights = sum(p.numel() * p.element_size() for p in others)
     arenas = [pool.arena for pool in dict.fromkeys(model.expertflow._backend.pools)]
     return weights + sum(arena.num_slots * arena.slot_bytes for arena in arenas)
 

@@ -26,6 +26,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.engine.guards.changes import fingerprint, uncapturable
 
 
 class StepInFlight(NamedTuple):
@@ -77,12 +78,23 @@ class Decoder:
         self._spare: defaultdict[int, list[Tensor]] = defaultdict(list)
         """Pinned memory of outcomes, by the batch of their steps."""
         self._num_free = 0
+        self._captured: Hashable = None
+        """The fingerprint of the model whose steps were captured."""
         DECODERS[id(model.model)] = self
 
     @property
     def num_slots(self) -> int:
         """Slots of the pool."""
         return self._pool.num_slots
+
+    def objection(self) -> str | None:
+        """Why captured steps would not do what the model does now; None: they would."""
+        model = self.model.model
+        if (reason := uncapturable(model)) is not None:
+            return reason
+        now = fingerprint(model)
+        self._captured = self._captured or now
+        return None if now == self._captured else "it was changed since steps were captured"
 
     def most_experts(self, num_rows: int) -> int:
         """Slots that one layer's call of so many sequences can need."""

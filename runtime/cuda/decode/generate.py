@@ -56,7 +56,8 @@ class CapturedGenerate:
             self.num_rows, self.mask_BT = outer
 
     def _objection(self, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
-        if (reason := unsupported(self._config)) is not None:
+        reason = unsupported(self._config) or self._decoder.objection()
+        if reason is not None:
             return reason
         for name in ("past_key_values", "custom_generate", "inputs_embeds"):
             if kwargs.get(name) is not None:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from runtime.cuda.kernels.unpacked import rows_of
 from runtime.cuda.memory.pinned import PinnedMemory
@@ -56,6 +57,7 @@ class HostDense:
     def __init__(self, model: Any, missing: int) -> None:
         self._memory = PinnedMemory()
         self._moved: list[tuple[nn.Module, nn.Parameter]] = []
+        self._hooks: list[RemovableHandle] = []
         self.num_bytes = 0
         for modules in _candidates(model):
             if self.num_bytes >= missing:
@@ -74,15 +76,31 @@ class HostDense:
             module.__dict__["weight"] = parameter.data
             run = embed if isinstance(module, nn.Embedding) else head
             module.forward = partial(run, module)
+            self._hooks.append(module._register_state_dict_hook(_list_weight))
+            self._hooks.append(module.register_load_state_dict_pre_hook(_load_weight))
 
     def restore(self) -> None:
         """Give the modules their parameters back, in ordinary host memory."""
         self._memory.close()
+        while self._hooks:
+            self._hooks.pop().remove()
         while self._moved:
             module, parameter = self._moved.pop()
             module.__dict__.pop("forward", None)
             module.__dict__.pop("weight", None)
             module._parameters["weight"] = parameter
+
+
+def _list_weight(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Put the weight into a state dict, which it would be missing from."""
+    state_dict[f"{prefix}weight"] = module.weight
+
+
+def _load_weight(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Take the weight out of a state dict, in which it would be an unexpected key."""
+    weight = state_dict.pop(f"{prefix}weight", None)
+    if weight is not None:
+        module.weight.copy_(weight)
 
 
 def _candidates(model: Any) -> Iterator[list[nn.Module]]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from transformers.generation.streamers import BaseStreamer
 
 import runtime
+from runtime.engine.guards.placeholder import Placeholder
 from tests.helpers.offloading import Predictor, check, generate, logits, offload, prompts
 from tests.helpers.tiny import KINDS, tiny_model
 
@@ -221,5 +222,5 @@ def test_moe_16x64_generates_the_stock_models_tokens_bit_identically(
 def test_moe_16x64_never_holds_more_than_its_slots(trained: Any) -> None:
     model = runtime.load(MOE_16X64, memory=0.125)
     assert model.expertflow.stats().num_slots == 128
-    held = sum(p.numel() for p in model.parameters())
+    held = sum(p.numel() for p in model.parameters() if not isinstance(p, Placeholder))
     assert held < 0.4 * sum(p.numel() for p in trained[torch.float32].parameters())

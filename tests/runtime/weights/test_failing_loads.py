@@ -25,6 +25,9 @@ class Failing(ExpertStore):
     def specs(self, layer: int) -> Any:
         return self._store.specs(layer)
 
+    def whole_specs(self, layer: int) -> Any:
+        return self._store.whole_specs(layer)
+
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         if next(self._reads) == self._fail_at:
             next(iter(into.values())).fill_(float("nan"))
