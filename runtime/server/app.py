@@ -61,11 +61,11 @@ def build_app(
 
 def load_app(settings: ServerSettings) -> FastAPI:
     """The application with its model loaded. Raises ValueError or OSError."""
-    from transformers import AutoTokenizer
+    from routing.pretrained import read_tokenizer
 
     token = settings.read_token()
     engine = settings.load()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = read_tokenizer(settings.model)
     return build_app(engine, tokenizer, settings, token)
 
 

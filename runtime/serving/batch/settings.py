@@ -63,10 +63,6 @@ def serve_settings(settings: BatchSettings) -> dict[str, Any]:
 
 def read_tokenizer(model: str) -> Any:
     """The tokenizer of `model`. Raises ValueError."""
-    from transformers import AutoTokenizer
+    from routing.pretrained import read_tokenizer as read
 
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{model} has no tokenizer that can be used: {reason:.200}") from error
+    return read(model)
