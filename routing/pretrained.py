@@ -55,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def model_class(config: Any) -> Any:
-    """transformers' class for `config`, including wrappers of text models.
+    """The class of transformers for `config`, including wrappers of text models.
 
     Raises ValueError where transformers has none, and where the configuration names none.
     """
@@ -65,7 +65,7 @@ def model_class(config: Any) -> Any:
     if not names:
         _without_architecture(config)
     name = names[0] if isinstance(names, list) else str(names)
-    found = getattr(transformers, name, None)
+    found: Any = getattr(transformers, name, None)
     if not _is_model_class(found):
         fields = {"transformers_version": getattr(config, "transformers_version", None)}
         raise ValueError(

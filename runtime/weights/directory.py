@@ -1,4 +1,4 @@
-"""A model directory, local or fetched from the Hub, and what it holds besides weights."""
+"""A model directory, and what it holds besides weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import nn
 
 from routing.layers import MoELayer, find_moe_layers
 from routing.pretrained import CONFIG, brief, model_class, read_config, read_tokenizer
-from runtime.weights.prepared_store import BLOCKS
-
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", BLOCKS]
-"""Patterns of the files that are fetched from the Hub."""
+from runtime.weights.repository.refusals import require_model
 
 
 class MetaModel(NamedTuple):
@@ -34,28 +31,9 @@ class MetaModel(NamedTuple):
         return cls(model, find_moe_layers(model))
 
 
-def find_directory(path: str | Path) -> Path:
-    """Return a local directory as it is; fetch the model of a Hub id.
-
-    Raises ValueError when `path` is neither.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.is_absolute() or str(path).startswith("."):
-        raise ValueError(f"there is no model directory {path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=FETCHED))
-    except Exception as error:  # the Hub's client raises many kinds, and all mean the same here
-        raise ValueError(
-            f"{path} is neither a directory nor a model the hub hands out ({brief(error)})"
-        ) from error
-
-
 def _architecture(directory: Path) -> tuple[Any, Any]:
     """The class of the model, and its configuration."""
+    require_model(directory)
     config = read_config(directory)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,28 @@ def test_advice_fits_the_budget(planned: Callable[[float], MemoryPlan]) -> None:
     assert advice(planned(0.1), 1 << 30)[0].startswith("Only 9% of the experts are resident")
     assert any("wait for the disk" in line for line in advice(planned(0.5), 1 << 10))
     assert [line for line in advice(planned(0.5), 1 << 30) if "least" not in line] == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "deepseek_v3"])
+def test_a_configuration_alone_is_planned_as_its_model(kind: str, tmp_path: Path) -> None:
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    architecture_model(kind).to(torch.bfloat16).save_pretrained(whole)  # type: ignore[operator]
+    alone.mkdir()
+    (alone / "config.json").write_text((whole / "config.json").read_text())
+    expected = plan(whole, 0.5)
+    for path in (alone, alone / "config.json", whole / "config.json"):
+        planned = plan(path, 0.5)
+        assert planned.slots == expected.slots
+        assert planned.resident_bytes == expected.resident_bytes
+        assert planned.cache_bytes == expected.cache_bytes
+
+
+def test_a_configuration_without_a_number_format_needs_one(saved: Path, tmp_path: Path) -> None:
+    fields = json.loads((saved / "config.json").read_text()) | {"dtype": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="says no dtype: give dtype=, as 'bfloat16'"):
+        plan(tmp_path)
+    assert plan(tmp_path, dtype="bfloat16").expert_bytes == [3 * 32 * 24 * 2]
 
 
 def test_the_plan_refuses_what_loading_refuses(tmp_path: Path) -> None:
