@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
-from runtime.serving.batch.settings import BatchSettings, read_tokenizer
+from runtime.serving.batch.settings import BatchSettings
 
 if TYPE_CHECKING:
     from runtime.serving.batch.journal import Journal
@@ -37,7 +37,7 @@ def main(settings: BatchSettings) -> None:
     if num_rows == 0:
         raise ValueError(f"the data set {settings.dataset} has no rows")
     with Journal(settings.out, _identity(settings, digest)) as journal:
-        tokenizer = read_tokenizer(settings.model)
+        tokenizer = settings.read_tokenizer()
         with closing(_crew(settings, tokenizer)) as crew:
             num_bad = _serve(settings, crew, tokenizer, journal, num_rows)
             report = crew.report()

@@ -58,7 +58,7 @@ def plan(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> MemoryPlan:
-    """Model: a directory, a config.json, or an id on the Hub (whose weights stay there)."""
+    """The memory that `runtime.load` will take. No weights are read, or fetched from the Hub.
 
     model: as for `load`; also a `config.json`, or a directory that holds no more.
 

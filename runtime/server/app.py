@@ -61,11 +61,9 @@ def build_app(
 
 def load_app(settings: ServerSettings) -> FastAPI:
     """The application with its model loaded. Raises ValueError or OSError."""
-    from routing.pretrained import read_tokenizer
-
     token = settings.read_token()
     engine = settings.load()
-    tokenizer = read_tokenizer(settings.model)
+    tokenizer = settings.read_tokenizer()
     return build_app(engine, tokenizer, settings, token)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import runtime
 from routing.layers import find_moe_layers
+from runtime.kv import size
 from runtime.kv.size import cache_bytes, tensor_bytes
 from runtime.plan import PlanSettings, main, plan
 from runtime.sizing.link import measure_link
@@ -78,6 +79,24 @@ def test_the_key_value_cache_is_as_large_as_a_real_one(kind: str) -> None:
         assert tensor_bytes(cache) == 3 * 2 * 24 * 4 * 8 * 4, "layers, keys and values, tokens ..."
     meta = model.to("meta")
     assert cache_bytes(meta, find_moe_layers(meta), 24) == tensor_bytes(cache)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "minimax"])
+def test_the_cache_of_recurrent_layers_is_measured_at_short_lengths(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta: Any = architecture_model(kind).to("meta")
+    layers = find_moe_layers(meta)
+    whole = size._measured(meta, layers, 1024)
+    forward, lengths = meta.forward, list[int]()
+
+    def watched(*args: Any, **options: Any) -> Any:
+        lengths.append(options["input_ids"].shape[1])
+        return forward(*args, **options)
+
+    monkeypatch.setattr(meta, "forward", watched)
+    assert cache_bytes(meta, layers, 1024) == whole
+    assert kind == "minimax" or max(lengths) == max(size.SHORT)
 
 
 def test_a_cache_size_that_the_model_does_not_reveal_is_not_known() -> None:

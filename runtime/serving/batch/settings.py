@@ -59,10 +59,3 @@ class Served(NamedTuple):
 def serve_settings(settings: BatchSettings) -> dict[str, Any]:
     """The settings of `engine.serve` among them."""
     return {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
-
-
-def read_tokenizer(model: str) -> Any:
-    """The tokenizer of `model`. Raises ValueError."""
-    from routing.pretrained import read_tokenizer as read
-
-    return read(model)
