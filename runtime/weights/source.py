@@ -154,6 +154,7 @@ def open_weights(directory: Path, meta: MetaModel) -> tuple[SkeletonStore, dict[
     _refuse_tied(meta)
     files = CheckpointFiles(directory)
     mapping = CheckpointMapping(files, meta.model)
+    mapping.require_no_more_layers(meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
     others = files.entries.keys() - store.keys
     return store, {key: StoredTensor(files, key) for key in sorted(others)}

@@ -108,3 +108,18 @@ def test_no_file_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
     runtime.load(directory)
     runtime.load(prepare(directory, tmp_path / "prepared"))
+
+
+def test_more_layers_than_the_configuration_describes_are_refused(tmp_path: Path) -> None:
+    directory = save_tiny(tmp_path, "olmoe")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
+    assert "has weights of model.layers.3, but config.json describes fewer" in refused(directory)
+
+
+def test_a_layer_with_tensors_of_its_own_is_ignored(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, "olmoe") / "model.safetensors"
+    extra = {"model.layers.4.eh_proj.weight": torch.zeros(2), "model.layers.4.mlp.gate.weight":
+             torch.zeros(8, 32)}  # fmt: skip
+    save_file(load_file(path) | extra, path, {"format": "pt"})
+    runtime.load(tmp_path)
