@@ -123,3 +123,11 @@ def test_a_layer_with_tensors_of_its_own_is_ignored(tmp_path: Path) -> None:
              torch.zeros(8, 32)}  # fmt: skip
     save_file(load_file(path) | extra, path, {"format": "pt"})
     runtime.load(tmp_path)
+
+
+def test_experts_of_one_layer_in_two_number_formats_are_refused(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path, "olmoe") / "model.safetensors"
+    tensors, name = load_file(path), "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name] = tensors[name].half()
+    save_file(tensors, path, {"format": "pt"})
+    assert f"{name} as F16: its files are mixed" in refused(tmp_path)
