@@ -62,12 +62,16 @@ def generate(
         residency: Share of the experts that are resident.
         new_tokens: Tokens to generate after each prompt.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from routing.pretrained import read_tokenizer
+
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_directory).eval()
+    tokenizer = read_tokenizer(model_directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_directory, trust_remote_code=False
+    ).eval()
     ids = {
         name: tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT_TOKENS]
         for name, text in prompts.items()

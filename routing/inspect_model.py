@@ -1,4 +1,4 @@
-"""Inspection of a Hugging Face model: its routing topology, fingerprints and class."""
+"""Inspection of a Hugging Face model: its routing topology and fingerprints."""
 
 from __future__ import annotations
 
@@ -69,17 +69,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:FINGERPRINT_CHARS]
-
-
-def model_class(config: Any) -> Any:
-    """Transformers' class for `config`, including wrappers of text models.
-
-    Raises ValueError where transformers has none: remote code is never run.
-    """
-    import transformers
-
-    name = (config.architectures or ["?"])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise ValueError(f"transformers {transformers.__version__} has no architecture {name}")
-    return found

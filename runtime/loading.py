@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from routing.predictor_file.reader import PredictorFile, open_predictor
+from routing.topology import Topology
 from runtime.cache.belady import Belady
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
@@ -27,6 +28,7 @@ from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
 from runtime.sizing.budget import slot_budget
 from runtime.sizing.units import parse_memory, parse_size
+from runtime.weights.repository.hub import HubOptions
 from runtime.weights.source import Source, from_module, from_path
 
 if TYPE_CHECKING:
@@ -55,6 +57,10 @@ def load(
     compile: bool | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    attn_implementation: str | None = None,
 ) -> OffloadedModel:
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
@@ -78,6 +84,9 @@ def load(
     record: a directory that keeps the token ids and routes of everything that runs, as a trace to
         train the predictor further with. Off by default: the text can be read back from it.
     record_limit: bytes ("256MiB") at which recording into the directory ends.
+    revision, token, cache_dir: of a hub id, as transformers takes them. Its small files are fetched
+        and judged before its weights.
+    attn_implementation: transformers' attention, as "sdpa" or "eager"; by default its own choice.
 
     These shape captured steps on a GPU; on a CPU they change nothing, and a warning says so:
 
@@ -105,11 +114,15 @@ def load(
     given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
     options = _cuda_options(given, target)
     file = None if predictor is None else open_predictor(predictor)
-    source = _open(model, tokenizer, dtype, host if target.type == "cpu" else "file")
-    if file is not None:
-        source.topology.require_match(
-            file.topology, ours="the model", theirs=f"the predictor {predictor}"
-        )
+
+    def accept(topology: Topology) -> None:
+        if file is not None:
+            theirs = f"the predictor {predictor}"
+            topology.require_match(file.topology, ours="the model", theirs=theirs)
+
+    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
+    host = host if target.type == "cpu" or host not in HOSTS else "file"
+    source = _open(model, tokenizer, dtype, host, hub, attn_implementation, accept)
     chosen = choose_policy(policy, source, file, replay)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
     route_log = None if record is None else _route_log(record, record_limit, source)
@@ -161,13 +174,36 @@ def _route_log(directory: str | Path, limit: int | str, source: Source) -> Route
 
 
 def _open(
-    model: str | Path | nn.Module, tokenizer: Any, dtype: str | torch.dtype, host: str
+    model: str | Path | nn.Module,
+    tokenizer: Any,
+    dtype: str | torch.dtype,
+    host: str,
+    hub: HubOptions,
+    attention: str | None,
+    accept: Callable[[Topology], None],
 ) -> Source:
     if host not in HOSTS:
         raise ValueError(f"host={host!r} is not one of {', '.join(HOSTS)}")
     if isinstance(model, nn.Module):
-        return from_module(model, tokenizer)
-    return from_path(model, tokenizer, dtype, in_memory=host == "memory")
+        _refuse_for_module(hub, attention)
+        source = from_module(model, tokenizer)
+        accept(source.topology)
+        return source
+    if attention is not None and ("/" in attention or "|" in attention):
+        raise ValueError(
+            f"attn_implementation={attention!r} names code on the hub, which is never run; name "
+            "one of transformers' own, as 'sdpa' or 'eager'"
+        )
+    options: dict[str, Any] = {"hub": hub, "attention": attention, "accept": accept}
+    return from_path(model, tokenizer, dtype, in_memory=host == "memory", **options)
+
+
+def _refuse_for_module(hub: HubOptions, attention: str | None) -> None:
+    """Raise ValueError for options of a model that is loaded, where one in memory was passed."""
+    given = hub.given() | ({} if attention is None else {"attn_implementation": attention})
+    if given:
+        names = ", ".join(f"{name}=" for name in given)
+        raise ValueError(f"{names}: the model is in memory already; give them where it is loaded")
 
 
 def choose_policy(

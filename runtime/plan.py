@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
 
@@ -27,7 +27,7 @@ class PlanSettings:
     """Say how a model fits a memory budget and how fast it can be, without loading its weights."""
 
     model: str
-    """Model: a directory or an id on the Hub (which is fetched first)."""
+    """Model: a directory, a config.json, or an id on the Hub (no weights are fetched)."""
     memory: str = "0.25"
     """The budget as for runtime.load: a size like 8GiB, or a fraction of the experts like 0.25."""
     measure: bool = False
@@ -38,6 +38,12 @@ class PlanSettings:
     """On a GPU, where a size pays for the key/value cache too: tokens of the longest sequence."""
     batch: int = 1
     """On a GPU: sequences that run at once."""
+    dtype: str = "auto"
+    """Number format of the model; `auto` is the one it is stored in."""
+    revision: str | None = None
+    """Branch, tag or commit of an id on the Hub. HF_TOKEN opens private ones."""
+    cache_dir: str | None = None
+    """Folder to keep fetched files in."""
 
 
 def plan(
@@ -47,15 +53,23 @@ def plan(
     device: str = "cpu",
     context: int = 2048,
     batch: int = 1,
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> MemoryPlan:
-    """The memory that `runtime.load` will take with these arguments. No weights are read.
+    """The memory that `runtime.load` will take. No weights are read, or fetched from the Hub.
+
+    model: as for `load`; also a `config.json`, or a directory that holds no more.
 
     Raises ValueError as `runtime.load` would.
     """
     from runtime.sizing.memory_plan import MemoryPlan
+    from runtime.weights.repository.hub import HubOptions
     from runtime.weights.source import from_path_on_meta
 
-    source = from_path_on_meta(model)
+    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
+    source = from_path_on_meta(model, dtype, hub)
     slots = _slots(source, memory, device, context=context, batch=batch)
     return MemoryPlan.of(source, slots, str(model))
 
@@ -81,8 +95,9 @@ def main(settings: PlanSettings) -> None:
     from runtime.sizing.memory_plan import advice, describe
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = {"context": settings.context, "batch": settings.batch}
-    planned = plan(settings.model, settings.memory, device=device, **sizes)
+    names = ("context", "batch", "dtype", "revision", "cache_dir")
+    options: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    planned = plan(settings.model, settings.memory, device=device, **options)
     bandwidth = None
     if settings.measure:
         bandwidth = measure_link(torch.device(device), max(planned.expert_bytes))

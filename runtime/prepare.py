@@ -22,9 +22,20 @@ class PrepareSettings:
     """Directory to write; it must not exist."""
     verify: bool = False
     """Read all blocks of a prepared model and compare their checksums."""
+    revision: str | None = None
+    """Branch, tag or commit of an id on the Hub. HF_TOKEN opens private ones."""
+    cache_dir: str | None = None
+    """Folder to keep fetched files in."""
 
 
-def prepare(model: str | Path, out: str | Path) -> Path:
+def prepare(
+    model: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
     """Write a prepared copy of `model` to `out`, completely or not at all. Returns `out`.
 
     The copy keeps the dtype of the checkpoint. Only `runtime.load` can read it: it has no weights
@@ -32,8 +43,10 @@ def prepare(model: str | Path, out: str | Path) -> Path:
     would refuse, and if `out` exists.
     """
     from runtime.weights.preparation import write_prepared
+    from runtime.weights.repository.hub import HubOptions
 
-    return write_prepared(model, out)
+    hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
+    return write_prepared(model, out, hub)
 
 
 def main(settings: PrepareSettings) -> None:
@@ -45,7 +58,8 @@ def main(settings: PrepareSettings) -> None:
     elif settings.out is None:
         raise ValueError("say where to write the prepared model: runtime.prepare MODEL OUT")
     else:
-        print(f"{prepare(settings.model, settings.out)} is ready for runtime.load")
+        hub = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+        print(f"{prepare(settings.model, settings.out, **hub)} is ready for runtime.load")
 
 
 if __name__ == "__main__":

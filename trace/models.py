@@ -19,22 +19,21 @@ def load_model_and_tokenizer(
 
     Raises ValueError or OSError.
     """
-    from transformers import AutoTokenizer
+    from routing.pretrained import read_tokenizer
 
     if settings.model.startswith((".", "/", "~")) and not Path(settings.model).is_dir():
         raise ValueError(f"--model {settings.model}: there is no such directory")
     model = load_skeleton(settings) if settings.workers else load_model(settings)
-    return model, AutoTokenizer.from_pretrained(settings.model)
+    return model, read_tokenizer(settings.model)
 
 
 def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     import torch
-    from transformers import AutoConfig
 
-    from routing.inspect_model import model_class
+    from routing.pretrained import model_class, read_config
 
-    config = AutoConfig.from_pretrained(settings.model)
+    config = read_config(settings.model)
     with torch.device("meta"):
         skeleton: PreTrainedModel = model_class(config)(config)
     return skeleton
@@ -43,15 +42,14 @@ def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
 def load_model(settings: CollectSettings) -> PreTrainedModel:
     """The model, in eval mode on its device. Raises ValueError or OSError."""
     import torch
-    from transformers import AutoConfig
 
-    from routing.inspect_model import model_class
+    from routing.pretrained import model_class, read_config
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
-    config = AutoConfig.from_pretrained(settings.model)
+    config = read_config(settings.model)
     model: PreTrainedModel = model_class(config).from_pretrained(
-        settings.model, dtype=settings.dtype
+        settings.model, dtype=settings.dtype, trust_remote_code=False
     )
     return model.eval().to(settings.device)
 

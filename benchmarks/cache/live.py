@@ -59,7 +59,9 @@ def main(settings: LiveCacheSettings) -> None:
 
     torch.set_num_threads(settings.threads)
     transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(settings.model, dtype=settings.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings.model, dtype=settings.dtype, trust_remote_code=False
+    )
     texts = _texts(settings)
     runs, stock_seconds = compare(
         model.eval(),
@@ -80,9 +82,9 @@ def main(settings: LiveCacheSettings) -> None:
 
 
 def _texts(settings: LiveCacheSettings) -> list[Tensor]:
-    from transformers import AutoTokenizer
+    from routing.pretrained import read_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = read_tokenizer(settings.model)
     files = [
         file
         for path in settings.text

@@ -78,7 +78,7 @@ def from_disk(hub: Path, offload: Path) -> Any:
     from transformers import AutoConfig, OlmoeForCausalLM
 
     with torch.device("meta"):
-        model = OlmoeForCausalLM(AutoConfig.from_pretrained(hub))
+        model = OlmoeForCausalLM(AutoConfig.from_pretrained(hub, trust_remote_code=False))
     leaves = [name for name, module in model.named_modules() if not list(module.children())]
     places = {name: "disk" for name, m in model.named_modules() if name.endswith(".experts")}
     places |= {n: "cpu" for n in leaves if ".experts" not in n}

@@ -21,11 +21,10 @@ def text_requests(settings: TextLoad) -> list[Request]:
 
     Raises ValueError if there is no text file.
     """
-    from transformers import AutoTokenizer
-
+    from routing.pretrained import read_tokenizer
     from runtime.serving.request import Request
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = read_tokenizer(settings.model)
     random = np.random.default_rng(settings.seed)
     files = sorted(settings.text.glob("*.txt"))
     if not files:

@@ -126,7 +126,9 @@ def load(settings: OverheadSettings) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if settings.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype="auto", trust_remote_code=False
+        )
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmoe", **RANDOM_MODEL))

@@ -28,16 +28,15 @@ class Routed(NamedTuple):
 
 def load_model(name: str, topology: Topology, *, device: str) -> Any:
     """Load the model `name` in eval mode. Raises ValueError unless its topology is `topology`."""
-    from transformers import AutoConfig
+    from routing.pretrained import model_class, read_config
 
-    from routing.inspect_model import model_class
-
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{name} is an encoder-decoder model: look-ahead is for decoder-only models"
         )
-    model = model_class(config).from_pretrained(name, dtype="auto").eval().to(device)
+    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False}
+    model = model_class(config).from_pretrained(name, **options).eval().to(device)
     topology_of(model).require_match(topology, ours=f"the model {name}", theirs="the trace")
     return model
 

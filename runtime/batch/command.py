@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from runtime.serving.batch.settings import BatchSettings, read_tokenizer
+from runtime.serving.batch.settings import BatchSettings
 
 if TYPE_CHECKING:
     from runtime.batch.batch_run import Crew
@@ -25,7 +25,7 @@ EXIT_ROWS_FAILED = 3
 EXIT_TERMINATED = 143
 IDENTITY = (
     "model", "dtype", "max_tokens", "temperature", "top_p", "seed", "stop", "context",
-    "chat_template", "name",
+    "chat_template", "name", "revision", "attn_implementation",
 )  # fmt: skip
 """Settings that a batch's results depend on."""
 
@@ -58,7 +58,7 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
     from runtime.batch.progress import Progress, announce
     from runtime.batch.survey import unchanged
 
-    tokenizer = read_tokenizer(settings.model)
+    tokenizer = settings.read_tokenizer()
     jobs = Jobs(settings, tokenizer, has_openai=found.has_openai)
     announce(found.num_rows, journal)
     summary = [f"{settings.out}: {found.num_rows} rows, all of them done before"]

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from routing.layers import MoELayer
 
+CACHE_MODULE = "transformers.cache_utils"
+SHORT = (128, 256, 384)
+"""Lengths that a cache of recurrent layers is measured at: their steps over longer sequences take
+minutes, and the cache grows by the same bytes for every token."""
+
 
 def cache_bytes(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> int | None:
     """Bytes of the key/value cache of one sequence of `num_tokens`, recurrent states included.
@@ -16,6 +21,28 @@ def cache_bytes(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> in
     model: on the meta device, so the forward pass that fills the cache costs nothing; its experts
     are skipped. None where the architecture's own code cannot run without data.
     """
+    if num_tokens > max(SHORT) and not _has_windows(model.config):
+        sizes = [_measured(model, layers, length) for length in SHORT]
+        known = [size for size in sizes if size]
+        if len(known) < len(SHORT):
+            return None
+        slope = (known[1] - known[0]) / (SHORT[1] - SHORT[0])
+        is_affine = known[2] - known[1] == slope * (SHORT[2] - SHORT[1])
+        if is_affine and known[0] > slope * SHORT[0]:  # a part of it is constant: recurrent states
+            return int(known[0] + slope * (num_tokens - SHORT[0]))
+    return _measured(model, layers, num_tokens)
+
+
+def _has_windows(config: Any) -> bool:
+    """True where the cache may stop to grow at some length."""
+    fields = config.get_text_config().to_dict()
+    kinds = str(fields.get("layer_types"))
+    named = any(("window" in name or "attention_chunk" in name) and fields[name] for name in fields)
+    return named or "sliding" in kinds or "chunked" in kinds
+
+
+def _measured(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> int | None:
+    """Bytes of the cache that a forward pass over `num_tokens` fills."""
     token_ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     decoder = {"decoder_input_ids": token_ids} if model.config.is_encoder_decoder else {}  # type: ignore[union-attr]
     for layer in layers:
@@ -23,7 +50,7 @@ def cache_bytes(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> in
     try:
         with torch.no_grad():
             output = model(input_ids=token_ids, use_cache=True, **decoder)
-        return tensor_bytes(output["past_key_values"])
+        return tensor_bytes(output["past_key_values"]) or None
     except (RuntimeError, NotImplementedError, KeyError, ValueError):
         return None
     finally:
@@ -34,16 +61,19 @@ def cache_bytes(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> in
 def tensor_bytes(cache: Any) -> int:
     """Of all tensors of the cache's layers."""
     found: dict[int, Tensor] = {}
-    stack = [cache]
+    stack, seen = [cache], set[int]()
     while stack:
         item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         if isinstance(item, Tensor):
             found[id(item)] = item
         elif isinstance(item, (list, tuple)):
             stack += item
         elif isinstance(item, dict):
             stack += item.values()
-        elif type(item).__module__.startswith("transformers.cache_utils"):
+        elif "Cache" in type(item).__name__ or type(item).__module__ == CACHE_MODULE:
             stack += vars(item).values()
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 

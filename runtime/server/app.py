@@ -78,10 +78,8 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
 
 def load_app(settings: ServerSettings) -> FastAPI:
     """The application with its model loaded. Raises ValueError or OSError."""
-    from transformers import AutoTokenizer
-
     token, template = settings.read_token(), settings.read_template()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = settings.read_tokenizer()
     if template is not None:
         check_template(tokenizer, template)  # before the model, which takes long
     return build_app(settings.load(), tokenizer, settings, token)

@@ -31,6 +31,21 @@ class ModelSettings(ServeSettings):
     further with (256 MiB at most). The text can be read back from it.
     """
 
+    revision: str | None = None
+    """Branch, tag or commit of an id on the Hub. HF_TOKEN opens private ones."""
+    cache_dir: str | None = None
+    """Folder to keep files fetched from the Hub in."""
+    attn_implementation: str | None = None
+    """Attention of transformers, such as sdpa or eager; by default its own choice."""
+
+    def read_tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ValueError."""
+        from routing.pretrained import read_tokenizer
+
+        hub = {"revision": self.revision, "cache_dir": self.cache_dir}
+        given = {name: value for name, value in hub.items() if value is not None}
+        return read_tokenizer(self.model, **given)
+
     def load(self, tokenizer: Any = None) -> Engine:
         """The engine, with a key/value cache for these settings. Raises ValueError or OSError."""
         from runtime.loading import load, target_device
@@ -45,6 +60,9 @@ class ModelSettings(ServeSettings):
             dtype=self.dtype,
             tokenizer=tokenizer,
             record=self.record,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            attn_implementation=self.attn_implementation,
             context=self.context if on_gpu else None,
             batch=num_rows(self, self.scheduler) if on_gpu else None,
         ).expertflow

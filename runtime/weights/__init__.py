@@ -2,9 +2,10 @@
 
 source            a model built without its experts, its MoE layers, and the store of its experts
 directory         a model directory, local or from the Hub; the model on the meta device
-skeleton          a model built without its experts
+dense/            the model built without its experts
 files             safetensors files, watched for changes
 mapping, conversion   the checkpoint tensors that make up an expert
+repository/       files on the Hub, fetched when they are needed; directories without a model
 store             the contract of all stores, and the store of a module's own tensors
 checkpoint_store  experts read from where they lie in the files
 memory_store      all experts read once and held in memory

@@ -111,6 +111,13 @@ class CheckpointParameter:
                         f"{files.directory}: {key} is stored as {entry.dtype}: quantised experts "
                         "are not supported"
                     )
+        formats = {files.entries[key].dtype: key for keys in self.keys.values() for key in keys}
+        if len(formats) > 1:
+            (one, first), (other, second), *_ = formats.items()
+            raise ValueError(
+                f"{files.directory} stores {first} as {one}, but {second} as {other}: its files "
+                "are mixed; fetch or save the checkpoint again"
+            )
         if not self.is_stacked:
             self._check_conversion(files)
 

@@ -1,4 +1,4 @@
-"""A model directory, local or fetched from the Hub, and what it holds besides weights."""
+"""A model directory, and what it holds besides weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from routing.inspect_model import model_class
 from routing.layers import MoELayer, find_moe_layers
-from runtime.weights.prepared_store import BLOCKS
-
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", BLOCKS]
-"""Patterns of the files that are fetched from the Hub."""
+from routing.pretrained import CONFIG, brief, model_class, read_config, read_tokenizer
+from runtime.weights.repository.refusals import require_model
 
 
 class MetaModel(NamedTuple):
@@ -34,43 +31,17 @@ class MetaModel(NamedTuple):
         return cls(model, find_moe_layers(model))
 
 
-def find_directory(path: str | Path) -> Path:
-    """Return a local directory as it is; fetch the model of a Hub id.
-
-    Raises ValueError when `path` is neither.
-    """
-    directory = Path(path)
-    if directory.is_dir():
-        return directory
-    if directory.is_absolute() or str(path).startswith("."):
-        raise ValueError(f"there is no model directory {path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=FETCHED))
-    except Exception as error:  # the Hub's client raises many kinds, and all mean the same here
-        raise ValueError(
-            f"{path} is neither a directory nor a model the hub hands out ({_brief(error)})"
-        ) from error
-
-
 def _architecture(directory: Path) -> tuple[Any, Any]:
     """The class of the model, and its configuration."""
-    import transformers
-
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'config.json'} cannot be used: {_brief(error)}") from error
+    require_model(directory)
+    config = read_config(directory)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        raise ValueError(f"{directory} is quantised ({_brief(quantization)}): not supported")
+        raise ValueError(f"{directory} is quantised ({brief(quantization)}): not supported")
     try:
         return model_class(config), config
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from error
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -78,16 +49,4 @@ def load_tokenizer(directory: Path) -> Any:
 
     Raises ValueError for a tokenizer that cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
-    if not any(directory.glob("tokenizer*")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise ValueError(f"the tokenizer in {directory} cannot be used: {_brief(error)}") from error
-
-
-def _brief(error: object) -> str:
-    """Another library's message, on one line and at most 300 characters long."""
-    return f"{' '.join(str(error).split()):.300}"
+    return read_tokenizer(directory) if any(directory.glob("tokenizer*")) else None

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from runtime.weights.repository.refusals import without_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,7 +21,18 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The dtypes that can be read as they are, by their names in safetensors."""
+"""The dtypes of weights that can be read as they are, by their names in safetensors."""
+
+OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+LONGEST_HEADER = 100_000_000
+"""Bytes, as safetensors itself allows."""
 
 
 class Entry(NamedTuple):
@@ -87,8 +99,28 @@ class WatchedFile:
             rest, start = rest[count:], start + count
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a file, which is read when it is indexed: as transformers takes its weights."""
+
+    files: CheckpointFiles
+    key: str
+
+    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
+        return self.files.get(self.key)[index]
+
+    def get_shape(self) -> list[int]:
+        """The shape, as safetensors' slices give it."""
+        return list(self.files.entries[self.key].shape)
+
+    def get_dtype(self) -> str:
+        """The dtype by its name in safetensors."""
+        return self.files.entries[self.key].dtype
+
+
 class CheckpointFiles:
-    """The tensors of a checkpoint directory.
+    """The tensors of a checkpoint directory, read in pieces and never mapped.
+
+    A mapping of a file that is larger than the memory is refused where memory is not overcommitted.
 
     single: the file to open in a directory without an index of shards.
     Raises ValueError if the directory has no safetensors, or if a file is missing or truncated.
@@ -98,67 +130,102 @@ class CheckpointFiles:
     def __init__(self, directory: Path, single: str = SINGLE) -> None:
         self.directory = directory
         self._single = single
-        self._files: dict[str, tuple[WatchedFile, Any]] = {}
+        self._files: dict[str, WatchedFile] = {}
         self.entries = self._read_entries()
 
     def _read_entries(self) -> dict[str, Entry]:
         path = self.directory / INDEX
         if not path.is_file():
             if not (self.directory / self._single).is_file():
-                raise ValueError(
-                    f"{self.directory} has no {self._single} or {INDEX}: only safetensors are read"
-                )
+                wanted = f"{self._single} or {INDEX}"
+                raise ValueError(without_weights(self.directory, wanted))
             return self._open(self._single)
-        try:
-            index = dict(json.loads(path.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not an index of weights ({error!r})") from error
+        index = read_index(path)
+        if self._single not in index.values() and (self.directory / self._single).is_file():
+            raise ValueError(
+                f"{self.directory} has two sets of weights: {self._single}, and the shards of "
+                f"{INDEX}; remove the one that is not the model"
+            )
         headers = {file: self._open(file) for file in dict.fromkeys(index.values())}
         for key, file in index.items():
             if key not in headers[file]:
                 raise ValueError(f"{path} names {key} in {file}, but it is not there")
-        return {key: headers[file][key] for key, file in index.items()}
+        entries: dict[str, Entry] = {}
+        for file, header in headers.items():  # transformers reads all tensors of these files
+            for key, entry in header.items():
+                if key in entries:
+                    raise ValueError(
+                        f"{self.directory} has {key} twice: in {entries[key].file} and in {file}"
+                    )
+                entries[key] = entry
+        return entries
 
     def _open(self, file: str) -> dict[str, Entry]:
-        """Map `file` and read its header, which safetensors compares with the size of the file."""
+        """Open `file` and read its header, which is compared with the size of the file."""
         path = self.directory / file
         try:
-            watched, mapped = WatchedFile(path), safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            self._files[file] = WatchedFile(path)
+            entries = read_header(path)
+            require_whole(entries, path)
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
-                f"{path} is missing or damaged ({error}{_cut(path)}); fetch it again"
+                f"{path} is missing or damaged ({error!s:.200}); fetch it again"
             ) from error
-        self._files[file] = watched, mapped
-        return read_header(path)
+        return entries
 
     def get(self, key: str) -> Tensor:
-        """The tensor `key`, as pages of the mapped file."""
-        tensor: Tensor = self._file_of(key).get_tensor(key)
-        return tensor
+        """The tensor `key`."""
+        return self._part(key, 0, self.entries[key].shape)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the tensor `key`, as pages of the mapped file."""
-        tensor: Tensor = self._file_of(key).get_slice(key)[start:stop]
+        """Rows [start, stop) of the tensor `key`."""
+        shape = self.entries[key].shape
+        row = torch.Size(shape[1:]).numel()
+        return self._part(key, start * row, (stop - start, *shape[1:]))
+
+    def _part(self, key: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        stored = self.entries[key].dtype
+        dtype = (DTYPES | OTHERS).get(stored)
+        if dtype is None:
+            raise ValueError(f"{self.directory}: {key} is stored as {stored}: not supported")
+        tensor = torch.empty(shape, dtype=dtype)
+        self.read(key, start, tensor)
         return tensor
 
     def read(self, key: str, start: int, target: Tensor) -> None:
         """Fill `target` with elements of the tensor `key`, beginning at element `start`."""
         entry = self.entries[key]
-        dtype = DTYPES[entry.dtype]
-        watched, _ = self._files[entry.file]
-        watched.read(entry.start + start * dtype.itemsize, target, dtype)
+        dtype = (DTYPES | OTHERS)[entry.dtype]
+        self._files[entry.file].read(entry.start + start * dtype.itemsize, target, dtype)
 
-    def _file_of(self, key: str) -> Any:
-        watched, mapped = self._files[self.entries[key].file]
-        watched.require_unchanged()
-        return mapped
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises ValueError, naming the file, for what is no index."""
+    try:
+        index = dict(json.loads(path.read_text(), object_pairs_hook=_distinct)["weight_map"])
+        if not index or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError("no file for a tensor")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of weights ({error!r})") from error
+    for file in index.values():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{path} names {file}, which lies outside of the directory")
+    return index
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, in the order of their bytes."""
+    """The tensors of a safetensors file, in the order of their bytes.
+
+    Raises ValueError, KeyError or TypeError for a header that is none.
+    """
     with path.open("rb") as file:
-        begin = 8 + (length := int.from_bytes(file.read(8), "little"))
-        header = json.loads(file.read(length))
+        start = file.read(8)
+        if start == b"version ":
+            raise ValueError("it is a pointer of Git LFS instead of the file: git lfs pull")
+        begin = 8 + (length := int.from_bytes(start, "little"))
+        if len(start) < 8 or length > LONGEST_HEADER:
+            raise ValueError("it does not begin with the header of a safetensors file")
+        header = dict(json.loads(file.read(length), object_pairs_hook=_distinct))
     header.pop("__metadata__", None)
     entries = {
         key: Entry(path.name, entry["dtype"], tuple(entry["shape"]), begin + start, begin + stop)
@@ -168,10 +235,25 @@ def read_header(path: Path) -> dict[str, Entry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _cut(path: Path) -> str:
-    """The first tensor that a truncated file cuts off, worded for an error message."""
-    try:
-        size = path.stat().st_size
-        return next(f"; cut in {k}" for k, e in read_header(path).items() if e.stop > size)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, MemoryError, OverflowError):
-        return ""
+def require_whole(entries: dict[str, Entry], path: Path) -> None:
+    """Raise ValueError unless the tensors of a file lie in it, each with the bytes of its shape."""
+    size, last = path.stat().st_size, None
+    for key, entry in entries.items():
+        if entry.stop > size:
+            raise ValueError(f"it has {size:,} bytes; cut in {key}")
+        dtype = (DTYPES | OTHERS).get(entry.dtype)
+        needed = None if dtype is None else torch.Size(entry.shape).numel() * dtype.itemsize
+        if needed is not None and entry.stop - entry.start != needed:
+            raise ValueError(f"{key} has {entry.stop - entry.start:,} bytes instead of {needed:,}")
+        if last is not None and entry.start < last:
+            raise ValueError(f"{key} overlaps the tensor before it")
+        last = entry.stop
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a name that it has twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is in it twice")
+    return found

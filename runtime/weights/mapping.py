@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from routing.layers import MoELayer
@@ -40,6 +41,27 @@ class CheckpointMapping:
         for key in sorted(files.entries, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, names)
             self._keys.setdefault(name, {}).setdefault(pattern or "", []).append(key)
+
+    def require_no_more_layers(self, model: Any) -> None:
+        """Raise ValueError if the files have a layer like the model's, beyond those it has.
+
+        A layer with tensors of its own, as one that predicts several tokens has, is ignored.
+        """
+        names = model.state_dict().keys()
+        known = {_without_numbers(name) for name in names}
+        ignored = model._keys_to_ignore_on_load_unexpected or []
+        groups: dict[str, list[str]] = {}
+        for name in self._keys.keys() - names:
+            numbered = re.match(r"(.*?\.\d+)\.", name)
+            if numbered and not any(re.search(pattern, name) for pattern in ignored):
+                groups.setdefault(numbered[1], []).append(name)
+        for group in sorted(groups):
+            is_new = not any(name.startswith(f"{group}.") for name in names)
+            if is_new and all(_without_numbers(name) in known for name in groups[group]):
+                raise ValueError(
+                    f"{self._directory} has weights of {group}, but config.json describes fewer "
+                    "layers; one of the two is of another model"
+                )
 
     def parameters(self, layer: MoELayer) -> dict[str, CheckpointParameter]:
         """The parameters of the experts of `layer` (of the model on the meta device), by name.
@@ -100,6 +122,10 @@ class CheckpointMapping:
                 keys = self._keys.get(name.replace(targets[index], targets[0]), {})
                 return _share(keys, index, len(targets)) if keys else {}
         return {}
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
 
 
 def _share(keys: dict[str, list[str]], index: int, num_shares: int) -> dict[str, list[str]]:

@@ -11,11 +11,12 @@ from typing import BinaryIO
 import torch
 from safetensors.torch import save_file
 
+from routing.inspect_model import topology_of
 from routing.layers import MoELayer
 from routing.process.output_lock import OutputLock
 from runtime.weights.arena import expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
-from runtime.weights.directory import MetaModel, find_directory
+from runtime.weights.directory import MetaModel
 from runtime.weights.files import CheckpointFiles
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.prepared_store import (
@@ -28,25 +29,32 @@ from runtime.weights.prepared_store import (
     is_prepared,
     stride,
 )
+from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 INDEX_SUFFIX = ".index.json"
 
 
-def write_prepared(model: str | Path, out: str | Path) -> Path:
+def write_prepared(
+    model: str | Path,
+    out: str | Path,
+    hub: HubOptions = HubOptions(),  # noqa: B008 - immutable
+) -> Path:
     """Write a prepared copy of `model` (a directory or a Hub id) to `out`, and return `out`.
 
     Until it is complete, the copy lies in `<out>.partial`. Raises ValueError for a model that
     cannot be loaded or is prepared already, and if `out` exists or another process writes it.
     """
-    directory, target = find_directory(model), Path(out)
+    directory, target = find_directory(model, hub), Path(out)
     if is_prepared(directory):
         raise ValueError(f"{directory} is a prepared model already")
     meta = MetaModel.of(directory)
+    topology_of(meta.model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with OutputLock(target):
         if target.exists():
             raise ValueError(f"{target} exists already")
+        fetch_weights(model, directory, hub)
         _write(meta, directory, target)
     return target
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +11,24 @@ from torch import nn
 
 from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers
+from routing.pretrained import CONFIG
 from routing.topology import Topology
 from runtime.weights.arena import Specs
 from runtime.weights.checkpoint_store import CheckpointStore
-from runtime.weights.directory import MetaModel, find_directory, load_tokenizer
-from runtime.weights.files import CheckpointFiles
+from runtime.weights.dense.skeleton import build_skeleton, unstrip
+from runtime.weights.directory import MetaModel, load_tokenizer
+from runtime.weights.files import DTYPES, CheckpointFiles, StoredTensor
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
-from runtime.weights.prepared_store import RESIDENT, VARIANT, PreparedStore, is_prepared
-from runtime.weights.skeleton import read_weights, stripped, unstrip
-from runtime.weights.store import ExpertStore, ModuleStore, SkeletonStore, expert_parameters
+from runtime.weights.prepared_store import RESIDENT, PreparedStore, is_prepared
+from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory, needed
+from runtime.weights.store import (
+    ConfiguredStore,
+    ExpertStore,
+    ModuleStore,
+    SkeletonStore,
+    expert_parameters,
+)
 
 
 class ShapeGroup(NamedTuple):
@@ -75,52 +82,111 @@ def from_module(model: nn.Module, tokenizer: Any) -> Source:
 
 
 def from_path(
-    path: str | Path, tokenizer: Any, dtype: str | torch.dtype, *, in_memory: bool = False
+    path: str | Path,
+    tokenizer: Any,
+    dtype: str | torch.dtype,
+    *,
+    in_memory: bool = False,
+    hub: HubOptions = HubOptions(),  # noqa: B008 - immutable
+    attention: str | None = None,
+    accept: Callable[[Topology], None] | None = None,
 ) -> Source:
     """The model of a checkpoint directory or a Hub id, built without its experts.
 
     in_memory: read all experts now, instead of reading each when it is missed.
+    attention: transformers' `attn_implementation`.
+    accept: called with the topology before the weights are fetched; it may raise.
     Raises ValueError for a directory without a usable configuration or weights.
     """
-    directory = find_directory(path)
+    directory = find_directory(path, hub)
     meta = MetaModel.of(directory)
     tokenizer = tokenizer or load_tokenizer(directory)
     topology = topology_of(meta.model, tokenizer)
-    variant = VARIANT if is_prepared(directory) else None
-    open_store = store_opener(directory, meta)
-    with stripped(meta.layers):
-        model = read_weights(type(meta.model), directory, dtype, variant)
+    if accept is not None:
+        accept(topology)
+    fetch_weights(path, directory, hub)
+    store, tensors = open_weights(directory, meta)
+    chosen = _dtype(dtype, meta.model.config, tensors)
+    require_floating(directory, tensors, meta.model)
+    model = build_skeleton(
+        type(meta.model), meta.model.config, meta.layers, directory, tensors, chosen, attention
+    )
     layers = [layer._replace(module=unstrip(model, layer)) for layer in meta.layers]
-    store = open_store(layers, model.dtype)
+    store.bind(layers, model.dtype)
     return Source(model, topology, layers, MemoryStore(store) if in_memory else store)
 
 
-def from_path_on_meta(path: str | Path) -> Source:
+def from_path_on_meta(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    hub: HubOptions = HubOptions(),  # noqa: B008 - immutable
+) -> Source:
     """What `from_path` would return, on the meta device: sizes without any weights.
 
-    Raises ValueError as `from_path` does.
+    path: also a `config.json`, or a directory that holds no more. Files of weights are checked
+    where they are there. Raises ValueError as `from_path` does.
     """
-    directory = find_directory(path)
+    file = Path(path).expanduser()
+    directory = file.parent if file.name == CONFIG and file.is_file() else find_directory(path, hub)
     meta = MetaModel.of(directory)
-    config: Any = meta.model.config
-    dtype = config.dtype or config.get_text_config().dtype
-    store = store_opener(directory, meta)(meta.layers, dtype)
-    meta.model.to(next(iter(store.specs(0).values())).dtype)
-    return Source(meta.model, topology_of(meta.model), meta.layers, store)
+    topology = topology_of(meta.model)
+    tensors: dict[str, StoredTensor] = {}
+    if any(directory.joinpath(name).exists() for name in needed(directory)):
+        store, tensors = open_weights(directory, meta)
+    else:
+        store = ConfiguredStore(meta.layers, meta.layers, torch.float32)
+    chosen = _dtype(dtype, meta.model.config, tensors)
+    store.bind(meta.layers, chosen)
+    meta.model.to(chosen)
+    return Source(meta.model, topology, meta.layers, store)
 
 
-def store_opener(directory: Path, meta: MetaModel) -> Callable[..., SkeletonStore]:
-    """Check the files of `directory`, and return a function that opens their store.
+def open_weights(directory: Path, meta: MetaModel) -> tuple[SkeletonStore, dict[str, StoredTensor]]:
+    """Check the files of `directory`; returns the store of its experts, and all other tensors.
 
-    The function takes the live layers and the dtype in which experts are handed out.
+    The store still has to be bound to the live model.
     Raises ValueError for files that are missing, damaged, or of another model.
     """
     if is_prepared(directory):
-        CheckpointFiles(directory, RESIDENT)
-        return partial(PreparedStore, directory, meta.layers)
+        files = CheckpointFiles(directory, RESIDENT)
+        prepared = PreparedStore(directory, meta.layers, meta.layers, None)
+        return prepared, {key: StoredTensor(files, key) for key in files.entries}
     _refuse_tied(meta)
     files = CheckpointFiles(directory)
-    return partial(CheckpointStore, files, CheckpointMapping(files, meta.model), meta.layers)
+    mapping = CheckpointMapping(files, meta.model)
+    mapping.require_no_more_layers(meta.model)
+    store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
+    others = files.entries.keys() - store.keys
+    return store, {key: StoredTensor(files, key) for key in sorted(others)}
+
+
+def _dtype(dtype: str | torch.dtype, config: Any, tensors: dict[str, StoredTensor]) -> torch.dtype:
+    """The number format of the model; "auto" is that of its configuration, else of its files.
+
+    Raises ValueError for anything that is none.
+    """
+    found: Any = dtype
+    if dtype == "auto":
+        stored = (DTYPES.get(tensor.get_dtype()) for tensor in tensors.values())
+        found = config.dtype or config.get_text_config().dtype or next(filter(None, stored), None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    if found is None:
+        raise ValueError("config.json says no dtype: give dtype=, as 'bfloat16'")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating-point number format of torch")
+    return found
+
+
+def require_floating(directory: Path, tensors: dict[str, StoredTensor], model: nn.Module) -> None:
+    """Raise ValueError for a weight that is stored as codes, which are not the weight itself."""
+    names = {name for name, p in model.state_dict().items() if p.is_floating_point()}
+    for key, tensor in tensors.items():
+        if key in names and tensor.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{directory}: {key} is stored as {tensor.get_dtype()}: quantised weights are not "
+                "supported"
+            )
 
 
 def _refuse_tied(meta: MetaModel) -> None:

@@ -150,6 +150,10 @@ class SkeletonStore(ExpertStore):
             for layer in meta_layers
         ]
 
+    def bind(self, layers: list[MoELayer], dtype: torch.dtype) -> None:
+        """Belong to the live model, whose layers and number format are now known."""
+        self.layers, self.dtype = layers, dtype
+
     def specs(self, layer: int) -> Specs:
         whole = {path: torch.empty(s, device="meta") for path, s in self._shapes[layer].items()}
         parts = expert_part(self.layers[layer], self._names[layer], whole, 0)
@@ -166,6 +170,13 @@ class SkeletonStore(ExpertStore):
         for path, tensor in whole.items():
             holder, _, name = path.rpartition(".")
             setattr(container.module.get_submodule(holder), name, nn.Parameter(tensor))
+
+
+class ConfiguredStore(SkeletonStore):
+    """The sizes of experts by the configuration alone; there is nothing to read."""
+
+    def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        raise AssertionError("a plan reads no expert")
 
 
 def expert_parameters(layer: MoELayer) -> dict[str, nn.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import runtime
 from routing.layers import find_moe_layers
 from runtime.engine.guards.placeholder import Placeholder
+from runtime.kv import size
 from runtime.kv.size import cache_bytes, tensor_bytes
 from runtime.plan import PlanSettings, main, plan
 from runtime.sizing.link import measure_link
@@ -79,6 +81,24 @@ def test_the_key_value_cache_is_as_large_as_a_real_one(kind: str) -> None:
         assert tensor_bytes(cache) == 3 * 2 * 24 * 4 * 8 * 4, "layers, keys and values, tokens ..."
     meta = model.to("meta")
     assert cache_bytes(meta, find_moe_layers(meta), 24) == tensor_bytes(cache)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "kimi_linear", "minimax"])
+def test_the_cache_of_recurrent_layers_is_measured_at_short_lengths(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta: Any = architecture_model(kind).to("meta")
+    layers = find_moe_layers(meta)
+    whole = size._measured(meta, layers, 1024)
+    forward, lengths = meta.forward, list[int]()
+
+    def watched(*args: Any, **options: Any) -> Any:
+        lengths.append(options["input_ids"].shape[1])
+        return forward(*args, **options)
+
+    monkeypatch.setattr(meta, "forward", watched)
+    assert cache_bytes(meta, layers, 1024) == whole
+    assert kind == "minimax" or max(lengths) == max(size.SHORT)
 
 
 def test_a_cache_size_that_the_model_does_not_reveal_is_not_known() -> None:
@@ -155,6 +175,28 @@ def test_advice_fits_the_budget(planned: Callable[[float], MemoryPlan]) -> None:
     assert advice(planned(0.1), 1 << 30)[0].startswith("Only 9% of the experts are resident")
     assert any("wait for the disk" in line for line in advice(planned(0.5), 1 << 10))
     assert [line for line in advice(planned(0.5), 1 << 30) if "least" not in line] == []
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "deepseek_v3"])
+def test_a_configuration_alone_is_planned_as_its_model(kind: str, tmp_path: Path) -> None:
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    architecture_model(kind).to(torch.bfloat16).save_pretrained(whole)  # type: ignore[operator]
+    alone.mkdir()
+    (alone / "config.json").write_text((whole / "config.json").read_text())
+    expected = plan(whole, 0.5)
+    for path in (alone, alone / "config.json", whole / "config.json"):
+        planned = plan(path, 0.5)
+        assert planned.slots == expected.slots
+        assert planned.resident_bytes == expected.resident_bytes
+        assert planned.cache_bytes == expected.cache_bytes
+
+
+def test_a_configuration_without_a_number_format_needs_one(saved: Path, tmp_path: Path) -> None:
+    fields = json.loads((saved / "config.json").read_text()) | {"dtype": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="says no dtype: give dtype=, as 'bfloat16'"):
+        plan(tmp_path)
+    assert plan(tmp_path, dtype="bfloat16").expert_bytes == [3 * 32 * 24 * 2]
 
 
 def test_the_plan_refuses_what_loading_refuses(tmp_path: Path) -> None:

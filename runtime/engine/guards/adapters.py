@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils.import_utils import is_peft_available
 
-from runtime.weights.skeleton import ADAPTER_CONFIG
+from runtime.weights.repository.refusals import ADAPTER_CONFIG
 
 
 def refuse_lone_adapter(path: str | Path) -> None:

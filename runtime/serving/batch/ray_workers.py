@@ -11,7 +11,6 @@ from runtime.serving.async_server import AsyncServer
 from runtime.serving.batch.settings import (
     BatchSettings,
     Served,
-    read_tokenizer,
     serve_settings,
 )
 from runtime.serving.request import Request
@@ -35,7 +34,7 @@ class Worker:
 
     async def _open(self) -> AsyncServer:
         if self._server is None:
-            tokenizer = read_tokenizer(self._settings.model)
+            tokenizer = self._settings.read_tokenizer()
             engine = self._settings.load(tokenizer)
             options = serve_settings(self._settings)
             self._server = await AsyncServer(engine, tokenizer=tokenizer, **options).__aenter__()

@@ -84,14 +84,3 @@ class Served(NamedTuple):
 def serve_settings(settings: BatchSettings) -> dict[str, Any]:
     """The settings of `engine.serve` among them."""
     return {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
-
-
-def read_tokenizer(model: str) -> Any:
-    """The tokenizer of `model`. Raises ValueError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{model} has no tokenizer that can be used: {reason:.200}") from error
