@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found, import-untyped"
 """Stock Python clients against a running server; runs in an environment that holds the clients.
 
     python tests/clients/python_clients.py ADDRESS MODEL_DIRECTORY
@@ -81,18 +82,17 @@ def check_openai(address: str, reference: Reference) -> str:
         response_format={"type": "json_schema", "json_schema": {"name": "c", "schema": schema}},
     )  # fmt: skip
     assert json.loads(shaped.choices[0].message.content or "")["colour"] in ("red", "green")
+    code = ""
     try:
         client.completions.create(model="none", prompt="a")
     except openai.NotFoundError as error:
-        assert error.code == "model_not_found"
-    else:
-        raise AssertionError("an unknown model was accepted")
+        code = error.code or ""
+    assert code == "model_not_found"
     return "models, completions, chat, streams, n, json_schema, errors"
 
 
 def check_langchain(address: str, reference: Reference) -> str:
-    from langchain_openai import OpenAI
-    from langchain_openai import ChatOpenAI
+    from langchain_openai import ChatOpenAI, OpenAI
 
     where: dict[str, Any] = {"base_url": f"{address}/v1", "api_key": "none", "model": MODEL}
     llm = OpenAI(**where, temperature=0, max_tokens=12)
@@ -186,7 +186,7 @@ def check_guidellm(address: str, reference: Reference) -> str:
 
 
 def check_vllm_bench(address: str, reference: Reference) -> str:
-    """The payloads of `vllm bench serve`, backends openai and openai-chat, sent as it sends them."""
+    """The payloads of `vllm bench serve`, as its backends openai and openai-chat send them."""
     completion = {
         "model": MODEL, "prompt": PROMPT, "temperature": 0.0, "repetition_penalty": 1.0,
         "max_tokens": 12, "logprobs": None, "stream": True, "ignore_eos": True,
