@@ -1,6 +1,8 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
 # make test   format, lint, types, tests, notebook; says which tests were skipped and why
 # make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md
+# make clients   stock clients (openai, LangChain, litellm, lm-eval, guidellm, npm) against the server
+# make fuzz   2,000 damaged artefacts and 5,000 requests
 # make test-gpu   the tests that need a CUDA device, with the python3 of that machine as it is
 #
 # The first two need python3 (3.11 to 3.13, with venv) only, and install the rest into .venv on first
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: demo test test-gpu lint types tests notebooks compatibility clean
+.PHONY: demo test test-gpu clients fuzz lint types tests notebooks compatibility clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m exports.demo $(DEMO_ARGS)
@@ -35,6 +37,16 @@ tests: $(INSTALLED)
 
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -q
+
+# The clients live in an environment of their own: some pin other versions than this project.
+clients: $(INSTALLED)
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip install torch transformers openai langchain-openai litellm lm_eval guidellm
+	npm install --prefix build/clients openai
+	$(BIN)/python -m tests.clients --python build/clients/bin/python --node_modules build/clients/node_modules
+
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --artefacts 2000 --requests 5000
 
 notebooks: $(INSTALLED)
 ifneq ($(NOTEBOOKS),)
