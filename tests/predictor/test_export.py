@@ -28,8 +28,8 @@ from predictor.networks.windows import PredictorShape
 from predictor.training.checkpoint import load_checkpoint
 from predictor.training.module import RouteModule
 from routing.cli import run
-from routing.process.output_lock import OutputLock
 from routing.predictor_file.format import HEADS
+from routing.process.output_lock import OutputLock
 from routing.topology import NO_EXPERT, Topology
 from tests.helpers.predicting import TOPOLOGY, tiny_predictor
 

@@ -16,8 +16,8 @@ from predictor.training.calibration import calibrate, fit_affine
 from predictor.training.checkpoint import Trained, load_checkpoint
 from predictor.training.data import TraceData
 from predictor.training.module import hide_routes
-from routing.process.output_lock import OutputLock
 from routing.predictor_file.format import HEADS
+from routing.process.output_lock import OutputLock
 from routing.topology import NO_EXPERT
 from tests.helpers.predicting import TOPOLOGY, random_windows, tiny_predictor, train, write_trace
 

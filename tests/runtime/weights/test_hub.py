@@ -195,7 +195,7 @@ def test_directories_without_a_model_are_told_apart(tmp_path: Path) -> None:
     save_tiny(tmp_path / "checkpoint-10", "olmoe")
     assert "checkpoint-10/ in it has one" in said_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "merge it into its model" in said_of(tmp_path)
+    assert "is an adapter and no model" in said_of(tmp_path)
 
 
 def test_quantisation_described_in_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
