@@ -13,7 +13,7 @@ import json
 
 from predictor.evaluation.settings import EvaluateSettings
 from routing.cli import run
-from routing.cores import wait_passively
+from routing.process.cores import wait_passively
 
 
 def evaluate(settings: EvaluateSettings) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from routing.cli import run
-from routing.cores import wait_passively
+from routing.process.cores import wait_passively
 from trace.settings import CollectSettings
 
 if TYPE_CHECKING:

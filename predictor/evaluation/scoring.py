@@ -22,9 +22,9 @@ from predictor.file.documents import ExportedPredictor, StatelessPredictor
 from predictor.networks.targets import targets
 from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.metrics import route_metrics
-from routing.cores import available_cores
 from routing.names import told_apart
 from routing.predictor_file.format import HEADS
+from routing.process.cores import available_cores
 from routing.shards import TraceReader
 
 GROUP_TOKENS = 4096

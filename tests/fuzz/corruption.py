@@ -25,7 +25,7 @@ def corrupt(folder: Path, random: Random) -> str:
 
 def _bits(path: Path, random: Random, _: list[Path]) -> None:
     data = bytearray(path.read_bytes())
-    for _ in range(random.choice((1, 1, 4))):
+    for _bit in range(random.choice((1, 1, 4))):
         if data:
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""routing.cores: as many threads as there are cores, which sleep while they wait."""
+"""routing.process.cores: as many threads as there are cores, which sleep while they wait."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from routing import cores
-from routing.cores import available_cores, wait_passively
+from routing.process.cores import available_cores, wait_passively
 
 ROOT = Path(__file__).parents[2]
 SHOW = (
-    "import json, os; from routing.cores import wait_passively; wait_passively();"
+    "import json, os; from routing.process.cores import wait_passively; wait_passively();"
     "print(json.dumps({k: v for k, v in os.environ.items() if k in"
     " ('OMP_WAIT_POLICY', 'KMP_BLOCKTIME', 'GOMP_SPINCOUNT')}))"
 )
