@@ -35,7 +35,7 @@ def read_config(model: str | Path, **hub: Any) -> Any:
     _require_known(fields, name)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=False, **hub)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # each architecture checks its fields in its own way
         raise ValueError(f"{name} cannot be used: {brief(error)}") from error
 
 
@@ -64,7 +64,7 @@ def model_class(config: Any) -> Any:
     names = config.architectures
     if not names:
         _without_architecture(config)
-    name = names[0] if isinstance(names, list) else str(names)
+    name = str(names[0] if isinstance(names, list) else names)
     found: Any = getattr(transformers, name, None)
     if not _is_model_class(found):
         fields = {"transformers_version": getattr(config, "transformers_version", None)}

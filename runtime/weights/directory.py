@@ -26,8 +26,11 @@ class MetaModel(NamedTuple):
         Raises ValueError for a configuration that is missing, unusable or quantised.
         """
         kind, config = _architecture(directory)
-        with torch.device("meta"):
-            model = kind(config)
+        try:
+            with torch.device("meta"):
+                model = kind(config)
+        except Exception as error:  # sizes that do not fit together fail in any way
+            raise ValueError(f"{directory / CONFIG} describes no model: {brief(error)}") from error
         return cls(model, find_moe_layers(model))
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from routing.inspect_model import topology_of
 from routing.layers import MoELayer
+from routing.pretrained import CONFIG
 from routing.process.output_lock import OutputLock
 from runtime.weights.arena import expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
@@ -26,6 +27,7 @@ from runtime.weights.prepared_store import (
     SCHEMA,
     LayerBlocks,
     checksum,
+    file_checksum,
     is_prepared,
     stride,
 )
@@ -99,7 +101,8 @@ def _write_experts(layers: list[MoELayer], store: CheckpointStore, out: Path) ->
         ]
         file.flush()
         os.fsync(file.fileno())
-    manifest = {"schema": SCHEMA, "layers": [layer._asdict() for layer in blocks]}
+    files = {name: file_checksum(out / name) for name in (RESIDENT, CONFIG)}
+    manifest = {"schema": SCHEMA, "layers": [layer._asdict() for layer in blocks], "files": files}
     (out / MANIFEST).write_text(json.dumps(manifest) + "\n")
 
 

@@ -163,11 +163,14 @@ def checksum(block: Tensor) -> int:
 
 
 def verify(directory: Path) -> int:
-    """Read all blocks and compare their checksums. Returns the number of experts.
+    """Read all weights and compare their checksums. Returns the number of experts.
 
-    Raises ValueError naming the first damaged expert.
+    Raises ValueError naming the first damaged expert or file.
     """
     blocks = read_manifest(directory)
+    for name, expected in _file_checksums(directory).items():
+        if not (directory / name).is_file() or file_checksum(directory / name) != expected:
+            raise ValueError(f"{directory / name} is damaged or changed; prepare the model again")
     file = open_blocks(directory, blocks)
     for layer in blocks:
         block = torch.empty(expert_bytes(layer.specs), dtype=torch.uint8)
@@ -179,3 +182,21 @@ def verify(directory: Path) -> int:
                     "the model again"
                 )
     return sum(len(layer.checksums) for layer in blocks)
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            found = zlib.crc32(piece, found)
+    return found
+
+
+def _file_checksums(directory: Path) -> dict[str, int]:
+    """CRC-32 of each file with other weights; models prepared before there were any have none."""
+    files = json.loads((directory / MANIFEST).read_text()).get("files", {})
+    named = isinstance(files, dict) and all(Path(name).name == name for name in files)
+    if not named:
+        raise ValueError(f"{directory / MANIFEST} names files elsewhere; prepare the model again")
+    return dict(files)

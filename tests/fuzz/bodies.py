@@ -37,7 +37,8 @@ def nasty(random: Random, depth: int = 0) -> Any:
     """A value that few fields expect."""
     simple = (
         None, True, False, 0, -1, 1, 2, 3, 7, 0.0, -0.0, 0.5, 1e-40, 1e40, 2**31, 2**63, 2**70,
-        -(2**70), float("nan"), float("inf"), float("-inf"), "", " ", "a", "the", "null", "1", "0.5", "ä😀",
+        -(2**70), float("nan"), float("inf"), float("-inf"), "", " ", "a", "the", "null", "1",
+        "0.5", "ä😀",
         "\ud800", "\udfff\ud800", "\u0000", "\ufeff", "<eos>", "a" * 3000, "٣", "tiny", "auto",
     )  # fmt: skip
     kind = random.random()

@@ -1,7 +1,8 @@
-"""The kinds of artefact that the project reads: traces, predictors, models, prepared models."""
+"""The kinds of artefact that the project reads: traces, checkpoints, predictors, models."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import numpy as np
 import torch
 
 import runtime
+from predictor.training.checkpoint import load_checkpoint
 from routing.inspect_model import topology_of
 from routing.predictor_file.reader import open_predictor
 from routing.shards import TraceReader
 from runtime.prepare import prepare
+from runtime.weights.prepared_store import verify
 from tests.fuzz.artefacts import Artefact
 from tests.helpers.onnx_predictor import write_predictor
+from tests.helpers.predicting import train
+from tests.helpers.predicting import write_trace as write_rules
 from tests.helpers.tiny import save_tiny, tiny_model
 from tests.helpers.tracing import TEXTS, write_texts
 from trace.collect import collect
@@ -56,6 +61,20 @@ def _read_file(folder: Path) -> Any:
         return tokens, engine.stats().prefetches, file.window, file.horizon, file.outputs
 
 
+def _write_checkpoint(folder: Path) -> None:
+    traced = write_rules(folder.parent / "rules", num_documents=40)
+    written = train(traced, folder.parent / "run", "--trainer.max_steps=1")
+    shutil.copyfile(written, folder / "predictor.ckpt")
+
+
+def _read_checkpoint(folder: Path) -> Any:
+    """Weights, in bits, and all that is told of them."""
+    trained = load_checkpoint(folder / "predictor.ckpt")
+    weights = [weight.numpy().tobytes() for weight in trained.predictor.state_dict().values()]
+    told = (trained.topology, trained.stack, trained.settings, repr(trained.metrics))
+    return weights, told, trained.provenance
+
+
 def _write_model(folder: Path) -> None:
     save_tiny(folder, "olmoe", num_hidden_layers=2)
 
@@ -64,6 +83,11 @@ def _write_prepared(folder: Path) -> None:
     model = save_tiny(folder.parent / "to-prepare", "olmoe", num_hidden_layers=2)
     folder.rmdir()
     prepare(model, folder)
+
+
+def _read_prepared(folder: Path) -> Any:
+    verify(folder)
+    return _read_model(folder)
 
 
 def _read_model(folder: Path) -> Any:
@@ -77,7 +101,8 @@ def _read_model(folder: Path) -> Any:
 
 ARTEFACTS = (
     Artefact("trace", _write_trace, _read_trace, checked=True),
-    Artefact("predictor", _write_file, _read_file, checked=False),
+    Artefact("predictor", _write_file, _read_file, checked=True),
+    Artefact("checkpoint", _write_checkpoint, _read_checkpoint, checked=True),
     Artefact("model", _write_model, _read_model, checked=False),
-    Artefact("prepared", _write_prepared, _read_model, checked=False),
+    Artefact("prepared", _write_prepared, _read_prepared, checked=True),
 )
