@@ -202,7 +202,7 @@ class CudaBackend:
         """The host's slot table becomes the truth.
 
         The pass's attention leaves cuDNN alone, which builds a plan for every new length, tens of
-        milliseconds each.
+        milliseconds each, and in bfloat16 may give other bits in the next run.
         """
         self._streams.follow()
         if self.decoder is not None:

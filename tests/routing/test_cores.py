@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from routing import cores
+from routing.process import cores
 from routing.process.cores import available_cores, wait_passively
 
 ROOT = Path(__file__).parents[2]

@@ -422,7 +422,7 @@ def test_predictor_metadata_of_another_form_is_refused(tmp_path: Path, metadata:
 def metadata_of(path: Path) -> dict[str, Any]:
     import onnx
 
-    (entry,) = onnx.load(path).metadata_props
+    entry = next(e for e in onnx.load(path).metadata_props if e.key == "expertflow")
     return dict(json.loads(entry.value))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.streams import CUDNN_ATTENTION
 from runtime.kv.attention_kinds import attention_types
 from runtime.kv.static_cache import SharedCache
 
@@ -62,7 +63,15 @@ class CapturedStep(ABC):
         self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up and capture. The warm-up counts as real steps for the device cache only."""
+        """Capture the step with attention that gives the same bits in every run: cuDNN's does not."""
+        CUDNN_ATTENTION.turn_off()
+        try:
+            self._warm_up_and_capture()
+        finally:
+            CUDNN_ATTENTION.turn_back()
+
+    def _warm_up_and_capture(self) -> None:
+        """The warm-up counts as real steps for the device cache only."""
         saved = [tensor.clone() for tensor in self.state]
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())

@@ -212,8 +212,8 @@ def test_nan_is_an_error_and_the_engine_goes_on(model: Any) -> None:
     assert torch.equal(generate(model), want)
 
 
-def test_only_captured_steps_let_cudnn_plan_their_attention(model: Any) -> None:
-    """A plan for each length costs more than the attention; a captured step has one length."""
+def test_no_step_leaves_its_attention_to_cudnn(model: Any) -> None:
+    """It plans anew for each length, and in bfloat16 its bits differ from run to run."""
     seen: list[bool] = []
     attention = model.model.layers[0].self_attn
     attention.register_forward_pre_hook(
@@ -221,8 +221,7 @@ def test_only_captured_steps_let_cudnn_plan_their_attention(model: Any) -> None:
     )
     load_fake(model)
     generate(model)
-    assert seen[0] is False
-    assert set(seen[1:]) == {True}
+    assert seen and not any(seen)
     attention.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model)

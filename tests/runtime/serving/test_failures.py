@@ -325,16 +325,17 @@ def test_requests_in_flight_are_delivered_before_their_iterator_raises(
     assert_served(by_id(iter(served)), alone)
 
 
-def test_what_is_no_request_in_a_queue_is_raised_after_the_others(
+def test_what_is_no_request_in_a_queue_is_refused_beside_the_others(
     engine: Engine, alone: list[tuple[int, ...]]
 ) -> None:
     queue: Queue[Any] = Queue()
-    for item in (*good(), "text"):
+    for item in (*good(), 5, None):
         queue.put(item)
-    served: list[Result] = []
-    with pytest.raises(ValueError, match="'text' is not a Request"):
-        served.extend(engine.serve(queue, **SMALL))
-    assert_served(by_id(iter(served)), alone)
+    with pytest.warns(UserWarning, match="is no request"):
+        served = list(engine.serve(queue, **SMALL))
+    (refused,) = [result for result in served if result.finish == "error"]
+    assert "is no request" in refused.error and refused.fault == "request"
+    assert_served(by_id(result for result in served if result.finish != "error"), alone)
 
 
 # ---------------------------------------------------------------------- all together
