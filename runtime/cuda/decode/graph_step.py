@@ -63,7 +63,7 @@ class CapturedStep(ABC):
         self._graph.replay()
 
     def _capture(self) -> None:
-        """Capture the step with attention that gives the same bits in every run: cuDNN's does not."""
+        """Capture the step, its attention not by cuDNN, whose bits differ from run to run."""
         CUDNN_ATTENTION.turn_off()
         try:
             self._warm_up_and_capture()
