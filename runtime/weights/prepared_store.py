@@ -82,7 +82,8 @@ def read_manifest(directory: Path) -> list[LayerBlocks]:
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"schema {manifest['schema']}")
         layers = [LayerBlocks(**layer) for layer in manifest["layers"]]
-        assert all(isinstance(layer.stop, int) for layer in layers)
+        if not all(isinstance(layer.stop, int) for layer in layers):
+            raise ValueError("offsets are not whole numbers")
         return layers
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
