@@ -147,6 +147,7 @@ def test_ctrl_c_prints_no_traceback_even_while_libraries_are_imported(tmp_path: 
         [sys.executable, "-m", "expertflow", "train", "fit"], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": folders},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
