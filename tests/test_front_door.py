@@ -138,6 +138,11 @@ def test_output_to_a_full_disk_is_an_error_of_one_line() -> None:
     assert done.stderr == "expertflow: error: [Errno 28] No space left on device\n"
 
 
+def _heed_interrupts() -> None:
+    """Jobs in the background of a shell ignore them, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_prints_no_traceback_even_while_libraries_are_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(
         "import time\nprint('importing', flush=True)\ntime.sleep(60)"
@@ -147,7 +152,7 @@ def test_ctrl_c_prints_no_traceback_even_while_libraries_are_imported(tmp_path: 
         [sys.executable, "-m", "expertflow", "train", "fit"], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": folders},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
+        preexec_fn=_heed_interrupts,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
