@@ -15,11 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# Read by OpenMP when torch is imported. Threads that spin while they wait make a run on a shared
-# machine many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from routing.cli import friendly_errors, print_help, program, with_underscores
+from routing.process.cores import wait_passively
+
+wait_passively()  # before torch is imported
 
 HELP = """usage: {prog} fit --config NAME_OR_FILE --data.trace TRACES [options]
 
@@ -122,8 +121,9 @@ class TrainCLI(LightningCLI):
         resumed = self._get(self.config_init, "ckpt_path") if self.subcommand == "fit" else None
         rows, first_step = [], None
         if resumed:
-            rows = earlier_rows(Path(resumed))
-            first_step = int(read_checkpoint(Path(resumed)).get("global_step", 0))
+            checkpoint = read_checkpoint(Path(resumed))
+            rows = earlier_rows(Path(resumed), checkpoint)
+            first_step = int(checkpoint.get("global_step", 0))
         kwargs["logger"] = [
             ResumedLogger(root, rows),
             TensorBoardLogger(root, name="", version="tensorboard", purge_step=first_step),

@@ -20,7 +20,7 @@ from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
-from runtime.engine.guards.adapters import load_adapter_beside, refuse_lone_adapter
+from runtime.engine.guards.adapters import load_adapter_beside
 from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
 from runtime.prediction.forecaster import Forecaster
@@ -108,8 +108,6 @@ def load(
     whole = model
     if isinstance(model, nn.Module):
         model = base_model(model)
-    else:
-        refuse_lone_adapter(model)
     budget, target = parse_memory(memory), target_device(device, model)
     given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
     options = _cuda_options(given, target)

@@ -124,14 +124,14 @@ def find_checkpoint(name: str, folder: Path) -> Path:
     return found[-1]
 
 
-def earlier_rows(checkpoint: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv that the run of a checkpoint had written before it."""
-    count = int(read_checkpoint(checkpoint).get(LOG_ROWS, 0))
-    path = checkpoint.parent.parent / METRICS
+def earlier_rows(file: Path, checkpoint: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of metrics.csv that the run of the checkpoint in `file` had written before it."""
+    count = int(checkpoint.get(LOG_ROWS, 0))
+    path = file.parent.parent / METRICS
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))[:count]
+    with open(path, newline="", encoding="utf-8") as rows:
+        return list(csv.DictReader(rows))[:count]
 
 
 def require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -68,3 +68,10 @@ def assert_same(found: Any, expected: Any) -> None:
             assert_same(one, other)
     else:
         assert found == expected
+
+
+def assert_gives(check: Check, architecture: str, way: str, expected: Any) -> None:
+    """Assert that `check` of an offloaded model gives what is expected, and leaves it sound."""
+    model = offloaded(architecture, way)
+    assert_same(check(model), expected)
+    model.expertflow.check_integrity()

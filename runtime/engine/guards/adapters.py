@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.utils.import_utils import is_peft_available
 
 from runtime.weights.repository.refusals import ADAPTER_CONFIG
-
-
-def refuse_lone_adapter(path: str | Path) -> None:
-    """Raise ValueError for a directory that holds an adapter and no model."""
-    config = Path(path) / ADAPTER_CONFIG
-    if config.is_file() and not (Path(path) / "config.json").exists():
-        base = json.loads(config.read_text()).get("base_model_name_or_path")
-        raise ValueError(
-            f"{path} is an adapter and no model: load its base, "
-            f"model = runtime.load({str(base)!r}), and then the adapter, "
-            f"model.load_adapter({str(path)!r})"
-        )
 
 
 def load_adapter_beside(model: Any) -> None:

@@ -16,6 +16,9 @@ from runtime.serving.request import Delta, Result
 
 Event = dict[str, Any]
 
+FINISH = {"stop": "stop", "length": "length"}
+"""OpenAI's words for the ends of a choice."""
+
 
 class Answer(ABC):
     """Builds the answer to one body."""

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from runtime.server.protocol.answers import Answer, Event
+from runtime.server.protocol.answers import FINISH, Answer, Event
 from runtime.server.protocol.chat import ChatBody
 from runtime.server.protocol.logprobs import of_chat
 from runtime.server.protocol.token_text import TokenText
 from runtime.server.protocol.tool_calls import Read, Thought, reader_of
 from runtime.server.protocol.tool_formats import Call
 from runtime.serving.request import Delta, Result
-
-FINISH = {"stop": "stop", "length": "length"}
 
 
 class ChatAnswer(Answer):

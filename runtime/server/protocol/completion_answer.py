@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.server.protocol.answers import Answer, Event
+from runtime.server.protocol.answers import FINISH, Answer, Event
 from runtime.server.protocol.completion import CompletionBody
 from runtime.server.protocol.logprobs import Offsets, of_completion, trimmed
 from runtime.server.protocol.token_text import TokenText
 from runtime.serving.request import Delta, Logprob, Result
-
-FINISH = {"stop": "stop", "length": "length"}
 
 
 class CompletionAnswer(Answer):

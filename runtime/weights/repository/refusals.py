@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from routing.pretrained import CONFIG
+from routing.pretrained import CONFIG, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT and transformers know an adapter."""
@@ -15,9 +15,11 @@ SEPARATE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 def require_model(directory: Path) -> None:
     """Raise ValueError for an adapter alone, quantised weights, or a directory without a model."""
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).exists():
+        base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
-            f"{directory} holds an adapter ({ADAPTER_CONFIG}) and no model: load its base, and "
-            "then the adapter with load_adapter"
+            f"{directory} is an adapter and no model: load its base, "
+            f"model = runtime.load({str(base)!r}), and then the adapter, "
+            f"model.load_adapter({str(directory)!r})"
         )
     for name in SEPARATE:
         if (directory / name).is_file():
