@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
+from runtime.cuda.decode.graph_step import CapturedStep, DecodeStep
 from runtime.cuda.prefill import look_ahead
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.onnx_predictor import write_predictor
@@ -210,6 +211,19 @@ def test_nan_is_an_error_and_the_engine_goes_on(model: Any) -> None:
         generate(model)
     norm.data.copy_(kept)
     assert torch.equal(generate(model), want)
+
+
+def test_captures_leave_cudnn_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch around warm-up and capture, which only a real GPU can run."""
+    seen: list[bool] = []
+
+    def watched(_: CapturedStep) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    monkeypatch.setattr(CapturedStep, "_warm_up_and_capture", watched)
+    object.__new__(DecodeStep)._capture()
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_no_step_leaves_its_attention_to_cudnn(model: Any) -> None:
