@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from routing.layers import MoELayer
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.coded import Coding, stored_specs
 
 
 class ExpertStore(ABC):
@@ -22,13 +23,26 @@ class ExpertStore(ABC):
     def specs(self, layer: int) -> Specs:
         """Shapes and dtypes of one expert of `layer`."""
 
+    def coding(self, layer: int) -> Coding:
+        """The parameters of the experts of `layer` that are kept in codes; none by default."""
+        return {}
+
+    def stored_specs(self, layer: int) -> Specs:
+        """Shapes and dtypes of one expert of `layer` as it is stored: parts of coded parameters."""
+        return stored_specs(self.specs(layer), self.coding(layer))
+
     @abstractmethod
     def whole_specs(self, layer: int) -> Specs:
         """Shapes and dtypes of the parameters that hold all experts of `layer`, by path."""
 
     @abstractmethod
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
-        """Copy one expert into the given tensors (views of a slot)."""
+        """Copy one expert into the given tensors (views of a slot), decoded."""
+
+    def read_stored(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        """Copy one expert as it is stored, into tensors of `stored_specs`."""
+        assert not self.coding(layer), "a store of coded experts hands them out itself"
+        self.read(layer, expert, into)
 
     def release(self, layer: int) -> None:  # noqa: B027 - files occupy no memory
         """Free the memory of the experts of `layer`, of which another tier now has a copy."""
