@@ -13,10 +13,11 @@ from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers
 from routing.pretrained import CONFIG
 from routing.topology import Topology
-from runtime.weights.arena import Specs
+from runtime.weights.arena import Specs, expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.dense.skeleton import build_skeleton, unstrip
 from runtime.weights.directory import MetaModel, load_tokenizer
+from runtime.weights.encodings.coded import Coding, stored_specs
 from runtime.weights.files import DTYPES, CheckpointFiles, StoredTensor
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
@@ -38,6 +39,13 @@ class ShapeGroup(NamedTuple):
     """Shapes and dtypes of one expert."""
     layers: list[int]
     """Indices of the MoE layers."""
+    coding: Coding = {}  # noqa: RUF012 - never written to
+    """The parameters that are kept in codes."""
+
+    @property
+    def stored_specs(self) -> Specs:
+        """Shapes and dtypes of one expert as it is stored."""
+        return stored_specs(self.specs, self.coding)
 
 
 class Source(NamedTuple):
@@ -50,16 +58,20 @@ class Source(NamedTuple):
 
     @property
     def groups(self) -> list[ShapeGroup]:
-        """The MoE layers, grouped by the shape of their experts."""
+        """The MoE layers, grouped by the shape and the encoding of their experts."""
         groups: list[ShapeGroup] = []
         for layer in range(len(self.layers)):
-            specs = self.store.specs(layer)
-            group = next((group for group in groups if group.specs == specs), None)
+            kind = self.store.specs(layer), self.store.coding(layer)
+            group = next((group for group in groups if (group.specs, group.coding) == kind), None)
             if group is None:
-                groups.append(ShapeGroup(specs, [layer]))
+                groups.append(ShapeGroup(kind[0], [layer], kind[1]))
             else:
                 group.layers.append(layer)
         return groups
+
+    def stored_bytes(self, layer: int) -> int:
+        """Bytes of an expert of `layer` as it is stored: in codes, where it has any."""
+        return expert_bytes(self.store.stored_specs(layer))
 
     @property
     def fixed_bytes(self) -> int:
