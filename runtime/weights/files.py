@@ -99,24 +99,6 @@ class WatchedFile:
             rest, start = rest[count:], start + count
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file, which is read when it is indexed: as transformers takes its weights."""
-
-    files: CheckpointFiles
-    key: str
-
-    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
-        return self.files.get(self.key)[index]
-
-    def get_shape(self) -> list[int]:
-        """The shape, as safetensors' slices give it."""
-        return list(self.files.entries[self.key].shape)
-
-    def get_dtype(self) -> str:
-        """The dtype by its name in safetensors."""
-        return self.files.entries[self.key].dtype
-
-
 class CheckpointFiles:
     """The tensors of a checkpoint directory, read in pieces and never mapped.
 
@@ -197,6 +179,11 @@ class CheckpointFiles:
         entry = self.entries[key]
         dtype = (DTYPES | OTHERS)[entry.dtype]
         self._files[entry.file].read(entry.start + start * dtype.itemsize, target, dtype)
+
+    def read_raw(self, key: str, index: int, target: Tensor) -> None:
+        """Fill `target` with the bytes of the tensor `key`, from `index` times its size on."""
+        entry = self.entries[key]
+        self._files[entry.file].read(entry.start + index * target.nbytes, target, target.dtype)
 
 
 def read_index(path: Path) -> dict[str, str]:

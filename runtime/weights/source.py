@@ -18,10 +18,12 @@ from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.dense.skeleton import build_skeleton, unstrip
 from runtime.weights.directory import MetaModel, load_tokenizer
 from runtime.weights.encodings.coded import Coding, stored_specs
-from runtime.weights.files import DTYPES, CheckpointFiles, StoredTensor
+from runtime.weights.files import DTYPES
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
 from runtime.weights.prepared_store import RESIDENT, PreparedStore, is_prepared
+from runtime.weights.quantised.coded_files import CodedFiles, StoredTensor
+from runtime.weights.quantised.refusals import without_codes, without_scales
 from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory, needed
 from runtime.weights.store import (
     ConfiguredStore,
@@ -72,6 +74,13 @@ class Source(NamedTuple):
     def stored_bytes(self, layer: int) -> int:
         """Bytes of an expert of `layer` as it is stored: in codes, where it has any."""
         return expert_bytes(self.store.stored_specs(layer))
+
+    @property
+    def encoding(self) -> str | None:
+        """Names of the encodings of the experts, as users see them; None if they are plain."""
+        codings = (self.store.coding(layer) for layer in range(len(self.layers)))
+        names = {matrix.encoding.name for coding in codings for matrix in coding.values()}
+        return " and ".join(sorted(names)) or None
 
     @property
     def fixed_bytes(self) -> int:
@@ -160,11 +169,13 @@ def open_weights(directory: Path, meta: MetaModel) -> tuple[SkeletonStore, dict[
     Raises ValueError for files that are missing, damaged, or of another model.
     """
     if is_prepared(directory):
-        files = CheckpointFiles(directory, RESIDENT)
+        files = CodedFiles(directory, RESIDENT, meta.quantization)
         prepared = PreparedStore(directory, meta.layers, meta.layers, None)
         return prepared, {key: StoredTensor(files, key) for key in files.entries}
     _refuse_tied(meta)
-    files = CheckpointFiles(directory)
+    files = CodedFiles(directory, quantization=meta.quantization)
+    if meta.quantization is not None and not files.matrices:
+        raise ValueError(without_codes(directory, meta.quantization))
     mapping = CheckpointMapping(files, meta.model)
     mapping.require_no_more_layers(meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
@@ -195,10 +206,7 @@ def require_floating(directory: Path, tensors: dict[str, StoredTensor], model: n
     names = {name for name, p in model.state_dict().items() if p.is_floating_point()}
     for key, tensor in tensors.items():
         if key in names and tensor.get_dtype() not in DTYPES:
-            raise ValueError(
-                f"{directory}: {key} is stored as {tensor.get_dtype()}: quantised weights are not "
-                "supported"
-            )
+            raise ValueError(without_scales(directory, key, tensor.get_dtype()))
 
 
 def _refuse_tied(meta: MetaModel) -> None:

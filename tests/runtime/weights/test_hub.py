@@ -81,7 +81,7 @@ def test_the_shards_are_those_of_the_index(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"quantization_config": {"quant_method": "mxfp4"}}, {"model_type": "tomorrow"},
+        {"quantization_config": {"quant_method": "aqlm"}}, {"model_type": "tomorrow"},
         {"architectures": None}, {"architectures": ["Tomorrow"]},
     ],
 )  # fmt: skip
