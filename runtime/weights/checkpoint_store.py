@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from routing.layers import MoELayer
-from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
+from runtime.weights.encodings.coded import Coding, part_name
 from runtime.weights.files import DTYPES
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.quantised.coded_files import CodedFiles
+from runtime.weights.quantised.parts import empty
 from runtime.weights.store import SkeletonStore
 
 
@@ -54,15 +55,9 @@ class CheckpointStore(SkeletonStore):
             if matrix is None:
                 self._parameters[layer][name].read(self._files, expert, target)
             else:
-                matrix.decode(self._read_parts(layer, expert, name, matrix), target)
-
-    def _read_parts(
-        self, layer: int, expert: int, name: str, matrix: CodedMatrix
-    ) -> dict[str, Tensor]:
-        """The parts of one parameter, in new tensors."""
-        parts = {n: torch.empty(spec.shape, dtype=spec.dtype) for n, spec in matrix.parts.items()}
-        self._parameters[layer][name].read_parts(self._files, expert, matrix, parts)
-        return parts
+                parts = empty(matrix.parts)
+                self._parameters[layer][name].read_parts(self._files, expert, matrix, parts)
+                matrix.decode(parts, target)
 
     @torch.no_grad()
     def read_stored(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:

@@ -186,11 +186,6 @@ class CheckpointFiles:
         dtype = (DTYPES | OTHERS)[entry.dtype]
         self._files[entry.file].read(entry.start + start * dtype.itemsize, target, dtype)
 
-    def read_raw(self, key: str, index: int, target: Tensor) -> None:
-        """Fill `target` with the bytes of the tensor `key`, from `index` times its size on."""
-        entry = self.entries[key]
-        self._files[entry.file].read(entry.start + index * target.nbytes, target, target.dtype)
-
 
 def read_index(path: Path) -> dict[str, str]:
     """The file of each tensor. Raises ValueError, naming the file, for what is no index."""
