@@ -129,6 +129,7 @@ def from_path(
     store, tensors = open_weights(directory, meta)
     chosen = _dtype(dtype, meta.model.config, tensors)
     require_floating(directory, tensors, meta.model)
+    tensors = {key: tensor._replace(dtype=chosen) for key, tensor in tensors.items()}
     model = build_skeleton(
         type(meta.model), meta.model.config, meta.layers, directory, tensors, chosen, attention
     )
