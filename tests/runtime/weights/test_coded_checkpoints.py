@@ -132,7 +132,7 @@ def test_the_configuration_forgets_the_quantisation(written: Written, tmp_path: 
     model: Any = runtime.load(coded)
     assert not hasattr(model.config, "quantization_config") and "fp8" not in repr(model.config)
     assert not getattr(model, "is_quantized", False)
-    model.save_pretrained(tmp_path)
+    model.expertflow.detach().save_pretrained(tmp_path)
     reloaded: Any = runtime.load(tmp_path, memory=1.0)
     assert_equal(weights(reloaded), weights(runtime.load(twin)))
 
@@ -208,9 +208,7 @@ def test_in_memory_experts_take_the_bytes_that_they_have_in_the_files(written: W
     (group,) = source.groups
     assert bits_a_weight(group.coding) == 4.25
     arenas = source.store._experts  # type: ignore[attr-defined]
-    assert [arena.slot_bytes for arena in arenas] == [
-        source.stored_bytes(layer) for layer in range(3)
-    ]
+    assert {arena.slot_bytes for arena in arenas} == {source.stored_bytes(0)}
     assert source.stored_bytes(0) < expert_bytes(group.specs) / 3
 
 
@@ -227,9 +225,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(
-    "layout", ["mxfp4 gpt-oss", "fp8 128x128", "fp8 compressed-tensors channel"]
-)
+@pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 128x128", "mxfp4 deepseek"])
 def test_a_prepared_copy_is_the_same_model(layout: str, written: Written, tmp_path: Path) -> None:
     coded, twin = written(layout)
     model: Any = runtime.load(prepare(coded, tmp_path / "prepared"), memory=0.25)
@@ -307,7 +303,7 @@ def test_a_truncated_file_is_refused_by_name(written: Written, tmp_path: Path) -
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "damaged")
     file = coded / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cut in .*fetch it again"):
+    with pytest.raises(ValueError, match=r"cut in .*fetch it again"):
         runtime.load(coded)
 
 
