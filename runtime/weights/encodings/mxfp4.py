@@ -20,7 +20,6 @@ from runtime.weights.encodings.number_formats import (
 from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
 from runtime.weights.encodings.stored_parts import (
     as_bytes,
-    block_of,
     e8m0,
     require_dtype,
     require_matrix,
@@ -112,12 +111,9 @@ def _packed(key: str, entries: Mapping[str, Entry]) -> StoredMatrix:
     require_matrix(key, codes)
     require_dtype(scales, entries[scales], "U8", "F8_E8M0")
     *stacked, rows, row_bytes = codes.shape
-    grid = entries[scales].shape
-    if list(grid[: len(stacked)]) != stacked:
-        raise ValueError(f"{scales} has the shape {list(grid)} for {stacked[0]} experts")
-    block = block_of(scales, grid[len(stacked) :], (rows, row_bytes * 2))
+    require_shape(scales, entries[scales], (*stacked, rows, row_bytes // 16))
     return StoredMatrix(
-        encoding=MXFP4(rows=block[0], columns=block[1]),
+        encoding=MXFP4(),
         shape=(*stacked, rows, row_bytes * 2),
         sources={CODES: key, SCALES: scales},
         convert=_conversion(scales),
