@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.kernels.decoding import (
-    BF16, E4M3, E8M0, F16, F32, FP8, INT4, MXFP4, NVFP4, e4m3, e8m0, float_code, lift, weight,
-    with_nan,
+    BF16, E4M3, E8M0, F16, F32, FP8, INT4, MXFP4, NVFP4, e4m3, e8m0, float_code, half_e8m0,
+    lift, weight, with_nan,
 )  # fmt: skip
 from runtime.cuda.kernels.packed import eighths
 from runtime.weights.encodings.coded import CodedMatrix
@@ -56,19 +56,22 @@ class Code(NamedTuple):
     """Columns that share a scale."""
     scale: int
     """One of SCALE_FORMATS."""
+    product: int
+    """The number format to which code x scale is rounded before it becomes a weight."""
     divides: bool
     """Global scales divide."""
 
     @staticmethod
     def of(encoding: Encoding, starts: Mapping[str, int]) -> Code:
         """The code of a matrix whose parts start at these bytes of a stored block."""
-        (extra,) = [starts[name] for name in starts if name not in (CODES, SCALES)] or [-1]
+        extra = [at for name, at in starts.items() if name not in (CODES, SCALES)]
         kind = KINDS[encoding.name]
-        fixed = {MXFP4.value: torch.uint8, NVFP4.value: torch.float8_e4m3fn}
-        scale = fixed[kind] if kind in fixed else getattr(encoding, "scale")  # noqa: B009
+        own = {MXFP4.value: torch.uint8, NVFP4.value: torch.float8_e4m3fn}.get(kind)
+        scale = getattr(encoding, "scale", own)
+        product = getattr(encoding, "product", scale if kind == INT4.value else torch.float32)
         return Code(
-            kind, starts[CODES], starts[SCALES], extra, encoding.rows, encoding.columns,
-            SCALE_FORMATS[scale], bool(getattr(encoding, "divides", False)),
+            kind, starts[CODES], starts[SCALES], *(extra or [-1]), encoding.rows, encoding.columns,
+            SCALE_FORMATS[scale], SCALE_FORMATS[product], bool(getattr(encoding, "divides", False)),
         )  # fmt: skip
 
 
@@ -121,7 +124,7 @@ def eights_of(
 
 @triton.jit
 def scale_at(block, rows_N, mask_N, column_G, WIDTH: tl.constexpr, CODE: tl.constexpr):
-    """Scales and zeros of some rows and columns of scales: [N, G] in float32."""
+    """Scales (half of them for mxfp4) and zeros of some rows and columns: [N, G] in float32."""
     COLUMNS: tl.constexpr = (WIDTH + CODE.columns - 1) // CODE.columns
     row_N = rows_N if CODE.kind == NVFP4 else rows_N // CODE.rows
     mask_NG = mask_N[:, None] & (column_G < COLUMNS)[None, :]
@@ -129,7 +132,8 @@ def scale_at(block, rows_N, mask_N, column_G, WIDTH: tl.constexpr, CODE: tl.cons
     at_NG = tl.max_contiguous(at_NG, [1, 1])  # a thread loads the scales of its own words
     scale_NG = tl.load(part_at(block, CODE.scales, dtype_of(CODE.scale)) + at_NG, mask=mask_NG, other=0)
     if CODE.scale == E8M0:
-        scale_NG = e8m0(scale_NG.to(tl.int32))
+        exponent_NG = scale_NG.to(tl.int32)
+        scale_NG = half_e8m0(exponent_NG) if CODE.kind == MXFP4 else e8m0(exponent_NG)
     elif CODE.scale == E4M3:
         scale_NG = e4m3(scale_NG.to(tl.int32))
     else:
@@ -154,16 +158,17 @@ def scales_of(
     if C >= WIDTH or C % (8 * J) == 0:
         column_G = tl.zeros([1], tl.int32) if C >= WIDTH else group_G // (C // (8 * J))
         scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE)
-        return scale_NG[:, :, None], zero_NG[:, :, None]
-    SHARES: tl.constexpr = 8 * J // C
-    scale_NGJ = tl.full([1, 1, 1], 0.0, tl.float32)
-    zero_NGJ = scale_NGJ
-    share_J = (tl.arange(0, J) // (C // 8))[None, None, :]
-    for share in tl.static_range(SHARES):
-        column_G = group_G * SHARES + share
-        scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE)
-        scale_NGJ = tl.where(share_J == share, scale_NG[:, :, None], scale_NGJ)
-        zero_NGJ = tl.where(share_J == share, zero_NG[:, :, None], zero_NGJ)
+        scale_NGJ, zero_NGJ = scale_NG[:, :, None], zero_NG[:, :, None]
+    else:
+        SHARES: tl.constexpr = 8 * J // C
+        share_J = (tl.arange(0, J) // (C // 8))[None, None, :]
+        scale_NGJ = tl.full([1, 1, 1], 0.0, tl.float32)
+        zero_NGJ = scale_NGJ
+        for share in tl.static_range(SHARES):
+            column_G = group_G * SHARES + share
+            scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE)
+            scale_NGJ = tl.where(share_J == share, scale_NG[:, :, None], scale_NGJ)
+            zero_NGJ = tl.where(share_J == share, zero_NG[:, :, None], zero_NGJ)
     return scale_NGJ, zero_NGJ
 
 
@@ -203,7 +208,7 @@ def add_coded(
             if CODE.kind == FP8:
                 scale = with_nan(scale, eight)
             for number in tl.static_range(8):
-                w = weight(eight, number, scale, zero, CODE.kind, CODE.scale, DTYPE, True)
+                w = weight(eight, number, scale, zero, CODE.kind, CODE.product, DTYPE, True)
                 sums_NGJ += w * x_GJ[number][None, :, :]
     return sums_NGJ
 
@@ -225,18 +230,21 @@ def coded_rows_of(
     if M == 1:
         sums_NGJ = tl.zeros([N, G, J], tl.float32)
         sums_NGJ = add_coded(sums_NGJ, x, 1.0, block, rows_N, mask_N, WIDTH, CODE, BLOCK_K)
-        return sum_over(sums_NGJ)[None, :]
-    token_M = tl.arange(0, M)
-    sums_MN = tl.zeros([M, N], tl.float32)
-    for start in range(0, WIDTH, BLOCK_K):
-        column_K = start + tl.arange(0, BLOCK_K)
-        mask_MK = (token_M < num_tokens)[:, None] & (column_K < WIDTH)[None, :]
-        x_MK = tl.load(x + token_M[:, None] * WIDTH + column_K[None, :], mask=mask_MK, other=0.0)
-        group_G = start // (8 * J) + tl.arange(0, G)
-        sums_MN = add_coded_dots(
-            sums_MN, x_MK, block, rows_N, mask_N, group_G, WIDTH, CODE, M, N, BLOCK_K
-        )
-    return sums_MN
+        product_MN = sum_over(sums_NGJ)[None, :]
+    else:
+        token_M = tl.arange(0, M)
+        product_MN = tl.zeros([M, N], tl.float32)
+        for start in range(0, WIDTH, BLOCK_K):
+            column_K = start + tl.arange(0, BLOCK_K)
+            mask_MK = (token_M < num_tokens)[:, None] & (column_K < WIDTH)[None, :]
+            x_MK = tl.load(
+                x + token_M[:, None] * WIDTH + column_K[None, :], mask=mask_MK, other=0.0
+            )
+            group_G = start // (8 * J) + tl.arange(0, G)
+            product_MN = add_coded_dots(
+                product_MN, x_MK, block, rows_N, mask_N, group_G, WIDTH, CODE, M, N, BLOCK_K
+            )
+    return product_MN
 
 
 @triton.jit
@@ -255,7 +263,7 @@ def add_coded_dots(
     x_0, x_2, x_1, x_3, x_4, x_6, x_5, x_7 = eighths(tl.reshape(x_MK, (M, BLOCK_K // 8, 2, 2, 2)))
     x_ME = x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
     for number in tl.static_range(8):
-        w = weight(eight, number, scale, zero, CODE.kind, CODE.scale, DTYPE, True)
+        w = weight(eight, number, scale, zero, CODE.kind, CODE.product, DTYPE, True)
         w_NE = tl.reshape(w, (N, BLOCK_K // 8)).to(DTYPE)
         sums_MN = tl.dot(x_ME[number], tl.trans(w_NE), sums_MN, input_precision="ieee")
     return sums_MN

@@ -16,7 +16,6 @@ import triton.language as tl
 
 MXFP4, FP8, INT4, NVFP4 = (tl.constexpr(kind) for kind in range(4))
 F32, BF16, F16, E8M0, E4M3 = (tl.constexpr(number) for number in range(5))
-NOT_A_NUMBER = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -24,11 +23,12 @@ def pair(eight, number: tl.constexpr, KIND: tl.constexpr):
     """Two weights as float16 in an int32: `number` and the one behind it by 4 (by 2 for FP8)."""
     if KIND == FP8:
         half = (eight >> 32).to(tl.int32) if number >= 4 else eight.to(tl.int32)
-        if number % 2 == 0:
-            return ((half << 8) & -2147450880) | ((half << 7) & 0x3F803F80)
-        return half & -2147450880 | ((half >> 1) & 0x3F803F80)
-    magnitude = eight << (9 - 4 * number) if number < 3 else eight >> 3
-    return ((eight << (12 - 4 * number)) & -2147450880) | (magnitude & 0x0E000E00)
+        sign = half << 8 if number % 2 == 0 else half
+        magnitude = (half << 7 if number % 2 == 0 else half >> 1) & 0x3F803F80
+    else:
+        sign = eight << (12 - 4 * number)
+        magnitude = (eight << (9 - 4 * number) if number < 3 else eight >> 3) & 0x0E000E00
+    return (sign & -2147450880) | magnitude
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def e4m3(code):
     """An e4m3 number, int32, in float32."""
     bits = ((code << 8) & 0x8000) | ((code << 7) & 0x3F80)
     value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, NOT_A_NUMBER, value)
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
 
 
 @triton.jit
@@ -66,11 +66,19 @@ def e8m0(code):
 
 
 @triton.jit
+def half_e8m0(code):
+    """Half a power of two from its exponent, int32, in float32: finite for 255 as well."""
+    return tl.maximum((code - 1) << 23, 0x00200000 << tl.minimum(code, 1)).to(
+        tl.float32, bitcast=True
+    )
+
+
+@triton.jit
 def with_nan(scale, eight):
     """The scale of eight e4m3 codes; NaN if one of the codes is."""
     low, high = eight.to(tl.int32), (eight >> 32).to(tl.int32)
     full = ((low & 0x7F7F7F7F) + 0x01010101) | ((high & 0x7F7F7F7F) + 0x01010101)
-    return tl.where((full & -2139062144) != 0, NOT_A_NUMBER, scale)
+    return tl.where((full & -2139062144) != 0, float("nan"), scale)
 
 
 @triton.jit
@@ -81,31 +89,31 @@ def rounded(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def weight(
-    eight, number: tl.constexpr, scale, zero, KIND: tl.constexpr, SCALE: tl.constexpr,
+    eight, number: tl.constexpr, scale, zero, KIND: tl.constexpr, PRODUCT: tl.constexpr,
     DTYPE: tl.constexpr, LIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Weight `number` of eight, rounded as its encoding says and then to DTYPE, in float32.
+    """Weight `number` of eight, in float32: rounded to the number format PRODUCT, then to DTYPE.
 
     LIFTED: the scale was multiplied by `lift` before, and by `with_nan` where codes can be NaN; it
-    must be less than 2^113.
+    must be less than 2^112.
     """
     if KIND == INT4:
-        value = int_code(eight, number, zero) * scale
-        if SCALE == BF16:
-            value = rounded(value, tl.bfloat16)
-        if SCALE == F16:
-            value = rounded(value, tl.float16)
+        value = int_code(eight, number, zero)
     else:
         value = float_code(eight, number, KIND)
         if not LIFTED:
             value *= lift(KIND)
             if KIND == FP8:
-                value = tl.where(tl.abs(value) == 480.0, NOT_A_NUMBER, value)
-        value *= scale
+                value = tl.where(tl.abs(value) == 480.0, float("nan"), value)
+    value *= scale
+    if PRODUCT == BF16 and DTYPE != tl.bfloat16:
+        value = rounded(value, tl.bfloat16)
+    if PRODUCT == F16 and DTYPE != tl.float16:
+        value = rounded(value, tl.float16)
     return rounded(value, DTYPE)
 
 
 @triton.constexpr_function
 def lift(kind: int) -> float:
-    """The factor that `float_code` leaves to its caller."""
-    return 1.0 if kind == INT4 else 2.0**8 if kind == FP8 else 2.0**14
+    """The factor that `float_code` and scales leave to their caller."""
+    return (2.0**15, 2.0**8, 1.0, 2.0**14)[kind]

@@ -70,7 +70,7 @@ def weights_in_turn(eight, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr)
     """The weights of words [N, G, J]: [N, G, J, 2, 2, 2], exact whatever their scale."""
     w = ()
     for number in tl.static_range(8):
-        value = weight(eight, number, scale, zero, CODE.kind, CODE.scale, DTYPE, False)
+        value = weight(eight, number, scale, zero, CODE.kind, CODE.product, DTYPE, False)
         w = w + (value.to(DTYPE),)
     even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
     odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
