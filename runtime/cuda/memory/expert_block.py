@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.cuda.kernels.coded import Code
 from runtime.cuda.memory.packing import pack, packed_bytes
 from runtime.weights.arena import Specs
 
@@ -102,6 +103,10 @@ class ExpertBlock:
         if not self.patches or name not in self.fields:
             return self.start(name)
         return self.start(name) - self.matrix_units + self._packed_units
+
+    def code(self, name: str) -> Code | None:
+        """The code of a matrix in a block as stored; None for one that is not coded."""
+        return None
 
     def views(self, units: Tensor) -> dict[str, Tensor]:
         """The parameters in unpacked blocks, int16 [*, units]: views [*, *shape]."""
