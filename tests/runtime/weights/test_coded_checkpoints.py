@@ -117,6 +117,35 @@ def test_experts_of_one_tensor_stay_in_codes(tmp_path: Path) -> None:
     assert_equal(weights(found), weights(expected))
 
 
+def test_a_parameter_of_coded_and_plain_matrices_is_decoded_as_it_is_read(
+    written: Written, tmp_path: Path
+) -> None:
+    coded, twin = (shutil.copytree(p, tmp_path / p.name) for p in written("fp8 128x128"))
+    plain = load_file(twin / "model.safetensors")
+
+    def decode_up(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if "experts" in key and key.endswith("up_proj.weight")]:
+            tensors[key] = plain[key]
+            del tensors[f"{key}_scale_inv"]
+
+    change(coded, decode_up)
+    model, expected = runtime.load(coded), runtime.load(twin)
+    assert set(model.expertflow._store.coding(0)) == {"down_proj"}
+    assert torch.equal(generate(model), generate(expected))
+    assert_equal(weights(model), weights(expected))
+
+
+def test_codes_that_the_library_converts_are_decoded_first(tmp_path: Path) -> None:
+    kind = "qwen3_vl_moe"
+    model: Any = architecture_model(kind).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    coded, twin = tmp_path / "coded", tmp_path / "twin"
+    write_quantised(tmp_path / "plain", coded, "fp8 stacked", twin=twin)
+    found: Any = runtime.load(coded)
+    assert found.expertflow._store.coding(0) == {}
+    assert_equal(weights(found), weights(runtime.load(twin)))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_weights_are_those_of_transformers_own_dequantisation(
     layout: str, written: Written
@@ -128,6 +157,8 @@ def test_the_weights_are_those_of_transformers_own_dequantisation(
         pytest.importorskip("compressed_tensors")
     coded, _ = written(layout)
     dequantise = getattr(transformers, name)(dequantize=True)
+    if not hasattr(dequantise, "dequantize"):
+        pytest.skip("this version of transformers does not dequantise it")
     try:
         reference = transformers.AutoModelForCausalLM.from_pretrained(
             coded, quantization_config=dequantise
