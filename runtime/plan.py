@@ -104,7 +104,7 @@ def main(settings: PlanSettings) -> None:
     print(describe(planned, bandwidth))
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print("\n".join(advice(planned, host_bytes)))
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and any(not group.coding for group in planned.source.groups):
         print(PACKED)
 
 
