@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
-from runtime.weights.encodings.number_formats import E8M0_BIAS, multiply_blocks, power_of_two
+from runtime.weights.encodings.number_formats import (
+    E8M0_BIAS,
+    power_of_two,
+    unpack_e4m3,
+)
 from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
 from runtime.weights.encodings.stored_parts import (
     block_of,
@@ -24,7 +29,7 @@ from runtime.weights.encodings.stored_parts import (
 )
 from runtime.weights.files import Entry
 
-METHODS = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8")
+METHODS = ("fp8", "mxfp8", "compressed-tensors", "modelopt")
 """Quantisation methods whose checkpoints may have such matrices."""
 
 SCALE_DTYPES = {
@@ -70,9 +75,8 @@ class FP8Block(Encoding):
         scales = parts[SCALES]
         if self.scale == torch.uint8:
             scales = power_of_two(scales.int() - E8M0_BIAS)
-        weights_NK = parts[CODES].float()
-        multiply_blocks(weights_NK, scales.float(), self.rows, self.columns)
-        return weights_NK.to(self.product).to(dtype)
+        first = dtype if self.product == torch.float32 else self.product
+        return decode_blocks(self, parts[CODES], unpack_e4m3, scales.float(), first).to(dtype)
 
 
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.number_formats import (
     E8M0_BIAS,
-    multiply_blocks,
     power_of_two,
     unpack_e2m1,
 )
@@ -64,9 +65,9 @@ class MXFP4(Encoding):
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Exact in bfloat16 and float32, but for numbers beyond 2^128, which are infinite."""
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        doubled = unpack_e2m1(parts[CODES], exact, factor=2.0)  # so that no scale is infinite
-        halves = power_of_two(parts[SCALES].int() - (E8M0_BIAS + 1)).to(exact)
-        return multiply_blocks(doubled, halves, self.rows, self.columns).to(dtype)
+        halves = power_of_two(parts[SCALES].int() - (E8M0_BIAS + 1)).to(exact)  # of scales: finite
+        doubled = partial(unpack_e2m1, dtype=exact, factor=2.0)
+        return decode_blocks(self, parts[CODES], doubled, halves, dtype)
 
 
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
