@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.kv.size import cache_bytes
-from runtime.sizing.budget import least_bytes, total_expert_bytes
+from runtime.sizing.budget import SlotBudget, least_bytes, total_expert_bytes
 from runtime.sizing.units import format_bytes, round_up
 from runtime.weights.arena import expert_bytes
 from runtime.weights.encodings.coded import bits_a_weight
@@ -42,16 +42,17 @@ class MemoryPlan:
     """Size of the key/value cache of one sequence, by context length; None if it is not known."""
 
     @classmethod
-    def of(cls, source: Source, slots: list[int], name: str) -> MemoryPlan:
-        """The plan for a model on the meta device, given the slots that its budget pays for."""
+    def of(cls, source: Source, budget: SlotBudget, name: str) -> MemoryPlan:
+        """The plan for a model on the meta device, given what its budget pays for."""
+        sizes = budget.slot_bytes
         return cls(
             name=name,
             source=source,
-            slots=slots,
-            expert_bytes=[expert_bytes(group.specs) for group in source.groups],
+            slots=budget.slots(),
+            expert_bytes=sizes,
             stored_bytes=[expert_bytes(group.stored_specs) for group in source.groups],
-            total_expert_bytes=total_expert_bytes(source),
-            least_bytes=int(least_bytes(source)),
+            total_expert_bytes=total_expert_bytes(source, sizes),
+            least_bytes=int(least_bytes(source, sizes)),
             cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
         )
 
