@@ -5,7 +5,11 @@
 
 One flat block crosses the link: a copy need not know where a matrix ends. Weights of transposed
 layouts are kept [out, in] in it. Where all is bfloat16, a block may be *stored* with its matrices
-packed (see `packing`) and the other parameters as they are behind them.
+packed (see `packing`) and the other parameters as they are behind them. Or its matrices are stored
+in codes, as their checkpoint has them (see `encodings`), each part from a multiple of 128 bytes on:
+
+    int16 units   0 codes ..... | scales .. | bias | codes ..... | scales .. | padding
+                  gate_up_proj                     down_proj
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.cuda.kernels.coded import Code
 from runtime.cuda.memory.packing import pack, packed_bytes
-from runtime.weights.arena import Specs
+from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.coded import Coding, part_name, stored_specs
 
 CHUNK = 8192
 """int16 units in one chunk: what a program fetches at a time."""
@@ -35,17 +41,19 @@ class Field(NamedTuple):
 
     @property
     def units(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize // 2
+        return -(-torch.Size(self.shape).numel() * self.dtype.itemsize // 2)
 
 
 class ExpertBlock:
     """The layout of the blocks of experts with parameters `specs` (as stored).
 
-    patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are stored as they are.
+    patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are not packed.
+    coding: the matrices that are stored in codes, which are never packed.
     """
 
-    def __init__(self, specs: Specs, patches: int = 0) -> None:
-        self._specs, self.patches = specs, patches
+    def __init__(self, specs: Specs, patches: int = 0, coding: Coding | None = None) -> None:
+        self._specs, self.patches, self.coding = specs, patches, coding or {}
+        assert not (self.patches and self.coding), "a block is packed or in codes"
         self.fields: dict[str, Field] = {}
         matrices = {name: spec for name, spec in specs.items() if len(spec.shape) > 1}
         self.matrix_units = self._place(matrices, 0, CHUNK)
@@ -58,6 +66,15 @@ class ExpertBlock:
         if patches:
             behind = end - self.matrix_units
             self.stored_units = _round_up(self._packed_units + behind, CHUNK)
+        self.stored_fields = self.fields
+        """Of the parameters as stored: parts of coded matrices."""
+        if self.coding:
+            self.stored_fields = {}
+            at = 0
+            for name, spec in stored_specs(specs, self.coding).items():
+                field = self.stored_fields[name] = Field(at, spec.shape, spec.dtype)
+                at += _round_up(field.units, ALIGNMENT)
+            self.stored_units = _round_up(at, CHUNK)
 
     def _place(self, specs: Specs, at: int, alignment: int) -> int:
         """Place those of `specs` that have no place yet, from `at` on. Returns the end."""
@@ -68,8 +85,18 @@ class ExpertBlock:
         return at
 
     def packed(self, patches: int) -> ExpertBlock:
-        """The same, stored packed; with 0, stored as they are."""
-        return ExpertBlock(self._specs, patches)
+        """The same, stored packed; with 0, not packed."""
+        return ExpertBlock(self._specs, patches, self.coding)
+
+    @property
+    def plain(self) -> ExpertBlock:
+        """The same, stored as they are: neither packed nor in codes."""
+        return ExpertBlock(self._specs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether blocks are stored as they are."""
+        return not self.patches and not self.coding
 
     @property
     def _packed_units(self) -> int:
@@ -83,8 +110,10 @@ class ExpertBlock:
 
     @property
     def can_pack(self) -> bool:
-        """Whether all of it is bfloat16, in rows of whole eights."""
+        """Whether all of it is bfloat16, in rows of whole eights, and nothing in codes."""
         fields = self.fields.values()
+        if self.coding:
+            return False
         rows = [field.shape[-1] for field in fields if len(field.shape) > 1]
         return all(field.dtype == torch.bfloat16 for field in fields) and not any(
             row % 8 for row in rows
@@ -98,10 +127,31 @@ class ExpertBlock:
         return 0 if field is None else field.start * 2 // field.dtype.itemsize
 
     def start_stored(self, name: str) -> int:
-        """The start of a bias in a block as stored."""
-        if not self.patches or name not in self.fields:
+        """The start of a bias in a block as stored, in its own elements; 0 where there is none."""
+        if name not in self.fields or self.coding:
+            field = self.stored_fields.get(name)
+            return 0 if field is None else field.start * 2 // field.dtype.itemsize
+        if not self.patches:
             return self.start(name)
         return self.start(name) - self.matrix_units + self._packed_units
+
+    def code(self, name: str) -> Code | None:
+        """The code of a matrix in a block as stored; None for one that is not coded."""
+        if name not in self.coding:
+            return None
+        matrix, fields = self.coding[name], self.stored_fields
+        starts = {part: 2 * fields[part_name(name, part)].start for part in matrix.parts}
+        return Code.of(matrix.encoding, starts)
+
+    def stored_views(self, units: Tensor) -> dict[str, Tensor]:
+        """The parameters in blocks as stored, int16 [*, stored units]: views [*, *shape]."""
+        stored = units.view(torch.uint8)
+        return {
+            name: stored[..., 2 * field.start :][..., : Spec(field.shape, field.dtype).num_bytes]
+            .view(field.dtype)
+            .unflatten(-1, field.shape)
+            for name, field in self.stored_fields.items()
+        }
 
     def views(self, units: Tensor) -> dict[str, Tensor]:
         """The parameters in unpacked blocks, int16 [*, units]: views [*, *shape]."""
@@ -116,6 +166,7 @@ class ExpertBlock:
         """Store an unpacked block, int16 [units], as int16 [stored_units]; None where a chunk
         has no room for its patches.
         """
+        assert not self.coding, "blocks in codes are read, never made"
         if not self.patches:
             return block_N
         ends = [*(field.start for field in self.fields.values()), self.matrix_units]
