@@ -66,8 +66,10 @@ REMARKS = """
   offloaded.
 - **Llama 4** scales a token by its router score before its experts see it; traces record a weight
   of 1. A token whose score rounds to zero has no expert, which is what it gets in the stock model.
-- **Doge** is refused: its experts are single rows of embeddings. A model in memory whose experts
-  transformers keeps in **FP8** or **MXFP4** is refused too: pass its directory instead.
+- **Doge** is refused: its experts are single rows of embeddings.
+- **Quantised checkpoints** are loaded by their directory or id. A model in memory whose experts are
+  **FP8** or **MXFP4** modules is refused, and a directory of any other quantisation is refused by
+  name.
 - Remote code is not run: an architecture that transformers does not have is refused by name.
 """
 
