@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from runtime.weights.encodings.number_formats import (
     power_of_two,
     unpack_e4m3,
 )
-from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
+from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix, unchanged
 from runtime.weights.encodings.stored_parts import (
     block_of,
     e8m0,
@@ -77,6 +78,10 @@ class FP8Block(Encoding):
             scales = power_of_two(scales.int() - E8M0_BIAS)
         first = dtype if self.product == torch.float32 else self.product
         return decode_blocks(self, parts[CODES], unpack_e4m3, scales.float(), first).to(dtype)
+
+
+_encoding = cache(FP8Block)
+"""One object for each that there is: a large checkpoint has a hundred thousand matrices."""
 
 
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
@@ -143,7 +148,7 @@ def _stored(
     block = block_of(scales, grid, (rows, columns), configured)
     shared = whole_rows(rows, block[0])
     return StoredMatrix(
-        encoding=FP8Block(
+        encoding=_encoding(
             rows=shared,
             columns=block[1],
             scale=SCALE_DTYPES[entries[scales].dtype],
@@ -182,6 +187,9 @@ def _conversion(
     key: str, entry: Entry, grid: tuple[int, ...], heights: tuple[int, int, int]
 ) -> Convert:
     """heights: rows of a stored block, of a canonical one, and of the matrix."""
+    as_stored = entry.dtype not in ("F16", "U8", "F8_E8M0") and heights[0] == heights[1]
+    if as_stored and grid == entry.shape[-2:]:
+        return unchanged
 
     def convert(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         scales = stored[SCALES].reshape(grid)
