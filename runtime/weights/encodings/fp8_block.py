@@ -112,8 +112,7 @@ def configured_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """The block that a quantisation names for matrices in fp8; None for several or none."""
     method = quantization.get("quant_method")
     if method in ("fp8", "mxfp8") and "weight_block_size" in quantization:
-        size = quantization["weight_block_size"]
-        return tuple(size) if size else None
+        return _pair("weight_block_size", quantization["weight_block_size"])
     if method == "mxfp8":
         return (1, 32)
     groups = (quantization.get("config_groups") or {}).values()
@@ -127,11 +126,21 @@ def _block(scheme: Mapping[str, Any]) -> tuple[int, int] | None:
     match scheme.get("strategy"):
         case "channel":
             return (1, WHOLE)
-        case "group" if scheme.get("group_size"):
-            return (1, scheme["group_size"])
-        case "block" if scheme.get("block_structure"):
-            return tuple(scheme["block_structure"])
+        case "group":
+            return _pair("group_size", [1, scheme.get("group_size")])
+        case "block":
+            return _pair("block_structure", scheme.get("block_structure"))
     return None
+
+
+def _pair(name: str, size: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block. Raises ValueError, naming the field, for what is none."""
+    match size:
+        case None | []:
+            return None
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(f"{name} of the quantisation is {size}, which is no block")
 
 
 def _stored(
