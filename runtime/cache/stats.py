@@ -31,7 +31,10 @@ class Stats:
     num_slots: int
     policy: str
     packing: float = 1.0
-    """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
+    """Bytes over the link for a byte of an expert's weights: below 1 where they are packed or in
+    codes."""
+    encoding: str | None = None
+    """Encoding of the experts in their checkpoint, e.g. "mxfp4"; None if they are plain."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -176,9 +179,9 @@ class Stats:
         counts = {
             name: getattr(self, name)
             for name in (
-                "policy", "num_slots", "total_experts", "steps", "tokens", "hits", "late", "misses",
-                "evictions", "bytes_loaded", "prefetches", "prefetches_used", "bytes_prefetched",
-                "bytes_wasted",
+                "policy", "encoding", "num_slots", "total_experts", "steps", "tokens", "hits",
+                "late", "misses", "evictions", "bytes_loaded", "prefetches", "prefetches_used",
+                "bytes_prefetched", "bytes_wasted",
             )
         }  # fmt: skip
         rates = {
@@ -200,8 +203,9 @@ class Stats:
 
     def report(self) -> str:
         """One line about the run."""
+        kind = f" {self.encoding}" if self.encoding else ""
         line = (
-            f"{self.policy}: {self.num_slots} of {self.total_experts} experts fit, "
+            f"{self.policy}: {self.num_slots} of {self.total_experts}{kind} experts fit, "
             f"{self.tokens} tokens in {self.steps} steps"
         )
         if self.hits + self.late + self.misses:

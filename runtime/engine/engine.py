@@ -61,6 +61,7 @@ class Engine:
         self._layers = source.layers
         self._store = source.store
         self._backend = backend
+        backend.stats.encoding = source.encoding
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
         self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)

@@ -18,7 +18,6 @@ from routing.process.output_lock import OutputLock
 from runtime.weights.arena import expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.directory import MetaModel
-from runtime.weights.files import CheckpointFiles
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.prepared_store import (
     BLOCKS,
@@ -31,6 +30,7 @@ from runtime.weights.prepared_store import (
     is_prepared,
     stride,
 )
+from runtime.weights.quantised.coded_files import CodedFiles
 from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -62,7 +62,7 @@ def write_prepared(
 
 
 def _write(meta: MetaModel, directory: Path, target: Path) -> None:
-    files = CheckpointFiles(directory)
+    files = CodedFiles(directory, quantization=meta.quantization)
     mapping = CheckpointMapping(files, meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
     partial = target.with_name(f"{target.name}.partial")
@@ -83,10 +83,10 @@ def _copy_small_files(directory: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _write_resident(files: CheckpointFiles, store: CheckpointStore, out: Path) -> None:
-    """Write all weights but the experts into one safetensors file."""
-    experts = store.keys
-    resident = {key: files.get(key).clone() for key in files.entries if key not in experts}
+def _write_resident(files: CodedFiles, store: CheckpointStore, out: Path) -> None:
+    """Write all weights but the experts into one safetensors file, as they are stored."""
+    stored, experts = files.stored, files.stored_keys(store.keys)
+    resident = {key: stored.get(key).clone() for key in stored.entries if key not in experts}
     save_file(resident, out / RESIDENT, {"format": "pt"})
 
 
