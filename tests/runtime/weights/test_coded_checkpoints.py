@@ -417,3 +417,9 @@ def test_a_plan_without_files_says_that_it_counts_decoded_experts(
     main(PlanSettings(model=str(tmp_path)))
     said = capsys.readouterr().out
     assert "The weights are quantised (mxfp4): the files, which are not here, say" in said
+
+
+def test_on_a_gpu_a_budget_of_bytes_pays_for_codes(written: Written) -> None:
+    coded, twin = (plan(path, 0.5, device="cuda") for path in written("fp8 128x128"))
+    assert coded.slots == twin.slots
+    assert coded.slot_bytes < 0.6 * twin.slot_bytes
