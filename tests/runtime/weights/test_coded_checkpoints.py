@@ -363,6 +363,20 @@ def test_damaged_codes_are_refused_by_name(
         assert str(coded) in str(error.value)
 
 
+def test_codes_in_an_order_of_their_own_are_refused_at_once(
+    written: Written, tmp_path: Path
+) -> None:
+    coded = shutil.copytree(written("int4 gptq")[0], tmp_path / "damaged")
+    name = "model.layers.0.mlp.experts.0.down_proj.g_idx"
+
+    def shuffle(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].flip(0)
+
+    change(coded, shuffle)
+    with pytest.raises(ValueError, match=f"{coded}: {name}"):
+        runtime.load(coded)
+
+
 def test_a_truncated_file_is_refused_by_name(written: Written, tmp_path: Path) -> None:
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "damaged")
     file = coded / "model.safetensors"
