@@ -28,10 +28,15 @@ WIDTHS = {"moe_intermediate_size": 32, "intermediate_size": 64}
 PREFERRED: dict[str, tuple[str, ...]] = {
     "mxfp4": ("mxfp4 compressed-tensors", "mxfp4 gpt-oss"),
     "fp8-block": ("fp8 16x16", "fp8 stacked"),
+    "int4-group": ("int4 compressed-tensors 32",),
+    "nvfp4": ("nvfp4 modelopt", "nvfp4 gpt-oss", "nvfp4 stacked"),
 }
 """Layouts of an encoding that are tried; of the others all are, in the order of their table. An
 architecture has the first that it can have."""
-ONLY = {"mxfp4 gpt-oss": ("gpt_oss", "openai_privacy_filter")}
+ONLY = {
+    "mxfp4 gpt-oss": ("gpt_oss", "openai_privacy_filter"),
+    "nvfp4 gpt-oss": ("gpt_oss", "llama4", "llama4_text"),
+}
 """Architectures that alone have a layout."""
 SHARE = 0.4
 """Of the experts that fit in memory."""

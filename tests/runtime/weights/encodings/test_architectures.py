@@ -11,7 +11,7 @@ from tests.helpers.quantised import layouts_of
 from tests.helpers.quantised.compatibility import DECODED, NOT_APPLICABLE, check_encodings
 
 EVERY = dict.fromkeys(ENCODINGS, "yes")
-STACKED = dict.fromkeys(ENCODINGS, NOT_APPLICABLE) | {"fp8-block": "yes"}
+STACKED = dict.fromkeys(ENCODINGS, NOT_APPLICABLE) | {"fp8-block": "yes", "nvfp4": "yes"}
 CASES = {
     "deepseek_v3": EVERY,
     "gpt_oss": STACKED | {"mxfp4": "yes"},
@@ -23,7 +23,7 @@ CASES = {
     "nemotron_h": EVERY,
     "nllb-moe": EVERY,
     "qwen3_5_moe": EVERY,
-    "qwen3_vl_moe": STACKED | {"fp8-block": DECODED},
+    "qwen3_vl_moe": STACKED | {"fp8-block": DECODED, "nvfp4": DECODED},
     "step3p7": STACKED,
 }
 
