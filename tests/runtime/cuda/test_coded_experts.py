@@ -19,7 +19,7 @@ from runtime.cache.stats import Stats
 from runtime.cuda.memory.expert_block import ALIGNMENT, CHUNK, ExpertBlock
 from runtime.cuda.memory.pinned import PinnedMemory, untouched
 from runtime.cuda.memory.pinned_experts import PinnedExperts, kernels_decode, unpack_blocks
-from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.cuda.prefill.streaming_pool import PROBES, Landing, StreamingPool
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.coded import CodedMatrix, Coding, decode_expert
 from runtime.weights.encodings.encoding import CODES, Encoding
@@ -48,16 +48,21 @@ class Case(NamedTuple):
     dtype: torch.dtype = BF16
 
 
+def both(encoding: Encoding, **rest: Any) -> Case:
+    """Both matrices in one encoding."""
+    return Case(encoding, encoding, **rest)
+
+
 CASES = {
     "mxfp4": Case(MXFP4(), MXFP4()),
     "mxfp4 transposed": Case(MXFP4(), MXFP4(), transposed=True),
     "fp8 blocks": Case(FP8Block(rows=16, columns=16), FP8Block(rows=16, columns=16)),
-    "fp8 powers": Case(*2 * [FP8Block(rows=8, columns=24, scale=torch.uint8)], dtype=torch.float16),
-    "fp8 rows": Case(*2 * [FP8Block(columns=1 << 40, scale=BF16)]),
+    "fp8 powers": both(FP8Block(rows=8, columns=24, scale=torch.uint8), dtype=torch.float16),
+    "fp8 rows": both(FP8Block(columns=1 << 40, scale=BF16)),
     "int4": Case(Int4Group(columns=16), Int4Group(columns=16)),
-    "int4 with zeros": Case(*2 * [Int4Group(columns=8, zeros=True, scale=torch.float16)]),
+    "int4 with zeros": both(Int4Group(columns=8, zeros=True, scale=torch.float16)),
     "nvfp4": Case(NVFP4(rows=32), NVFP4(rows=32)),
-    "int4 in odd groups": Case(*2 * [Int4Group(columns=4)]),
+    "int4 in odd groups": both(Int4Group(columns=4)),
     "down alone": Case(None, MXFP4()),
     "gate and up alone": Case(FP8Block(rows=16, columns=16), None, transposed=True),
     "two encodings": Case(MXFP4(), FP8Block(rows=32, columns=32), dtype=torch.float32),
@@ -227,7 +232,8 @@ def test_blocks_are_decoded_to_the_weights_of_their_encodings(name: str) -> None
     """By kernels, or where these cannot by torch; what is not in codes is copied."""
     store = RandomStore(CASES[name])
     block = block_of(store)
-    assert kernels_decode(block) == (name not in ("mxfp4 transposed", "int4 in odd groups"))
+    is_odd = store.case.transposed or name == "int4 in odd groups"
+    assert kernels_decode(block) == (not is_odd)
     stored_EN = torch.zeros(EXPERTS, block.stored_units, dtype=torch.int16)
     for expert in range(EXPERTS):
         store.read_stored(0, expert, block.stored_views(stored_EN[expert]))
@@ -309,7 +315,7 @@ def test_untouched_memory_is_zero_and_can_be_written(shape: tuple[int, ...]) -> 
 # ---------------------------------------------------------------------- decoding on arrival
 
 
-@cases
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4 transposed", "int4 in odd groups", "down alone"])
 def test_experts_without_a_kernel_arrive_in_codes_and_are_served_decoded(name: str) -> None:
     store = RandomStore(CASES[name])
     tier, block = tier_of(store), block_of(store)
@@ -317,12 +323,24 @@ def test_experts_without_a_kernel_arrive_in_codes_and_are_served_decoded(name: s
     stats = Stats(layers=layers, num_slots=3, policy="lru")
     pool = StreamingPool(block, 3, CPU, tier, LRU(2, EXPERTS), stats)
     assert pool.slots_SN.shape == (3, block.units)
-    for layer, experts in ((0, [0, 1, 2, 3]), (1, [1, 3]), (0, [2, 3]), (1, [0, 1, 2])):
-        served = list(pool.serve(layer, experts))
-        assert [expert for expert, _ in served] != []
+    for layer, experts in ((0, [0, 1, 2, 3]), (1, [1, 3]), (0, [2, 3])):
+        served = set()
         for expert, parameters in pool.serve(layer, experts):
             assert are_same(parameters, store.weights(layer, expert))
+            served.add(expert)
+        assert served == set(experts)
     pool.cache.check_integrity()
     assert stats.bytes_loaded == stats.misses * 2 * block.stored_units
-    assert pool.seconds_per_load() > 0
     pool.close()
+
+
+def test_the_time_of_a_load_holds_its_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RandomStore(CASES["int4 in odd groups"])
+    layers: Any = [SimpleNamespace(num_experts=EXPERTS, name=f"layer {i}") for i in range(2)]
+    stats = Stats(layers=layers, num_slots=3, policy="lru")
+    pool = StreamingPool(block_of(store), 3, CPU, tier_of(store), LRU(2, EXPERTS), stats)
+    decoded: list[Tensor] = []
+    monkeypatch.setattr(Landing, "decode", lambda self, slot_N: decoded.append(slot_N))
+    assert pool.seconds_per_load() > 0
+    assert len(decoded) == PROBES
+    assert all(len(slot_N) == block_of(store).units for slot_N in decoded)
