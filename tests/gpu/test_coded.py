@@ -37,6 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 256,
         "num_experts": 8,
         "num_hidden_layers": 3,
+        "mlp_only_layers": [],
     },
 }
 """24 experts, by architecture."""

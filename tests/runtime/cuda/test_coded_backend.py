@@ -28,7 +28,7 @@ from tests.helpers.tiny import tiny_model, tiny_tokenizer
 interpreter.mend()
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
-QWEN = {"num_experts": 4, "moe_intermediate_size": 32}
+QWEN = {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": []}
 RUN = ("mxfp4 gpt-oss", "fp8 compressed-tensors channel", "int4 kimi", "nvfp4 modelopt")
 """A layout of each encoding, all of which kernels run."""
 ACROSS = "fp8 stacked"
