@@ -23,6 +23,7 @@ from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
 from runtime.weights.prepared_store import RESIDENT, PreparedStore, is_prepared
 from runtime.weights.quantised.coded_files import CodedFiles, StoredTensor
+from runtime.weights.quantised.parts import empty
 from runtime.weights.quantised.refusals import without_codes, without_scales
 from runtime.weights.repository.hub import (
     HubOptions,
@@ -141,7 +142,16 @@ def from_path(
     )
     layers = [layer._replace(module=unstrip(model, layer)) for layer in meta.layers]
     store.bind(layers, model.dtype)
-    return Source(model, topology, layers, MemoryStore(store) if in_memory else store)
+    source = Source(model, topology, layers, store)
+    _try_codes(source)
+    return source._replace(store=MemoryStore(store)) if in_memory else source
+
+
+def _try_codes(source: Source) -> None:
+    """Read an expert of each kind, so that codes in an unknown order are refused at once."""
+    for group in source.groups:
+        if group.coding:
+            source.store.read_stored(group.layers[0], 0, empty(group.stored_specs))
 
 
 def from_path_on_meta(
