@@ -61,9 +61,7 @@ def _gptq(columns: int, *, symmetric: bool, subtracted: int) -> Code:
             return None
         if columns < WHOLE and tensor.shape[1] % columns:
             return None
-        found = integers.round_to_int4(
-            tensor, columns, FP16, symmetric=symmetric, least=subtracted
-        )
+        found = integers.round_to_int4(tensor, columns, FP16, symmetric=symmetric, least=subtracted)
         name = key.removesuffix(".weight")
         width = tensor.shape[1]
         tensors = {
@@ -115,7 +113,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "desc_act": False, "sym": True}
 
 LAYOUTS = {
     "int4 compressed-tensors 32": Layout("int4-group", _pack_quantized(32), _packed(32, BF16)),
-    "int4 compressed-tensors 64": Layout("int4-group", _pack_quantized(64), _packed(64, FP32)),
+    "int4 compressed-tensors 64": Layout("int4-group", _pack_quantized(64), _packed(64, BF16)),
     "int4 compressed-tensors asymmetric": Layout(
         "int4-group",
         _pack_quantized(128, symmetric=False),
