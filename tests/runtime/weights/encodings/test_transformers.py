@@ -139,7 +139,8 @@ def test_model_has_the_weights_that_transformers_loads(
     for name, (module, word) in NEEDED.items():
         if name in layout and word not in inspect.getsource(module):
             pytest.skip(f"this version of transformers cannot load {name}")
-    expected, found = loaded_and_decoded(*directories(layout), tmp_path, dtype)
+    plain, quantised = directories(layout)
+    expected, found = loaded_and_decoded(plain, quantised, tmp_path, dtype)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():  # transformers may leave some in the stored format
         assert are_same(found[name], tensor.to(found[name].dtype)), name
@@ -180,8 +181,9 @@ def test_layouts_left_out_are_those_that_transformers_cannot_load(
         return
     if method == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
+    plain, quantised = directories(layout)
     try:
-        expected, found = loaded_and_decoded(*directories(layout), tmp_path, BF16)
+        expected, found = loaded_and_decoded(plain, quantised, tmp_path, BF16)
     except (RuntimeError, ValueError):
         return
     assert not all(are_same(found[name], tensor) for name, tensor in expected.items())
