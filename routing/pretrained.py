@@ -103,7 +103,8 @@ def dequantising(config: Any) -> dict[str, Any]:
         quantization = AutoQuantizationConfig.from_dict(described)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"the quantisation {method} cannot be read: {brief(error)}") from error
-    if not hasattr(quantization, "dequantize"):
+    loses_scales = "nvfp4" in str(described)  # transformers leaves the global ones out
+    if loses_scales or not hasattr(quantization, "dequantize"):
         raise ValueError(
             f"transformers cannot turn the quantisation {method} into plain weights: take the "
             "model's unquantised twin, which has the same experts"
