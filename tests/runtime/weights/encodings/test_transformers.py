@@ -106,6 +106,13 @@ def test_packed_codes_of_deepseek_are_those_of_mxfp4(dtype: torch.dtype) -> None
     assert are_same(MXFP4().decode({CODES: codes, SCALES: scales}, dtype), expected)
 
 
+def test_transformers_takes_another_block_where_the_last_one_is_cut() -> None:
+    """When this fails, it takes the configured one, as `find` does: 128 rows, then 64."""
+    codes, scales = torch.ones(192, 128).to(torch.float8_e4m3fn), torch.tensor([[1.0], [2.0]])
+    weights = Fp8Dequantize(None)._dequantize_one(codes, scales, FP32)
+    assert weights[:, 0].tolist() == [1.0] * 96 + [2.0] * 96
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("layouts")
