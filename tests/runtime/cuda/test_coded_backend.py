@@ -77,7 +77,7 @@ def logits_of(model: Any, rows: int = 1) -> Tensor:
     ids_BT = torch.randint(2, 256, (rows, 5), generator=torch.Generator().manual_seed(3))
     recorder = Recorder()
     model.generate(
-        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=3, do_sample=False,
+        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=2, do_sample=False,
         eos_token_id=1 << 20, pad_token_id=0, logits_processor=LogitsProcessorList([recorder]),
     )  # fmt: skip
     return torch.stack(recorder.logits)
