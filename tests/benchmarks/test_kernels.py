@@ -33,7 +33,7 @@ def test_each_kernel_is_timed_as_it_is_used_and_under_other_tiles(
 def test_kernels_of_experts_in_codes_are_checked_before_they_are_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "CODED", dict.fromkeys(candidates.CODED, []))
+    monkeypatch.setattr(candidates, "CODED", {key: [] for key in candidates.CODED})
     main(KernelsSettings(shape="tiny", encodings=["mxfp4"], prompts=[], batches=[1], device="cpu"))
     out = capsys.readouterr().out.splitlines()
     assert "tiny mxfp4: right at batches [1]" in out
