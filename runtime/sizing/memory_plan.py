@@ -14,6 +14,8 @@ from runtime.weights.store import ConfiguredStore
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
+SMALLER = 0.9
+"""Share of the bytes in a slot below which the stored ones are mentioned; padding is none."""
 PLAIN_BITS = 16
 """Bits of a weight in bfloat16."""
 LOW_FRACTION = 0.125
@@ -143,7 +145,7 @@ def _group(plan: MemoryPlan, index: int) -> str:
     layers, size = plan.source.groups[index].layers, plan.expert_bytes[index]
     count = sum(plan.source.layers[layer].num_experts for layer in layers)
     text = f"  {plan.slots[index]:,} of {count:,} experts of {format_bytes(size)}"
-    if plan.stored_bytes[index] != size:
+    if plan.stored_bytes[index] < SMALLER * size:
         text += f" (stored in {format_bytes(plan.stored_bytes[index])})"
     return f"{text} in {len(layers)} layers"
 

@@ -52,15 +52,22 @@ class Blocks(NamedTuple):
     def of(num_tokens: int, layout: KernelLayout, block: ExpertBlock) -> Blocks:
         """One token streams long rows; several go through the tensor cores in squarer tiles.
 
-        Matrices in codes have gate and up rows in one tile.
+        Matrices in codes have gate and up rows in one tile. Sizes are by `benchmarks.kernels` on an
+        H200.
         """
+        coded = bool(block.coding)
         if num_tokens == 1:
             columns = min(1024, triton.next_power_of_2(layout.hidden))
             inner = min(1024, triton.next_power_of_2(layout.width))
-            return Blocks(8, columns, 4, 4, inner, 4, 1, 1)
+            rows = 8
+            if coded and layout.hidden > 2048:
+                rows = 4
+            elif coded:
+                columns = min(512, columns)
+            return Blocks(rows, columns, 4, 4, inner, 4, 1, 1)
         padded = max(16, triton.next_power_of_2(num_tokens))
-        columns = 2 * LEAST_COLUMNS if padded == 16 else LEAST_COLUMNS
-        return Blocks(16 if block.coding else 32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
+        columns = 2 * LEAST_COLUMNS if padded == 16 and not coded else LEAST_COLUMNS
+        return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
 
 
 class Ledger(NamedTuple):

@@ -62,6 +62,24 @@ def test_every_finder_has_an_encoding_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_block_size", 128),
+        ("weight_block_size", [128]),
+        ("weight_block_size", [0, 128]),
+        ("weight_block_size", ["128", "128"]),
+        ("config_groups", [1]),
+        ("config_groups", {"group_0": "fp8"}),
+        ("config_groups", {"group_0": {"weights": 8}}),
+    ],
+    ids=str,
+)
+def test_damaged_description_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        find_all(entries(MATRIX), FP8 | {name: value})
+
+
+@pytest.mark.parametrize(
     "quantization",
     [
         {"quant_method": "modelopt", "quant_algo": "FP8"},
@@ -96,6 +114,15 @@ def test_block_is_found_by_the_shape_of_the_scales(shape: tuple[int, ...]) -> No
     columns = shape[1] if len(shape) == 2 else 1
     expected = FP8Block(rows=256 // rows, columns=128 // columns, scale=torch.bfloat16)
     assert encoding == expected
+
+
+def test_cut_block_is_the_one_that_the_configuration_names() -> None:
+    stored: Tensors = {WEIGHT: ("F8_E4M3", (192, 128)), SCALES: ("F32", (2, 1))}
+    matrix = find_all(entries(stored), FP8)[WEIGHT]
+    scales = matrix.convert({"scales": torch.tensor([[1.0], [2.0]])})["scales"]
+    codes = torch.ones(192, 128).to(E4M3)
+    weights = matrix.encoding.decode({"codes": codes, "scales": scales}, torch.float32)
+    assert weights[:, 0].tolist() == [1.0] * 128 + [2.0] * 64
 
 
 def test_scales_are_repeated_where_blocks_do_not_divide_the_rows() -> None:
