@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.common import shapes
 from benchmarks.kernels import candidates
 from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.settings import KernelsSettings
@@ -33,6 +35,9 @@ def test_each_kernel_is_timed_as_it_is_used_and_under_other_tiles(
 def test_kernels_of_experts_in_codes_are_checked_before_they_are_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = {"num_experts": 4, "num_experts_per_tok": 2}
+    tiny = dataclasses.replace(shapes.TINY, options=shapes.TINY.options | few)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
     monkeypatch.setattr(candidates, "CODED", {key: [] for key in candidates.CODED})
     main(KernelsSettings(shape="tiny", encodings=["mxfp4"], prompts=[], batches=[1], device="cpu"))
     out = capsys.readouterr().out.splitlines()
