@@ -1,11 +1,13 @@
 """Kernels of the experts under several tile sizes, timed on one GPU without a link.
 
     python -m benchmarks.kernels --shape olmoe-7b
+    python -m benchmarks.kernels --shape gpt-oss-20b --encodings mxfp4 fp8 --batches 1 8 32
 
 One layer of random experts, all in slots, with random routes. Prompts run the grouped products,
 decode batches the kernels of a captured step; every candidate computes the same. Kernels are timed
 in CUDA graphs, so launches do not count. GB/s counts each used expert once, TFLOP/s two operations
-per weight and token. The last line is JSON.
+per weight and token. The last line is JSON. With encodings, all candidates are compiled first, side
+by side, and their results are compared with torch's.
 """
 
 from __future__ import annotations

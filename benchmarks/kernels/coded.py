@@ -52,7 +52,7 @@ class CodedBench(Bench):
         decoded = block.views(self._weights_EN)
         for name, matrix in coding.items():
             parts = {part: stored[part_name(name, part)] for part in matrix.parts}
-            fill(parts)
+            fill(parts, divides=getattr(matrix.encoding, "divides", False))
             for expert in range(self._num_experts):
                 one = {part: tensor[expert] for part, tensor in parts.items()}
                 matrix.decode(one, decoded[name][expert])

@@ -12,7 +12,7 @@ from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
-from runtime.weights.encodings.nvfp4 import NVFP4
+from runtime.weights.encodings.nvfp4 import GLOBAL_SCALES, NVFP4
 
 ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
     "mxfp4": lambda _rows, _columns: MXFP4(),
@@ -21,11 +21,12 @@ ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
     "int4-128": lambda _rows, columns: Int4Group(columns=math.gcd(columns, 128)),
     "int4-32-zeros": lambda _rows, _columns: Int4Group(columns=32, zeros=True),
     "nvfp4": lambda rows, _columns: NVFP4(rows=rows),
+    "nvfp4-divides": lambda rows, _columns: NVFP4(rows=rows, divides=True),
 }
 """By name; of a matrix [N, K], of which gate and up are two."""
 
 
-def fill(parts: Mapping[str, Tensor]) -> None:
+def fill(parts: Mapping[str, Tensor], *, divides: bool) -> None:
     """Draw the parts of some matrices, so that weights are about 0.02."""
     for name, part in parts.items():
         if name == CODES:
@@ -36,5 +37,7 @@ def fill(parts: Mapping[str, Tensor]) -> None:
             part.random_(*((118, 122) if name == SCALES else (4, 12)))
         elif part.dtype == torch.float8_e4m3fn:
             part.copy_(torch.rand(part.shape, device=part.device) * 40 + 1)
+        elif divides and name == GLOBAL_SCALES:
+            part.copy_(torch.rand(part.shape, device=part.device) * 4e3 + 2e3)
         else:
             part.copy_(torch.rand(part.shape, device=part.device) * 4e-4 + 1e-4)

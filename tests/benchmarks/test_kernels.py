@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.common import shapes
+from benchmarks.kernels import candidates
 from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.settings import KernelsSettings
 
@@ -27,3 +30,19 @@ def test_each_kernel_is_timed_as_it_is_used_and_under_other_tiles(
     (gate_up,) = (row for row in rows if row["kernel"] == "gate_up" and row["in_use"])
     assert gate_up["num_bytes"] == 8 * 2 * 64 * 32 * 2  # 8 experts, two matrices of 64 x 32, bf16
     assert gate_up["operations"] == 8 * 2 * 64 * 32 * 2
+
+
+def test_kernels_of_experts_in_codes_are_checked_before_they_are_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"num_experts": 4, "num_experts_per_tok": 2}
+    tiny = dataclasses.replace(shapes.TINY, options=shapes.TINY.options | few)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", tiny)
+    monkeypatch.setattr(candidates, "CODED", {key: [] for key in candidates.CODED})
+    main(KernelsSettings(shape="tiny", encodings=["mxfp4"], prompts=[], batches=[1], device="cpu"))
+    out = capsys.readouterr().out.splitlines()
+    assert "tiny mxfp4: right at batches [1]" in out
+    rows = json.loads(out[-1])["rows"]
+    assert [(row["encoding"], row["kernel"]) for row in rows] == [
+        ("mxfp4", "gate_up"), ("mxfp4", "down"), ("mxfp4", "plan"),
+    ]  # fmt: skip

@@ -3,7 +3,8 @@
 plan        hits, victims and loads of one layer's call, decided on the device
 experts     gate, up and down projections out of slots; packed, unpacked: reading weights
 transfer    pinned memory to slots; prefetch: which expert to fetch ahead
-unpack      packed expert blocks to plain ones
+coded       matrices in codes, decoded in registers
+unpack      packed expert blocks, and those in codes, to plain ones
 grouped     products of many tokens, grouped by expert
 attention   single tokens of many sequences
 custom_ops  operators for torch.compile

@@ -54,15 +54,21 @@ class Code(NamedTuple):
     @staticmethod
     def of(encoding: Encoding, starts: Mapping[str, int]) -> Code:
         """The code of a matrix whose parts start at these bytes of a stored block."""
-        extra = [at for name, at in starts.items() if name not in (CODES, SCALES)]
         kind = KINDS[encoding.name]
-        own = {MXFP4.value: torch.uint8, NVFP4.value: torch.float8_e4m3fn}.get(kind)
-        scale = getattr(encoding, "scale", own)
-        product = getattr(encoding, "product", scale if kind == INT4.value else torch.float32)
+        own = torch.float8_e4m3fn if kind == NVFP4.value else torch.uint8
+        scale: torch.dtype = getattr(encoding, "scale", own)
+        narrow = scale if kind == INT4.value else torch.float32
         return Code(
-            kind, starts[CODES], starts[SCALES], *(extra or [-1]), encoding.rows, encoding.columns,
-            SCALE_FORMATS[scale], SCALE_FORMATS[product], bool(getattr(encoding, "divides", False)),
-        )  # fmt: skip
+            kind=kind,
+            codes=starts[CODES],
+            scales=starts[SCALES],
+            extra=next((starts[name] for name in starts if name not in (CODES, SCALES)), -1),
+            rows=encoding.rows,
+            columns=encoding.columns,
+            scale=SCALE_FORMATS[scale],
+            product=SCALE_FORMATS[getattr(encoding, "product", narrow)],
+            divides=bool(getattr(encoding, "divides", False)),
+        )
 
 
 def reason_against(matrix: CodedMatrix) -> str | None:

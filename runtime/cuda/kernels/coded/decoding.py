@@ -85,6 +85,23 @@ def half_e8m0(code):
 
 
 @triton.jit
+def divided(x, by):
+    """A correctly rounded quotient, for divisors of 2^-100 to 2^100.
+
+    These are the steps of a GPU's own division, whose check for others would be a call a scale.
+    """
+    if INTERPRETED:
+        quotient = tl.div_rn(x, by)
+    else:
+        inverse = 1.0 / by
+        inverse = tl.fma(inverse, tl.fma(-by, inverse, 1.0), inverse)
+        quotient = x * inverse
+        quotient = tl.fma(inverse, tl.fma(-by, quotient, x), quotient)
+        quotient = tl.fma(inverse, tl.fma(-by, quotient, x), quotient)
+    return quotient
+
+
+@triton.jit
 def with_nan(scale, word):
     """The scale of eight e4m3 codes; NaN if one of the codes is."""
     low, high = word.to(tl.int32), (word >> 32).to(tl.int32)

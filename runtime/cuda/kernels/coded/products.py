@@ -135,7 +135,7 @@ def weighted_sum_of_one(
                 scale, zero = scales_of(block, rows_N, mask, group_G, WIDTH, CODE, J)
                 start = step % TILES * BLOCK_K
                 entries_K = load_vector(h + step // TILES * WIDTH, start, is_used, WIDTH, BLOCK_K)
-                loaded += ((words, scale, zero, entries_K),)
+                loaded += ((words, scale, zero, entries_K),)  # type: ignore[assignment]
         for step in tl.static_range(first, first + AHEAD):
             if step < K * TILES:
                 is_used = step // TILES < num_used

@@ -15,6 +15,7 @@ from runtime.cuda.kernels.coded.decoding import (
     INT4,
     MXFP4,
     NVFP4,
+    divided,
     e4m3,
     e8m0,
     half_e8m0,
@@ -76,7 +77,7 @@ def scale_at(block, rows_N, mask_N, column_G, WIDTH: tl.constexpr, CODE: tl.cons
     if CODE.kind == NVFP4:
         wholes = part_at(block, CODE.extra, tl.float32)
         whole_NG = tl.load(wholes + rows_N // CODE.rows, mask=mask_N, other=1.0)[:, None]
-        scale_NG = tl.div_rn(scale_NG, whole_NG) if CODE.divides else scale_NG * whole_NG
+        scale_NG = divided(scale_NG, whole_NG) if CODE.divides else scale_NG * whole_NG
     zero_NG = tl.full([1, 1], 8.0, tl.float32)
     if CODE.kind == INT4 and CODE.extra >= 0:
         zeros = part_at(block, CODE.extra, tl.uint8)
