@@ -54,8 +54,10 @@ REMARKS = """
   offloaded.
 - **Llama 4** scales a token by its router score before its experts see it; traces record a weight
   of 1. A token whose score rounds to zero has no expert, which is what it gets in the stock model.
-- **Doge** is refused: its experts are single rows of embeddings. **FP8** and **MXFP4** experts are
-  refused, and so is every directory with a `quantization_config`.
+- **Doge** is refused: its experts are single rows of embeddings.
+- **Quantised checkpoints** (mxfp4, fp8, and what the table of encodings knows) are loaded by their
+  directory or id. A model in memory whose experts are **FP8** or **MXFP4** modules is refused, and
+  a directory of any other quantisation is refused by name.
 - Remote code is not run: an architecture that transformers does not have is refused by name.
 """
 

@@ -17,9 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded import (
-    add_coded, coded_gate_and_up, coded_rows_of, group_of, sum_over,
-)  # fmt: skip
+from runtime.cuda.kernels.coded.products import (
+    coded_gate_and_up,
+    coded_rows_of,
+    weighted_sum_of_one,
+)
 from runtime.cuda.kernels.packed import UP_AGAIN, add_products, packed_rows_of, patched_one
 from runtime.cuda.kernels.transfer import fetch_missing
 from runtime.cuda.kernels.unpacked import add_unpacked, record_elements, rows_of
@@ -146,11 +148,7 @@ def sum_of_one(
 ):  # fmt: skip
     """Some rows of a single token's weighted sum over its experts: [1, N] in float32."""
     LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
-    if CODE is not None:
-        J: tl.constexpr = group_of(CODE.kind, CODE.columns, W)
-        sums_NI = tl.zeros([BLOCK_N, BLOCK_I // (8 * J), J], tl.float32)
-    else:
-        sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
+    sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
     rest_N = tl.zeros([BLOCK_N], tl.float32)
     for at in tl.static_range(K):
         if at < num_used:
@@ -167,19 +165,20 @@ def sum_of_one(
                     h + at * W, packed, first_row, row_N, DOWN, W, MATRICES, CHUNK, PATCHES,
                     BLOCK_N, BLOCK_N,
                 )  # fmt: skip
-            elif CODE is not None:
-                sums_NI = add_coded(
-                    sums_NI, h + at * W, weight, units + slot * STORED, row_N, mask_N, W, CODE,
-                    BLOCK_I,
-                )  # fmt: skip
-            else:
+            elif CODE is None:
                 sums_NI = add_unpacked(
                     sums_NI, h + at * W, weight, block + DOWN, row_N, mask_N, W, BLOCK_I
                 )
             if HAS_BIAS:
                 bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
                 rest_N += weight * bias_N.to(tl.float32)
-    sum_N = sum_over(sums_NI) if CODE is not None else tl.sum(sums_NI, axis=1)
+    if CODE is None:
+        sum_N = tl.sum(sums_NI, axis=1)
+    else:
+        sum_N = weighted_sum_of_one(
+            h, ids_MK, weights_MK, units, experts_U, slots_U, num_used, row_N, mask_N, STORED, W,
+            CODE, K, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
     if PATCHES > 0:
         sum_N *= UP_AGAIN
     return (sum_N + rest_N)[None, :]

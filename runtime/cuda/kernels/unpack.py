@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.cuda.kernels.coded import Code, eights_of, group_of, scales_of
-from runtime.cuda.kernels.decoding import weight
+from runtime.cuda.kernels.coded import Code
+from runtime.cuda.kernels.coded.decoding import FP8, weights_of
+from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
 from runtime.cuda.kernels.packed import base_at, packed_at, patches_in, words
 from runtime.cuda.kernels.unpacked import record_elements
 
@@ -66,15 +67,17 @@ def unpack(
 
 
 @triton.jit
-def weights_in_turn(eight, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr):
+def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr):
     """The weights of words [N, G, J]: [N, G, J, 2, 2, 2], exact whatever their scale."""
-    w = ()
-    for number in tl.static_range(8):
-        value = weight(eight, number, scale, zero, CODE.kind, CODE.scale, DTYPE, False)
-        w = w + (value.to(DTYPE),)
-    even = tl.join(tl.join(w[0], w[4]), tl.join(w[2], w[6]))
-    odd = tl.join(tl.join(w[1], w[5]), tl.join(w[3], w[7]))
-    return tl.join(even, odd)
+    w_0, w_4 = weights_of(words, 0, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_1, w_5 = weights_of(words, 1, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_2, w_6 = weights_of(words, 2, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_3, w_7 = weights_of(words, 3, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    if CODE.kind == FP8:  # whose pairs are (0, 2), (1, 3), (4, 6), (5, 7)
+        w_2, w_3, w_4, w_5, w_6, w_7 = w_4, w_5, w_2, w_3, w_6, w_7
+    even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
+    odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
+    return tl.join(even, odd).to(DTYPE)
 
 
 @triton.jit
@@ -98,9 +101,9 @@ def decode(
     mask_N = rows_N < N
     start = tile % TILES * BLOCK_K
     group_G = start // (8 * J) + tl.arange(0, G)
-    eight = eights_of(block, rows_N, mask_N, group_G, K, CODE, J)
+    words = words_of(block, rows_N, mask_N, group_G, K, CODE, J)
     scale, zero = scales_of(block, rows_N, mask_N, group_G, K, CODE, J)
-    weights = weights_in_turn(eight, scale, zero, CODE, DTYPE)
+    weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
     column_K = start + tl.arange(0, BLOCK_K)
     into = to + row.to(tl.int64) * record_elements(to, UNITS) + START
     mask_NK = mask_N[:, None] & (column_K < K)[None, :]

@@ -7,5 +7,6 @@ table           all encodings, and the matrices of a checkpoint that are in one
 coded           the coded parameters of an expert
 stored_matrix   a coded matrix as a checkpoint keeps it
 stored_parts    checks and conversions of its tensors
+blocks          products of codes and the scales of their blocks
 number_formats  numbers of 4 and 8 bits that torch does not compute with
 """

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers.quantised.layouts import LAYOUTS
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 SINGLE = "model.safetensors"
 
@@ -36,6 +38,18 @@ def write_quantised(
     if twin is not None:
         _write(source, twin, plain, {})
     return target
+
+
+def save_source(directory: Path, architecture: str) -> Path:
+    """Save a tiny bfloat16 model whose widths all layouts can have; returns its directory."""
+    widths = {"hidden_size": 64, "intermediate_size": 96}
+    if architecture == "qwen3_moe":
+        widths = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256}
+        widths |= {"num_hidden_layers": 2, "num_experts": 4}
+    model: Any = tiny_model(architecture, **widths)
+    model.bfloat16().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

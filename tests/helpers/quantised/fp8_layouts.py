@@ -67,16 +67,13 @@ INV, SCALE = "weight_scale_inv", "weight_scale"
 MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
 FP32, BF16, BYTES = torch.float32, torch.bfloat16, torch.uint8
 
-LAYOUTS = {
+LAYOUTS = {"fp8 stacked": Layout("fp8-block", _fp8(), _stacked, "gpt_oss")} | {
     name: Layout("fp8-block", quantization, code)
     for name, quantization, code in (
         ("fp8 128x128", _fp8(), _blocks(128, 128, FP32, INV)),
         ("fp8 128x128 bf16", _fp8(), _blocks(128, 128, BF16, INV)),
-        (
-            "fp8 16x24",
-            _fp8(weight_block_size=[16, 24]),
-            _blocks(16, 24, FP32, INV),
-        ),
+        ("fp8 16x16", _fp8(weight_block_size=[16, 16]), _blocks(16, 16, FP32, INV)),
+        ("fp8 24x24", _fp8(weight_block_size=[24, 24]), _blocks(24, 24, FP32, INV)),
         (
             "fp8 e8m0",
             _fp8(scale_fmt="ue8m0"),
@@ -87,11 +84,6 @@ LAYOUTS = {
             "fp8 one scale",
             _fp8(weight_block_size=None),
             _blocks(None, None, FP32, INV, single=True),
-        ),
-        (
-            "fp8 stacked",
-            _fp8(),
-            _stacked,
         ),
         (
             "mxfp8",

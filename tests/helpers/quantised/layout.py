@@ -30,6 +30,8 @@ class Layout(NamedTuple):
     quantization: dict[str, Any]
     """The `quantization_config` of config.json."""
     code: Code
+    architecture: str = "qwen3_moe"
+    """Of a model that has such tensors, by its type."""
 
 
 EXPERT = re.compile(r"\.experts\.\d+\..*weight$")

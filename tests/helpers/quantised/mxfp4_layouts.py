@@ -64,6 +64,7 @@ LAYOUTS = {
             ],
         },
         _gpt_oss,
+        "gpt_oss",
     ),
     "mxfp4 compressed-tensors": Layout(
         "mxfp4",
