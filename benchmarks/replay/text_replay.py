@@ -10,7 +10,7 @@ twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.replay.passages import Passages
-from routing.layers import find_moe_layers
+from routing.layers import MoELayer, find_moe_layers
 
 CHOSEN_LOGIT = 8192.0
 """Above all other logits, and exact in every number format."""
+ROUTERS = ("gate", "router")
+"""Names of routers beside their experts."""
 
 
 class TextReplay:
@@ -33,10 +35,11 @@ class TextReplay:
     """
 
     def __init__(
-        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool
-    ) -> None:
-        """routes: replay the experts too."""
-        layers = find_moe_layers(model)
+        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool,
+        layers: Sequence[MoELayer] | None = None,
+    ) -> None:  # fmt: skip
+        """routes: replay the experts too. layers: of a model that was built without experts."""
+        layers = layers or find_moe_layers(model)
         top_k = max(layer.top_k for layer in layers)
         self._model = model
         self._rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
@@ -101,4 +104,6 @@ class TextReplay:
 
 def router_of(model: nn.Module, experts_name: str) -> nn.Module:
     """The router beside a container of experts: it returns (logits, weights [P, K], experts)."""
-    return model.get_submodule(f"{experts_name.rpartition('.')[0]}.gate")
+    block = model.get_submodule(experts_name.rpartition(".")[0])
+    names = [name for name, _ in block.named_children() if name in ROUTERS]
+    return block.get_submodule(names[0])
