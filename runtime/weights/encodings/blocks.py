@@ -19,11 +19,13 @@ def decode_blocks(
     unpack: Callable[[Tensor], Tensor],
     scales: Tensor,
     dtype: torch.dtype,
+    zeros: Tensor | None = None,
 ) -> Tensor:
     """The weights [N, K] of codes, each multiplied by the scale of its block, in `dtype`.
 
     unpack: makes numbers [.., K] of some rows of codes, in the number format of `scales`, in which
     they are multiplied.
+    zeros: numbers of every row and block, which are subtracted before.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codes.itemsize * 8 // encoding.bits
     scales = scales if encoding.rows == 1 else scales.repeat_interleave(encoding.rows, 0)
@@ -31,6 +33,8 @@ def decode_blocks(
     step = max(1, CHUNK // columns) if codes.device.type == "cpu" else rows
     for start in range(0, rows, step):
         numbers = unpack(codes[start : start + step])
+        if zeros is not None:
+            numbers.unflatten(1, (-1, encoding.columns)).sub_(zeros[start : start + step, :, None])
         _multiply(numbers, scales[start : start + step], encoding.columns)
         weights_NK[start : start + step] = numbers
     return weights_NK

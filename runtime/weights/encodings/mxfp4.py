@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings import nvfp4
 from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.number_formats import (
@@ -83,7 +84,7 @@ def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[
         if key.endswith(BLOCKS) and method == "mxfp4":
             found[key.removesuffix(BLOCKS)] = _stacked(key, entries)
         elif key.endswith(PACKED) and method == "compressed-tensors" and entry.dtype == "U8":
-            if f"{key.removesuffix('_packed')}_global_scale" not in entries:  # else it is nvfp4
+            if not nvfp4.is_packed(key, entries):
                 found[key.removesuffix("_packed")] = _packed(key, entries)
         elif key.endswith(WEIGHT) and method == "fp8" and entry.dtype in ("I8", "F4"):
             found[key] = _packed(key, entries)

@@ -20,6 +20,11 @@ def unpack_e2m1(codes: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tenso
     return _look_up(_e2m1_pairs(dtype, factor, codes.device), codes.int())
 
 
+def unpack_int4(codes: Tensor, dtype: torch.dtype, zero: int) -> Tensor:
+    """The numbers [.., K] of packed codes [.., K / 2], less `zero`."""
+    return _look_up(_int4_pairs(dtype, zero, codes.device), codes.int())
+
+
 def unpack_e4m3(codes: Tensor) -> Tensor:
     """The float32 numbers of codes of 8 bits; on the CPU faster than torch's own conversion."""
     in_pairs = codes.shape[-1] % 2 == 0 and codes.storage_offset() % 2 == 0
@@ -32,6 +37,13 @@ def unpack_e4m3(codes: Tensor) -> Tensor:
 def _e2m1_pairs(dtype: torch.dtype, factor: float, device: torch.device) -> Tensor:
     """The two numbers of every byte."""
     return torch.tensor(E2M1_PAIRS, dtype=torch.float32, device=device).mul_(factor).to(dtype)
+
+
+@cache
+def _int4_pairs(dtype: torch.dtype, zero: int, device: torch.device) -> Tensor:
+    """The two numbers of every byte."""
+    pairs = [((byte & 15) - zero, (byte >> 4) - zero) for byte in range(256)]
+    return torch.tensor(pairs, dtype=dtype, device=device)
 
 
 @cache

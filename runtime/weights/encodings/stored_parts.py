@@ -14,6 +14,7 @@ from runtime.weights.files import Entry
 SCALE_NAMES = {
     ".weight": (".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),
     ".weight_packed": (".weight_scale",),
+    ".qweight": (".scales",),
     "_blocks": ("_scales",),
     "": ("_scale_inv", "_scale"),
 }
@@ -34,6 +35,15 @@ def scale_key(key: str, entries: Mapping[str, Entry]) -> str:
         f"{key} is stored in codes of {entries[key].dtype}, and their scales "
         f"{names[(usual or list(names))[0]]} are missing; fetch the checkpoint again"
     )
+
+
+def require_there(key: str, entries: Mapping[str, Entry], codes: str) -> None:
+    """Raise ValueError unless the tensor `key`, without which `codes` mean nothing, is there."""
+    if key not in entries:
+        raise ValueError(
+            f"{key} is missing, without which {codes} stands for no weights; fetch "
+            "the checkpoint again"
+        )
 
 
 def require_dtype(key: str, entry: Entry, *dtypes: str) -> None:

@@ -116,4 +116,5 @@ def _used(entries: Mapping[str, Entry], matrices: Mapping[str, StoredMatrix]) ->
     beside = {
         f"{module}.{name}" for module, _, name in parted if module in modules and name not in KEPT
     }
+    beside |= {f"{key}_input_scale" for key in matrices} & entries.keys()  # of stacked experts
     return sources | beside

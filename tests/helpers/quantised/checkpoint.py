@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers.quantised.layout import is_expert, is_stacked
 from tests.helpers.quantised.layouts import LAYOUTS
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -24,16 +25,19 @@ def write_quantised(
 
     twin: also write the unquantised model that has the decoded weights.
     changes: to the quantization_config.
+    Raises LookupError where the layout has no such experts.
     """
     chosen = LAYOUTS[layout]
     coded: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
+    has_experts = False
     for key, tensor in read_tensors(source / SINGLE).items():
         found = chosen.code(key, tensor)
         coded |= {key: tensor} if found is None else found.tensors
         plain[key] = tensor if found is None else found.weights.to(tensor.dtype)
-    if coded.keys() == plain.keys():
-        raise ValueError(f"nothing of {source} can be stored as {layout}")
+        has_experts |= found is not None and (is_expert(key, tensor) or is_stacked(key, tensor))
+    if not has_experts:
+        raise LookupError(f"the experts of {source} cannot be stored as {layout}")
     _write(source, target, coded, {"quantization_config": chosen.quantization | changes})
     if twin is not None:
         _write(source, twin, plain, {})
