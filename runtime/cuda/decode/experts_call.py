@@ -49,15 +49,18 @@ class Blocks(NamedTuple):
     """Tokens, padded to the least size of a matrix product (1 needs none)."""
 
     @staticmethod
-    def of(num_tokens: int, layout: KernelLayout) -> Blocks:
-        """One token streams long rows; several go through the tensor cores in squarer tiles."""
+    def of(num_tokens: int, layout: KernelLayout, block: ExpertBlock) -> Blocks:
+        """One token streams long rows; several go through the tensor cores in squarer tiles.
+
+        Matrices in codes have gate and up rows in one tile.
+        """
         if num_tokens == 1:
             columns = min(1024, triton.next_power_of_2(layout.hidden))
             inner = min(1024, triton.next_power_of_2(layout.width))
             return Blocks(8, columns, 4, 4, inner, 4, 1, 1)
         padded = max(16, triton.next_power_of_2(num_tokens))
         columns = 2 * LEAST_COLUMNS if padded == 16 else LEAST_COLUMNS
-        return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
+        return Blocks(16 if block.coding else 32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
 
 
 class Ledger(NamedTuple):
@@ -111,7 +114,7 @@ class ExpertsCall:
         self.prefetches = prefetch
         self._routers = routers or [None] * cache.num_layers
         self._forecast = forecast
-        self._blocks = Blocks.of(batch, layout)
+        self._blocks = Blocks.of(batch, layout, block)
         self.max_used = min(cache.num_experts, batch * top_k)
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
         self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
