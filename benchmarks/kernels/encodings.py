@@ -4,62 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
+from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
-from runtime.weights.encodings.number_formats import multiply_blocks, unpack_e2m1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int4Group(Encoding):
-    name: ClassVar[str] = "int4-group"
-    zeros: bool = False
-    scale: torch.dtype = torch.bfloat16
-    bits = 4
-
-    def parts(self, shape: tuple[int, int]) -> Specs:
-        rows, columns = shape
-        groups = rows, columns // self.columns
-        parts = {CODES: Spec((rows, columns // 2), torch.uint8), SCALES: Spec(groups, self.scale)}
-        return parts | ({"zeros": Spec(groups, torch.uint8)} if self.zeros else {})
-
-    def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        codes = parts[CODES]
-        values = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).float()
-        grouped = values.unflatten(1, (-1, self.columns))
-        zeros = parts["zeros"].float()[..., None] if self.zeros else 8.0
-        weights = (grouped - zeros) * parts[SCALES].float()[..., None]
-        return weights.flatten(1).to(self.scale).to(dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NVFP4(Encoding):
-    name: ClassVar[str] = "nvfp4"
-    columns: int = 16
-    divides: bool = False
-    bits = 4
-
-    def parts(self, shape: tuple[int, int]) -> Specs:
-        rows, columns = shape
-        return {
-            CODES: Spec((rows, columns // 2), torch.uint8),
-            SCALES: Spec((rows, columns // 16), torch.float8_e4m3fn),
-            "global_scales": Spec((rows // self.rows,), torch.float32),
-        }
-
-    def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        whole = parts["global_scales"].repeat_interleave(self.rows)[:, None]
-        scales = parts[SCALES].float()
-        scales = scales / whole if self.divides else scales * whole
-        return multiply_blocks(unpack_e2m1(parts[CODES], torch.float32), scales, 1, 16).to(dtype)
-
+from runtime.weights.encodings.nvfp4 import NVFP4
 
 ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
     "mxfp4": lambda _rows, _columns: MXFP4(),
