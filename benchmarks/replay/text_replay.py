@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.replay.passages import Passages
 from routing.layers import MoELayer, find_moe_layers
+from runtime.engine.guards.changes import capturable
 
 CHOSEN_LOGIT = 8192.0
 """Above all other logits, and exact in every number format."""
@@ -83,6 +84,7 @@ class TextReplay:
             for module in (rotary, *self._routers):
                 module.__dict__.pop("forward", None)
 
+    @capturable
     def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
         """The rotary embedding: every model computes it before its layers, from the positions."""
         if self._routers:
@@ -91,11 +93,13 @@ class TextReplay:
         self._position.copy_(position_ids[0, -1:] + 1)
         return own(hidden, position_ids)
 
+    @capturable
     def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights_PK, _ = own(hidden)
         assert self._step_LPK is not None
         return logits, weights_PK, self._step_LPK[layer]
 
+    @capturable
     def _choose(self, _head: Any, _inputs: Any, logits_BTV: Tensor) -> Tensor:
         next_B1 = self._tokens_BT.index_select(1, self._position % self._length)
         logits_BTV[:, -1].scatter_(1, next_B1, CHOSEN_LOGIT)
