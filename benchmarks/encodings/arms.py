@@ -61,7 +61,7 @@ class CodedArm(Arm):
 def encoding_arms(
     settings: EncodingSettings, traced: set[str], predicted: set[str]
 ) -> list[CodedArm]:
-    """All arms that the settings ask for.
+    """All arms that the settings ask for, the compiled ones of all shapes last.
 
     traced, predicted: shapes whose topology the trace and the predictor have. Raises ValueError for
     an unknown shape, encoding or arm.
@@ -75,6 +75,7 @@ def encoding_arms(
         policy = "predicted" if shape in predicted else "lru"
         arms += _arms_of(shape, routes, policy, settings.memory or MEMORY[shape])
     arms = [arm for arm in dict.fromkeys(arms) if _is_chosen(arm, settings)]
+    arms.sort(key=lambda arm: arm.compile)  # what takes longest comes last, of all shapes
     if not arms:
         raise ValueError("no arm is left: --only and --encodings name none of these shapes'")
     return arms

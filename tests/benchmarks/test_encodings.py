@@ -103,6 +103,8 @@ def test_every_shape_has_arms_and_those_of_one_load_stand_together() -> None:
     arms = encoding_arms(settings, traced=set(), predicted=set())
     assert {arm.shape for arm in arms} == set(settings.shapes)
     assert len({arm.name for arm in arms}) == len(arms)
+    compiled = [arm.compile for arm in arms]
+    assert compiled == sorted(compiled), "what takes longest comes last"
     large = [group for group in groups(arms) if group[0].shape == "gpt-oss-120b"]
     assert [arm.routes for arm in large[0]] == ["0.45", "0.3", "0.7"]
     assert {arm.residency for arm in large[0]} == {"20GiB"}
