@@ -90,6 +90,11 @@ GPT_OSS_20B = Shape(
         "vocab_size": 201088,
     },
 )
+GPT_OSS_120B = Shape(
+    name="gpt-oss-120b",
+    model_type="gpt_oss",
+    options=GPT_OSS_20B.options | {"num_hidden_layers": 36, "num_local_experts": 128},
+)
 TINY = Shape(
     name="tiny",
     model_type="olmoe",
@@ -102,7 +107,22 @@ TINY = Shape(
         "vocab_size": 12288,
     },
 )
-SHAPES = {shape.name: shape for shape in (OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, GPT_OSS_20B, TINY)}
+TINY_GPT_OSS = Shape(
+    name="tiny-gpt-oss",
+    model_type="gpt_oss",
+    options=GPT_OSS_20B.options
+    | {
+        "hidden_size": 96,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 12288,
+    },
+)
+ALL = OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, GPT_OSS_20B, GPT_OSS_120B, TINY, TINY_GPT_OSS
+SHAPES = {shape.name: shape for shape in ALL}
 
 
 def shape_named(name: str) -> Shape:
@@ -123,10 +143,15 @@ def empty_model(shape: Shape) -> Any:
 
 def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
     """A bfloat16 model in host memory, its weights drawn on `device` and every page touched."""
-    model, draw = empty_model(shape), _Draw(device, seed)
+    return fill_model(empty_model(shape), device, seed=seed)
+
+
+def fill_model(model: Any, device: torch.device, *, seed: int = 0) -> Any:
+    """The model of the meta device with the weights that it has, drawn as in `build_model`."""
+    draw = _Draw(device, seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            filled = nn.Parameter(draw(parameter), requires_grad=False)
+            filled = nn.Parameter(draw(name, parameter), requires_grad=False)
             module.register_parameter(name, filled)
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config)  # its buffers are computed
@@ -134,7 +159,7 @@ def build_model(shape: Shape, device: torch.device, *, seed: int = 0) -> Any:
 
 
 class _Draw:
-    """Fills host tensors through a staging buffer: normal values; ones for the norms."""
+    """Fills host tensors through a staging buffer: normal values, but ones for the norms."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -142,8 +167,8 @@ class _Draw:
         self._values = torch.empty(CHUNK_ELEMENTS, dtype=torch.bfloat16, device=device)
         self._staging = torch.empty(CHUNK_ELEMENTS, dtype=torch.bfloat16, pin_memory=on_gpu)
 
-    def __call__(self, like: Tensor) -> Tensor:
-        if like.dim() == 1:
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        if like.dim() == 1 and name == "weight":
             return torch.ones(like.shape, dtype=like.dtype)
         filled = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         for chunk in filled.view(-1).split(CHUNK_ELEMENTS):

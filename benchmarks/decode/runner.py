@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
 from torch import Tensor
 
-from benchmarks.common.link import link_efficiency
 from benchmarks.decode.arms import usable_policies
-from benchmarks.decode.logits import compare_logits
 from benchmarks.decode.report import print_row
 from benchmarks.decode.settings import DecodeSettings
 from benchmarks.decode.timeline import GpuEvent, busy_us, profile_step
 from benchmarks.replay.text_replay import TextReplay
 from benchmarks.systems.arm import Arm
+from benchmarks.systems.logits import compare_logits
 from benchmarks.systems.row import Row
 from benchmarks.systems.running import Running, run_arm
+from benchmarks.systems.speed import fill_speed
 from benchmarks.systems.subject import Pass, Subject
 from benchmarks.systems.workload import Timings, Workload
 
@@ -105,7 +104,7 @@ class DecodeRunner:
         for one in timed:
             if not timings.step_s or time.perf_counter() - start < settings.arm_seconds:
                 workload.run(model, one.passages, timings)
-        self._fill(arm, row, timings)
+        fill_speed(row, timings, self.subject.bandwidth)
         if self._is_drawn(arm):
             self._profile(arm, workload, timed[0], row)
 
@@ -120,24 +119,6 @@ class DecodeRunner:
                 steps = min(len(logits), len(reference))
                 row.logits[system] = compare_logits(logits[:steps], reference[:steps])
         self._references.setdefault((own, arm.batch), logits)
-
-    def _fill(self, arm: Arm, row: Row, timings: Timings) -> None:
-        row.first_token_ms = statistics.median(timings.first_token_s) * 1e3
-        row.steps = len(timings.step_s)
-        if not row.steps:
-            return
-        step_s, tokens = statistics.fmean(timings.step_s), row.steps * arm.batch
-        row.step_ms, row.tokens_per_s = step_s * 1e3, arm.batch / step_s
-        row.step_ms_median = statistics.median(timings.step_s) * 1e3
-        counts, bandwidth = timings.decode, self.subject.bandwidth
-        if not counts.hits + counts.misses:
-            return
-        row.hit_rate = counts.hits / (counts.hits + counts.misses)
-        row.bytes_per_token = counts.bytes_moved / tokens
-        row.wasted_per_token = counts.bytes_wasted / tokens
-        needed = counts.bytes_needed / row.steps
-        row.link_efficiency = link_efficiency(needed, step_s, bandwidth)
-        row.floor_ms = None if bandwidth is None else needed / bandwidth * 1e3
 
     def _is_drawn(self, arm: Arm) -> bool:
         settings = self.settings

@@ -1,1 +1,1 @@
-"""Recorded texts and routes, replayed in place of a random model's own."""
+"""Texts and routes, recorded or drawn, replayed in place of a random model's own."""

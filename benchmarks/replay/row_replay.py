@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.replay.recorded_requests import Recorded
 from benchmarks.replay.text_replay import router_of
 from routing.layers import find_moe_layers
+from runtime.engine.guards.changes import capturable
 from runtime.kv.row_cache import RowCache
 from runtime.serving.model_runner import ModelRunner, Part, Ran
 
@@ -65,6 +66,7 @@ class RowReplay:
             for module in (embedding, *self._routers):
                 module.__dict__.pop("forward", None)
 
+    @capturable
     def _embed(self, own: Any, token_ids: Tensor) -> Tensor:
         assert self.cache is not None
         layout = self.cache.layout
@@ -74,6 +76,7 @@ class RowReplay:
         embedded: Tensor = own(token_ids)
         return embedded
 
+    @capturable
     def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights_TK, _ = own(hidden)
         assert self._step_LTK is not None

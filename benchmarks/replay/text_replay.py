@@ -10,7 +10,7 @@ twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.replay.passages import Passages
-from routing.layers import find_moe_layers
+from routing.layers import MoELayer, find_moe_layers
+from runtime.engine.guards.changes import capturable
 
 CHOSEN_LOGIT = 8192.0
 """Above all other logits, and exact in every number format."""
+ROUTERS = ("gate", "router")
+"""Names of routers beside their experts."""
 
 
 class TextReplay:
@@ -33,10 +36,11 @@ class TextReplay:
     """
 
     def __init__(
-        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool
-    ) -> None:
-        """routes: replay the experts too."""
-        layers = find_moe_layers(model)
+        self, model: Any, batch: int, length: int, device: torch.device, *, routes: bool,
+        layers: Sequence[MoELayer] | None = None,
+    ) -> None:  # fmt: skip
+        """routes: replay the experts too. layers: of a model that was built without experts."""
+        layers = layers or find_moe_layers(model)
         top_k = max(layer.top_k for layer in layers)
         self._model = model
         self._rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
@@ -80,6 +84,7 @@ class TextReplay:
             for module in (rotary, *self._routers):
                 module.__dict__.pop("forward", None)
 
+    @capturable
     def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
         """The rotary embedding: every model computes it before its layers, from the positions."""
         if self._routers:
@@ -88,11 +93,13 @@ class TextReplay:
         self._position.copy_(position_ids[0, -1:] + 1)
         return own(hidden, position_ids)
 
+    @capturable
     def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights_PK, _ = own(hidden)
         assert self._step_LPK is not None
         return logits, weights_PK, self._step_LPK[layer]
 
+    @capturable
     def _choose(self, _head: Any, _inputs: Any, logits_BTV: Tensor) -> Tensor:
         next_B1 = self._tokens_BT.index_select(1, self._position % self._length)
         logits_BTV[:, -1].scatter_(1, next_B1, CHOSEN_LOGIT)
@@ -101,4 +108,6 @@ class TextReplay:
 
 def router_of(model: nn.Module, experts_name: str) -> nn.Module:
     """The router beside a container of experts: it returns (logits, weights [P, K], experts)."""
-    return model.get_submodule(f"{experts_name.rpartition('.')[0]}.gate")
+    block = model.get_submodule(experts_name.rpartition(".")[0])
+    names = [name for name, _ in block.named_children() if name in ROUTERS]
+    return block.get_submodule(names[0])

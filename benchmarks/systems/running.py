@@ -57,13 +57,18 @@ def run_arm(arm: Arm, model: Any, set_up: SetUp, measure: Callable[[Running, Row
 def offloaded(model: Any, **options: Any) -> Iterator[Running]:
     """ExpertFlow's engine on the model; `options` go to `runtime.load`."""
     with runtime.load(model, **options).expertflow as engine:
-        yield Running(
-            {},
-            counts=lambda: read_counts(engine.stats()),
-            reset=lambda: engine.stats().reset(),
-            finish=lambda row: _finish(engine, row),
-        )
+        yield of_engine(engine)
         engine.check_integrity()
+
+
+def of_engine(engine: Any) -> Running:
+    """A model that this engine runs."""
+    return Running(
+        {},
+        counts=lambda: read_counts(engine.stats()),
+        reset=lambda: engine.stats().reset(),
+        finish=lambda row: _finish(engine, row),
+    )
 
 
 def _finish(engine: Any, row: Row) -> None:

@@ -19,7 +19,6 @@ from benchmarks.common.link import best, link_efficiency, measure_link
 from benchmarks.common.shapes import TINY, build_model, shape_named, weight_bytes
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode.arms import decode_arms
-from benchmarks.decode.logits import compare_logits
 from benchmarks.decode.plot import plot_bytes, plot_speed, plot_timeline
 from benchmarks.decode.report import ratios
 from benchmarks.decode.settings import DecodeSettings
@@ -29,6 +28,7 @@ from benchmarks.prefill.settings import PrefillSettings
 from benchmarks.replay.text_replay import CHOSEN_LOGIT
 from benchmarks.systems.arm import Arm
 from benchmarks.systems.counts import Counts, read_counts
+from benchmarks.systems.logits import compare_logits
 from benchmarks.systems.placement import place, restored
 from benchmarks.systems.row import Row
 from benchmarks.systems.running import Running, offloaded, run_arm

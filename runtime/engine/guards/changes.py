@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,17 @@ OWNERS = ("runtime", "transformers")
 """Packages whose hooks and forwards are known to do nothing in a captured step."""
 SETTINGS = ("training", *TOP_K_NAMES)
 """Attributes of modules that decide which kernels run."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def capturable(function: Function) -> Function:
+    """Declare that this hook or forward of a module runs as kernels alone, so it can be captured.
+
+    What its Python code does beside launching them happens only once, when a step is captured.
+    """
+    function.__dict__["is_capturable"] = True
+    return function
 
 
 def uncapturable(model: nn.Module) -> str | None:
@@ -48,4 +59,5 @@ def fingerprint(model: Any) -> Hashable:
 def _is_known(function: Any) -> bool:
     function = getattr(function, "func", function)  # of a partial
     home = getattr(function, "__module__", None) or ""
-    return function is None or home.partition(".")[0] in OWNERS
+    declared = getattr(function, "is_capturable", False)
+    return function is None or declared or home.partition(".")[0] in OWNERS

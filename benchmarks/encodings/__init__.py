@@ -1,0 +1,1 @@
+"""Coded experts at equal GPU memory."""

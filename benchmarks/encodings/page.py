@@ -1,0 +1,107 @@
+"""A results page out of the encodings' JSON files, as Markdown.
+
+python -m benchmarks.encodings.page --results FILE [FILE ...] [--out PAGE]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.report import number
+from benchmarks.encodings.arms import CodedArm
+from routing.cli import run
+
+LLAMA_CPP = (
+    ("bf16", "all, 13.8 GB file", 595.0),
+    ("Q4_K", "all, 3.9 GB file", 800.0),
+    ("Q4_K", "a quarter", 141.0),
+    ("Q4_0", "all", 859.0),
+    ("Q4_0", "a quarter", 120.0),
+)
+"""Decoding speeds of llama.cpp on the same shape and kind of machine, measured on 2026-11-28."""
+LLAMA_SHAPE = "olmoe-7b"
+SOURCE = (
+    "llama.cpp (llama-cpp-python 0.3.36) was measured on 2026-11-28 on another machine of the same "
+    "kind ([2026-11-28](2026-11-28-gpu-h200.md)), and not again for this page."
+)
+HEAD = (
+    "encoding", "memory asked", "GPU memory, GiB", "resident", "arm", "tok/s", "hit rate",
+    "MB a token", "link", "logits",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageSettings:
+    """Write the page."""
+
+    results: list[Path]
+    """Files that `benchmarks.encodings --out` wrote."""
+    out: Path | None = None
+    """The page; by default it is printed."""
+
+
+def main(settings: PageSettings) -> None:
+    """Write the page, or print it."""
+    text = page([json.loads(path.read_text()) for path in settings.results])
+    if settings.out is None:
+        print(text)
+    else:
+        settings.out.write_text(text)
+
+
+def page(results: Sequence[dict[str, Any]]) -> str:
+    """Commands and machines, then a table for each shape, its arms by memory."""
+    lines = ["# Encodings at equal GPU memory", ""]
+    for one in results:
+        machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
+        lines += [f"    {one['command']}", "", f"{machine}; link {_link(one)}.", ""]
+    rows = [row for one in results for row in one["rows"]]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape and row["error"] is None]
+        lines += [f"## {shape}", "", *_routes(own), "", *_table(HEAD, map(_cells, own)), ""]
+        if shape == LLAMA_SHAPE:
+            others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
+            lines += [*_table(("llama.cpp", "on the GPU", "tok/s"), others), "", SOURCE, ""]
+    failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"] is not None]
+    return "\n".join([*lines, *(["## Not run", "", *failed] if failed else [])]).rstrip() + "\n"
+
+
+def _link(one: dict[str, Any]) -> str:
+    link = one["link_bytes_per_s"]
+    return "none" if link is None else f"{max(link.values()) / 1e9:.1f} GB/s"
+
+
+def _routes(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The routes behind each name, where they are drawn or replayed."""
+    notes = {row["routes"]: row["note"] for row in rows}
+    return [f"Routes: {'; '.join(f'{name}: {note}' for name, note in notes.items())}."]
+
+
+def _cells(row: dict[str, Any]) -> Sequence[str]:
+    words = [row["policy"], "prefetch" if row["prefetch"] else "", row["routes"]]
+    words.append("`compile`" if row["compile"] else "")
+    return (
+        row["encoding"],
+        row["residency"],
+        number(row["peak_bytes"], ".2f", 2**30),
+        number(row["extra"].get("resident_share"), ".0%"),
+        ", ".join(filter(None, words)),
+        number(row["tokens_per_s"], ".1f"),
+        number(row["hit_rate"], ".3f"),
+        number(row["bytes_per_token"], ".1f", 1e6),
+        number(row["link_efficiency"], ".2f"),
+        row["logits"].get(CodedArm.system, "-"),
+    )
+
+
+def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *cells]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+if __name__ == "__main__":
+    run(main, PageSettings, prog="python -m benchmarks.encodings.page")
