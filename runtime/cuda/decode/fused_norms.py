@@ -52,7 +52,7 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """A forward in one kernel that equals the module's own to rounding; None: it has none."""
     names = [name for name, _ in module.named_parameters()]
     name = next((name for name in EPSILONS if isinstance(getattr(module, name, None), float)), None)
-    if names != ["weight"] or name is None or list(module.buffers()) or list(module.children()):
+    if names != ["weight"] or name is None or len([*module.buffers()]) or len([*module.children()]):
         return None
     weight: Any = module.weight
     if weight.dim() != 1 or weight.is_meta or "forward" in module.__dict__:
@@ -65,7 +65,7 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     def forward(x: Tensor) -> Tensor:
         held: Any = module.weight
         if x.dtype != held.dtype or x.device != held.device or not x.is_contiguous():
-            return own(x)  # type: ignore[no-any-return]
+            return own(x)
         return rms_norm(x, held, getattr(module, name), late=late)
 
     return forward
