@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from runtime.cuda.decode.fused_norms import FusedForward
 from runtime.cuda.options import CudaOptions
 from runtime.kv.static_cache import Storage
 from runtime.weights.source import Source
@@ -31,10 +32,12 @@ class CapturedModel:
         self.context, self.batch = options.context, min(options.batch, LARGEST_BATCH)
         self.top_k = max(layer.top_k for layer in source.layers)
         self.storage = Storage(options.batch, options.context)
-        self.forward: Any = model.forward
-        """The model's forward, compiled or not."""
+        self.forward: Any = None
+        """The model's forward, compiled or with fused norms."""
         if options.compile:
             self.forward = torch.compile(model.forward, options=COMPILER)
+        else:
+            self.forward = FusedForward(model)
         self.stream = torch.cuda.Stream(device)
         """The stream that captures steps: cuBLAS keeps a workspace for each stream."""
 
