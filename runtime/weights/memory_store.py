@@ -17,6 +17,7 @@ class MemoryStore(SkeletonStore):
 
     def __init__(self, store: SkeletonStore) -> None:
         super().__init__(store.meta_layers, store.layers, store.dtype)
+        self.loss = store.loss
         self._experts = [
             Arena(self.specs(index), layer.num_experts, torch.device("cpu"))
             for index, layer in enumerate(self.layers)

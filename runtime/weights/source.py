@@ -20,7 +20,8 @@ from runtime.weights.directory import MetaModel, load_tokenizer
 from runtime.weights.files import DTYPES, CheckpointFiles, StoredTensor
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
-from runtime.weights.prepared_store import RESIDENT, PreparedStore, is_prepared
+from runtime.weights.prepared.manifest import RESIDENT, is_prepared
+from runtime.weights.prepared.store import PreparedStore
 from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory, needed
 from runtime.weights.store import (
     ConfiguredStore,
