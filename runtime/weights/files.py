@@ -30,7 +30,13 @@ OTHERS = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.uint8,
 }
+"""The dtypes of all else; of F4 there are two numbers in a byte, and shapes count the bytes."""
+
 LONGEST_HEADER = 100_000_000
 """Bytes, as safetensors itself allows."""
 
@@ -228,11 +234,19 @@ def read_header(path: Path) -> dict[str, Entry]:
         header = dict(json.loads(file.read(length), object_pairs_hook=_distinct))
     header.pop("__metadata__", None)
     entries = {
-        key: Entry(path.name, entry["dtype"], tuple(entry["shape"]), begin + start, begin + stop)
+        key: Entry(path.name, entry["dtype"], _shape(entry), begin + start, begin + stop)
         for key, entry in header.items()
         for start, stop in [entry["data_offsets"]]
     }
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _shape(entry: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of a tensor in elements of its dtype in torch."""
+    *others, last = entry["shape"] or [1]
+    if entry["dtype"] == "F4":
+        return (*others, last // 2)
+    return tuple(entry["shape"])
 
 
 def require_whole(entries: dict[str, Entry], path: Path) -> None:

@@ -1,0 +1,131 @@
+"""mxfp4: numbers of 4 bits (e2m1), of which each 32 in a row share a power of two (e8m0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
+from runtime.weights.encodings.number_formats import (
+    E8M0_BIAS,
+    multiply_blocks,
+    power_of_two,
+    unpack_e2m1,
+)
+from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
+from runtime.weights.encodings.stored_parts import (
+    as_bytes,
+    block_of,
+    e8m0,
+    require_dtype,
+    require_matrix,
+    require_shape,
+    scale_key,
+)
+from runtime.weights.files import Entry
+
+METHODS = ("mxfp4", "fp8", "compressed-tensors")
+"""Quantisation methods whose checkpoints may have such matrices."""
+
+BLOCKS, PACKED, WEIGHT = "_blocks", ".weight_packed", ".weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MXFP4(Encoding):
+    """e2m1 x 2^(scale - 127); the scale 255 counts as 2^128, as for `torch.ldexp`.
+
+    codes   uint8 [N, K / 2]         the even column is the low half
+    scales  uint8 [N, K / columns]
+    """
+
+    name: ClassVar[str] = "mxfp4"
+
+    columns: int = 32
+
+    @property
+    def bits(self) -> int:
+        return 4
+
+    def parts(self, shape: tuple[int, int]) -> Specs:
+        rows, columns = shape
+        if rows % self.rows or columns % self.columns or columns % 2:
+            raise ValueError(
+                f"a matrix of {rows} x {columns} has no {self.name} of {self.rows} x {self.columns}"
+            )
+        return {
+            CODES: Spec((rows, columns // 2), torch.uint8),
+            SCALES: Spec((rows // self.rows, columns // self.columns), torch.uint8),
+        }
+
+    def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Exact in bfloat16 and float32, but for numbers beyond 2^128, which are infinite."""
+        exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        doubled = unpack_e2m1(parts[CODES], exact, factor=2.0)  # so that no scale is infinite
+        halves = power_of_two(parts[SCALES].int() - (E8M0_BIAS + 1)).to(exact)
+        return multiply_blocks(doubled, halves, self.rows, self.columns).to(dtype)
+
+
+def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
+    """The matrices in mxfp4, by the key that they would have unquantised.
+
+    .._blocks [E, N, K / 32, 16] and .._scales    experts of gpt-oss, [E, K, N] in the model
+    ...weight_packed and ..weight_scale           compressed-tensors
+    ...weight int8 and its scale                  DeepSeek-V4, among matrices in fp8
+    """
+    method = quantization.get("quant_method")
+    found = {}
+    for key, entry in entries.items():
+        if key.endswith(BLOCKS) and method == "mxfp4":
+            found[key.removesuffix(BLOCKS)] = _stacked(key, entries)
+        elif key.endswith(PACKED) and method == "compressed-tensors" and entry.dtype == "U8":
+            if f"{key.removesuffix('_packed')}_global_scale" not in entries:  # else it is nvfp4
+                found[key.removesuffix("_packed")] = _packed(key, entries)
+        elif key.endswith(WEIGHT) and method == "fp8" and entry.dtype in ("I8", "F4"):
+            found[key] = _packed(key, entries)
+    return found
+
+
+def _stacked(key: str, entries: Mapping[str, Entry]) -> StoredMatrix:
+    blocks, scales = entries[key], scale_key(key, entries)
+    require_dtype(key, blocks, "U8")
+    require_dtype(scales, entries[scales], "U8", "F8_E8M0")
+    if len(blocks.shape) != 4 or blocks.shape[3] != 16:
+        raise ValueError(f"{key} has the shape {list(blocks.shape)} instead of [.., .., .., 16]")
+    require_shape(scales, entries[scales], blocks.shape[:3])
+    experts, rows, groups, _ = blocks.shape
+    return StoredMatrix(
+        encoding=MXFP4(),
+        shape=(experts, rows, groups * 32),
+        sources={CODES: key, SCALES: scales},
+        transposed=True,
+        convert=_conversion(scales),
+    )
+
+
+def _packed(key: str, entries: Mapping[str, Entry]) -> StoredMatrix:
+    codes, scales = entries[key], scale_key(key, entries)
+    require_matrix(key, codes)
+    require_dtype(scales, entries[scales], "U8", "F8_E8M0")
+    *stacked, rows, row_bytes = codes.shape
+    grid = entries[scales].shape
+    if list(grid[: len(stacked)]) != stacked:
+        raise ValueError(f"{scales} has the shape {list(grid)} for {stacked[0]} experts")
+    block = block_of(scales, grid[len(stacked) :], (rows, row_bytes * 2))
+    return StoredMatrix(
+        encoding=MXFP4(rows=block[0], columns=block[1]),
+        shape=(*stacked, rows, row_bytes * 2),
+        sources={CODES: key, SCALES: scales},
+        convert=_conversion(scales),
+    )
+
+
+def _conversion(key: str) -> Convert:
+    def convert(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {CODES: as_bytes(stored[CODES]).flatten(1), SCALES: e8m0(key, stored[SCALES])}
+
+    return convert
