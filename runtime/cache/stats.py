@@ -32,6 +32,8 @@ class Stats:
     policy: str
     packing: float = 1.0
     """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
+    encoding: str = "plain"
+    """How the experts are kept (`Engine.encoding`)."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -176,7 +178,7 @@ class Stats:
         counts = {
             name: getattr(self, name)
             for name in (
-                "policy", "num_slots", "total_experts", "steps", "tokens", "hits", "late", "misses",
+                "policy", "encoding", "num_slots", "total_experts", "steps", "tokens", "hits", "late", "misses",
                 "evictions", "bytes_loaded", "prefetches", "prefetches_used", "bytes_prefetched",
                 "bytes_wasted",
             )
@@ -204,6 +206,8 @@ class Stats:
             f"{self.policy}: {self.num_slots} of {self.total_experts} experts fit, "
             f"{self.tokens} tokens in {self.steps} steps"
         )
+        if self.encoding != "plain":
+            line = f"{self.encoding}; {line}"
         if self.hits + self.late + self.misses:
             line += (
                 f", hit rate {self.hit_rate:.1%}, "

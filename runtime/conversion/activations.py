@@ -49,9 +49,7 @@ def record_inputs(
     return [LayerInputs(*map(torch.cat, zip(*into, strict=True))) for into in recorded]
 
 
-def _record(
-    layer: MoELayer, into: list[LayerInputs], _: nn.Module, args: Any, kwargs: Any
-) -> None:
+def _record(layer: MoELayer, into: list[LayerInputs], _: nn.Module, args: Any, kwargs: Any) -> None:
     hidden, routes = read_call(layer, args, kwargs)
     into.append(LayerInputs(hidden.flatten(0, -2).cpu(), routes.experts_TK.cpu()))
 

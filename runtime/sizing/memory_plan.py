@@ -117,6 +117,11 @@ def describe(plan: MemoryPlan, bandwidth: float | None) -> str:
             f"resident: {format_bytes(plan.resident_bytes)}, of which slots "
             f"{format_bytes(plan.slot_bytes)} ({plan.fraction:.1%} of the experts)",
             *experts,
+            *(
+                []
+                if source.encoding == "plain"
+                else [f"encoding of the experts: {source.encoding}"]
+            ),
             "key/value cache of one sequence",
             *caches,
             "experts moved per token of one sequence, by hit rate",

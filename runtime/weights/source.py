@@ -63,6 +63,13 @@ class Source(NamedTuple):
         return groups
 
     @property
+    def encoding(self) -> str:
+        """How the experts are kept: "plain", names of encodings, or a line about their loss."""
+        codings = map(self.store.coding, range(len(self.layers)))
+        names = {matrix.encoding.name for coding in codings for matrix in coding.values()}
+        return self.store.loss or ", ".join(sorted(names)) or "plain"
+
+    @property
     def fixed_bytes(self) -> int:
         """Bytes of all weights but the routed experts; tied tensors count once."""
         experts = {id(p) for layer in self.layers for p in expert_parameters(layer).values()}

@@ -156,7 +156,9 @@ def test_a_missing_file_is_refused_by_name(name: str, prepared: Path) -> None:
         runtime.load(prepared)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 3, "layers": []}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 3, "layers": []}', '{"schema": 1}']
+)
 def test_a_file_that_is_no_manifest_is_refused(text: str, prepared: Path) -> None:
     (prepared / "experts.json").write_text(text)
     with pytest.raises(ValueError, match=r"experts\.json is not a manifest of experts"):

@@ -46,7 +46,9 @@ class NVFP4Grid(Grid):
         }
 
     def _of_rows(self, num_rows: int) -> Tensor:
-        return self.global_scales_N.repeat_interleave(num_rows // len(self.global_scales_N))[:, None]
+        return self.global_scales_N.repeat_interleave(num_rows // len(self.global_scales_N))[
+            :, None
+        ]
 
     def _stored(self, scales_NB: Tensor) -> Tensor:
         return scales_NB.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)

@@ -80,9 +80,7 @@ def _better(
     )
 
 
-def _feed_back(
-    weights_NK: Tensor, grid: Grid, importance_K: Tensor, root_KK: Tensor
-) -> Rounded:
+def _feed_back(weights_NK: Tensor, grid: Grid, importance_K: Tensor, root_KK: Tensor) -> Rounded:
     rest_NK, numbers_NK = weights_NK.clone(), torch.empty_like(weights_NK)
     scales = []
     for start in range(0, weights_NK.shape[1], grid.columns):
