@@ -32,8 +32,10 @@ class Stats:
     policy: str
     packing: float = 1.0
     """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
-    encoding: str = "plain"
-    """How the experts are kept (`Engine.encoding`)."""
+    encoding: str | None = None
+    """Encoding of the experts in their checkpoint, e.g. "mxfp4"; None if they are plain."""
+    loss: str | None = None
+    """A line about experts that are not the original model's any more; None where they are."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -178,9 +180,9 @@ class Stats:
         counts = {
             name: getattr(self, name)
             for name in (
-                "policy", "encoding", "num_slots", "total_experts", "steps", "tokens", "hits", "late", "misses",
-                "evictions", "bytes_loaded", "prefetches", "prefetches_used", "bytes_prefetched",
-                "bytes_wasted",
+                "policy", "encoding", "loss", "num_slots", "total_experts", "steps", "tokens",
+                "hits", "late", "misses", "evictions", "bytes_loaded", "prefetches",
+                "prefetches_used", "bytes_prefetched", "bytes_wasted",
             )
         }  # fmt: skip
         rates = {
@@ -202,12 +204,13 @@ class Stats:
 
     def report(self) -> str:
         """One line about the run."""
+        kind = f" {self.encoding}" if self.encoding else ""
         line = (
-            f"{self.policy}: {self.num_slots} of {self.total_experts} experts fit, "
+            f"{self.policy}: {self.num_slots} of {self.total_experts}{kind} experts fit, "
             f"{self.tokens} tokens in {self.steps} steps"
         )
-        if self.encoding != "plain":
-            line = f"{self.encoding}; {line}"
+        if self.loss:
+            line = f"{self.loss}; {line}"
         if self.hits + self.late + self.misses:
             line += (
                 f", hit rate {self.hit_rate:.1%}, "

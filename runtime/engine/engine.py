@@ -61,7 +61,7 @@ class Engine:
         self._layers = source.layers
         self._store = source.store
         self._backend = backend
-        backend.stats.encoding = source.encoding
+        backend.stats.encoding, backend.stats.loss = source.encoding, source.store.loss
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
         self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)
@@ -131,7 +131,7 @@ class Engine:
     @property
     def encoding(self) -> str:
         """How experts are kept: "plain", an encoding, or a line about what a lossy one lost."""
-        return self._backend.stats.encoding
+        return self.stats().loss or self.stats().encoding or "plain"
 
     @property
     def decode_path(self) -> str:

@@ -11,13 +11,16 @@ from torch import Tensor
 from runtime.cache.expert_cache import ExpertCache, Lookup
 from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
-from runtime.weights.arena import Arena, Specs
+from runtime.weights.arena import Arena, Specs, expert_bytes
 from runtime.weights.source import Source
 from runtime.weights.store import ExpertStore
 
 
 class Pool:
-    """The slots for all layers whose experts have the shape `specs`."""
+    """The slots for all layers whose experts have the shape `specs`.
+
+    loaded_bytes: bytes of an expert as the store has it, which decodes it into a slot.
+    """
 
     def __init__(
         self,
@@ -27,11 +30,13 @@ class Pool:
         store: ExpertStore,
         policy: Policy,
         stats: Stats,
+        loaded_bytes: int,
     ) -> None:
         self.arena = Arena(specs, num_slots, device)
         self.cache = ExpertCache(stats.num_layers, stats.num_experts, num_slots, policy)
         self._store = store
         self._stats = stats
+        self._loaded_bytes = loaded_bytes
 
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield each of the distinct `experts` (ascending) of `layer` with its parameters.
@@ -42,7 +47,7 @@ class Pool:
         try:
             for lookup in self.cache.waves(layer, np.array(experts, np.int64)):
                 self._load(layer, lookup)
-                self._stats.count(layer, lookup, self.arena.slot_bytes)
+                self._stats.count(layer, lookup, self._loaded_bytes)
                 for expert, slot in zip(
                     lookup.experts.tolist(), lookup.slots.tolist(), strict=True
                 ):
@@ -71,6 +76,7 @@ def build_pools(
     """The pool of each layer; layers of one expert shape share theirs."""
     pools: dict[int, Pool] = {}
     for group, num_slots in zip(source.groups, slots, strict=True):
-        pool = Pool(group.specs, num_slots, device, source.store, policy, stats)
+        stored = expert_bytes(group.stored_specs)
+        pool = Pool(group.specs, num_slots, device, source.store, policy, stats, stored)
         pools |= dict.fromkeys(group.layers, pool)
     return [pools[layer] for layer in range(len(source.layers))]

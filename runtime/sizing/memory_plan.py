@@ -8,10 +8,13 @@ from runtime.kv.size import cache_bytes
 from runtime.sizing.budget import least_bytes, total_expert_bytes
 from runtime.sizing.units import format_bytes, round_up
 from runtime.weights.arena import expert_bytes
+from runtime.weights.encodings.coded import bits_a_weight
 from runtime.weights.source import Source
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
+PLAIN_BITS = 16
+"""Bits of a weight in bfloat16."""
 LOW_FRACTION = 0.125
 """Fraction of the experts below which hit rates are expected to be low."""
 
@@ -27,9 +30,11 @@ class MemoryPlan:
     slots: list[int]
     """Number of slots, by group of layers of one expert shape (`Source.groups`)."""
     expert_bytes: list[int]
-    """Size of one expert, by group."""
+    """Size of one expert in a slot, by group."""
+    stored_bytes: list[int]
+    """Size of one expert as it is stored and moved, by group: in codes where it has any."""
     total_expert_bytes: int
-    """Size of all experts of all layers."""
+    """Size of all experts of all layers in slots."""
     least_bytes: int
     """The smallest budget that works, for weights and slots."""
     cache_bytes: dict[int, int | None]
@@ -43,6 +48,7 @@ class MemoryPlan:
             source=source,
             slots=slots,
             expert_bytes=[expert_bytes(group.specs) for group in source.groups],
+            stored_bytes=[expert_bytes(group.stored_specs) for group in source.groups],
             total_expert_bytes=total_expert_bytes(source),
             least_bytes=int(least_bytes(source)),
             cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
@@ -52,6 +58,14 @@ class MemoryPlan:
     def fraction(self) -> float:
         """The share of the experts' bytes that is resident."""
         return self.slot_bytes / self.total_expert_bytes
+
+    @property
+    def total_stored_bytes(self) -> int:
+        """Size of all experts of all layers as they are stored."""
+        return sum(
+            size * sum(self.source.layers[layer].num_experts for layer in group.layers)
+            for size, group in zip(self.stored_bytes, self.source.groups, strict=True)
+        )
 
     @property
     def slot_bytes(self) -> int:
@@ -67,7 +81,7 @@ class MemoryPlan:
         """Expert bytes that one sequence moves per token at that hit rate."""
         used = sum(
             size * self.source.layers[layer].top_k
-            for size, group in zip(self.expert_bytes, self.source.groups, strict=True)
+            for size, group in zip(self.stored_bytes, self.source.groups, strict=True)
             for layer in group.layers
         )
         return used * (1 - hit_rate)
@@ -87,7 +101,7 @@ def advice(plan: MemoryPlan, host_bytes: int) -> list[str]:
             f"Only {plan.fraction:.0%} of the experts are resident, and hit rates will be low: "
             f"an eighth of them needs {round_up(plan.budget(LOW_FRACTION))}."
         )
-    if plan.total_expert_bytes > host_bytes:
+    if plan.total_stored_bytes > host_bytes:
         lines.append(
             "The experts are larger than this machine's memory: some misses will wait for the disk."
         )
@@ -101,33 +115,51 @@ def advice(plan: MemoryPlan, host_bytes: int) -> list[str]:
 def describe(plan: MemoryPlan, bandwidth: float | None) -> str:
     """The plan as text. bandwidth: of the link, in bytes a second; None if not measured."""
     source = plan.source
-    experts = [
-        f"  {slots:,} of {sum(source.layers[i].num_experts for i in group.layers):,} experts of "
-        f"{format_bytes(size)} in {len(group.layers)} layers"
-        for slots, size, group in zip(plan.slots, plan.expert_bytes, source.groups, strict=True)
-    ]
+    experts = [_group(plan, index) for index in range(len(source.groups))]
     caches = [
         f"  {length:,} tokens: {'not known' if size is None else format_bytes(size)}"
         for length, size in plan.cache_bytes.items()
     ]
     return "\n".join(
         [
-            f"{plan.name}: {format_bytes(plan.total_expert_bytes)} of experts, "
+            f"{plan.name}: {format_bytes(plan.total_stored_bytes)} of experts, "
             f"{format_bytes(source.fixed_bytes)} of other weights",
             f"resident: {format_bytes(plan.resident_bytes)}, of which slots "
             f"{format_bytes(plan.slot_bytes)} ({plan.fraction:.1%} of the experts)",
             *experts,
-            *(
-                []
-                if source.encoding == "plain"
-                else [f"encoding of the experts: {source.encoding}"]
-            ),
+            *_encodings(source),
             "key/value cache of one sequence",
             *caches,
             "experts moved per token of one sequence, by hit rate",
             *(_traffic(plan, hit_rate, bandwidth) for hit_rate in HIT_RATES),
         ]
     )
+
+
+def _group(plan: MemoryPlan, index: int) -> str:
+    """One line of `describe`: the slots of a group, and the size of its experts."""
+    layers, size = plan.source.groups[index].layers, plan.expert_bytes[index]
+    count = sum(plan.source.layers[layer].num_experts for layer in layers)
+    text = f"  {plan.slots[index]:,} of {count:,} experts of {format_bytes(size)}"
+    if plan.stored_bytes[index] != size:
+        text += f" (stored in {format_bytes(plan.stored_bytes[index])})"
+    return f"{text} in {len(layers)} layers"
+
+
+def _encodings(source: Source) -> list[str]:
+    """Lines of `describe` about experts in codes, one for each size of them."""
+    bits = {
+        (matrix.encoding.name, bits_a_weight(group.coding))
+        for group in source.groups
+        for matrix in group.coding.values()
+    }
+    loss = source.store.loss
+    whose = "the checkpoint's own" if loss is None else f"{loss};"
+    return [
+        f"{whose} {name}: {number:.4g} bits a weight, "
+        f"{PLAIN_BITS / number:.3g} x smaller than bfloat16"
+        for name, number in sorted(bits)
+    ]
 
 
 def _traffic(plan: MemoryPlan, hit_rate: float, bandwidth: float | None) -> str:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from routing.layers import MoELayer
-from runtime.weights.files import DTYPES, CheckpointFiles
+from runtime.weights.encodings.coded import Coding, part_name
+from runtime.weights.files import DTYPES
 from runtime.weights.mapping import CheckpointMapping
+from runtime.weights.quantised.coded_files import CodedFiles
+from runtime.weights.quantised.parts import empty
 from runtime.weights.store import SkeletonStore
 
 
@@ -20,7 +23,7 @@ class CheckpointStore(SkeletonStore):
 
     def __init__(
         self,
-        files: CheckpointFiles,
+        files: CodedFiles,
         mapping: CheckpointMapping,
         meta_layers: list[MoELayer],
         layers: list[MoELayer],
@@ -28,9 +31,12 @@ class CheckpointStore(SkeletonStore):
     ) -> None:
         self._files = files
         self._parameters = [mapping.parameters(layer) for layer in meta_layers]
+        self._coding: list[Coding] = []
         for parameters in self._parameters:
             for parameter in parameters.values():
                 parameter.check(files)
+            coded = {name: parameter.coded(files) for name, parameter in parameters.items()}
+            self._coding.append({name: one for name, one in coded.items() if one is not None})
         super().__init__(meta_layers, layers, dtype or DTYPES[files.entries[min(self.keys)].dtype])
 
     @property
@@ -39,7 +45,26 @@ class CheckpointStore(SkeletonStore):
         parameters = [one for of_layer in self._parameters for one in of_layer.values()]
         return {key for one in parameters for keys in one.keys.values() for key in keys}
 
+    def coding(self, layer: int) -> Coding:
+        return self._coding[layer]
+
     @torch.no_grad()
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         for name, target in into.items():
-            self._parameters[layer][name].read(self._files, expert, target)
+            matrix = self._coding[layer].get(name)
+            if matrix is None:
+                self._parameters[layer][name].read(self._files, expert, target)
+            else:
+                parts = empty(matrix.parts)
+                self._parameters[layer][name].read_parts(self._files, expert, matrix, parts)
+                matrix.decode(parts, target)
+
+    @torch.no_grad()
+    def read_stored(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters[layer].items():
+            matrix = self._coding[layer].get(name)
+            if matrix is None:
+                parameter.read(self._files, expert, into[name])
+            else:
+                parts = {part: into[part_name(name, part)] for part in matrix.parts}
+                parameter.read_parts(self._files, expert, matrix, parts)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,12 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec
-from runtime.weights.files import DTYPES, CheckpointFiles
+from runtime.weights.encodings.coded import CodedMatrix
+from runtime.weights.encodings.stored_matrix import StoredMatrix
+from runtime.weights.files import DTYPES
+from runtime.weights.quantised.coded_files import CodedFiles
+from runtime.weights.quantised.refusals import describe, without_scales
+from runtime.weights.quantised.stacking import is_alike, stacked
 
 STACKING: tuple[list[tuple[str, int | None]], ...] = (
     [],
@@ -60,10 +66,32 @@ class CheckpointParameter:
         operations = self.converter.operations if self.converter else []
         return [(type(op).__name__, getattr(op, "dim", None)) for op in operations] in STACKING
 
-    def read(self, files: CheckpointFiles, expert: int, target: Tensor) -> None:
-        """Copy the parameter of `expert` into `target`."""
+    def coded(self, files: CodedFiles) -> CodedMatrix | None:
+        """The parameter of one expert in codes; None where it is not of codes of one kind, stacked.
+
+        Raises ValueError, naming the tensor, for an expert that is coded unlike the others.
+        """
+        matrices = {key: files.matrices.get(key) for keys in self.keys.values() for key in keys}
+        for keys in self.keys.values():
+            _require_alike(files.directory, {key: matrices[key] for key in keys})
         if not self.is_stacked:
-            target.copy_(self._convert(lambda keys: self._tensor(files, keys, expert)))
+            return None
+        return stacked([matrices[keys[0]] for keys in self.keys.values()], self.spec.shape)
+
+    def read_parts(
+        self, files: CodedFiles, expert: int, matrix: CodedMatrix, into: dict[str, Tensor]
+    ) -> None:
+        """Copy the coded parameter of `expert`, which is `matrix`, into tensors by part."""
+        pieces = {part: target.unflatten(0, (len(self.keys), -1)) for part, target in into.items()}
+        for piece, keys in enumerate(self.keys.values()):
+            key, index = (keys[expert], 0) if self.per_expert else (keys[0], expert)
+            targets = {part: targets[piece] for part, targets in pieces.items()}
+            files.parts(key, index).read(matrix.encoding, targets)
+
+    def read(self, files: CodedFiles, expert: int, target: Tensor) -> None:
+        """Copy the parameter of `expert` into `target`, decoded."""
+        if not self.is_stacked:
+            target.copy_(self._convert(lambda keys: self._tensor(files, keys, expert, target)))
             return
         parts = target.unflatten(0, (len(self.keys), -1))
         for part, keys in zip(parts, self.keys.values(), strict=True):
@@ -72,11 +100,11 @@ class CheckpointParameter:
             else:
                 files.read(keys[0], expert * part.numel(), part)
 
-    def _tensor(self, files: CheckpointFiles, keys: list[str], expert: int) -> Tensor:
+    def _tensor(self, files: CodedFiles, keys: list[str], expert: int, target: Tensor) -> Tensor:
         """The tensor of one expert; if fused, with a leading dimension of one expert."""
         if self.per_expert:
-            return files.get(keys[expert])
-        return files.rows(keys[0], expert, expert + 1)
+            return files.get(keys[expert], target.dtype)
+        return files.rows(keys[0], expert, expert + 1, target.dtype)
 
     def _convert(self, fetch: Callable[[list[str]], Tensor]) -> Tensor:
         """Run the library's operations over the tensors of one expert."""
@@ -94,7 +122,7 @@ class CheckpointParameter:
         result = next(iter(tensors.values()))
         return (result[0] if isinstance(result, list) else result)[0]
 
-    def check(self, files: CheckpointFiles) -> None:
+    def check(self, files: CodedFiles) -> None:
         """Raise ValueError, naming the tensor, if one is missing or of another shape or dtype."""
         self._check_counts(files)
         for keys in self.keys.values():
@@ -107,11 +135,9 @@ class CheckpointParameter:
                         f"{expected}"
                     )
                 if entry.dtype not in DTYPES:
-                    raise ValueError(
-                        f"{files.directory}: {key} is stored as {entry.dtype}: quantised experts "
-                        "are not supported"
-                    )
-        formats = {files.entries[key].dtype: key for keys in self.keys.values() for key in keys}
+                    raise ValueError(without_scales(files.directory, key, entry.dtype))
+        keys_of_all = [key for keys in self.keys.values() for key in keys]
+        formats = {files.entries[k].dtype: k for k in keys_of_all if k not in files.matrices}
         if len(formats) > 1:
             (one, first), (other, second), *_ = formats.items()
             raise ValueError(
@@ -121,7 +147,7 @@ class CheckpointParameter:
         if not self.is_stacked:
             self._check_conversion(files)
 
-    def _check_counts(self, files: CheckpointFiles) -> None:
+    def _check_counts(self, files: CodedFiles) -> None:
         needed = max(len(keys) for keys in self.keys.values())
         if self.per_expert and self.converter:
             needed = self.shape[0]
@@ -134,7 +160,7 @@ class CheckpointParameter:
                     f"but there are {len(keys)}" + (f"; {absent} is missing" if absent else "")
                 )
 
-    def _expected_shape(self, files: CheckpointFiles, keys: list[str]) -> tuple[int, ...]:
+    def _expected_shape(self, files: CodedFiles, keys: list[str]) -> tuple[int, ...]:
         """The shape that each of `keys` must have.
 
         It is an equal part of the parameter, or the shape of the first for `_check_conversion`.
@@ -149,7 +175,7 @@ class CheckpointParameter:
         rows = self.shape[len(experts)] // parts
         return (*experts, rows, *self.shape[len(experts) + 1 :])
 
-    def _check_conversion(self, files: CheckpointFiles) -> None:
+    def _check_conversion(self, files: CodedFiles) -> None:
         def fetch(keys: list[str]) -> Tensor:
             shape = files.entries[keys[0]].shape
             return torch.empty(shape if self.per_expert else (1, *shape[1:]), device="meta")
@@ -167,6 +193,18 @@ class CheckpointParameter:
             raise ValueError(
                 f"{files.directory}: {key} and those like it make an expert of shape {shape}, but "
                 f"the model needs {self.spec.shape}"
+            )
+
+
+def _require_alike(directory: Path, matrices: dict[str, StoredMatrix | None]) -> None:
+    """Raise ValueError unless the tensors of all experts are coded in the same way."""
+    (first, expected), *others = matrices.items()
+    for key, matrix in others:
+        if not is_alike(expected, matrix):
+            raise ValueError(
+                f"{directory}: {key} is stored as {describe(matrix)}, but {first} as "
+                f"{describe(expected)}: the experts of a layer have to be of one kind; quantise "
+                "them alike, or load the unquantised model"
             )
 
 

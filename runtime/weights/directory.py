@@ -10,6 +10,7 @@ from torch import nn
 
 from routing.layers import MoELayer, find_moe_layers
 from routing.pretrained import CONFIG, brief, model_class, read_config, read_tokenizer
+from runtime.weights.quantised.quantization import require_known, take_quantization
 from runtime.weights.repository.refusals import require_model
 
 
@@ -18,29 +19,32 @@ class MetaModel(NamedTuple):
 
     model: nn.Module
     layers: list[MoELayer]
+    quantization: dict[str, Any] | None = None
+    """How the weights in the directory are quantised; the model itself is not."""
 
     @classmethod
     def of(cls, directory: Path) -> MetaModel:
         """Build the model that `config.json` describes.
 
-        Raises ValueError for a configuration that is missing, unusable or quantised.
+        Raises ValueError for a configuration that is missing or unusable, and for an unknown
+        quantisation.
         """
         kind, config = _architecture(directory)
+        quantization = take_quantization(directory, config)
+        if quantization is not None:
+            require_known(directory, quantization)
         try:
             with torch.device("meta"):
                 model = kind(config)
         except Exception as error:  # sizes that do not fit together fail in any way
             raise ValueError(f"{directory / CONFIG} describes no model: {brief(error)}") from error
-        return cls(model, find_moe_layers(model))
+        return cls(model, find_moe_layers(model), quantization)
 
 
 def _architecture(directory: Path) -> tuple[Any, Any]:
     """The class of the model, and its configuration."""
     require_model(directory)
     config = read_config(directory)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        raise ValueError(f"{directory} is quantised ({brief(quantization)}): not supported")
     try:
         return model_class(config), config
     except ValueError as error:

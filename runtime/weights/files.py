@@ -105,24 +105,6 @@ class WatchedFile:
             rest, start = rest[count:], start + count
 
 
-class StoredTensor(NamedTuple):
-    """A tensor in a file, which is read when it is indexed: as transformers takes its weights."""
-
-    files: CheckpointFiles
-    key: str
-
-    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
-        return self.files.get(self.key)[index]
-
-    def get_shape(self) -> list[int]:
-        """The shape, as safetensors' slices give it."""
-        return list(self.files.entries[self.key].shape)
-
-    def get_dtype(self) -> str:
-        """The dtype by its name in safetensors."""
-        return self.files.entries[self.key].dtype
-
-
 class CheckpointFiles:
     """The tensors of a checkpoint directory, read in pieces and never mapped.
 

@@ -8,7 +8,7 @@ from typing import Any
 from routing.layers import MoELayer
 from runtime.weights.arena import Spec
 from runtime.weights.conversion import CheckpointParameter
-from runtime.weights.files import CheckpointFiles
+from runtime.weights.quantised.coded_files import CodedFiles
 from runtime.weights.store import expert_parameters, expert_part
 
 MERGING = ("MergeModulelist", "ErnieFuseAndSplitTextVisionExperts")
@@ -21,7 +21,7 @@ class CheckpointMapping:
     model: on the meta device.
     """
 
-    def __init__(self, files: CheckpointFiles, model: Any) -> None:
+    def __init__(self, files: CodedFiles, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,

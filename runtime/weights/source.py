@@ -13,15 +13,18 @@ from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers
 from routing.pretrained import CONFIG
 from routing.topology import Topology
-from runtime.weights.arena import Specs
+from runtime.weights.arena import Specs, expert_bytes
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.dense.skeleton import build_skeleton, unstrip
 from runtime.weights.directory import MetaModel, load_tokenizer
-from runtime.weights.files import DTYPES, CheckpointFiles, StoredTensor
+from runtime.weights.encodings.coded import Coding, stored_specs
+from runtime.weights.files import DTYPES
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
 from runtime.weights.prepared.manifest import RESIDENT, is_prepared
 from runtime.weights.prepared.store import PreparedStore
+from runtime.weights.quantised.coded_files import CodedFiles, StoredTensor
+from runtime.weights.quantised.refusals import without_codes, without_scales
 from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory, needed
 from runtime.weights.store import (
     ConfiguredStore,
@@ -39,6 +42,13 @@ class ShapeGroup(NamedTuple):
     """Shapes and dtypes of one expert."""
     layers: list[int]
     """Indices of the MoE layers."""
+    coding: Coding = {}  # noqa: RUF012 - never written to
+    """The parameters that are kept in codes."""
+
+    @property
+    def stored_specs(self) -> Specs:
+        """Shapes and dtypes of one expert as it is stored."""
+        return stored_specs(self.specs, self.coding)
 
 
 class Source(NamedTuple):
@@ -51,23 +61,27 @@ class Source(NamedTuple):
 
     @property
     def groups(self) -> list[ShapeGroup]:
-        """The MoE layers, grouped by the shape of their experts."""
+        """The MoE layers, grouped by the shape and the encoding of their experts."""
         groups: list[ShapeGroup] = []
         for layer in range(len(self.layers)):
-            specs = self.store.specs(layer)
-            group = next((group for group in groups if group.specs == specs), None)
+            kind = self.store.specs(layer), self.store.coding(layer)
+            group = next((group for group in groups if (group.specs, group.coding) == kind), None)
             if group is None:
-                groups.append(ShapeGroup(specs, [layer]))
+                groups.append(ShapeGroup(kind[0], [layer], kind[1]))
             else:
                 group.layers.append(layer)
         return groups
 
+    def stored_bytes(self, layer: int) -> int:
+        """Bytes of an expert of `layer` as it is stored: in codes, where it has any."""
+        return expert_bytes(self.store.stored_specs(layer))
+
     @property
-    def encoding(self) -> str:
-        """How the experts are kept: "plain", names of encodings, or a line about their loss."""
-        codings = map(self.store.coding, range(len(self.layers)))
+    def encoding(self) -> str | None:
+        """Names of the encodings of the experts, as users see them; None if they are plain."""
+        codings = (self.store.coding(layer) for layer in range(len(self.layers)))
         names = {matrix.encoding.name for coding in codings for matrix in coding.values()}
-        return self.store.loss or ", ".join(sorted(names)) or "plain"
+        return " and ".join(sorted(names)) or None
 
     @property
     def fixed_bytes(self) -> int:
@@ -156,11 +170,13 @@ def open_weights(directory: Path, meta: MetaModel) -> tuple[SkeletonStore, dict[
     Raises ValueError for files that are missing, damaged, or of another model.
     """
     if is_prepared(directory):
-        files = CheckpointFiles(directory, RESIDENT)
+        files = CodedFiles(directory, RESIDENT, meta.quantization)
         prepared = PreparedStore(directory, meta.layers, meta.layers, None)
         return prepared, {key: StoredTensor(files, key) for key in files.entries}
     _refuse_tied(meta)
-    files = CheckpointFiles(directory)
+    files = CodedFiles(directory, quantization=meta.quantization)
+    if meta.quantization is not None and not files.matrices:
+        raise ValueError(without_codes(directory, meta.quantization))
     mapping = CheckpointMapping(files, meta.model)
     mapping.require_no_more_layers(meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
@@ -191,10 +207,7 @@ def require_floating(directory: Path, tensors: dict[str, StoredTensor], model: n
     names = {name for name, p in model.state_dict().items() if p.is_floating_point()}
     for key, tensor in tensors.items():
         if key in names and tensor.get_dtype() not in DTYPES:
-            raise ValueError(
-                f"{directory}: {key} is stored as {tensor.get_dtype()}: quantised weights are not "
-                "supported"
-            )
+            raise ValueError(without_scales(directory, key, tensor.get_dtype()))
 
 
 def _refuse_tied(meta: MetaModel) -> None:

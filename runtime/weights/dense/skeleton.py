@@ -18,7 +18,7 @@ from torch import nn
 from routing.layers import MoELayer
 from routing.pretrained import CONFIG, brief
 from runtime.weights.dense.default_dtype import default_dtype
-from runtime.weights.files import StoredTensor
+from runtime.weights.quantised.coded_files import StoredTensor
 from runtime.weights.store import expert_parameters
 
 

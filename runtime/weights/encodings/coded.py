@@ -55,6 +55,12 @@ def stored_specs(specs: Specs, coding: Coding) -> Specs:
     return stored
 
 
+def bits_a_weight(coding: Coding) -> float:
+    """Bits that a coded weight of an expert takes, its scales included."""
+    stored = sum(spec.num_bytes for one in coding.values() for spec in one.parts.values())
+    return 8 * stored / sum(rows * columns for rows, columns in (m.shape for m in coding.values()))
+
+
 def decode_expert(stored: Mapping[str, Tensor], coding: Coding, into: Mapping[str, Tensor]) -> None:
     """Fill some of the model's parameters of an expert from its stored tensors."""
     for name, target in into.items():

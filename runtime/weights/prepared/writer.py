@@ -18,7 +18,6 @@ from routing.pretrained import CONFIG
 from routing.process.output_lock import OutputLock
 from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.directory import MetaModel
-from runtime.weights.files import CheckpointFiles
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.prepared.checksums import checksum, file_checksum
 from runtime.weights.prepared.manifest import (
@@ -30,6 +29,7 @@ from runtime.weights.prepared.manifest import (
     stride,
     write_manifest,
 )
+from runtime.weights.quantised.coded_files import CodedFiles
 from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory
 from runtime.weights.store import ExpertStore
 
@@ -46,7 +46,7 @@ class Preparation(NamedTuple):
     """The directory that is written; it has another name in the end."""
     layers: list[MoELayer]
     """On the meta device."""
-    files: CheckpointFiles
+    files: CodedFiles
     store: CheckpointStore
     """Reads the checkpoint's experts."""
 
@@ -93,7 +93,7 @@ def preparation(model: str | Path, out: str | Path, hub: HubOptions) -> Iterator
         if target.exists():
             raise ValueError(f"{target} exists already")
         fetch_weights(model, directory, hub)
-        files = CheckpointFiles(directory)
+        files = CodedFiles(directory, quantization=meta.quantization)
         mapping = CheckpointMapping(files, meta.model)
         store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)
         partial = target.with_name(f"{target.name}.partial")
@@ -112,10 +112,10 @@ def _copy_small_files(directory: Path, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
 
 
-def _write_resident(files: CheckpointFiles, store: CheckpointStore, out: Path) -> None:
-    """Write all weights but the experts into one safetensors file."""
-    experts = store.keys
-    resident = {key: files.get(key).clone() for key in files.entries if key not in experts}
+def _write_resident(files: CodedFiles, store: CheckpointStore, out: Path) -> None:
+    """Write all weights but the experts into one safetensors file, as they are stored."""
+    stored, experts = files.stored, files.stored_keys(store.keys)
+    resident = {key: stored.get(key).clone() for key in stored.entries if key not in experts}
     save_file(resident, out / RESIDENT, {"format": "pt"})
 
 

@@ -8,12 +8,10 @@ from routing.pretrained import CONFIG, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 """The file by which PEFT and transformers know an adapter."""
-SEPARATE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside `config.json` in which some quantisers describe their weights."""
 
 
 def require_model(directory: Path) -> None:
-    """Raise ValueError for an adapter alone, quantised weights, or a directory without a model."""
+    """Raise ValueError for an adapter alone, or a directory without a model."""
     if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).exists():
         base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
@@ -21,9 +19,6 @@ def require_model(directory: Path) -> None:
             f"model = runtime.load({str(base)!r}), and then the adapter, "
             f"model.load_adapter({str(directory)!r})"
         )
-    for name in SEPARATE:
-        if (directory / name).is_file():
-            raise ValueError(f"{directory} is quantised ({name}): not supported")
     if not (directory / CONFIG).is_file():
         raise ValueError(
             f"{directory} is not a model directory: it has no {CONFIG}{_held(directory)}"

@@ -81,7 +81,7 @@ def test_the_shards_are_those_of_the_index(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"quantization_config": {"quant_method": "mxfp4"}}, {"model_type": "tomorrow"},
+        {"quantization_config": {"quant_method": "aqlm"}}, {"model_type": "tomorrow"},
         {"architectures": None}, {"architectures": ["Tomorrow"]},
     ],
 )  # fmt: skip
@@ -201,7 +201,7 @@ def test_directories_without_a_model_are_told_apart(tmp_path: Path) -> None:
 def test_quantisation_described_in_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path, "olmoe")
     (directory / "hf_quant_config.json").write_text("{}")
-    assert "is quantised (hf_quant_config.json)" in said_of(directory)
+    assert "is quantised (modelopt), as its configuration says, but none of" in said_of(directory)
 
 
 def test_a_gguf_file_is_refused_by_name(tmp_path: Path) -> None:

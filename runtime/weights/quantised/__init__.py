@@ -1,0 +1,6 @@
+"""Quantised checkpoints, seen as their unquantised twins.
+
+quantization  what a directory says of its quantisation, which its configuration then forgets
+coded_files   the tensors of a checkpoint under the names and shapes of an unquantised one
+parts         the parts of a coded matrix, read into place
+"""
