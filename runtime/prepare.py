@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from routing.cli import run
+from routing.process.cores import wait_passively
 from runtime.conversion.settings import ConversionSettings
 
 
@@ -74,6 +75,7 @@ def prepare(
 
 def main(settings: PrepareSettings) -> None:
     """Prepare a model, or verify a prepared one."""
+    wait_passively()
     if settings.verify:
         from runtime.weights.prepared.checksums import verify
 

@@ -15,7 +15,7 @@ from runtime.conversion.activations import LayerInputs, record_inputs
 from runtime.conversion.card import Conversion, write
 from runtime.conversion.encoded_store import EncodedStore, Rounding
 from runtime.conversion.quality import Quality, compare
-from runtime.conversion.settings import ConversionSettings
+from runtime.conversion.settings import CALIBRATED, ConversionSettings
 from runtime.conversion.texts import Text, read_texts, sample_halves, windows
 from runtime.loading import load, target_device
 from runtime.weights.arena import expert_bytes
@@ -79,7 +79,7 @@ def _choose_texts(started: Preparation, settings: ConversionSettings) -> _Texts:
     total_bytes = sum(layer.num_experts * expert_bytes(specs) for layer, specs in experts)
     shipped = sample_halves() if total_bytes <= SMALL else ([], [])
     calibration, measured = (one or other for one, other in zip(given, shipped, strict=True))
-    if settings.rounding != "feedback":
+    if settings.rounding not in CALIBRATED:
         calibration = []
     tokenizer = load_tokenizer(started.directory)
     if tokenizer is None:
@@ -108,7 +108,7 @@ def _measure(started: Preparation, texts: list[Tensor], device: torch.device) ->
         _running(started.directory, started, device) as original,
         _running(started.out, started, device) as converted,
     ):
-        return compare(original, converted, texts)
+        return compare(original, [converted], texts)[0]
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def _report(
         for matrix in coding.values():
             if (one := to_json(matrix.encoding)) not in details:
                 details.append(one)
-    used = rounding.name if inputs or rounding.name != "feedback" else "search"
+    used = rounding.name if inputs or rounding.name not in CALIBRATED else "search"
     return Conversion(
         original=name,
         encoding=details[0]["name"],

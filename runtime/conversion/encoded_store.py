@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 from routing.layers import MoELayer
 from runtime.conversion.activations import LayerInputs, moments
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of
-from runtime.weights.arena import Specs, expert_bytes
-from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
+from runtime.weights.arena import Specs
+from runtime.weights.encodings.coded import CodedMatrix, Coding, bits_a_weight, part_name
 from runtime.weights.encodings.encoders.grid import Encoder
-from runtime.weights.encodings.encoders.rounding import Rounded, feedback, nearest, search
+from runtime.weights.encodings.encoders.rounding import feedback, nearest, search
 from runtime.weights.store import ExpertStore
 
 MATRICES = {"gate_up_proj": 2, "down_proj": 1}
@@ -72,11 +71,8 @@ class EncodedStore(ExpertStore):
 
     @property
     def bits(self) -> float:
-        """Bits of a stored expert a parameter, over all layers."""
-        layers = range(self.num_layers)
-        stored = sum(expert_bytes(self.stored_specs(layer)) for layer in layers)
-        specs = [spec for layer in layers for spec in self.specs(layer).values()]
-        return 8 * stored / sum(math.prod(spec.shape) for spec in specs)
+        """Bits of a coded weight, its scales included."""
+        return bits_a_weight(self._coding[0])
 
     def specs(self, layer: int) -> Specs:
         return self._store.specs(layer)
@@ -134,11 +130,13 @@ class EncodedStore(ExpertStore):
         self, weights_NK: Tensor, matrix: CodedMatrix, moments_KK: Tensor | None
     ) -> dict[str, Tensor]:
         grid = self._rounding.encoder.grid(weights_NK, matrix.encoding)
-        rounded: Rounded
-        if self._rounding.name == "nearest":
+        name = self._rounding.name
+        if name == "nearest":
             rounded = nearest(weights_NK, grid)
-        elif self._rounding.name == "search" or moments_KK is None:
+        elif name == "search" or moments_KK is None:
             rounded = search(weights_NK, grid)
+        elif name == "weighted":
+            rounded = search(weights_NK, grid, moments_KK.diagonal())
         else:
             rounded = feedback(weights_NK, grid, moments_KK)
         return grid.pack(rounded.numbers_NK, rounded.scales_NB)

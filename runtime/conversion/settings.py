@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-ROUNDINGS = ("feedback", "search", "nearest")
+ROUNDINGS = ("feedback", "weighted", "search", "nearest")
+CALIBRATED = ("feedback", "weighted")
+"""Those that look at activations; without any they are `search`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +23,9 @@ class ConversionSettings:
     """With --encoding: text files, best others than --text, whose activations say what each weight
     matters. By default as for --text, but the first half."""
     rounding: str = "feedback"
-    """With --encoding: feedback (best, needs the calibration), search (over scales; also where there
-    is no calibration), or nearest (for comparison)."""
+    """With --encoding: feedback (the best; needs a calibration), weighted (a search over scales
+    that the calibration weighs), search (without weights; also where there is no calibration), or
+    nearest (no search, for comparison)."""
     group: int = 32
     """With --encoding int4: weights that share a scale, 32 or 128."""
     tokens: int = 16384
