@@ -33,8 +33,10 @@ KINDS = {
 
 UNSUPPORTED = {
     "DogeCDMoE": "its experts are single rows of embeddings, too small to be worth moving",
-    "FP8Experts": "its experts are quantised; load it with dequantize=True",
-    "Mxfp4GptOssExperts": "its experts are quantised; load it with Mxfp4Config(dequantize=True)",
+    "FP8Experts": "its experts are quantised; give runtime.load its directory, or load it with "
+    "FineGrainedFP8Config(dequantize=True)",
+    "Mxfp4GptOssExperts": "its experts are quantised; give runtime.load its directory, or load it "
+    "with Mxfp4Config(dequantize=True)",
 }
 """Experts classes that are refused -> the reason."""
 

@@ -65,7 +65,8 @@ def load(
     """Offload the experts of `model` and return it, with an `Engine` at `model.expertflow`.
 
     model: a checkpoint directory, a hub id, or a model in memory, also of PEFT (changed in place,
-        until `model.expertflow.detach()`).
+        until `model.expertflow.detach()`). Experts of a quantised directory stay in its own 4 or 8
+        bits (mxfp4, fp8, int4, nvfp4); their weights are those that dequantising it gives.
     predictor: an ONNX file of `predictor.export`.
     memory: the fraction of all experts' bytes that stays resident, or the bytes ("2GiB") for the
         model's other weights and the expert slots together. On the CPU the key/value cache comes on

@@ -10,6 +10,7 @@ from runtime.sizing.units import format_bytes, round_up
 from runtime.weights.arena import expert_bytes
 from runtime.weights.encodings.coded import bits_a_weight
 from runtime.weights.source import Source
+from runtime.weights.store import ConfiguredStore
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
@@ -155,11 +156,18 @@ def _encodings(source: Source) -> list[str]:
     }
     loss = source.store.loss
     whose = "the checkpoint's own" if loss is None else f"{loss};"
-    return [
+    lines = [
         f"{whose} {name}: {number:.4g} bits a weight, "
         f"{PLAIN_BITS / number:.3g} x smaller than bfloat16"
         for name, number in sorted(bits)
     ]
+    if isinstance(source.store, ConfiguredStore) and source.store.quantization is not None:
+        method = source.store.quantization.get("quant_method")
+        lines.append(
+            f"The weights are quantised ({method}): the files, which are not here, say in how many "
+            "bits. Counted here are experts as they are decoded."
+        )
+    return lines
 
 
 def _traffic(plan: MemoryPlan, hit_rate: float, bandwidth: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from runtime.weights.store import SkeletonStore
 class CheckpointStore(SkeletonStore):
     """A store that reads each expert from where it lies in a safetensors checkpoint.
 
-    dtype: the dtype in which experts are handed out; None for the stored one.
+    dtype: the dtype in which experts are handed out; None for the stored one, which of codes is
+        that of the configuration.
     Raises ValueError, naming the tensor, when an expert is missing or has another shape.
     """
 
@@ -37,13 +40,20 @@ class CheckpointStore(SkeletonStore):
                 parameter.check(files)
             coded = {name: parameter.coded(files) for name, parameter in parameters.items()}
             self._coding.append({name: one for name, one in coded.items() if one is not None})
-        super().__init__(meta_layers, layers, dtype or DTYPES[files.entries[min(self.keys)].dtype])
+        super().__init__(meta_layers, layers, dtype or self._stored_dtype(mapping.config))
 
     @property
     def keys(self) -> set[str]:
         """The keys of all checkpoint tensors that hold experts."""
         parameters = [one for of_layer in self._parameters for one in of_layer.values()]
         return {key for one in parameters for keys in one.keys.values() for key in keys}
+
+    def _stored_dtype(self, config: Any) -> torch.dtype:
+        key = min(self.keys)
+        configured = config.dtype or config.get_text_config().dtype
+        if key in self._files.matrices and isinstance(configured, torch.dtype):
+            return configured
+        return DTYPES[self._files.entries[key].dtype]
 
     def coding(self, layer: int) -> Coding:
         return self._coding[layer]

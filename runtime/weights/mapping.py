@@ -31,7 +31,7 @@ class CheckpointMapping:
         )
 
         self._directory = files.directory
-        self._config = model.config
+        self.config = model.config
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -100,7 +100,7 @@ class CheckpointMapping:
 
     def _build(self, name: str, keys: Any, converter: Any, **fields: Any) -> CheckpointParameter:
         return CheckpointParameter(
-            name=name, keys=keys, converter=converter, config=self._config, **fields
+            name=name, keys=keys, converter=converter, config=self.config, **fields
         )
 
     def _keys_of(self, name: str) -> dict[str, list[str]]:

@@ -130,6 +130,7 @@ def from_path(
     store, tensors = open_weights(directory, meta)
     chosen = _dtype(dtype, meta.model.config, tensors)
     require_floating(directory, tensors, meta.model)
+    tensors = {key: tensor._replace(dtype=chosen) for key, tensor in tensors.items()}
     model = build_skeleton(
         type(meta.model), meta.model.config, meta.layers, directory, tensors, chosen, attention
     )
@@ -156,7 +157,7 @@ def from_path_on_meta(
     if any(directory.joinpath(name).exists() for name in needed(directory)):
         store, tensors = open_weights(directory, meta)
     else:
-        store = ConfiguredStore(meta.layers, meta.layers, torch.float32)
+        store = ConfiguredStore(meta.layers, torch.float32, meta.quantization)
     chosen = _dtype(dtype, meta.model.config, tensors)
     store.bind(meta.layers, chosen)
     meta.model.to(chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +190,16 @@ class SkeletonStore(ExpertStore):
 
 
 class ConfiguredStore(SkeletonStore):
-    """The sizes of experts by the configuration alone; there is nothing to read."""
+    """The sizes of experts by the configuration alone; there is nothing to read.
+
+    quantization: how the weights are quantised, by which alone the bytes of codes are not known.
+    """
+
+    def __init__(
+        self, layers: list[MoELayer], dtype: torch.dtype, quantization: Mapping[str, Any] | None
+    ) -> None:
+        super().__init__(layers, layers, dtype)
+        self.quantization = quantization
 
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
         raise AssertionError("a plan reads no expert")

@@ -202,20 +202,20 @@ def is_known(kind: str) -> bool:
     return kind in transformers.CONFIG_MAPPING
 
 
-def architecture_config(kind: str) -> PretrainedConfig:
-    """The tiny configuration of the model type `kind`."""
+def architecture_config(kind: str, **widths: int) -> PretrainedConfig:
+    """The tiny configuration of the model type `kind`, with some other `widths`."""
     config_class = type(AutoConfig.for_model(kind))
-    return config_class(**_fields(config_class, OVERRIDES.get(kind, {})))
+    return config_class(**_fields(config_class, OVERRIDES.get(kind, {}), TINY | widths))
 
 
-def _fields(config_class: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `TINY` that the class has, in it and in the configurations within it."""
+def _fields(config_class: Any, overrides: dict[str, Any], tiny: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `tiny` that the class has, in it and in the configurations within it."""
     defaults = config_class()
-    fields = {name: value for name, value in TINY.items() if _has(defaults, name)}
+    fields = {name: value for name, value in tiny.items() if _has(defaults, name)}
     for name in config_class.sub_configs:
         inner = getattr(defaults, name, None)
         if inner is not None:
-            inner_fields = _fields(type(inner), overrides.get(name, {}))
+            inner_fields = _fields(type(inner), overrides.get(name, {}), tiny)
             overrides = overrides | {name: inner_fields | {"model_type": inner.model_type}}
     return fields | overrides
 
@@ -227,9 +227,9 @@ def _has(config: PretrainedConfig, name: str) -> bool:
         return True
 
 
-def architecture_model(kind: str, seed: int = 0) -> nn.Module:
+def architecture_model(kind: str, seed: int = 0, **widths: int) -> nn.Module:
     """A random float32 model of the model type `kind`, in eval mode."""
-    config = architecture_config(kind)
+    config = architecture_config(kind, **widths)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _auto_class(config).from_config(config).eval()

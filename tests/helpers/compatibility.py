@@ -19,6 +19,7 @@ from routing.layers import MoELayer, find_moe_layers
 from runtime.weights.source import from_path
 from runtime.weights.store import expert_parameters, expert_part
 from tests.helpers.architectures import architecture_model
+from tests.helpers.quantised.compatibility import check_encodings
 from trace.recorder import Recorder
 from trace.runner import Runner
 from trace.sources import Prompt
@@ -39,6 +40,8 @@ class Verdict(NamedTuple):
     lazy: str
     difference: float
     """The largest difference of a logit, over all cache sizes, in memory and from a directory."""
+    encodings: dict[str, str] = {}  # noqa: RUF012 - never changed
+    """A cell for each encoding of a quantised checkpoint."""
 
     @property
     def is_exact(self) -> bool:
@@ -46,8 +49,11 @@ class Verdict(NamedTuple):
         return self.parity == "yes" and self.difference <= TOLERANCE
 
 
-def check(kind: str) -> Verdict:
-    """Try everything on a tiny random model of the architecture `kind`."""
+def check(kind: str, *, encodings: bool = False) -> Verdict:
+    """Try everything on a tiny random model of the architecture `kind`.
+
+    encodings: try quantised checkpoints too.
+    """
     model: Any = architecture_model(kind)
     layers = find_moe_layers(model)
     expected = logits(model)
@@ -61,6 +67,7 @@ def check(kind: str) -> Verdict:
         generates=_attempt(_generate, kind, model),
         lazy=_attempt(_lazy, model, layers, expected, seen),
         difference=max(seen, default=0.0),
+        encodings=check_encodings(kind, logits) if encodings else {},
     )
 
 

@@ -43,6 +43,18 @@ Wrappers (of text models with images, sound ...) are tried with text.
 
 """
 
+QUANTISED = """## Quantised checkpoints
+
+A directory of each architecture is written with its experts in each encoding, in the tensors and
+with the configuration of published checkpoints, and an unquantised twin of it that has the decoded
+weights.
+
+- **yes**: experts stay in their codes; every expert decodes, bit for bit, to that of the twin, and
+  logits are the twin's with two fifths of the experts in memory.
+- **decoded**: the same, but experts are decoded as they are read.
+- "-": no published layout has the experts of this architecture in that encoding.
+"""
+
 REMARKS = """
 ## What else there is to know
 
@@ -54,8 +66,10 @@ REMARKS = """
   offloaded.
 - **Llama 4** scales a token by its router score before its experts see it; traces record a weight
   of 1. A token whose score rounds to zero has no expert, which is what it gets in the stock model.
-- **Doge** is refused: its experts are single rows of embeddings. **FP8** and **MXFP4** experts are
-  refused, and so is every directory with a `quantization_config`.
+- **Doge** is refused: its experts are single rows of embeddings.
+- **Quantised checkpoints** are loaded by their directory or id. A model in memory whose experts are
+  **FP8** or **MXFP4** modules is refused, and a directory of any other quantisation is refused by
+  name.
 - Remote code is not run: an architecture that transformers does not have is refused by name.
 """
 
@@ -68,7 +82,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     known = [kind for kind in ARCHITECTURES if is_known(kind)]
-    verdicts = [check(kind) for kind in track(known)]
+    verdicts = [check(kind, encodings=True) for kind in track(known)]
     results[transformers.__version__] = {v.architecture: v._asdict() for v in verdicts}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     TABLE.write_text(render(results))
@@ -85,18 +99,43 @@ def render(results: dict[str, dict[str, Any]]) -> str:
     summary = "\n".join(f"- {_summary(version, results[version])}" for version in versions)
     notes: list[str] = []
     heads = [f"{name} ({v})" for v in versions for name in ("traced", "exact", "generates", "lazy")]
-    lines = ["| " + " | ".join(["architecture", "experts", *heads]) + " |"]
-    lines.append("| --- " * (2 + len(heads)) + "|")
+    lines = []
     for kind in ARCHITECTURES:
         rows = [results[version].get(kind) for version in versions]
         found = [row for row in rows if row]
         cells = [cell for row in rows for cell in _cells(row, notes)]
-        lines.append(
-            "| " + " | ".join([kind, found[-1]["experts"] if found else "", *cells]) + " |"
-        )
+        lines.append([kind, found[-1]["experts"] if found else "", *cells])
+    main = _table(["architecture", "experts", *heads], lines)
+    encoded = render_encodings(results, versions, notes)
     numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
     head = INTRODUCTION.format(tolerance=TOLERANCE, summary=summary)
-    return head + "\n".join(lines) + "\n\n" + numbered + "\n" + REMARKS
+    return (
+        "\n\n".join([head.rstrip(), main, QUANTISED.rstrip(), encoded, numbered]) + "\n" + REMARKS
+    )
+
+
+def render_encodings(
+    results: dict[str, dict[str, Any]], versions: list[str], notes: list[str]
+) -> str:
+    """The table of quantised checkpoints: a column for each encoding and version."""
+    names = sorted({name for v in versions for row in results[v].values() for name in _of(row)})
+    lines = []
+    for kind in ARCHITECTURES:
+        found = [_of(results[version].get(kind)) for version in versions]
+        cells = [_noted(cells.get(name, ""), notes) for cells in found for name in names]
+        lines.append([kind, *cells])
+    heads = [f"{name} ({version})" for version in versions for name in names]
+    return _table(["architecture", *heads], lines)
+
+
+def _of(row: dict[str, Any] | None) -> dict[str, str]:
+    """The cells of encodings; none of a version in which they were not tried."""
+    return (row or {}).get("encodings", {})
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _summary(version: str, rows: dict[str, Any]) -> str:
@@ -116,14 +155,18 @@ def _cells(row: dict[str, Any] | None, notes: list[str]) -> list[str]:
 
 
 def _cell(name: str, row: dict[str, Any], notes: list[str]) -> str:
-    text = row[name]
-    if text.startswith("no: "):
-        note = text.removeprefix("no: ")
-        notes += [note] if note not in notes else []
-        return f"no [{notes.index(note) + 1}]"
-    if name == "parity":
+    if name == "parity" and not row[name].startswith("no: "):
         return f"{row['difference']:.0e}" if row["difference"] else "0"
-    return text
+    return _noted(row[name], notes)
+
+
+def _noted(text: str, notes: list[str]) -> str:
+    """A cell; the reason of a "no" becomes a numbered note."""
+    if not text.startswith("no: "):
+        return text
+    note = text.removeprefix("no: ")
+    notes += [note] if note not in notes else []
+    return f"no [{notes.index(note) + 1}]"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers."""
+"""Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers, and
+cuts numbers off to bfloat16 instead of rounding them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DOT: Any = InterpreterBuilder.create_dot
+CAST: Any = InterpreterBuilder.cast_impl
 
 
 def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -22,6 +25,19 @@ def _in_float32(handle: Any) -> Any:
     return TensorHandle(bits.view(np.float32), tl.float32)
 
 
+def _cast(self: Any, source: Any, to: Any) -> Any:
+    if (source.dtype.scalar, to.scalar) == (tl.bfloat16, tl.float32):
+        return _in_float32(source)
+    if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+        return CAST(self, source, to)
+    bits = source.data.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    nan = bits >> 16 | 0x40
+    data = np.where(np.isnan(source.data), nan, rounded).astype(np.uint16)
+    return TensorHandle(data, tl.bfloat16)
+
+
 def mend() -> None:
-    """From now on the products are right."""
+    """From now on products and conversions are right."""
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.cast_impl = _cast

@@ -17,8 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.cuda.kernels.coded.products import (
+    coded_gate_and_up,
+    coded_rows_of,
+    weighted_sum_of_one,
+)
 from runtime.cuda.kernels.packed import UP_AGAIN, add_products, packed_rows_of, patched_one
-from runtime.cuda.kernels.transfer import bring
+from runtime.cuda.kernels.transfer import fetch_missing
 from runtime.cuda.kernels.unpacked import add_unpacked, record_elements, rows_of
 
 SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
@@ -40,29 +45,6 @@ def activate(gate, up, ACT: tl.constexpr):
         inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(inner) * up
     return tl.maximum(gate, 0.0) * up
-
-
-@triton.jit
-def fetch_missing(
-    slots, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
-    STORED: tl.constexpr, CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
-):  # fmt: skip
-    """Program `program` of FETCHERS brings its share of the chunks that the plan misses."""
-    num_chunks: tl.constexpr = STORED // CHUNK
-    left = tl.load(counts + 1) * num_chunks
-    at = program
-    while at < left:
-        index = tl.load(order_U + at // num_chunks)
-        expert = tl.load(experts_U + index).to(tl.int64)
-        slot = tl.load(slots_U + index).to(tl.int64)
-        chunk = at % num_chunks
-        wanted = True
-        if PREFETCHERS > 0:
-            arrived = chunk // PREFETCHERS < tl.load(progress + chunk % PREFETCHERS)
-            wanted = (expert != tl.load(prefetched)) | (arrived == 0)
-        if wanted:
-            bring(slots, slot, blocks, expert, chunk, STORED, CHUNK)
-        at += FETCHERS
 
 
 @triton.jit
@@ -95,7 +77,7 @@ def packed_gate_and_up(
 def gate_up(
     x, h, slots, units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress,
     num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
     FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -104,7 +86,7 @@ def gate_up(
 
     slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], expert
     blocks of STORED int16 each, with the projections at elements UP (of the unpacked block) and
-    UP_BIAS. PATCHES: 0 where blocks are not packed.
+    UP_BIAS. PATCHES: 0 where blocks are not packed. CODE: of a matrix in codes, or None.
     Grid (FETCHERS + blocks of W * most distinct experts,).
     """
     program = tl.program_id(0)
@@ -138,6 +120,11 @@ def gate_up(
             x, units + slot * STORED, first, gate_row_I, up_row_I, mask_I, num_tokens, UP, MATRICES,
             PATCHES, CHUNK, H, W, ALTERNATING, M, BLOCK_I, BLOCK_H,
         )  # fmt: skip
+    elif CODE is not None:
+        gate_MI, up_MI = coded_gate_and_up(
+            x, units + slot * STORED, first, num_tokens, H, W, CODE, ALTERNATING, M, BLOCK_I,
+            BLOCK_H,
+        )  # fmt: skip
     else:
         gate_MI = rows_of(x, block + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
         up_MI = rows_of(x, block + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
@@ -156,8 +143,8 @@ def gate_up(
 def sum_of_one(
     h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N, mask_N,
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
-    PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Some rows of a single token's weighted sum over its experts: [1, N] in float32."""
     LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
@@ -178,14 +165,20 @@ def sum_of_one(
                     h + at * W, packed, first_row, row_N, DOWN, W, MATRICES, CHUNK, PATCHES,
                     BLOCK_N, BLOCK_N,
                 )  # fmt: skip
-            else:
+            elif CODE is None:
                 sums_NI = add_unpacked(
                     sums_NI, h + at * W, weight, block + DOWN, row_N, mask_N, W, BLOCK_I
                 )
             if HAS_BIAS:
                 bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
                 rest_N += weight * bias_N.to(tl.float32)
-    sum_N = tl.sum(sums_NI, axis=1)
+    if CODE is None:
+        sum_N = tl.sum(sums_NI, axis=1)
+    else:
+        sum_N = weighted_sum_of_one(
+            h, ids_MK, weights_MK, units, experts_U, slots_U, num_used, row_N, mask_N, STORED, W,
+            CODE, K, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
     if PATCHES > 0:
         sum_N *= UP_AGAIN
     return (sum_N + rest_N)[None, :]
@@ -195,9 +188,9 @@ def sum_of_one(
 def sum_of_part(
     h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
     first_row, row_N, mask_N, STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
-    E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
+    W: tl.constexpr, E: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Some rows of several tokens' weighted sums over a range of experts: [M, N] in float32."""
     y_MN = tl.zeros([M, BLOCK_N], tl.float32)
@@ -219,6 +212,11 @@ def sum_of_part(
                 h_of_expert, units + slot * STORED, first_row, row_N, mask_N, num_tokens, DOWN, W,
                 MATRICES, CHUNK, PATCHES, BLOCK_N, M, BLOCK_N, BLOCK_I,
             )  # fmt: skip
+        elif CODE is not None:
+            product_MN = coded_rows_of(
+                h_of_expert, units + slot * STORED, row_N, mask_N, num_tokens, W, CODE, M, BLOCK_N,
+                BLOCK_I,
+            )  # fmt: skip
         else:
             product_MN = rows_of(
                 h_of_expert, block + DOWN, row_N, mask_N, num_tokens, W, M, BLOCK_N, BLOCK_I
@@ -239,7 +237,7 @@ def sum_of_part(
 def down(
     h, y, ids, weights, slots, units, experts_U, slots_U, counts, num_tokens,
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
     M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -263,14 +261,14 @@ def down(
     if M == 1:
         y_MN = sum_of_one(
             h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N,
-            mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, K, HAS_BIAS, BLOCK_N,
-            BLOCK_I,
+            mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, K, HAS_BIAS,
+            BLOCK_N, BLOCK_I,
         )  # fmt: skip
     else:
         y_MN = sum_of_part(
             h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, num_tokens, part,
-            first_row, row_N, mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CHUNK, W, E,
-            HAS_BIAS, M, PARTS, BLOCK_U, BLOCK_N, BLOCK_I,
+            first_row, row_N, mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W,
+            E, HAS_BIAS, M, PARTS, BLOCK_U, BLOCK_N, BLOCK_I,
         )  # fmt: skip
     to_MN = (part * num_tokens + token_M)[:, None] * H + row_N[None, :]
     y_MN = y_MN.to(y.dtype.element_ty)

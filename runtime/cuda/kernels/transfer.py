@@ -18,6 +18,29 @@ def bring(slots, slot, blocks, expert, chunk, STORED: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit
+def fetch_missing(
+    slots, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
+    STORED: tl.constexpr, CHUNK: tl.constexpr, FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
+):  # fmt: skip
+    """Program `program` of FETCHERS brings its share of the chunks that the plan misses."""
+    num_chunks: tl.constexpr = STORED // CHUNK
+    left = tl.load(counts + 1) * num_chunks
+    at = program
+    while at < left:
+        index = tl.load(order_U + at // num_chunks)
+        expert = tl.load(experts_U + index).to(tl.int64)
+        slot = tl.load(slots_U + index).to(tl.int64)
+        chunk = at % num_chunks
+        wanted = True
+        if PREFETCHERS > 0:
+            arrived = chunk // PREFETCHERS < tl.load(progress + chunk % PREFETCHERS)
+            wanted = (expert != tl.load(prefetched)) | (arrived == 0)
+        if wanted:
+            bring(slots, slot, blocks, expert, chunk, STORED, CHUNK)
+        at += FETCHERS
+
+
+@triton.jit
 def stopped(stop):
     """The number of the step whose prefetch was stopped last, as memory has it now.
 

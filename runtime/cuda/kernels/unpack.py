@@ -1,13 +1,19 @@
-"""Unpacking expert blocks: for many tokens, whose products want whole matrices, and for giving
-a model back.
+"""Unpacking and decoding expert blocks: for many tokens, whose products want whole matrices, and
+for giving a model back.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from runtime.cuda.kernels.coded import Code
+from runtime.cuda.kernels.coded.decoding import FP8, weights_of
+from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
 from runtime.cuda.kernels.packed import base_at, packed_at, patches_in, words
+from runtime.cuda.kernels.unpacked import record_elements
 
 
 @triton.jit
@@ -58,3 +64,93 @@ def unpack(
             into + tl.arange(0, CHUNK),
             tl.load(block + behind + at, mask=at < STORED - behind),
         )
+
+
+@triton.jit
+def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr):
+    """The weights of words [N, G, J]: [N, G, J, 2, 2, 2], exact whatever their scale."""
+    w_0, w_4 = weights_of(words, 0, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_1, w_5 = weights_of(words, 1, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_2, w_6 = weights_of(words, 2, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    w_3, w_7 = weights_of(words, 3, scale, zero, CODE.kind, CODE.product, DTYPE, True)
+    if CODE.kind == FP8:  # whose pairs are (0, 2), (1, 3), (4, 6), (5, 7)
+        w_2, w_3, w_4, w_5, w_6, w_7 = w_4, w_5, w_2, w_3, w_6, w_7
+    even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
+    odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
+    return tl.join(even, odd).to(DTYPE)
+
+
+@triton.jit
+def decode(
+    to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, START: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Decode a matrix [N, K] of the blocks in slots `picked` (int32), int16 [*, STORED] each.
+
+    to: rows of UNITS int16 in the weights' type, with the matrix from element START on.
+    Grid (tiles, blocks).
+    """
+    J: tl.constexpr = group_of(CODE.kind, CODE.columns, K)
+    G: tl.constexpr = BLOCK_K // (8 * J)
+    DTYPE: tl.constexpr = to.dtype.element_ty
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tile, row = tl.program_id(0), tl.program_id(1)
+    block = slots + tl.load(picked + row).to(tl.int64) * STORED
+    rows_N = tile // TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_N = rows_N < N
+    start = tile % TILES * BLOCK_K
+    group_G = start // (8 * J) + tl.arange(0, G)
+    words = words_of(block, rows_N, mask_N, group_G, K, CODE, J)
+    scale, zero = scales_of(block, rows_N, mask_N, group_G, K, CODE, J)
+    weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
+    column_K = start + tl.arange(0, BLOCK_K)
+    into = to + row.to(tl.int64) * record_elements(to, UNITS) + START
+    mask_NK = mask_N[:, None] & (column_K < K)[None, :]
+    at_NK = rows_N[:, None] * K + column_K[None, :]
+    tl.store(into + at_NK, tl.reshape(weights, (BLOCK_N, BLOCK_K)), mask=mask_NK)
+
+
+@triton.jit
+def copy_behind(
+    to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, TO: tl.constexpr,
+    SOURCE: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy LENGTH int16 from SOURCE in the blocks in slots `picked` to TO in rows of `to`.
+
+    Grid (cdiv(LENGTH, BLOCK), blocks).
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1)
+    block = slots + tl.load(picked + row).to(tl.int64) * STORED
+    units = tl.load(block + SOURCE + at, mask=at < LENGTH)
+    tl.store(to + row.to(tl.int64) * UNITS + TO + at, units, mask=at < LENGTH)
+
+
+TILE = 8, 512
+"""Rows and columns that a program of `decode` decodes."""
+
+
+def decode_matrix(
+    code: Code, shape: tuple[int, int], dtype: torch.dtype, slots_SN: Tensor, picked: Tensor,
+    to_RN: Tensor, start: int,
+) -> None:  # fmt: skip
+    """Decode a matrix of the stored blocks in slots `picked`, int32 [R], to elements of `dtype`
+    from `start` on in int16 rows, on the current stream.
+    """
+    rows, columns = TILE
+    tiles = triton.cdiv(shape[0], rows) * triton.cdiv(shape[1], columns)
+    decode[(tiles, len(picked))](
+        to_RN.view(dtype), slots_SN, picked, UNITS=to_RN.shape[1], STORED=slots_SN.shape[1],
+        START=start, N=shape[0], K=shape[1], CODE=code, BLOCK_N=rows, BLOCK_K=columns, num_warps=4,
+    )  # fmt: skip
+
+
+def copy_units(
+    source: int, to: int, length: int, slots_SN: Tensor, picked: Tensor, to_RN: Tensor
+) -> None:
+    """Copy some units of the stored blocks in slots `picked`, such as biases, to rows of others."""
+    copy_behind[(triton.cdiv(length, 1024), len(picked))](
+        to_RN, slots_SN, picked, UNITS=to_RN.shape[1], STORED=slots_SN.shape[1], TO=to,
+        SOURCE=source, LENGTH=length, BLOCK=1024,
+    )  # fmt: skip

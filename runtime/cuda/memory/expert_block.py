@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from runtime.cuda.kernels.coded import Code
 from runtime.cuda.memory.packing import pack, packed_bytes
-from runtime.weights.arena import Specs
+from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.coded import Coding, part_name, stored_specs
 
 CHUNK = 8192
 """int16 units in one chunk: what a program fetches at a time."""
@@ -35,17 +37,18 @@ class Field(NamedTuple):
 
     @property
     def units(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize // 2
+        return -(-torch.Size(self.shape).numel() * self.dtype.itemsize // 2)
 
 
 class ExpertBlock:
     """The layout of the blocks of experts with parameters `specs` (as stored).
 
     patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are stored as they are.
+    coding: the matrices that are stored in codes, part by part, with the others behind them.
     """
 
-    def __init__(self, specs: Specs, patches: int = 0) -> None:
-        self._specs, self.patches = specs, patches
+    def __init__(self, specs: Specs, patches: int = 0, coding: Coding | None = None) -> None:
+        self._specs, self.patches, self.coding = specs, patches, coding or {}
         self.fields: dict[str, Field] = {}
         matrices = {name: spec for name, spec in specs.items() if len(spec.shape) > 1}
         self.matrix_units = self._place(matrices, 0, CHUNK)
@@ -58,6 +61,15 @@ class ExpertBlock:
         if patches:
             behind = end - self.matrix_units
             self.stored_units = _round_up(self._packed_units + behind, CHUNK)
+        self.stored_fields = self.fields
+        """Of the parameters as stored: parts of coded matrices."""
+        if self.coding:
+            self.stored_fields = {}
+            at = 0
+            for name, spec in stored_specs(specs, self.coding).items():
+                field = self.stored_fields[name] = Field(at, spec.shape, spec.dtype)
+                at += _round_up(field.units, ALIGNMENT)
+            self.stored_units = _round_up(at, CHUNK)
 
     def _place(self, specs: Specs, at: int, alignment: int) -> int:
         """Place those of `specs` that have no place yet, from `at` on. Returns the end."""
@@ -99,9 +111,30 @@ class ExpertBlock:
 
     def start_stored(self, name: str) -> int:
         """The start of a bias in a block as stored."""
-        if not self.patches or name not in self.fields:
+        if name not in self.fields or self.coding:
+            field = self.stored_fields.get(name)
+            return 0 if field is None else field.start * 2 // field.dtype.itemsize
+        if not self.patches:
             return self.start(name)
         return self.start(name) - self.matrix_units + self._packed_units
+
+    def code(self, name: str) -> Code | None:
+        """The code of a matrix in a block as stored; None for one that is not coded."""
+        if name not in self.coding:
+            return None
+        matrix, fields = self.coding[name], self.stored_fields
+        starts = {part: 2 * fields[part_name(name, part)].start for part in matrix.parts}
+        return Code.of(matrix.encoding, starts)
+
+    def stored_views(self, units: Tensor) -> dict[str, Tensor]:
+        """The parameters in blocks as stored, int16 [*, stored units]: views [*, *shape]."""
+        stored = units.view(torch.uint8)
+        return {
+            name: stored[..., 2 * field.start :][..., : Spec(field.shape, field.dtype).num_bytes]
+            .view(field.dtype)
+            .unflatten(-1, field.shape)
+            for name, field in self.stored_fields.items()
+        }
 
     def views(self, units: Tensor) -> dict[str, Tensor]:
         """The parameters in unpacked blocks, int16 [*, units]: views [*, *shape]."""

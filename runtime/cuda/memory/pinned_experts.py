@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.cuda.kernels.unpack import unpack
+from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
@@ -194,10 +194,27 @@ class PinnedExperts:
 
 
 def unpack_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
-    """Unpack the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the current
-    stream.
+    """Unpack or decode the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the
+    current stream.
     """
+    if block.coding:
+        decode_blocks(block, slots_SN, picked, to_RN)
+        return
     unpack[(block.units // CHUNK, len(picked))](
         to_RN, slots_SN, picked, UNITS=block.units, STORED=block.stored_units,
         MATRICES=block.matrix_units, CHUNK=CHUNK, PATCHES=block.patches,
     )  # fmt: skip
+
+
+def decode_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
+    """Decode the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the current
+    stream.
+    """
+    for name, field in block.fields.items():
+        code = block.code(name)
+        if code is None:
+            source = block.stored_fields[name].start
+            copy_units(source, field.start, field.units, slots_SN, picked, to_RN)
+        else:
+            shape, start = block.coding[name].shape, block.start(name)
+            decode_matrix(code, shape, field.dtype, slots_SN, picked, to_RN, start)

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
-from runtime.weights.encodings.number_formats import E8M0_BIAS, multiply_blocks, power_of_two
+from runtime.weights.encodings.number_formats import (
+    E8M0_BIAS,
+    power_of_two,
+    unpack_e4m3,
+)
 from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
 from runtime.weights.encodings.stored_parts import (
     block_of,
@@ -24,7 +29,7 @@ from runtime.weights.encodings.stored_parts import (
 )
 from runtime.weights.files import Entry
 
-METHODS = ("fp8", "mxfp8", "compressed-tensors", "modelopt", "fbgemm_fp8")
+METHODS = ("fp8", "mxfp8", "compressed-tensors", "modelopt")
 """Quantisation methods whose checkpoints may have such matrices."""
 
 SCALE_DTYPES = {
@@ -35,6 +40,9 @@ SCALE_DTYPES = {
     "F8_E8M0": torch.uint8,
 }
 """The number format in which scales are kept, by that of the checkpoint; the values are equal."""
+
+WHOLE = 1 << 40
+"""Columns of a block that is as wide as any matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +75,8 @@ class FP8Block(Encoding):
         scales = parts[SCALES]
         if self.scale == torch.uint8:
             scales = power_of_two(scales.int() - E8M0_BIAS)
-        weights_NK = parts[CODES].float()
-        multiply_blocks(weights_NK, scales.float(), self.rows, self.columns)
-        return weights_NK.to(self.product).to(dtype)
+        first = dtype if self.product == torch.float32 else self.product
+        return decode_blocks(self, parts[CODES], unpack_e4m3, scales.float(), first).to(dtype)
 
 
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
@@ -81,13 +88,13 @@ def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[
     Scales are [N / rows, K / columns], [N, 1], [N] or a single one; of activations there may be
     others, which do not count.
     """
-    blocks = configured_blocks(quantization)
+    block = configured_block(quantization)
     found = {}
     for key, entry in entries.items():
         if entry.dtype == "F8_E5M2":
             raise ValueError(f"{key} is stored as F8_E5M2, which no encoding has")
         if entry.dtype == "F8_E4M3" and not is_scale(key):
-            found[key] = _stored(key, entries, quantization, blocks)
+            found[key] = _stored(key, entries, quantization, block)
     return found
 
 
@@ -96,12 +103,30 @@ def is_scale(key: str) -> bool:
     return key.endswith(("scale", "scale_inv", "scale_2", "scales"))
 
 
-def configured_blocks(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The block that a quantisation names for all of its matrices; None for several or none."""
-    groups = quantization.get("config_groups") or {}
-    named = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-    sizes = {tuple(size) for size in [quantization.get("weight_block_size"), *named] if size}
-    return sizes.pop() if len(sizes) == 1 else None
+def configured_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block that a quantisation names for matrices in fp8; None for several or none."""
+    method = quantization.get("quant_method")
+    if method in ("fp8", "mxfp8") and "weight_block_size" in quantization:
+        size = quantization["weight_block_size"]
+        return tuple(size) if size else None
+    if method == "mxfp8":
+        return (1, 32)
+    groups = (quantization.get("config_groups") or {}).values()
+    schemes = [group.get("weights") or {} for group in groups]
+    blocks = {_block(scheme) for scheme in schemes if scheme.get("num_bits") == 8}
+    return blocks.pop() if len(blocks) == 1 else None
+
+
+def _block(scheme: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block of a scheme of compressed-tensors."""
+    match scheme.get("strategy"):
+        case "channel":
+            return (1, WHOLE)
+        case "group" if scheme.get("group_size"):
+            return (1, scheme["group_size"])
+        case "block" if scheme.get("block_structure"):
+            return tuple(scheme["block_structure"])
+    return None
 
 
 def _stored(
@@ -138,6 +163,8 @@ def _grid(key: str, entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
         if grid[:1] != tuple(stacked):
             raise ValueError(f"{key} has the shape {list(grid)} for {stacked[0]} experts")
         grid = grid[1:]
+    if len(grid) == 4 and grid[1] == grid[3] == 1:  # as ModelOpt writes blocks
+        grid = grid[::2]
     if grid in ((), (1,)):
         return (1, 1)
     return (rows, 1) if grid == (rows,) else grid

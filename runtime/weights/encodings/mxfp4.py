@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings import nvfp4
+from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.number_formats import (
     E8M0_BIAS,
-    multiply_blocks,
     power_of_two,
     unpack_e2m1,
 )
 from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
 from runtime.weights.encodings.stored_parts import (
     as_bytes,
-    block_of,
     e8m0,
     require_dtype,
     require_matrix,
@@ -65,9 +66,9 @@ class MXFP4(Encoding):
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Exact in bfloat16 and float32, but for numbers beyond 2^128, which are infinite."""
         exact = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        doubled = unpack_e2m1(parts[CODES], exact, factor=2.0)  # so that no scale is infinite
-        halves = power_of_two(parts[SCALES].int() - (E8M0_BIAS + 1)).to(exact)
-        return multiply_blocks(doubled, halves, self.rows, self.columns).to(dtype)
+        halves = power_of_two(parts[SCALES].int() - (E8M0_BIAS + 1)).to(exact)  # of scales: finite
+        doubled = partial(unpack_e2m1, dtype=exact, factor=2.0)
+        return decode_blocks(self, parts[CODES], doubled, halves, dtype)
 
 
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
@@ -83,7 +84,7 @@ def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[
         if key.endswith(BLOCKS) and method == "mxfp4":
             found[key.removesuffix(BLOCKS)] = _stacked(key, entries)
         elif key.endswith(PACKED) and method == "compressed-tensors" and entry.dtype == "U8":
-            if f"{key.removesuffix('_packed')}_global_scale" not in entries:  # else it is nvfp4
+            if not nvfp4.is_packed(key, entries):
                 found[key.removesuffix("_packed")] = _packed(key, entries)
         elif key.endswith(WEIGHT) and method == "fp8" and entry.dtype in ("I8", "F4"):
             found[key] = _packed(key, entries)
@@ -112,12 +113,9 @@ def _packed(key: str, entries: Mapping[str, Entry]) -> StoredMatrix:
     require_matrix(key, codes)
     require_dtype(scales, entries[scales], "U8", "F8_E8M0")
     *stacked, rows, row_bytes = codes.shape
-    grid = entries[scales].shape
-    if list(grid[: len(stacked)]) != stacked:
-        raise ValueError(f"{scales} has the shape {list(grid)} for {stacked[0]} experts")
-    block = block_of(scales, grid[len(stacked) :], (rows, row_bytes * 2))
+    require_shape(scales, entries[scales], (*stacked, rows, row_bytes // 16))
     return StoredMatrix(
-        encoding=MXFP4(rows=block[0], columns=block[1]),
+        encoding=MXFP4(),
         shape=(*stacked, rows, row_bytes * 2),
         sources={CODES: key, SCALES: scales},
         convert=_conversion(scales),

@@ -30,6 +30,8 @@ class StoredMatrix:
     """Number format of the weights where nobody asks for another."""
     sources: dict[str, str]
     """Checkpoint key of each stored part; with [E, ...] in front for stacked experts."""
+    shared: frozenset[str] = frozenset()
+    """Stored parts of stacked experts that all of them share: without E in front."""
     transposed: bool = False
     """The parameter that these weights stand for is [.., K, N], as gpt-oss has it."""
     convert: Convert = field(default=unchanged, compare=False)

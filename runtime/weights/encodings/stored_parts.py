@@ -14,6 +14,7 @@ from runtime.weights.files import Entry
 SCALE_NAMES = {
     ".weight": (".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight"),
     ".weight_packed": (".weight_scale",),
+    ".qweight": (".scales",),
     "_blocks": ("_scales",),
     "": ("_scale_inv", "_scale"),
 }
@@ -25,14 +26,24 @@ Shape = Sequence[int]
 def scale_key(key: str, entries: Mapping[str, Entry]) -> str:
     """The key of the scales of the codes `key`. Raises ValueError where there are none."""
     ending = next(ending for ending in SCALE_NAMES if key.endswith(ending))
-    names = [key.removesuffix(ending) + name for name in SCALE_NAMES[ending]]
-    found = [name for name in names if name in entries]
-    if not found:
+    names = {name: key.removesuffix(ending) + name for name in SCALE_NAMES[ending]}
+    for name in names.values():
+        if name in entries:
+            return name
+    usual = [name for name in names if any(other.endswith(name) for other in entries)]
+    raise ValueError(
+        f"{key} is stored in codes of {entries[key].dtype}, and their scales "
+        f"{names[(usual or list(names))[0]]} are missing; fetch the checkpoint again"
+    )
+
+
+def require_there(key: str, entries: Mapping[str, Entry], codes: str) -> None:
+    """Raise ValueError unless the tensor `key`, without which `codes` mean nothing, is there."""
+    if key not in entries:
         raise ValueError(
-            f"{key} is stored in codes of {entries[key].dtype} without its scales ({names[0]}); "
-            "fetch the checkpoint again"
+            f"{key} is missing, without which {codes} stands for no weights; fetch "
+            "the checkpoint again"
         )
-    return found[0]
 
 
 def require_dtype(key: str, entry: Entry, *dtypes: str) -> None:
@@ -64,19 +75,26 @@ def block_of(
     key: of the scales.
     grid: their shape, without experts.
     shape: of the matrix.
-    configured: the block that config.json names. It is the right one where blocks at the end of a
-    matrix are cut, if it gives this many scales; it is not where matrices have blocks of their own.
+    configured: the block that the configuration names. It is the right one where blocks at the end
+    of a matrix are cut. A matrix may have smaller ones of its own, but no larger ones: then scales
+    are missing.
     """
-    if configured is not None and tuple(grid) == tuple(
-        -(-size // block) for size, block in zip(shape, configured, strict=True)
-    ):
-        return min(configured[0], shape[0]), min(configured[1], shape[1])
-    if len(grid) != 2 or 0 in grid or shape[0] % grid[0] or shape[1] % grid[1]:
+    fewest = [1, 1]
+    if configured is not None:
+        fewest = [-(-size // block) for size, block in zip(shape, configured, strict=True)]
+        if list(grid) == fewest:
+            return min(configured[0], shape[0]), min(configured[1], shape[1])
+    whole = len(grid) == 2 and all(n and not size % n for n, size in zip(grid, shape, strict=True))
+    if not whole or any(n < least for n, least in zip(grid, fewest, strict=True)):
         raise ValueError(
             f"{key} has the shape {list(grid)}, which does not fit a matrix of {shape[0]} x "
-            f"{shape[1]}; fetch the checkpoint again"
+            f"{shape[1]}{_in_blocks(configured)}; fetch the checkpoint again"
         )
     return shape[0] // grid[0], shape[1] // grid[1]
+
+
+def _in_blocks(configured: Shape | None) -> str:
+    return "" if configured is None else f" in blocks of {configured[0]} x {configured[1]}"
 
 
 def whole_rows(rows: int, block: int) -> int:

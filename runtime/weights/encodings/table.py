@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 
-from runtime.weights.encodings import fp8_block, mxfp4
+from runtime.weights.encodings import fp8_block, int4_group, mxfp4, nvfp4
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
+from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
+from runtime.weights.encodings.nvfp4 import NVFP4
 from runtime.weights.encodings.stored_matrix import StoredMatrix
 from runtime.weights.files import DTYPES, Entry
 
-ENCODINGS: dict[str, type[Encoding]] = {kind.name: kind for kind in (MXFP4, FP8Block)}
+ENCODINGS: dict[str, type[Encoding]] = {
+    kind.name: kind for kind in (MXFP4, FP8Block, Int4Group, NVFP4)
+}
 """By the name that users see."""
 
-FINDERS: tuple[ModuleType, ...] = (mxfp4, fp8_block)
+FINDERS: tuple[ModuleType, ...] = (mxfp4, fp8_block, int4_group, nvfp4)
 """Modules with a function `find`, and the quantisation METHODS whose checkpoints it knows."""
 
 Find = Callable[[Mapping[str, Entry], Mapping[str, Any]], dict[str, StoredMatrix]]

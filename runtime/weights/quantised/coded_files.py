@@ -53,11 +53,8 @@ class CodedFiles:
         coded = {key: matrix for key, matrix in self.matrices.items() if key in chosen}
         return (chosen - coded.keys()) | _used(self.stored.entries, coded)
 
-    def get(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor `key`; if it is coded, decoded to `dtype`.
-
-        float32 holds the weights before they are rounded to a model's number format.
-        """
+    def get(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The tensor `key`; if it is coded, decoded to `dtype`."""
         matrix = self.matrices.get(key)
         if matrix is None:
             return self.stored.get(key)
@@ -65,7 +62,7 @@ class CodedFiles:
             return self._decode(key, 0, dtype)
         return self.rows(key, 0, matrix.shape[0], dtype)
 
-    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of the tensor `key`; if it is coded, decoded to `dtype`."""
         if key not in self.matrices:
             return self.stored.rows(key, start, stop)
@@ -95,9 +92,12 @@ class StoredTensor(NamedTuple):
 
     files: CodedFiles
     key: str
+    dtype: torch.dtype = torch.float32
+    """To which codes are decoded: the number format of the model, as transformers does, also where
+    a parameter is kept in a wider one."""
 
     def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
-        return self.files.get(self.key)[index]
+        return self.files.get(self.key, self.dtype)[index]
 
     def get_shape(self) -> list[int]:
         """The shape, as safetensors' slices give it."""
@@ -116,4 +116,5 @@ def _used(entries: Mapping[str, Entry], matrices: Mapping[str, StoredMatrix]) ->
     beside = {
         f"{module}.{name}" for module, _, name in parted if module in modules and name not in KEPT
     }
+    beside |= {f"{key}_input_scale" for key in matrices} & entries.keys()  # of stacked experts
     return sources | beside

@@ -41,8 +41,7 @@ class PartReader(NamedTuple):
 
         What needs no conversion is read straight into its place.
         """
-        sources = self.matrix.sources
-        stored = {part: self._stored(key, into.get(part)) for part, key in sources.items()}
+        stored = {part: self._stored(part, into.get(part)) for part in self.matrix.sources}
         parts = self.matrix.convert(stored)
         times = self.matrix.encoding.rows // encoding.rows
         for part, target in into.items():
@@ -56,15 +55,17 @@ class PartReader(NamedTuple):
         self.read(encoding, parts)
         return encoding.decode(parts, dtype)
 
-    def _stored(self, key: str, target: Tensor | None) -> Tensor:
-        """The tensor of one matrix as it is stored, in the memory of `target` if it fits."""
+    def _stored(self, part: str, target: Tensor | None) -> Tensor:
+        """A part of one matrix as it is stored, in the memory of `target` if it fits."""
+        key = self.matrix.sources[part]
         entry = self.files.entries[key]
-        shape = entry.shape[1:] if len(self.matrix.shape) == STACKED else entry.shape
+        is_stacked = len(self.matrix.shape) == STACKED and part not in self.matrix.shared
+        shape = entry.shape[1:] if is_stacked else entry.shape
         spec = Spec(shape, (DTYPES | OTHERS)[entry.dtype])
         tensor = _room_in(target, spec)
         if tensor is None:
             tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        self.files.read(key, self.expert * tensor.numel(), tensor)
+        self.files.read(key, self.expert * tensor.numel() if is_stacked else 0, tensor)
         return tensor
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers.quantised.layout import is_expert, is_stacked
 from tests.helpers.quantised.layouts import LAYOUTS
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 SINGLE = "model.safetensors"
 
@@ -22,20 +25,35 @@ def write_quantised(
 
     twin: also write the unquantised model that has the decoded weights.
     changes: to the quantization_config.
+    Raises LookupError where the layout has no such experts.
     """
     chosen = LAYOUTS[layout]
     coded: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
+    has_experts = False
     for key, tensor in read_tensors(source / SINGLE).items():
         found = chosen.code(key, tensor)
         coded |= {key: tensor} if found is None else found.tensors
         plain[key] = tensor if found is None else found.weights.to(tensor.dtype)
-    if coded.keys() == plain.keys():
-        raise ValueError(f"nothing of {source} can be stored as {layout}")
+        has_experts |= found is not None and (is_expert(key, tensor) or is_stacked(key, tensor))
+    if not has_experts:
+        raise LookupError(f"the experts of {source} cannot be stored as {layout}")
     _write(source, target, coded, {"quantization_config": chosen.quantization | changes})
     if twin is not None:
         _write(source, twin, plain, {})
     return target
+
+
+def save_source(directory: Path, architecture: str) -> Path:
+    """Save a tiny bfloat16 model whose widths all layouts can have; returns its directory."""
+    widths = {"hidden_size": 64, "intermediate_size": 96}
+    if architecture == "qwen3_moe":
+        widths = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256}
+        widths |= {"num_hidden_layers": 2, "num_experts": 4}
+    model: Any = tiny_model(architecture, **widths)
+    model.bfloat16().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -19,6 +19,9 @@ from tests.helpers.quantised.layout import (
 )
 from tests.helpers.quantised.reference import decode
 
+INV, SCALE = "weight_scale_inv", "weight_scale"
+FP32, BF16, BYTES = torch.float32, torch.bfloat16, torch.uint8
+
 
 def _blocks(
     rows: int | None, columns: int | None, dtype: torch.dtype, name: str, *, single: bool = False
@@ -37,7 +40,10 @@ def _blocks(
         codes, scales = to_e4m3(tensor, block, dtype)
         stored = scales.reshape(()) if single else scales
         tensors = {key: codes, key.removesuffix("weight") + name: stored}
-        return Coded(tensors, decode(codes, scales, block, torch.bfloat16))
+        weights = decode(codes, scales, block, FP32)
+        if name == SCALE and dtype == BF16 and is_dense(key, tensor):
+            weights = weights.to(BF16)  # as compressed-tensors multiplies
+        return Coded(tensors, weights)
 
     return code
 
@@ -45,8 +51,8 @@ def _blocks(
 def _stacked(key: str, tensor: Tensor) -> Coded | None:
     if not is_stacked(key, tensor):
         return None
-    codes, scales = to_e4m3(tensor, (128, 128))
-    weights = decode(codes, scales, (128, 128), torch.bfloat16)
+    codes, scales = to_e4m3(tensor, (16, 16))
+    weights = decode(codes, scales, (16, 16), FP32)
     return Coded({key: codes, f"{key}_scale_inv": scales}, weights)
 
 
@@ -63,20 +69,17 @@ def _float_quantized(strategy: str, **settings: Any) -> dict[str, Any]:
     return compressed_tensors("float-quantized", weights)
 
 
-INV, SCALE = "weight_scale_inv", "weight_scale"
 MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
-FP32, BF16, BYTES = torch.float32, torch.bfloat16, torch.uint8
 
 LAYOUTS = {
+    "fp8 stacked": Layout("fp8-block", _fp8(weight_block_size=[16, 16]), _stacked, "gpt_oss")
+} | {
     name: Layout("fp8-block", quantization, code)
     for name, quantization, code in (
         ("fp8 128x128", _fp8(), _blocks(128, 128, FP32, INV)),
         ("fp8 128x128 bf16", _fp8(), _blocks(128, 128, BF16, INV)),
-        (
-            "fp8 16x24",
-            _fp8(weight_block_size=[16, 24]),
-            _blocks(16, 24, FP32, INV),
-        ),
+        ("fp8 16x16", _fp8(weight_block_size=[16, 16]), _blocks(16, 16, FP32, INV)),
+        ("fp8 24x24", _fp8(weight_block_size=[24, 24]), _blocks(24, 24, FP32, INV)),
         (
             "fp8 e8m0",
             _fp8(scale_fmt="ue8m0"),
@@ -87,11 +90,6 @@ LAYOUTS = {
             "fp8 one scale",
             _fp8(weight_block_size=None),
             _blocks(None, None, FP32, INV, single=True),
-        ),
-        (
-            "fp8 stacked",
-            _fp8(),
-            _stacked,
         ),
         (
             "mxfp8",

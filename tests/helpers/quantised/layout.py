@@ -15,7 +15,8 @@ class Coded(NamedTuple):
     tensors: dict[str, Tensor]
     """By their keys in the checkpoint."""
     weights: Tensor
-    """That they stand for, decoded by the definition of the format."""
+    """That they stand for by the definition of the format, before they are rounded to the number
+    format of the model."""
 
 
 Code = Callable[[str, Tensor], Coded | None]
@@ -30,11 +31,17 @@ class Layout(NamedTuple):
     quantization: dict[str, Any]
     """The `quantization_config` of config.json."""
     code: Code
+    architecture: str = "qwen3_moe"
+    """Of a model that has such tensors, by its type."""
 
 
-EXPERT = re.compile(r"\.experts\.\d+\..*weight$")
+EXPERT = re.compile(r"\.experts\.(expert_)?\d+\..*weight$")
 DENSE = re.compile(r"_proj(_with_mqa)?\.weight$")
 """Names of projections outside of experts; a router is none."""
+STACKED = re.compile(
+    r"experts\.((gate_up|down)_proj|fc\d\.weight|w\d+_weight)$"
+    r"|(mlp|block_sparse_moe)\.(in|out)put_linear\.weight$|moe\.(gate|up|down)_proj\.weight$"
+)
 
 
 def is_expert(key: str, tensor: Tensor) -> bool:
@@ -49,7 +56,7 @@ def is_dense(key: str, tensor: Tensor) -> bool:
 
 def is_stacked(key: str, tensor: Tensor) -> bool:
     """True for the weights of all experts of a layer in one tensor."""
-    return tensor.ndim == 3 and key.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return tensor.ndim == 3 and STACKED.search(key) is not None
 
 
 def compressed_tensors(format: str, weights: dict[str, Any]) -> dict[str, Any]:

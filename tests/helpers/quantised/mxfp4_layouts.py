@@ -21,11 +21,11 @@ E8M0 = torch.float8_e8m0fnu
 
 
 def _gpt_oss(key: str, tensor: Tensor) -> Coded | None:
-    if not is_stacked(key, tensor):
+    if not is_stacked(key, tensor) or tensor.shape[1] % 32:
         return None
     codes, scales = to_mxfp4(tensor.mT)
     tensors = {f"{key}_blocks": codes.unflatten(-1, (-1, 16)), f"{key}_scales": scales}
-    return Coded(tensors, decode(codes, scales, BLOCK, torch.bfloat16).mT)
+    return Coded(tensors, decode(codes, scales, BLOCK, torch.float32).mT)
 
 
 def _packed(key: str, tensor: Tensor) -> Coded | None:
@@ -34,7 +34,7 @@ def _packed(key: str, tensor: Tensor) -> Coded | None:
     codes, scales = to_mxfp4(tensor)
     name = key.removesuffix(".weight")
     tensors = {f"{name}.weight_packed": codes, f"{name}.weight_scale": scales}
-    return Coded(tensors, decode(codes, scales, BLOCK, torch.bfloat16))
+    return Coded(tensors, decode(codes, scales, BLOCK, torch.float32))
 
 
 def _deepseek(key: str, tensor: Tensor) -> Coded | None:
@@ -43,10 +43,10 @@ def _deepseek(key: str, tensor: Tensor) -> Coded | None:
     if is_expert(key, tensor) and tensor.shape[1] % 32 == 0:
         codes, scales = to_mxfp4(tensor)
         tensors = {key: codes.view(torch.int8), f"{name}.scale": scales.view(E8M0)}
-        return Coded(tensors, decode(codes, scales, BLOCK, torch.bfloat16))
+        return Coded(tensors, decode(codes, scales, BLOCK, torch.float32))
     if is_dense(key, tensor):
         codes, scales = to_e4m3(tensor, (128, 128), E8M0)
-        weights = decode(codes, scales, (128, 128), torch.bfloat16)
+        weights = decode(codes, scales, (128, 128), torch.float32)
         return Coded({key: codes, f"{name}.scale": scales}, weights)
     return None
 
@@ -64,6 +64,7 @@ LAYOUTS = {
             ],
         },
         _gpt_oss,
+        "gpt_oss",
     ),
     "mxfp4 compressed-tensors": Layout(
         "mxfp4",

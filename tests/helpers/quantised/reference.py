@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from runtime.weights.encodings.encoding import Encoding
+
+FP32 = torch.float32
 
 
 def e2m1(code: int) -> float:
@@ -59,3 +65,20 @@ def decode(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dt
     columns = torch.arange(values.shape[-1]) // block[1]
     products = values * scales(scale)[..., rows, :][..., columns]
     return products.float().to(dtype)
+
+
+def decode_parts(encoding: Encoding, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights of a matrix in any encoding, by the definition of the encoding."""
+    return DECODERS[encoding.name](encoding, parts, dtype)
+
+
+def _of_blocks(encoding: Any, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    weights = decode(parts["codes"], parts["scales"], (encoding.rows, encoding.columns), FP32)
+    return weights.to(getattr(encoding, "product", FP32)).to(dtype)
+
+
+DECODERS: dict[str, Callable[[Any, Mapping[str, Tensor], torch.dtype], Tensor]] = {
+    "mxfp4": _of_blocks,
+    "fp8-block": _of_blocks,
+}
+"""By the name of the encoding."""

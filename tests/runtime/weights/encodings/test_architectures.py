@@ -1,0 +1,38 @@
+"""Quantised checkpoints of various architectures; `make compatibility` tries every one there is."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.weights.encodings.table import ENCODINGS
+from tests.helpers.architectures import is_known
+from tests.helpers.compatibility import logits
+from tests.helpers.quantised.compatibility import DECODED, NOT_APPLICABLE, TRIED, check_encodings
+
+EVERY = dict.fromkeys(TRIED, "yes")
+STACKED = dict.fromkeys(TRIED, NOT_APPLICABLE) | {"fp8-block": "yes"}
+CASES = {
+    "deepseek_v3": EVERY,
+    "gpt_oss": STACKED | {"mxfp4": "yes"},
+    "jetmoe": STACKED,
+    "llama4_text": STACKED,
+    "longcat_flash": EVERY,
+    "minimax_m2": EVERY,
+    "mixtral": EVERY,
+    "nemotron_h": EVERY,
+    "nllb-moe": EVERY,
+    "qwen3_5_moe": EVERY,
+    "qwen3_vl_moe": STACKED | {"fp8-block": DECODED},
+    "step3p7": STACKED,
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_quantised_checkpoint_is_its_twin_without_codes(kind: str) -> None:
+    if not is_known(kind):
+        pytest.skip(f"this version of transformers has no {kind}")
+    assert check_encodings(kind, logits) == CASES[kind]
+
+
+def test_every_encoding_has_layouts_that_are_tried() -> None:
+    assert TRIED.keys() == ENCODINGS.keys()
