@@ -1,7 +1,7 @@
 """Rewrite a model's experts into one file of contiguous, page-aligned blocks.
 
 python -m runtime.prepare MODEL OUT            write OUT, which runtime.load takes as a model
-python -m runtime.prepare MODEL OUT --encoding int4    a smaller, LOSSY copy, and a report of its loss
+python -m runtime.prepare MODEL OUT --encoding int4    a LOSSY copy, and what it lost
 python -m runtime.prepare OUT --verify         compare a prepared model with its checksums
 """
 
@@ -53,9 +53,9 @@ def prepare(
     options: other fields of `ConversionSettings`, for a lossy copy: the texts to calibrate and to
         measure on, the rounding, the device.
 
-    Without `encoding` the copy keeps the dtype and the codes of the checkpoint. Only `runtime.load` can read it: it has no weights
-    under the names that transformers looks for. Raises ValueError for a model that `runtime.load`
-    would refuse, and if `out` exists.
+    Without `encoding` the copy keeps the dtype and the codes of the checkpoint. Only `runtime.load`
+    can read it: it has no weights under the names that transformers looks for. Raises ValueError
+    for a model that `runtime.load` would refuse, and if `out` exists.
     """
     from runtime.weights.repository.hub import HubOptions
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from routing.layers import MoELayer
 from runtime.conversion.activations import LayerInputs, moments
+from runtime.conversion.settings import CALIBRATED
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of
 from runtime.weights.arena import Specs
 from runtime.weights.encodings.coded import CodedMatrix, Coding, bits_a_weight, part_name
@@ -121,7 +122,7 @@ class EncodedStore(ExpertStore):
         }
 
     def _moments(self, layer: int, expert: int, wide: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self._inputs:
+        if not self._inputs or self._rounding.name not in CALIBRATED:
             return {}
         inputs_TH = self._inputs[layer].of_expert(expert)
         return moments(inputs_TH, wide, self._layouts[layer]) if len(inputs_TH) else {}

@@ -18,7 +18,7 @@ class ConversionSettings:
     default the copy is exact."""
     text: list[str] = field(default_factory=list)
     """With --encoding: text files to measure the loss on. By default, for models with experts of up
-    to 1 GiB, the second half of the texts in exports/sample; for larger ones nothing is measured."""
+    to 1 GiB, the second half of the shipped texts; for larger ones nothing is measured."""
     calibration: list[str] = field(default_factory=list)
     """With --encoding: text files, best others than --text, whose activations say what each weight
     matters. By default as for --text, but the first half."""

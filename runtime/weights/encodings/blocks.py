@@ -28,7 +28,7 @@ def decode_blocks(
     zeros: numbers of every row and block, which are subtracted before.
     """
     rows, columns = codes.shape[0], codes.shape[1] * codes.itemsize * 8 // encoding.bits
-    scales = scales if encoding.rows == 1 else scales.repeat_interleave(encoding.rows, 0)
+    scales = scales if len(scales) == rows else scales.repeat_interleave(encoding.rows, 0)
     weights_NK = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     step = max(1, CHUNK // columns) if codes.device.type == "cpu" else rows
     for start in range(0, rows, step):

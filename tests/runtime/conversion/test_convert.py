@@ -87,7 +87,7 @@ def test_transposed_experts_with_biases_and_alternating_rows_are_converted(
     rounding: str, tmp_path: Path, text: str
 ) -> None:
     hub = save_tiny(tmp_path / "gpt", "gpt_oss", hidden_size=64, intermediate_size=32)
-    texts = {"text": [text], "calibration": [text]}
+    texts: Any = {"text": [text], "calibration": [text]}
     out = prepare(hub, tmp_path / "out", encoding="fp8", rounding=rounding, **texts)
     ours: Any = runtime.load(out).expertflow.detach()
     theirs: Any = AutoModelForCausalLM.from_pretrained(hub)
@@ -144,7 +144,7 @@ def test_rounding_with_more_care_costs_less(hub: Path, text: str) -> None:
     losses = {}
     for rounding in ("nearest", "search", "weighted", "feedback"):
         out = hub.parent / rounding
-        texts = {"text": [text], "calibration": [text]}
+        texts: Any = {"text": [text], "calibration": [text]}
         prepare(hub, out, encoding="int4", rounding=rounding, **texts)
         losses[rounding] = json.loads((out / "conversion.json").read_text())["quality"]
     divergence = {name: quality["divergence"] for name, quality in losses.items()}
@@ -156,7 +156,7 @@ def test_the_command_prints_the_loss(
     hub: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = hub.parent / "out"
-    texts = {"text": [text], "calibration": [text]}
+    texts: Any = {"text": [text], "calibration": [text]}
     main(PrepareSettings(model=str(hub), out=str(out), encoding="fp8", **texts))
     printed = capsys.readouterr().out
     assert "KL divergence from the original" in printed

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Those of the codes 0 to 7; with bit 3 set they are negative."""
 LARGEST = NUMBERS[-1]
-MIDDLES = [(low + high) / 2 for low, high in zip(NUMBERS, NUMBERS[1:], strict=False)]
+MIDDLES = [(low + high) / 2 for low, high in pairwise(NUMBERS)]
 
 
 def round_to_e2m1(ratios: Tensor) -> Tensor:

@@ -22,4 +22,6 @@ def find_encoder(name: str, group: int = 32) -> Encoder:
         raise ValueError(f"group={group} is for int4 alone, and 32 or 128")
     if name == "int4":
         return Int4Encoder(columns=group)
-    return {"mxfp4": MXFP4Encoder, "fp8": FP8Encoder, "nvfp4": NVFP4Encoder}[name]()
+    if name == "mxfp4":
+        return MXFP4Encoder()
+    return FP8Encoder() if name == "fp8" else NVFP4Encoder()

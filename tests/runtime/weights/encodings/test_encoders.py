@@ -54,7 +54,7 @@ def encoded(
 ) -> tuple[Tensor, Rounded, Grid, dict[str, Tensor]]:
     given = weights() if given is None else given
     encoder = find_encoder(name)
-    grid = encoder.grid(given, encoder.encoding(tuple(given.shape), stacked=3))
+    grid = encoder.grid(given, encoder.encoding((given.shape[0], given.shape[1]), stacked=3))
     rounded = ROUNDINGS[rounding](given, grid)
     return given, rounded, grid, grid.pack(rounded.numbers_NK, rounded.scales_NB)
 
