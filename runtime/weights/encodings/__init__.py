@@ -8,6 +8,7 @@ packed_integers its words as compressed-tensors stores them
 qweight         its words as GPTQ and AWQ store them
 nvfp4           4 bits (e2m1), a scale for each 16 and one for all
 table           all encodings, and the matrices of a checkpoint that are in one
+encoders/       plain weights rounded to an encoding, at some loss
 coded           the coded parameters of an expert
 stored_matrix   a coded matrix as a checkpoint keeps it
 stored_parts    checks and conversions of its tensors
