@@ -53,7 +53,7 @@ def main(settings: EncodingsSettings) -> None:
     rows = [asdict(arm) | {"directory": None, "quality": _json(arm)} for arm in arms]
     result = facts | {"rows": rows, "replays": [asdict(one) for one in replays]}
     save(result, settings.out)
-    print(json.dumps(result, default=str), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 def _replays(settings: EncodingsSettings, arms: list[Arm], routes: Path) -> list[Replay]:
