@@ -4,8 +4,7 @@ encoding        the contract: parts of a coded matrix, and what they decode to
 mxfp4           4 bits (e2m1) and a power of two for each 32
 fp8_block       8 bits (e4m3) and a scale for each block
 int4_group      4 bits (whole numbers) and a scale for some neighbours in a row
-packed_integers its words as compressed-tensors stores them
-qweight         its words as GPTQ and AWQ store them
+integers        its layouts in checkpoints
 nvfp4           4 bits (e2m1), a scale for each 16 and one for all
 table           all encodings, and the matrices of a checkpoint that are in one
 encoders/       plain weights rounded to an encoding, at some loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from runtime.weights.encodings.number_formats import (
     power_of_two,
     unpack_e4m3,
 )
-from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix
+from runtime.weights.encodings.stored_matrix import Convert, StoredMatrix, unchanged
 from runtime.weights.encodings.stored_parts import (
     block_of,
     e8m0,
@@ -79,6 +80,10 @@ class FP8Block(Encoding):
         return decode_blocks(self, parts[CODES], unpack_e4m3, scales.float(), first).to(dtype)
 
 
+_encoding = cache(FP8Block)
+"""One object for each that there is: a large checkpoint has a hundred thousand matrices."""
+
+
 def find(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, StoredMatrix]:
     """The matrices in fp8, by their key.
 
@@ -107,8 +112,7 @@ def configured_block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     """The block that a quantisation names for matrices in fp8; None for several or none."""
     method = quantization.get("quant_method")
     if method in ("fp8", "mxfp8") and "weight_block_size" in quantization:
-        size = quantization["weight_block_size"]
-        return tuple(size) if size else None
+        return _pair("weight_block_size", quantization["weight_block_size"])
     if method == "mxfp8":
         return (1, 32)
     groups = (quantization.get("config_groups") or {}).values()
@@ -122,11 +126,21 @@ def _block(scheme: Mapping[str, Any]) -> tuple[int, int] | None:
     match scheme.get("strategy"):
         case "channel":
             return (1, WHOLE)
-        case "group" if scheme.get("group_size"):
-            return (1, scheme["group_size"])
-        case "block" if scheme.get("block_structure"):
-            return tuple(scheme["block_structure"])
+        case "group":
+            return _pair("group_size", [1, scheme.get("group_size")])
+        case "block":
+            return _pair("block_structure", scheme.get("block_structure"))
     return None
+
+
+def _pair(name: str, size: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block. Raises ValueError, naming the field, for what is none."""
+    match size:
+        case None | []:
+            return None
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(f"{name} of the quantisation is {size}, which is no block")
 
 
 def _stored(
@@ -143,7 +157,7 @@ def _stored(
     block = block_of(scales, grid, (rows, columns), configured)
     shared = whole_rows(rows, block[0])
     return StoredMatrix(
-        encoding=FP8Block(
+        encoding=_encoding(
             rows=shared,
             columns=block[1],
             scale=SCALE_DTYPES[entries[scales].dtype],
@@ -182,6 +196,9 @@ def _conversion(
     key: str, entry: Entry, grid: tuple[int, ...], heights: tuple[int, int, int]
 ) -> Convert:
     """heights: rows of a stored block, of a canonical one, and of the matrix."""
+    as_stored = entry.dtype not in ("F16", "U8", "F8_E8M0") and heights[0] == heights[1]
+    if as_stored and grid == entry.shape[-2:]:
+        return unchanged
 
     def convert(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         scales = stored[SCALES].reshape(grid)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from runtime.weights.arena import Spec, Specs
-from runtime.weights.encodings import packed_integers, qweight
 from runtime.weights.encodings.blocks import decode_blocks
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
+from runtime.weights.encodings.integers import packed, qweight
+from runtime.weights.encodings.integers.packed import MIDDLE, ZEROS, Integers
 from runtime.weights.encodings.number_formats import unpack_int4
-from runtime.weights.encodings.packed_integers import MIDDLE, ZEROS, Integers
 from runtime.weights.encodings.stored_matrix import StoredMatrix
 from runtime.weights.files import Entry
 
 FINDERS = {
-    "compressed-tensors": packed_integers.find,
+    "compressed-tensors": packed.find,
     "gptq": qweight.find_gptq,
     "awq": qweight.find_awq,
 }

@@ -152,14 +152,14 @@ def _stored(names: Names, entries: Mapping[str, Entry], *, divides: bool) -> Sto
         rows, row_bytes = row_bytes, rows
     else:
         require_shape(names.scales, entries[names.scales], (*stacked, rows, row_bytes // 8))
-    globals_ = _global_scales(names.global_scales, entries, stacked, rows)
-    shared = bool(stacked) and not _is_of_experts(entries[names.global_scales], stacked)
+    ones = _global_scales(names.global_scales, entries, stacked)
+    of_experts = _is_of_experts(entries[names.global_scales], stacked)
     return StoredMatrix(
-        encoding=NVFP4(rows=rows // globals_, divides=divides),
+        encoding=NVFP4(rows=rows // ones, divides=divides),
         shape=(*stacked, rows, row_bytes * 2),
         sources={CODES: names.codes, SCALES: names.scales, GLOBAL_SCALES: names.global_scales},
         transposed=transposed,
-        shared=frozenset({GLOBAL_SCALES} if shared else ()),
+        shared=frozenset({GLOBAL_SCALES} if stacked and not of_experts else ()),
         convert=_conversion(transposed),
     )
 
@@ -168,18 +168,19 @@ def _is_of_experts(entry: Entry, stacked: list[int]) -> bool:
     return tuple(entry.shape[:1]) == tuple(stacked)
 
 
-def _global_scales(key: str, entries: Mapping[str, Entry], stacked: list[int], rows: int) -> int:
+def _global_scales(key: str, entries: Mapping[str, Entry], stacked: list[int]) -> int:
     """The number of global scales of one matrix: stacked gate and up may have one each."""
     shape = list(entries[key].shape)
+    most = 1
     if stacked and _is_of_experts(entries[key], stacked):
-        shape = shape[1:]
+        shape, most = shape[1:], 2
     count = torch.Size(shape).numel()
-    if count == 1 or (stacked and count == 2 and shape[0] == 2 and rows % 2 == 0):
-        return count
-    raise ValueError(
-        f"{key} has the shape {list(entries[key].shape)} instead of one number for each matrix; "
-        "fetch the checkpoint again"
-    )
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"{key} has the shape {list(entries[key].shape)} instead of one number for each "
+            "matrix; fetch the checkpoint again"
+        )
+    return count
 
 
 def _conversion(transposed: bool) -> Convert:

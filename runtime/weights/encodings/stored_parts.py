@@ -41,8 +41,8 @@ def require_there(key: str, entries: Mapping[str, Entry], codes: str) -> None:
     """Raise ValueError unless the tensor `key`, without which `codes` mean nothing, is there."""
     if key not in entries:
         raise ValueError(
-            f"{key} is missing, without which {codes} stands for no weights; fetch "
-            "the checkpoint again"
+            f"{codes} stands for no weights without {key}, which is missing; fetch the checkpoint "
+            "again"
         )
 
 

@@ -73,10 +73,18 @@ def normalised(quantization: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("quantization_config names no quant_method; fetch config.json again")
     if method.startswith("modelopt"):  # some name the algorithm too
         plain["quant_method"] = "modelopt"
+    groups = plain.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(map(_is_group, groups.values())):
+        raise ValueError(f"config_groups of the quantisation {method} are damaged: {groups!s:.200}")
     for name in ("transform_config", "sparsity_config"):
         if _is_used(plain.get(name)):
             raise ValueError(f"{name} of the quantisation {method} is not supported")
     return plain
+
+
+def _is_group(group: Any) -> bool:
+    """True for a group of matrices that are quantised in one way."""
+    return isinstance(group, Mapping) and isinstance(group.get("weights") or {}, Mapping)
 
 
 def _is_used(settings: Any) -> bool:

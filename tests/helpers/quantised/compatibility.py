@@ -18,18 +18,25 @@ from runtime.weights.encodings.table import ENCODINGS
 from runtime.weights.source import Source, from_path
 from tests.helpers.architectures import architecture_model
 from tests.helpers.quantised.checkpoint import write_quantised
+from tests.helpers.quantised.layouts import layouts_of
 
 NOT_APPLICABLE = "-"
 DECODED = "decoded"
 """Exact, but experts are not kept in their codes."""
 WIDTHS = {"moe_intermediate_size": 32, "intermediate_size": 64}
 """Multiples of the numbers that share a scale."""
-TRIED: dict[str, tuple[str, ...]] = {
+PREFERRED: dict[str, tuple[str, ...]] = {
     "mxfp4": ("mxfp4 compressed-tensors", "mxfp4 gpt-oss"),
     "fp8-block": ("fp8 16x16", "fp8 stacked"),
+    "int4-group": ("int4 compressed-tensors 32",),
+    "nvfp4": ("nvfp4 modelopt", "nvfp4 gpt-oss", "nvfp4 stacked"),
 }
-"""Layouts of each encoding, of which an architecture has the first that it can have."""
-ONLY = {"mxfp4 gpt-oss": ("gpt_oss", "openai_privacy_filter")}
+"""Layouts of an encoding that are tried; of the others all are, in the order of their table. An
+architecture has the first that it can have."""
+ONLY = {
+    "mxfp4 gpt-oss": ("gpt_oss", "openai_privacy_filter"),
+    "nvfp4 gpt-oss": ("gpt_oss", "llama4", "llama4_text"),
+}
 """Architectures that alone have a layout."""
 SHARE = 0.4
 """Of the experts that fit in memory."""
@@ -49,7 +56,7 @@ def check_encodings(kind: str, logits: Logits) -> dict[str, str]:
 
 
 def _attempt(kind: str, encoding: str, source: Path, logits: Logits) -> str:
-    for layout in TRIED.get(encoding, ()):
+    for layout in PREFERRED.get(encoding) or layouts_of(encoding):
         if kind not in ONLY.get(layout, (kind,)):
             continue
         target, twin = source.with_name(layout), source.with_name(f"{layout} twin")

@@ -28,7 +28,8 @@ def parts_of(files: CheckpointFiles, matrix: StoredMatrix) -> Iterator[dict[str,
         yield matrix.convert(stored)
     else:
         for expert in range(matrix.shape[0]):
-            yield matrix.convert({part: tensor[expert] for part, tensor in stored.items()})
+            of_expert = {part: stored[part][expert] for part in stored.keys() - matrix.shared}
+            yield matrix.convert(stored | of_expert)
 
 
 def decode(files: CheckpointFiles, matrix: StoredMatrix, dtype: torch.dtype) -> Tensor:

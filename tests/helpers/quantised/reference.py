@@ -67,6 +67,26 @@ def decode(codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dt
     return products.float().to(dtype)
 
 
+def decode_integers(codes: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """The weights of whole numbers [N, K], of which some neighbours share a scale and a zero.
+
+    They are in the number format of the scales.
+    """
+    columns = torch.arange(codes.shape[-1]) // (codes.shape[-1] // scale.shape[-1])
+    products = (codes.double() - zeros.double()[..., columns]) * scale.double()[..., columns]
+    return products.to(scale.dtype)
+
+
+def decode_nvfp4(
+    codes: Tensor, scale: Tensor, global_scale: Tensor, *, divides: bool = False
+) -> Tensor:
+    """The float32 weights [.., N, K] of packed codes. global_scale: for each scale, or for all."""
+    one = global_scale.double()
+    both = scales(scale) / one if divides else scales(scale) * one
+    columns = torch.arange(codes.shape[-1] * 2) // 16
+    return (numbers(codes) * both.float().double()[..., columns]).float()
+
+
 def decode_parts(encoding: Encoding, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The weights of a matrix in any encoding, by the definition of the encoding."""
     return DECODERS[encoding.name](encoding, parts, dtype)
@@ -77,8 +97,23 @@ def _of_blocks(encoding: Any, parts: Mapping[str, Tensor], dtype: torch.dtype) -
     return weights.to(getattr(encoding, "product", FP32)).to(dtype)
 
 
+def _of_integers(encoding: Any, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    codes, scale = parts["codes"], parts["scales"]
+    unpacked = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
+    zeros = parts["zeros"] if encoding.zeros else torch.full(scale.shape, 8)
+    return decode_integers(unpacked, scale, zeros).to(dtype)
+
+
+def _of_nvfp4(encoding: Any, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    rows = torch.arange(len(parts["codes"])) // encoding.rows
+    ones = parts["global_scales"][rows][:, None]
+    return decode_nvfp4(parts["codes"], parts["scales"], ones, divides=encoding.divides).to(dtype)
+
+
 DECODERS: dict[str, Callable[[Any, Mapping[str, Tensor], torch.dtype], Tensor]] = {
     "mxfp4": _of_blocks,
     "fp8-block": _of_blocks,
+    "int4-group": _of_integers,
+    "nvfp4": _of_nvfp4,
 }
 """By the name of the encoding."""

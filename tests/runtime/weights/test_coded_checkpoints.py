@@ -47,8 +47,8 @@ CONFIGS = {
     "compressed-tensors": "CompressedTensorsConfig",
 }
 """transformers' configurations that dequantise, by method."""
-MISREAD = ("fp8 stacked",)
-"""Layouts that the library loads without the scales of the experts."""
+MISREAD = ("fp8 stacked", "nvfp4 compressed-tensors")
+"""Layouts that the library loads without scales of the experts, or without the global ones."""
 
 Written = Callable[[str], tuple[Path, Path]]
 

@@ -7,10 +7,11 @@ import pytest
 from runtime.weights.encodings.table import ENCODINGS
 from tests.helpers.architectures import is_known
 from tests.helpers.compatibility import logits
-from tests.helpers.quantised.compatibility import DECODED, NOT_APPLICABLE, TRIED, check_encodings
+from tests.helpers.quantised import layouts_of
+from tests.helpers.quantised.compatibility import DECODED, NOT_APPLICABLE, check_encodings
 
-EVERY = dict.fromkeys(TRIED, "yes")
-STACKED = dict.fromkeys(TRIED, NOT_APPLICABLE) | {"fp8-block": "yes"}
+EVERY = dict.fromkeys(ENCODINGS, "yes")
+STACKED = dict.fromkeys(ENCODINGS, NOT_APPLICABLE) | {"fp8-block": "yes", "nvfp4": "yes"}
 CASES = {
     "deepseek_v3": EVERY,
     "gpt_oss": STACKED | {"mxfp4": "yes"},
@@ -22,7 +23,7 @@ CASES = {
     "nemotron_h": EVERY,
     "nllb-moe": EVERY,
     "qwen3_5_moe": EVERY,
-    "qwen3_vl_moe": STACKED | {"fp8-block": DECODED},
+    "qwen3_vl_moe": STACKED | {"fp8-block": DECODED, "nvfp4": DECODED},
     "step3p7": STACKED,
 }
 
@@ -34,5 +35,6 @@ def test_quantised_checkpoint_is_its_twin_without_codes(kind: str) -> None:
     assert check_encodings(kind, logits) == CASES[kind]
 
 
-def test_every_encoding_has_layouts_that_are_tried() -> None:
-    assert TRIED.keys() == ENCODINGS.keys()
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_encoding_has_a_layout(encoding: str) -> None:
+    assert layouts_of(encoding)

@@ -12,7 +12,9 @@ from torch import Tensor
 from runtime.weights.encodings.coded import CodedMatrix
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
+from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
+from runtime.weights.encodings.nvfp4 import NVFP4
 from runtime.weights.encodings.table import ENCODINGS, from_json, to_json
 from tests.helpers.quantised.reference import decode_parts
 
@@ -37,10 +39,20 @@ CASES = (
     Case(FP8Block(rows=1, columns=40, scale=BF16, product=BF16), (6, 40)),
     Case(FP8Block(rows=6, columns=40), (6, 40)),
     Case(FP8Block(rows=1, columns=32, scale=BYTES), (6, 96)),
+    Case(Int4Group(columns=32), (6, 96)),
+    Case(Int4Group(columns=128, scale=FP16, zeros=True), (300, 1024)),
+    Case(Int4Group(columns=40, scale=FP32, zeros=True), (6, 40)),
+    Case(NVFP4(rows=6), (6, 96)),
+    Case(NVFP4(rows=150, divides=True), (300, 1024)),
 )
 WRONG = (
     Case(MXFP4(), (6, 48)),
     Case(FP8Block(rows=128, columns=128), (192, 128)),
+    Case(Int4Group(columns=32), (6, 48)),
+    Case(Int4Group(columns=15), (6, 45)),
+    Case(Int4Group(rows=2, columns=32), (6, 64)),
+    Case(NVFP4(rows=4), (6, 64)),
+    Case(NVFP4(rows=6), (6, 40)),
 )
 """Matrices that cannot be coded so."""
 

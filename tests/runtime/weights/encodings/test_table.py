@@ -62,6 +62,24 @@ def test_every_finder_has_an_encoding_of_the_table() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_block_size", 128),
+        ("weight_block_size", [128]),
+        ("weight_block_size", [0, 128]),
+        ("weight_block_size", ["128", "128"]),
+        ("config_groups", [1]),
+        ("config_groups", {"group_0": "fp8"}),
+        ("config_groups", {"group_0": {"weights": 8}}),
+    ],
+    ids=str,
+)
+def test_damaged_description_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        find_all(entries(MATRIX), FP8 | {name: value})
+
+
+@pytest.mark.parametrize(
     "quantization",
     [
         {"quant_method": "modelopt", "quant_algo": "FP8"},

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.weights.encodings.encoding import CODES, SCALES
-from runtime.weights.encodings.packed_integers import (
+from runtime.weights.encodings.integers.packed import (
     IN_A_WORD,
     MIDDLE,
     ORDER,
