@@ -86,6 +86,32 @@ def _is_model_class(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
+def dequantising(config: Any) -> dict[str, Any]:
+    """Options with which `from_pretrained` turns a quantised checkpoint into plain weights.
+
+    Raises ValueError for a quantisation that transformers cannot undo.
+    """
+    parts = (config, config.get_text_config())
+    found = (getattr(part, "quantization_config", None) for part in parts)
+    described = next((one for one in found if one is not None), None)
+    if described is None:
+        return {}
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    method = described.get("quant_method")
+    try:
+        quantization = AutoQuantizationConfig.from_dict(described)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"the quantisation {method} cannot be read: {brief(error)}") from error
+    if not hasattr(quantization, "dequantize"):
+        raise ValueError(
+            f"transformers cannot turn the quantisation {method} into plain weights: take the "
+            "model's unquantised twin, which has the same experts"
+        )
+    quantization.dequantize = True
+    return {"quantization_config": quantization}
+
+
 def read_tokenizer(model: str | Path, **hub: Any) -> Any:
     """The tokenizer of a model: a directory or an id on the Hub. Raises ValueError.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from routing.cli import run
 
 if TYPE_CHECKING:
+    from runtime.sizing.budget import SlotBudget
     from runtime.sizing.memory_plan import MemoryPlan
     from runtime.weights.source import Source
 
@@ -70,11 +71,11 @@ def plan(
 
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
     source = from_path_on_meta(model, dtype, hub)
-    slots = _slots(source, memory, device, context=context, batch=batch)
-    return MemoryPlan.of(source, slots, str(model))
+    budget = _budget(source, memory, device, context=context, batch=batch)
+    return MemoryPlan.of(source, budget, str(model))
 
 
-def _slots(source: Source, memory: float | int | str, device: str, **sizes: int) -> list[int]:
+def _budget(source: Source, memory: float | int | str, device: str, **sizes: int) -> SlotBudget:
     """Slots as `runtime.load` counts them: on a GPU, bytes pay for cache and workspace too."""
     from runtime.sizing.budget import slot_budget
     from runtime.sizing.units import parse_memory
@@ -83,8 +84,8 @@ def _slots(source: Source, memory: float | int | str, device: str, **sizes: int)
     if device.startswith("cuda"):
         from runtime.cuda.device_budget import device_budget
 
-        return device_budget(source, budget, **sizes).slots()
-    return slot_budget(budget, source).slots()
+        return device_budget(source, budget, **sizes)
+    return slot_budget(budget, source)
 
 
 def main(settings: PlanSettings) -> None:
@@ -104,7 +105,7 @@ def main(settings: PlanSettings) -> None:
     print(describe(planned, bandwidth))
     host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print("\n".join(advice(planned, host_bytes)))
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and planned.source.encoding is None:
         print(PACKED)
 
 

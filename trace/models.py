@@ -43,13 +43,13 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
     """The model, in eval mode on its device. Raises ValueError or OSError."""
     import torch
 
-    from routing.pretrained import model_class, read_config
+    from routing.pretrained import dequantising, model_class, read_config
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
     config = read_config(settings.model)
     model: PreTrainedModel = model_class(config).from_pretrained(
-        settings.model, dtype=settings.dtype, trust_remote_code=False
+        settings.model, dtype=settings.dtype, trust_remote_code=False, **dequantising(config)
     )
     return model.eval().to(settings.device)
 

@@ -31,7 +31,8 @@ class Stats:
     num_slots: int
     policy: str
     packing: float = 1.0
-    """Bytes in a slot, and over the link, for a byte of an expert: below 1 where it is packed."""
+    """Bytes over the link for a byte of an expert's weights: below 1 where they are packed or in
+    codes."""
     encoding: str | None = None
     """Encoding of the experts in their checkpoint, e.g. "mxfp4"; None if they are plain."""
     loss: str | None = None

@@ -29,9 +29,8 @@ from runtime.cuda.decode.generate import CapturedGenerate
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.decode.row_decoder import RowDecoder
-from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.host_dense import HostDense
-from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
+from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.prefetching import Prefetching
@@ -66,7 +65,7 @@ class CudaBackend:
         forecaster: Forecaster | None = None,
         route_log: RouteLog | None = None,
     ) -> None:
-        layout = _layout(source)
+        layout = common_layout(source)
         self._why = layout if isinstance(layout, str) else None
         self._layout = layout if isinstance(layout, KernelLayout) else None
         self._policy = policy
@@ -84,7 +83,7 @@ class CudaBackend:
             self._dense.restore()
             raise
         try:
-            slots = budget.slots(self._stored_share)
+            slots = budget.slots(self._stored_share if self._host.packed else 1.0)
             self.stats = Stats(
                 layers=source.layers, num_slots=sum(slots), policy=policy.name,
                 packing=self._stored_share,
@@ -108,13 +107,15 @@ class CudaBackend:
             raise
 
     def _fill_host(self, source: Source, device: torch.device) -> PinnedExperts:
-        layout = self._layout
-        specs = [source.store.specs(index) for index in range(len(source.layers))]
-        blocks = [ExpertBlock(stored_specs(spec, layout)) for spec in specs]
+        layout, store = self._layout, source.store
+        blocks = [
+            block_of(store.specs(index), store.coding(index), layout)
+            for index in range(len(source.layers))
+        ]
         counts = [layer.num_experts for layer in source.layers]
         transposed = layout is not None and layout.transposed
         return PinnedExperts(
-            source.store, counts, blocks, device, packs=layout is not None, transposed=transposed
+            store, counts, blocks, device, packs=layout is not None, transposed=transposed
         )
 
     def _build_pools(
@@ -131,9 +132,9 @@ class CudaBackend:
 
     @property
     def _stored_share(self) -> float:
-        """Bytes of a stored expert over those of its parameters."""
-        block = self._host.expert_blocks[0]
-        return block.stored_units / block.units
+        """Bytes of the experts as they are stored over those of their parameters."""
+        blocks = self._host.expert_blocks
+        return sum(block.stored_units for block in blocks) / sum(block.units for block in blocks)
 
     # ------------------------------------------------------------------ captured steps
 
@@ -265,14 +266,3 @@ class CudaBackend:
         self._pools.clear()
         self._host.close()
         self._dense.restore()
-
-
-def _layout(source: Source) -> KernelLayout | str:
-    """How the kernels read this model's experts, or why they cannot."""
-    config: Any = source.model.config
-    if config.is_encoder_decoder:
-        return "encoder-decoder models are not captured"
-    if len(source.groups) > 1:
-        return "its layers have experts of several shapes"
-    found = [layout_of(layer, source.store.specs(i)) for i, layer in enumerate(source.layers)]
-    return found[0] if len(set(found)) == 1 else "its layers have experts of several kinds"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from runtime.cuda.memory.host_dense import movable_bytes
+from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
 from runtime.cuda.prefill.streaming_pool import workspace_bytes
 from runtime.kv.size import storage_bytes
 from runtime.sizing.budget import SlotBudget, slot_budget
 from runtime.weights.arena import expert_bytes
-from runtime.weights.source import Source
+from runtime.weights.source import ShapeGroup, Source
 
 CUBLAS_BYTES = 64 << 20
 """cuBLAS keeps 32 MiB for each stream that it works on: the current and the captured one."""
+DECODED_BYTES = 12
+"""Bytes for each weight of a matrix that torch decodes: two numbers in float32, and the weight."""
 
 
 def device_budget(source: Source, memory: float | int, *, context: int, batch: int) -> SlotBudget:
@@ -20,18 +24,31 @@ def device_budget(source: Source, memory: float | int, *, context: int, batch: i
 
     A fraction counts experts. Bytes are for everything on the device: key/value cache, workspaces
     and graphs too; weights other than experts move to host memory where the least slots would not
-    fit beside them. Raises ValueError as `slot_budget` does.
+    fit beside them. Slots hold experts in codes as they are stored if kernels run them, else their
+    plain weights. Raises ValueError as `slot_budget` does.
     """
+    sizes = slot_bytes(source)
     if isinstance(memory, float):
-        return slot_budget(memory, source)
+        return slot_budget(memory, source, slot_bytes=sizes)
     reserved = reserved_bytes(source, context=context, batch=batch)
     least = sum(
-        expert_bytes(group.specs) * max(source.layers[index].top_k for index in group.layers)
-        for group in source.groups
+        size * max(source.layers[index].top_k for index in group.layers)
+        for size, group in zip(sizes, source.groups, strict=True)
     )
     short = max(source.fixed_bytes + least - (memory - reserved), 0)
     host_bytes = short if short <= movable_bytes(source.model) else 0
-    return slot_budget(memory, source, reserved=reserved, host_bytes=host_bytes)
+    return slot_budget(memory, source, slot_bytes=sizes, reserved=reserved, host_bytes=host_bytes)
+
+
+def slot_bytes(source: Source) -> list[int]:
+    """Bytes of an expert in a slot, by group; one that will be packed counts as it is."""
+    layout = common_layout(source)
+    return [
+        2 * block_of(group.specs, group.coding, layout).stored_units
+        if isinstance(layout, KernelLayout) and group.coding
+        else expert_bytes(group.specs)
+        for group in source.groups
+    ]
 
 
 def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
@@ -47,6 +64,21 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
     logits = 4 * batch * text.vocab_size * 4
     cache = storage_bytes(text, batch, context, dtype)
+    decodes = isinstance(common_layout(source), str)
+    landing = max(map(landing_bytes, source.groups)) if decodes else 0
     return (
-        CUBLAS_BYTES + workspace_bytes(max(sizes)) + activations * dtype.itemsize + logits + cache
+        CUBLAS_BYTES
+        + workspace_bytes(max(sizes))
+        + landing
+        + activations * dtype.itemsize
+        + logits
+        + cache
     )
+
+
+def landing_bytes(group: ShapeGroup) -> int:
+    """Bytes for decoding on arrival: of one block, and of what torch makes of its largest matrix
+    meanwhile.
+    """
+    sizes = [math.prod(matrix.shape) for matrix in group.coding.values()]
+    return expert_bytes(group.stored_specs) + DECODED_BYTES * max(sizes) if sizes else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runtime.kv.size import cache_bytes
-from runtime.sizing.budget import least_bytes, total_expert_bytes
+from runtime.sizing.budget import SlotBudget, least_bytes, total_expert_bytes
 from runtime.sizing.units import format_bytes, round_up
 from runtime.weights.arena import expert_bytes
 from runtime.weights.encodings.coded import bits_a_weight
@@ -14,6 +14,8 @@ from runtime.weights.store import ConfiguredStore
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 CONTEXTS = (2048, 8192, 32768)
+SMALLER = 0.9
+"""Share of the bytes in a slot below which the stored ones are mentioned; padding is none."""
 PLAIN_BITS = 16
 """Bits of a weight in bfloat16."""
 LOW_FRACTION = 0.125
@@ -42,16 +44,17 @@ class MemoryPlan:
     """Size of the key/value cache of one sequence, by context length; None if it is not known."""
 
     @classmethod
-    def of(cls, source: Source, slots: list[int], name: str) -> MemoryPlan:
-        """The plan for a model on the meta device, given the slots that its budget pays for."""
+    def of(cls, source: Source, budget: SlotBudget, name: str) -> MemoryPlan:
+        """The plan for a model on the meta device, given what its budget pays for."""
+        sizes = budget.slot_bytes
         return cls(
             name=name,
             source=source,
-            slots=slots,
-            expert_bytes=[expert_bytes(group.specs) for group in source.groups],
+            slots=budget.slots(),
+            expert_bytes=sizes,
             stored_bytes=[expert_bytes(group.stored_specs) for group in source.groups],
-            total_expert_bytes=total_expert_bytes(source),
-            least_bytes=int(least_bytes(source)),
+            total_expert_bytes=total_expert_bytes(source, sizes),
+            least_bytes=int(least_bytes(source, sizes)),
             cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
         )
 
@@ -142,7 +145,7 @@ def _group(plan: MemoryPlan, index: int) -> str:
     layers, size = plan.source.groups[index].layers, plan.expert_bytes[index]
     count = sum(plan.source.layers[layer].num_experts for layer in layers)
     text = f"  {plan.slots[index]:,} of {count:,} experts of {format_bytes(size)}"
-    if plan.stored_bytes[index] != size:
+    if plan.stored_bytes[index] < SMALLER * size:
         text += f" (stored in {format_bytes(plan.stored_bytes[index])})"
     return f"{text} in {len(layers)} layers"
 

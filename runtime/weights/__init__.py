@@ -3,6 +3,8 @@
 source            a model built without its experts, its MoE layers, and the store of its experts
 directory         a model directory, local or from the Hub; the model on the meta device
 dense/            the model built without its experts
+encodings/        experts kept in codes of 4 or 8 bits
+quantised/        quantised checkpoints, seen as their unquantised twins
 files             safetensors files, watched for changes
 mapping, conversion   the checkpoint tensors that make up an expert
 repository/       files on the Hub, fetched when they are needed; directories without a model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -121,6 +122,13 @@ class CheckpointFiles:
         self._files: dict[str, WatchedFile] = {}
         self.entries = self._read_entries()
 
+    @classmethod
+    def unread(cls, directory: Path, entries: dict[str, Entry]) -> CheckpointFiles:
+        """Tensors of files that are elsewhere: their shapes alone are known."""
+        files = cls.__new__(cls)
+        files.directory, files.entries, files._files = directory, entries, {}
+        return files
+
     def _read_entries(self) -> dict[str, Entry]:
         path = self.directory / INDEX
         if not path.is_file():
@@ -216,19 +224,19 @@ def read_header(path: Path) -> dict[str, Entry]:
         header = dict(json.loads(file.read(length), object_pairs_hook=_distinct))
     header.pop("__metadata__", None)
     entries = {
-        key: Entry(path.name, entry["dtype"], _shape(entry), begin + start, begin + stop)
+        key: Entry(path.name, entry["dtype"], shape, begin + start, begin + stop)
         for key, entry in header.items()
         for start, stop in [entry["data_offsets"]]
+        for shape in [stored_shape(entry["dtype"], entry["shape"])]
     }
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _shape(entry: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a tensor in elements of its dtype in torch."""
-    *others, last = entry["shape"] or [1]
-    if entry["dtype"] == "F4":
-        return (*others, last // 2)
-    return tuple(entry["shape"])
+def stored_shape(dtype: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a tensor in elements of its dtype in torch, by its header."""
+    if dtype == "F4" and shape:
+        return (*shape[:-1], shape[-1] // 2)
+    return tuple(shape)
 
 
 def require_whole(entries: dict[str, Entry], path: Path) -> None:

@@ -18,14 +18,21 @@ from runtime.weights.checkpoint_store import CheckpointStore
 from runtime.weights.dense.skeleton import build_skeleton, unstrip
 from runtime.weights.directory import MetaModel, load_tokenizer
 from runtime.weights.encodings.coded import Coding, stored_specs
-from runtime.weights.files import DTYPES
+from runtime.weights.files import DTYPES, CheckpointFiles
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
 from runtime.weights.prepared.manifest import RESIDENT, is_prepared
 from runtime.weights.prepared.store import PreparedStore
 from runtime.weights.quantised.coded_files import CodedFiles, StoredTensor
+from runtime.weights.quantised.parts import empty
 from runtime.weights.quantised.refusals import without_codes, without_scales
-from runtime.weights.repository.hub import HubOptions, fetch_weights, find_directory, needed
+from runtime.weights.repository.hub import (
+    HubOptions,
+    fetch_headers,
+    fetch_weights,
+    find_directory,
+    needed,
+)
 from runtime.weights.store import (
     ConfiguredStore,
     ExpertStore,
@@ -136,7 +143,16 @@ def from_path(
     )
     layers = [layer._replace(module=unstrip(model, layer)) for layer in meta.layers]
     store.bind(layers, model.dtype)
-    return Source(model, topology, layers, MemoryStore(store) if in_memory else store)
+    source = Source(model, topology, layers, store)
+    _try_codes(source)
+    return source._replace(store=MemoryStore(store)) if in_memory else source
+
+
+def _try_codes(source: Source) -> None:
+    """Read an expert of each kind, so that codes in an unknown order are refused at once."""
+    for group in source.groups:
+        if group.coding:
+            source.store.read_stored(group.layers[0], 0, empty(group.stored_specs))
 
 
 def from_path_on_meta(
@@ -156,6 +172,11 @@ def from_path_on_meta(
     tensors: dict[str, StoredTensor] = {}
     if any(directory.joinpath(name).exists() for name in needed(directory)):
         store, tensors = open_weights(directory, meta)
+    elif meta.quantization and (entries := fetch_headers(path, directory, hub)):
+        files = CheckpointFiles.unread(directory, entries)
+        store, tensors = _open(
+            CodedFiles(directory, quantization=meta.quantization, stored=files), meta
+        )
     else:
         store = ConfiguredStore(meta.layers, torch.float32, meta.quantization)
     chosen = _dtype(dtype, meta.model.config, tensors)
@@ -174,10 +195,14 @@ def open_weights(directory: Path, meta: MetaModel) -> tuple[SkeletonStore, dict[
         files = CodedFiles(directory, RESIDENT, meta.quantization)
         prepared = PreparedStore(directory, meta.layers, meta.layers, None)
         return prepared, {key: StoredTensor(files, key) for key in files.entries}
+    return _open(CodedFiles(directory, quantization=meta.quantization), meta)
+
+
+def _open(files: CodedFiles, meta: MetaModel) -> tuple[SkeletonStore, dict[str, StoredTensor]]:
+    """The store of the experts of a checkpoint, and all other tensors."""
     _refuse_tied(meta)
-    files = CodedFiles(directory, quantization=meta.quantization)
     if meta.quantization is not None and not files.matrices:
-        raise ValueError(without_codes(directory, meta.quantization))
+        raise ValueError(without_codes(files.directory, meta.quantization))
     mapping = CheckpointMapping(files, meta.model)
     mapping.require_no_more_layers(meta.model)
     store = CheckpointStore(files, mapping, meta.layers, meta.layers, None)

@@ -20,6 +20,7 @@ from tests.fuzz.artefacts import Artefact
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import train
 from tests.helpers.predicting import write_trace as write_rules
+from tests.helpers.quantised import write_quantised
 from tests.helpers.tiny import save_tiny, tiny_model
 from tests.helpers.tracing import TEXTS, write_texts
 from trace.collect import collect
@@ -79,6 +80,11 @@ def _write_model(folder: Path) -> None:
     save_tiny(folder, "olmoe", num_hidden_layers=2)
 
 
+def _write_quantised(folder: Path) -> None:
+    plain = save_tiny(folder.parent / "to-quantise", "olmoe", num_hidden_layers=2)
+    write_quantised(plain, folder, "fp8 one scale")
+
+
 def _write_prepared(folder: Path) -> None:
     model = save_tiny(folder.parent / "to-prepare", "olmoe", num_hidden_layers=2)
     folder.rmdir()
@@ -104,5 +110,6 @@ ARTEFACTS = (
     Artefact("predictor", _write_file, _read_file, checked=True),
     Artefact("checkpoint", _write_checkpoint, _read_checkpoint, checked=True),
     Artefact("model", _write_model, _read_model, checked=False),
+    Artefact("quantised", _write_quantised, _read_model, checked=False),
     Artefact("prepared", _write_prepared, _read_prepared, checked=True),
 )

@@ -25,7 +25,7 @@ from runtime.engine.engine import Engine
 from runtime.loading import choose_policy
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import RouteLog
-from runtime.weights.source import from_module
+from runtime.weights.source import from_module, from_path
 
 
 class Stream:
@@ -79,9 +79,10 @@ def load_fake(
 ) -> Any:
     """`runtime.load` for a GPU, on the CPU, under `fake_cuda`.
 
-    host_bytes: of weights other than experts, to be kept in host memory.
+    model: also a directory. host_bytes: of weights other than experts, to be kept in host memory.
     """
-    source = from_module(model, None)
+    is_module = isinstance(model, torch.nn.Module)
+    source = from_module(model, None) if is_module else from_path(model, None, "auto")
     file = None if predictor is None else open_predictor(predictor)
     chosen = choose_policy(policy, source, file, options.pop("replay", None))
     forecaster = None if file is None else Forecaster(file)
@@ -94,4 +95,4 @@ def load_fake(
     cpu = torch.device("cpu")
     backend = CudaBackend(source, budget, cpu, chosen, settings, forecaster, route_log)
     Engine(source, backend, forecaster, route_log, cpu)
-    return model
+    return source.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from routing.layers import find_moe_layers
 from routing.shards import GENERATED, PROMPT, TraceReader, signed_experts
 from routing.topology import NO_EXPERT
+from tests.helpers.quantised import write_quantised
 from tests.helpers.tiny import KINDS, save_tiny
 from tests.helpers.tracing import (
     TEXTS,
@@ -22,6 +24,8 @@ from tests.helpers.tracing import (
     trace,
     write_texts,
 )
+from trace.models import load_model
+from trace.settings import CollectSettings
 
 CAUSAL = [kind for kind in KINDS if kind != "switch_transformers"]
 
@@ -172,3 +176,21 @@ def test_a_long_document_is_cut_and_the_cut_is_reported(
     prompts = [int((d.phase_T == PROMPT).sum()) for d in documents]
     assert prompts == [246, 5]  # the context of 256 tokens, less those to generate
     assert "documents cut to fit: 1, by 55 tokens in all" in capsys.readouterr().out
+
+
+def test_a_quantised_model_is_traced_as_its_unquantised_twin(data: Path, tmp_path: Path) -> None:
+    plain = save_tiny(tmp_path / "plain", "qwen3_moe", dtype="bfloat16")
+    twin = tmp_path / "twin"
+    quantised = write_quantised(plain, tmp_path / "quantised", "fp8 one scale", twin=twin)
+    model = load_model(CollectSettings(model=str(quantised), dataset=["-"], out="-"))
+    assert not hasattr(model.config, "quantization_config")
+    theirs, ours = (trace(path, data, tmp_path / path.stem[0]) for path in (twin, quantised))
+    assert_same_documents(ours, theirs)
+
+
+def test_a_quantisation_that_cannot_be_undone_is_refused_by_name(tmp_path: Path) -> None:
+    config = json.loads((save_tiny(tmp_path, "olmoe") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the quantisation gptq .*take the model's unquantised"):
+        load_model(CollectSettings(model=str(tmp_path), dataset=["-"], out="-"))

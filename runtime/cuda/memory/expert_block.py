@@ -5,7 +5,11 @@
 
 One flat block crosses the link: a copy need not know where a matrix ends. Weights of transposed
 layouts are kept [out, in] in it. Where all is bfloat16, a block may be *stored* with its matrices
-packed (see `packing`) and the other parameters as they are behind them.
+packed (see `packing`) and the other parameters as they are behind them. Or its matrices are stored
+in codes, as their checkpoint has them (see `encodings`), each part from a multiple of 128 bytes on:
+
+    int16 units   0 codes ..... | scales .. | bias | codes ..... | scales .. | padding
+                  gate_up_proj                     down_proj
 """
 
 from __future__ import annotations
@@ -43,12 +47,13 @@ class Field(NamedTuple):
 class ExpertBlock:
     """The layout of the blocks of experts with parameters `specs` (as stored).
 
-    patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are stored as they are.
-    coding: the matrices that are stored in codes, part by part, with the others behind them.
+    patches: of a packed chunk (`packing.PATCHES`); 0 for blocks that are not packed.
+    coding: the matrices that are stored in codes, which are never packed.
     """
 
     def __init__(self, specs: Specs, patches: int = 0, coding: Coding | None = None) -> None:
         self._specs, self.patches, self.coding = specs, patches, coding or {}
+        assert not (self.patches and self.coding), "a block is packed or in codes"
         self.fields: dict[str, Field] = {}
         matrices = {name: spec for name, spec in specs.items() if len(spec.shape) > 1}
         self.matrix_units = self._place(matrices, 0, CHUNK)
@@ -80,8 +85,18 @@ class ExpertBlock:
         return at
 
     def packed(self, patches: int) -> ExpertBlock:
-        """The same, stored packed; with 0, stored as they are."""
-        return ExpertBlock(self._specs, patches)
+        """The same, stored packed; with 0, not packed."""
+        return ExpertBlock(self._specs, patches, self.coding)
+
+    @property
+    def plain(self) -> ExpertBlock:
+        """The same, stored as they are: neither packed nor in codes."""
+        return ExpertBlock(self._specs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether blocks are stored as they are."""
+        return not self.patches and not self.coding
 
     @property
     def _packed_units(self) -> int:
@@ -95,8 +110,10 @@ class ExpertBlock:
 
     @property
     def can_pack(self) -> bool:
-        """Whether all of it is bfloat16, in rows of whole eights."""
+        """Whether all of it is bfloat16, in rows of whole eights, and nothing in codes."""
         fields = self.fields.values()
+        if self.coding:
+            return False
         rows = [field.shape[-1] for field in fields if len(field.shape) > 1]
         return all(field.dtype == torch.bfloat16 for field in fields) and not any(
             row % 8 for row in rows
@@ -110,7 +127,7 @@ class ExpertBlock:
         return 0 if field is None else field.start * 2 // field.dtype.itemsize
 
     def start_stored(self, name: str) -> int:
-        """The start of a bias in a block as stored."""
+        """The start of a bias in a block as stored, in its own elements; 0 where there is none."""
         if name not in self.fields or self.coding:
             field = self.stored_fields.get(name)
             return 0 if field is None else field.start * 2 // field.dtype.itemsize
@@ -149,6 +166,7 @@ class ExpertBlock:
         """Store an unpacked block, int16 [units], as int16 [stored_units]; None where a chunk
         has no room for its patches.
         """
+        assert not self.coding, "blocks in codes are read, never made"
         if not self.patches:
             return block_N
         ends = [*(field.start for field in self.fields.values()), self.matrix_units]

@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from routing.layers import MoELayer
+from runtime.cuda.kernels.coded import reason_against
+from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.coded import Coding
+from runtime.weights.source import Source
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 """In the order of the kernels' constants."""
@@ -34,7 +38,24 @@ class KernelLayout:
     dtype: torch.dtype
 
 
-def layout_of(layer: MoELayer, specs: Specs) -> KernelLayout | str:
+def common_layout(source: Source) -> KernelLayout | str:
+    """How the kernels read all of a model's experts, or why they cannot."""
+    config: Any = source.model.config
+    if config.is_encoder_decoder:
+        return "encoder-decoder models are not captured"
+    if len(source.groups) > 1:
+        shapes = [group.specs for group in source.groups]
+        several = "shapes" if any(one != shapes[0] for one in shapes) else "encodings"
+        return f"its layers have experts of several {several}"
+    coding = source.groups[0].coding
+    found = [
+        layout_of(layer, source.store.specs(index), coding)
+        for index, layer in enumerate(source.layers)
+    ]
+    return found[0] if len(set(found)) == 1 else "its layers have experts of several kinds"
+
+
+def layout_of(layer: MoELayer, specs: Specs, coding: Coding | None = None) -> KernelLayout | str:
     """The layout of `layer`'s experts, or why the kernels cannot run them."""
     module: Any = layer.module
     names = {"gate_up_proj", "down_proj"}
@@ -49,6 +70,8 @@ def layout_of(layer: MoELayer, specs: Specs) -> KernelLayout | str:
     found = _activation(module)
     if found is None:
         return f"the activation of {type(module).__name__} has no kernel"
+    if coding and (reason := _reason_against(coding, bool(module.is_transposed))):
+        return reason
     shape = specs["down_proj"].shape
     width, hidden = shape if module.is_transposed else shape[::-1]
     return KernelLayout(
@@ -60,6 +83,26 @@ def layout_of(layer: MoELayer, specs: Specs) -> KernelLayout | str:
         has_bias=set(specs) == biased,
         dtype=dtypes.pop(),
     )
+
+
+def _reason_against(coding: Coding, transposed: bool) -> str | None:
+    """Why no kernel decodes the matrices of an expert; None where kernels do."""
+    for name in ("gate_up_proj", "down_proj"):
+        matrix = coding.get(name)
+        if matrix is None:
+            return f"{name} is not in codes, as the experts' other matrix is"
+        if matrix.transposed != transposed:
+            return f"the codes of {name} lie across the rows that kernels read"
+        if reason := reason_against(matrix):
+            return reason
+    return None
+
+
+def block_of(specs: Specs, coding: Coding, layout: KernelLayout | None) -> ExpertBlock:
+    """The blocks of experts with such parameters: where kernels run them, weights are [out, in]."""
+    if layout is not None:
+        coding = {name: matrix._replace(transposed=False) for name, matrix in coding.items()}
+    return ExpertBlock(stored_specs(specs, layout), coding=coding)
 
 
 def stored_specs(specs: Specs, layout: KernelLayout | None) -> Specs:

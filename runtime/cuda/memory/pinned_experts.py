@@ -1,7 +1,8 @@
 """The host tier of a GPU: the blocks of all experts in pinned memory, packed where that pays.
 
 It takes the experts over from the store underneath: a module's own tensors are freed layer by layer
-and made again, bit by bit the same, when the model is given back.
+and made again, bit by bit the same, when the model is given back. Experts in codes are read as the
+store has them, and no byte of them passes the GPU.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
+from runtime.cuda.memory.coded_layers import CodedLayers, reading_threads
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
+from runtime.weights.encodings.coded import decode_expert
 from runtime.weights.store import ExpertStore
 
 
@@ -63,18 +67,29 @@ class PinnedExperts:
         return self.expert_blocks[0].patches > 0
 
     def _fill(self) -> None:
-        sizes = [
-            2 * block.units * count
-            for block, count in zip(self.expert_blocks, self._num_experts, strict=True)
+        blocks, counts = self.expert_blocks, self._num_experts
+        sizes = [  # of packed ones, the bytes before
+            2 * (block.stored_units if block.coding else block.units) * count
+            for block, count in zip(blocks, counts, strict=True)
         ]
         title = "experts to pinned memory"
-        with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar:
+        with (
+            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar,
+            reading_threads() as threads,
+        ):
+            coded = CodedLayers(self._store, blocks, counts, self._memory, threads, bar.update)
             for layer, size in enumerate(sizes):
-                while (taken := self._take(layer)) is None:
-                    self._store_otherwise()
-                self.layers.append(taken)
+                if self.expert_blocks[layer].coding:
+                    self.layers.append(coded.take(layer))
+                else:
+                    self.layers.append(self._store_plain(layer))
+                    bar.update(size)
                 self._store.release(layer)
-                bar.update(size)
+
+    def _store_plain(self, layer: int) -> Tensor:
+        while (taken := self._take(layer)) is None:
+            self._store_otherwise()
+        return taken
 
     def _take(self, layer: int) -> Tensor | None:
         """Store a layer, an expert at a time; None where its weights do not pack."""
@@ -144,7 +159,7 @@ class PinnedExperts:
         block = self.expert_blocks[layer]
         stored_N = torch.empty(block.stored_units, dtype=torch.int16, device=self._device)
         self.send(layer, expert, stored_N)
-        if not block.patches:
+        if block.is_plain:
             return stored_N
         block_1N = torch.empty(1, block.units, dtype=torch.int16, device=self._device)
         picked = torch.zeros(1, dtype=torch.int32, device=self._device)
@@ -208,8 +223,14 @@ def unpack_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: T
 
 def decode_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
     """Decode the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the current
-    stream.
+    stream: by kernels where these can, else by the encodings' own torch. Nothing waits.
     """
+    if not kernels_decode(block):
+        stored, plain = block.stored_views(slots_SN.index_select(0, picked)), block.views(to_RN)
+        for row in range(len(picked)):
+            into = {name: view[row] for name, view in plain.items()}
+            decode_expert({name: view[row] for name, view in stored.items()}, block.coding, into)
+        return
     for name, field in block.fields.items():
         code = block.code(name)
         if code is None:
@@ -218,3 +239,13 @@ def decode_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: T
         else:
             shape, start = block.coding[name].shape, block.start(name)
             decode_matrix(code, shape, field.dtype, slots_SN, picked, to_RN, start)
+
+
+def kernels_decode(block: ExpertBlock) -> bool:
+    """Whether kernels can decode all matrices in codes to their places in unpacked blocks."""
+    return all(
+        not matrix.transposed
+        and reason_against(matrix) is None
+        and block.fields[name].dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for name, matrix in block.coding.items()
+    )

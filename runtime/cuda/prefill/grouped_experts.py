@@ -90,8 +90,8 @@ def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int
 class Products:
     """The two matrix products of one layer call, for one group of experts after the other.
 
-    order_P: int64, the pairs token * K + k, sorted by expert. workspace_RN: int16, where packed
-    records are unpacked, R at a time.
+    order_P: int64, the pairs token * K + k, sorted by expert. workspace_RN: int16, where records
+    that are packed or in codes become plain, R at a time.
     """
 
     def __init__(

@@ -7,6 +7,9 @@ computes, the experts that the next layer's router will want are already on thei
 
     copy engine     | missing of layer l | likely of layer l + 1 |
     compute stream  | residents of l | arrived of l ... | attention of l + 1 | ...
+
+Experts in codes stay so in their slots where kernels run them. For all others they cross the link
+in codes too, and are decoded into their slots on arrival, by the stream that copied them.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, as_model
-from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.cuda.memory.pinned_experts import PinnedExperts, decode_blocks
 from runtime.sizing.units import format_bytes
 
 WORKSPACE_BYTES = 80 << 20
-"""For records that are unpacked together, at least one."""
+"""For records that are unpacked or decoded together, at least one."""
 WORKSPACE_RECORDS = 16
 """Most of them."""
 PROBES = 16
@@ -48,7 +51,8 @@ class Ahead(NamedTuple):
 class StreamingPool:
     """Slots for records on a GPU, filled on a stream of their own.
 
-    layout: how the records are oriented, where the kernels can run the experts; else None.
+    block: of the host tier. layout: how the records are oriented, where the kernels can run the
+    experts; else None, and slots hold plain weights.
     """
 
     def __init__(
@@ -62,11 +66,17 @@ class StreamingPool:
         layout: KernelLayout | None = None,
     ) -> None:
         self.cache = ExpertCache(stats.num_layers, stats.num_experts, num_slots, policy)
+        decodes = bool(block.coding) and layout is None
         self.expert_block, self.num_slots, self.device = block, num_slots, device
-        self.slots_SN = slots(num_slots, block, device)
-        self._views = {} if block.patches else block.views(self.slots_SN)
-        self.workspace_RN = workspace(block, device) if block.patches else None
-        """Where packed records are unpacked for many tokens, int16 [R, units]."""
+        """Of the slots."""
+        self._landing: Landing | None = None
+        if decodes:
+            self.expert_block, self._landing = block.plain, Landing(block, device)
+        self.slots_SN = slots(num_slots, self.expert_block, device)
+        is_plain = self.expert_block.is_plain
+        self._views = self.expert_block.views(self.slots_SN) if is_plain else {}
+        self.workspace_RN = None if is_plain else workspace(block, device)
+        """Where records are unpacked or decoded for many tokens, int16 [R, units]."""
         self._host, self._stats, self._layout = host, stats, layout
         self._copies = torch.cuda.Stream(device)
         self._arrived: dict[int, torch.cuda.Event] = {}
@@ -163,8 +173,16 @@ class StreamingPool:
             for start in range(0, len(experts), GROUP):
                 some = slice(start, start + GROUP)
                 for expert, slot in zip(experts[some], slots[some], strict=True):
-                    self._host.send(layer, expert, self.slots_SN[slot])
+                    self._bring(layer, expert, self.slots_SN[slot])
                 self._arrived |= dict.fromkeys(slots[some], self._copies.record_event())
+
+    def _bring(self, layer: int, expert: int, slot_N: Tensor) -> None:
+        """Bring an expert into a slot, on the current stream."""
+        if self._landing is None:
+            self._host.send(layer, expert, slot_N)
+        else:
+            self._host.send(layer, expert, self._landing.stored_N)
+            self._landing.decode(slot_N)
 
     def seconds_per_load(self) -> float:
         """What one expert of layer 0 takes to cross the link, which nothing else may use now."""
@@ -172,7 +190,7 @@ class StreamingPool:
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         for probe in range(PROBES):
-            self._host.send(0, probe % self.cache.num_experts, into)
+            self._bring(0, probe % self.cache.num_experts, into)
         torch.cuda.synchronize(self.device)
         return (time.perf_counter() - start) / PROBES
 
@@ -184,13 +202,29 @@ class StreamingPool:
     def close(self) -> None:
         """Give the device memory back, whoever still holds this pool."""
         self.slots_SN = torch.empty(0, dtype=torch.int16)
-        self._views, self.workspace_RN = {}, None
+        self._views, self.workspace_RN, self._landing = {}, None, None
         self._arrived.clear()
 
     def clear(self) -> None:
         """Start with an empty cache, after something went wrong."""
         self.wait_for_copies()
         self.cache.clear()
+
+
+class Landing:
+    """Where blocks in codes arrive, one after the other, to be decoded into plain slots.
+
+    All of it happens on the stream that copies: a block has been decoded before the next arrives.
+    """
+
+    def __init__(self, block: ExpertBlock, device: torch.device) -> None:
+        self._block = block
+        self._first = torch.zeros(1, dtype=torch.int32, device=device)
+        self.stored_N = torch.zeros(block.stored_units, dtype=torch.int16, device=device)
+
+    def decode(self, slot_N: Tensor) -> None:
+        """Decode the block that arrived last into int16 [units]."""
+        decode_blocks(self._block, self.stored_N[None], self._first, slot_N[None])
 
 
 def slots(num_slots: int, block: ExpertBlock, device: torch.device) -> Tensor:
@@ -206,7 +240,7 @@ def slots(num_slots: int, block: ExpertBlock, device: torch.device) -> Tensor:
 
 
 def workspace(block: ExpertBlock, device: torch.device) -> Tensor:
-    """Room for records that are unpacked together, int16 [R, units]."""
+    """Room for records that are unpacked or decoded together, int16 [R, units]."""
     count = workspace_bytes(2 * block.units) // (2 * block.units)
     return torch.empty(count, block.units, dtype=torch.int16, device=device)
 

@@ -25,15 +25,20 @@ class CodedFiles:
 
     single: the file to open in a directory without an index of shards.
     quantization: as the directory describes it; None if it is not quantised.
+    stored: the files of the directory, where they are open already.
     Raises ValueError as `CheckpointFiles` does, and, naming the tensor, for codes without their
     scales, or of another shape.
     """
 
     def __init__(
-        self, directory: Path, single: str = SINGLE, quantization: Mapping[str, Any] | None = None
+        self,
+        directory: Path,
+        single: str = SINGLE,
+        quantization: Mapping[str, Any] | None = None,
+        stored: CheckpointFiles | None = None,
     ) -> None:
         self.directory = directory
-        self.stored = CheckpointFiles(directory, single)
+        self.stored = stored or CheckpointFiles(directory, single)
         """The tensors that there are in the files."""
         self.matrices: dict[str, StoredMatrix] = {}
         """The coded ones, by the key that the weights have in an unquantised checkpoint."""

@@ -39,10 +39,14 @@ class PartReader(NamedTuple):
     def read(self, encoding: Encoding, into: Mapping[str, Tensor]) -> None:
         """Fill the tensors of `into`, by part; their scales have the rows of `encoding`.
 
-        What needs no conversion is read straight into its place.
+        What needs no conversion is read straight into its place. Raises ValueError, naming the
+        tensor, for one whose content no encoding stands for.
         """
         stored = {part: self._stored(part, into.get(part)) for part in self.matrix.sources}
-        parts = self.matrix.convert(stored)
+        try:
+            parts = self.matrix.convert(stored)
+        except ValueError as error:
+            raise ValueError(f"{self.files.directory}: {error}") from error
         times = self.matrix.encoding.rows // encoding.rows
         for part, target in into.items():
             _put(parts[part], times, target)

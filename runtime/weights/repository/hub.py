@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from routing.pretrained import brief
-from runtime.weights.files import INDEX, SINGLE, read_index
+from runtime.weights.files import INDEX, SINGLE, Entry, read_index, stored_shape
 from runtime.weights.prepared.manifest import BLOCKS, RESIDENT, is_prepared
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -55,9 +55,7 @@ def fetch_weights(path: str | Path, directory: Path, hub: HubOptions = HubOption
     """
     if Path(path).expanduser().is_dir():
         return
-    commit = directory.name if re.fullmatch(r"[0-9a-f]{40}", directory.name) else hub.revision
-    options = hub.given() | ({"revision": commit} if commit else {})
-    _fetch(str(path), options, needed(directory), None)
+    _fetch(str(path), hub.given() | _commit(directory), needed(directory), None)
 
 
 def needed(directory: Path) -> list[str]:
@@ -67,6 +65,38 @@ def needed(directory: Path) -> list[str]:
     if (directory / INDEX).is_file():
         return sorted(set(read_index(directory / INDEX).values()))
     return [SINGLE]
+
+
+def _commit(directory: Path) -> dict[str, Any]:
+    """The revision whose small files `directory` has, as the Hub's client takes it."""
+    name = directory.name
+    return {"revision": name} if re.fullmatch(r"[0-9a-f]{40}", name) else {}
+
+
+def fetch_headers(
+    path: str | Path, directory: Path, hub: HubOptions = HubOptions()
+) -> dict[str, Entry] | None:
+    """The tensors of a Hub id without their content; None where the Hub does not say.
+
+    It reads the first bytes of each file of weights. directory: of the small files.
+    """
+    import huggingface_hub
+
+    if Path(path).expanduser().exists():
+        return None
+    options = {name: value for name, value in hub.given().items() if name != "cache_dir"}
+    options |= _commit(directory)
+    try:
+        found = huggingface_hub.get_safetensors_metadata(str(path), **options)
+    except Exception:  # the Hub's client raises many kinds
+        return None
+    return {
+        key: Entry(
+            file, tensor.dtype, stored_shape(tensor.dtype, tensor.shape), *tensor.data_offsets
+        )
+        for file, header in found.files_metadata.items()
+        for key, tensor in header.tensors.items()
+    }
 
 
 def _fetch(

@@ -96,11 +96,11 @@ def same(one: Tensor, other: Tensor) -> bool:
 def test_a_coded_model_is_its_unquantised_twin(layout: str, written: Written) -> None:
     coded, twin = written(layout)
     expected: Any = runtime.load(twin, memory=1.0)
-    for host in ("file", "memory"):
-        for memory in (0.25, 1.0):
-            model: Any = runtime.load(coded, memory=memory, host=host)
-            assert torch.equal(generate(model), generate(expected))
-            check(model)
+    tokens = generate(expected)
+    for host, memory in (("file", 0.25), ("memory", 1.0)):
+        model: Any = runtime.load(coded, memory=memory, host=host)
+        assert torch.equal(generate(model), tokens)
+        check(model)
     assert f" {LAYOUTS[layout].encoding} experts fit" in model.expertflow.report()
     assert_equal(weights(model), weights(expected))
 
@@ -117,6 +117,35 @@ def test_experts_of_one_tensor_stay_in_codes(tmp_path: Path) -> None:
     assert_equal(weights(found), weights(expected))
 
 
+def test_a_parameter_of_coded_and_plain_matrices_is_decoded_as_it_is_read(
+    written: Written, tmp_path: Path
+) -> None:
+    coded, twin = (shutil.copytree(p, tmp_path / p.name) for p in written("fp8 128x128"))
+    plain = load_file(twin / "model.safetensors")
+
+    def decode_up(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if "experts" in key and key.endswith("up_proj.weight")]:
+            tensors[key] = plain[key]
+            del tensors[f"{key}_scale_inv"]
+
+    change(coded, decode_up)
+    model, expected = runtime.load(coded), runtime.load(twin)
+    assert set(model.expertflow._store.coding(0)) == {"down_proj"}
+    assert torch.equal(generate(model), generate(expected))
+    assert_equal(weights(model), weights(expected))
+
+
+def test_codes_that_the_library_converts_are_decoded_first(tmp_path: Path) -> None:
+    kind = "qwen3_vl_moe"
+    model: Any = architecture_model(kind).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "plain")
+    coded, twin = tmp_path / "coded", tmp_path / "twin"
+    write_quantised(tmp_path / "plain", coded, "fp8 stacked", twin=twin)
+    found: Any = runtime.load(coded)
+    assert found.expertflow._store.coding(0) == {}
+    assert_equal(weights(found), weights(runtime.load(twin)))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_weights_are_those_of_transformers_own_dequantisation(
     layout: str, written: Written
@@ -127,15 +156,39 @@ def test_the_weights_are_those_of_transformers_own_dequantisation(
     if name == "CompressedTensorsConfig":
         pytest.importorskip("compressed_tensors")
     coded, _ = written(layout)
-    dequantise = getattr(transformers, name)(dequantize=True)
+    model: Any = runtime.load(coded, memory=0.25)
+    assert_dequantised(weights(model), dequantised(coded, getattr(transformers, name)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 128x128"])
+def test_a_number_format_is_that_of_the_decoded_weights(
+    layout: str, dtype: torch.dtype, written: Written
+) -> None:
+    coded, _ = written(layout)
+    config = getattr(transformers, CONFIGS[LAYOUTS[layout].quantization["quant_method"]])
+    for host in ("file", "memory"):
+        model: Any = runtime.load(coded, memory=0.25, dtype=dtype, host=host)
+        generate(model)
+        assert_dequantised(weights(model), dequantised(coded, config, dtype=dtype))
+
+
+def assert_dequantised(found: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """transformers leaves some weights in the number format of their file or of their scales."""
+    assert_equal(found, {name: theirs[name].to(tensor.dtype) for name, tensor in found.items()})
+
+
+def dequantised(directory: Path, config: Any, **options: Any) -> dict[str, Tensor]:
+    """The weights that transformers makes of a quantised directory."""
+    if not hasattr(config(dequantize=True), "dequantize"):
+        pytest.skip("this version of transformers does not dequantise it")
     try:
-        reference = transformers.AutoModelForCausalLM.from_pretrained(
-            coded, quantization_config=dequantise
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, quantization_config=config(dequantize=True), **options
         )
     except (RuntimeError, ValueError) as error:
         pytest.skip(f"transformers cannot dequantise it: {error}")
-    model: Any = runtime.load(coded, memory=0.25)
-    assert_equal(weights(model), reference.state_dict())
+    return dict(model.state_dict())
 
 
 def test_the_configuration_forgets_the_quantisation(written: Written, tmp_path: Path) -> None:
@@ -310,6 +363,20 @@ def test_damaged_codes_are_refused_by_name(
         assert str(coded) in str(error.value)
 
 
+def test_codes_in_an_order_of_their_own_are_refused_at_once(
+    written: Written, tmp_path: Path
+) -> None:
+    coded = shutil.copytree(written("int4 gptq")[0], tmp_path / "damaged")
+    name = "model.layers.0.mlp.experts.0.down_proj.g_idx"
+
+    def shuffle(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].flip(0)
+
+    change(coded, shuffle)
+    with pytest.raises(ValueError, match=f"{coded}: {name}"):
+        runtime.load(coded)
+
+
 def test_a_truncated_file_is_refused_by_name(written: Written, tmp_path: Path) -> None:
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "damaged")
     file = coded / "model.safetensors"
@@ -367,3 +434,9 @@ def test_a_plan_without_files_says_that_it_counts_decoded_experts(
     main(PlanSettings(model=str(tmp_path)))
     said = capsys.readouterr().out
     assert "The weights are quantised (mxfp4): the files, which are not here, say" in said
+
+
+def test_on_a_gpu_a_budget_of_bytes_pays_for_codes(written: Written) -> None:
+    coded, twin = (plan(path, 0.5, device="cuda") for path in written("fp8 128x128"))
+    assert coded.slots == twin.slots
+    assert coded.slot_bytes < 0.6 * twin.slot_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -12,7 +13,10 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 import runtime
+from runtime.plan import plan
 from runtime.prepare import prepare
+from runtime.weights.files import read_header
+from tests.helpers.quantised import write_quantised
 from tests.helpers.tiny import save_tiny
 
 NAME = "somebody/some-model"
@@ -213,3 +217,29 @@ def test_generation_settings_that_cannot_be_used_are_refused_by_name(tmp_path: P
     directory = save_tiny(tmp_path, "olmoe")
     (directory / "generation_config.json").write_text("{")
     assert "generation_config.json cannot be used" in said_of(directory)
+
+
+def test_a_plan_of_quantised_weights_reads_their_headers_only(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = save_tiny(tmp_path / "plain", "olmoe")
+    coded = write_quantised(plain, tmp_path / "coded", "fp8 one scale")
+    shutil.copytree(coded, hub.repository, dirs_exist_ok=True)
+    asked: list[dict[str, Any]] = []
+
+    def headers(name: str, **options: Any) -> Any:
+        asked.append(options)
+        path = hub.repository / "model.safetensors"
+        tensors = {
+            key: SimpleNamespace(dtype=e.dtype, shape=list(e.shape), data_offsets=(e.start, e.stop))
+            for key, e in read_header(path).items()
+        }
+        return SimpleNamespace(files_metadata={path.name: SimpleNamespace(tensors=tensors)})
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers)
+    assert plan(NAME, token="secret").stored_bytes == plan(coded).stored_bytes
+    assert asked == [{"token": "secret", "revision": "a" * 40}]
+    assert weights(hub.fetched) == []
+    monkeypatch.delattr(huggingface_hub, "get_safetensors_metadata")
+    found = plan(NAME)
+    assert found.stored_bytes == found.expert_bytes == plan(plain).expert_bytes
