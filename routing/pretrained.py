@@ -14,6 +14,12 @@ from typing import Any, NoReturn
 
 CONFIG = "config.json"
 DISTRIBUTION = "moe-expertflow"
+DECODED_METHODS = ("mxfp4", "fp8", "mxfp8", "compressed-tensors")
+"""Quantisations whose weights transformers decodes as it loads them."""
+QUANTISERS_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Descriptions of weights in codes, which transformers takes for plain ones."""
+SCALE = re.compile(r"(?P<codes>.*(weight|_proj))_scale(_inv)?$")
+"""Names of scales, and of their codes."""
 
 
 def read_config(model: str | Path, **hub: Any) -> Any:
@@ -86,30 +92,60 @@ def _is_model_class(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
-def dequantising(config: Any) -> dict[str, Any]:
-    """Options with which `from_pretrained` turns a quantised checkpoint into plain weights.
+def load_plain(model: str, config: Any, dtype: str = "auto") -> Any:
+    """The model, with plain weights: those of a quantised one are decoded as they are loaded.
+
+    Raises ValueError for a quantisation that transformers cannot undo, or of which it loses scales.
+    """
+    is_coded = require_plain_weights(model, config)
+    options = {"config": config, "dtype": dtype, "trust_remote_code": False}
+    try:
+        loaded, report = model_class(config).from_pretrained(
+            model, output_loading_info=True, **options
+        )
+    except (RuntimeError, ImportError) as error:
+        if not is_coded:
+            raise
+        raise ValueError(_stays_coded(model, f"its weights cannot be ({brief(error)})")) from error
+    unexpected = set(report["unexpected_keys"])
+    for key in sorted(unexpected):
+        scale = SCALE.match(key)
+        if scale is not None and scale["codes"] not in unexpected:
+            raise ValueError(_stays_coded(model, f"it leaves out {key}"))
+    return loaded
+
+
+def require_plain_weights(model: str, config: Any) -> bool:
+    """Have transformers decode the weights of a quantised model; True if it is one.
 
     Raises ValueError for a quantisation that transformers cannot undo.
     """
-    parts = (config, config.get_text_config())
-    found = (getattr(part, "quantization_config", None) for part in parts)
-    described = next((one for one in found if one is not None), None)
+    described = getattr(config, "quantization_config", None)
     if described is None:
-        return {}
-    from transformers.quantizers.auto import AutoQuantizationConfig
+        if getattr(config.get_text_config(), "quantization_config", None) is not None:
+            raise ValueError(_stays_coded(model, "it cannot undo a quantisation of a part"))
+        for name in QUANTISERS_FILES:
+            if (Path(model) / name).is_file():
+                raise ValueError(_stays_coded(model, f"it does not read {name}"))
+        return False
+    fields = described if isinstance(described, dict) else described.to_dict()
+    method = fields.get("quant_method")
+    if method not in DECODED_METHODS:
+        raise ValueError(_stays_coded(model, f"it cannot undo the quantisation {method}"))
+    groups = (fields.get("config_groups") or {}).values()
+    formats = [str(group.get("format")) for group in (fields, *groups)]
+    if any("nvfp4" in name for name in formats):
+        raise ValueError(_stays_coded(model, "it leaves out the global scales of nvfp4"))
+    config.quantization_config = fields | {"dequantize": True}
+    return True
 
-    method = described.get("quant_method")
-    try:
-        quantization = AutoQuantizationConfig.from_dict(described)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"the quantisation {method} cannot be read: {brief(error)}") from error
-    if not hasattr(quantization, "dequantize"):
-        raise ValueError(
-            f"transformers cannot turn the quantisation {method} into plain weights: take the "
-            "model's unquantised twin, which has the same experts"
-        )
-    quantization.dequantize = True
-    return {"quantization_config": quantization}
+
+def _stays_coded(model: str, reason: str) -> str:
+    return (
+        f"transformers cannot turn {model} into plain weights: {reason}; take the model's "
+        f"unquantised twin, which has the same experts, or record a trace with "
+        f"runtime.load({model!r}, record=DIR), which runs it in its own codes"
+    )
 
 
 def read_tokenizer(model: str | Path, **hub: Any) -> Any:

@@ -68,10 +68,12 @@ def load(
         until `model.expertflow.detach()`). Experts of a quantised directory stay in its own 4 or 8
         bits (mxfp4, fp8, int4, nvfp4); their weights are those that dequantising it gives.
     predictor: an ONNX file of `predictor.export`.
-    memory: the fraction of all experts' bytes that stays resident, or the bytes ("2GiB") for the
-        model's other weights and the expert slots together. On the CPU the key/value cache comes on
-        top; on a GPU the bytes are for everything: key/value cache, workspace and graphs too. There
-        bfloat16 experts stay packed, so a third more of them fit.
+    memory: the fraction of all experts that stays resident, or the bytes ("2GiB") for the model's
+        other weights and the expert slots together. On the CPU the key/value cache comes on top; on
+        a GPU the bytes are for everything: key/value cache, workspace and graphs too. There
+        bfloat16 experts stay packed, so a third more of them fit, and slots hold the checkpoint's
+        own codes where kernels run them (`model.expertflow.decode_path` says "graph", or why not);
+        elsewhere they hold decoded weights, of two to four times the bytes.
     policy: "lru", "lfu", "predicted" or "belady"; by default "predicted" with a predictor, else
         "lru".
     device: where the model computes ("cuda", "cuda:1", 1, "cpu"); by default a GPU for a path, if

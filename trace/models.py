@@ -31,9 +31,10 @@ def load_skeleton(settings: CollectSettings) -> PreTrainedModel:
     """The model without weights, on the meta device."""
     import torch
 
-    from routing.pretrained import model_class, read_config
+    from routing.pretrained import model_class, read_config, require_plain_weights
 
     config = read_config(settings.model)
+    require_plain_weights(settings.model, config)
     with torch.device("meta"):
         skeleton: PreTrainedModel = model_class(config)(config)
     return skeleton
@@ -43,14 +44,12 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
     """The model, in eval mode on its device. Raises ValueError or OSError."""
     import torch
 
-    from routing.pretrained import dequantising, model_class, read_config
+    from routing.pretrained import load_plain, read_config
 
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {settings.device}: torch sees no CUDA device here")
     config = read_config(settings.model)
-    model: PreTrainedModel = model_class(config).from_pretrained(
-        settings.model, dtype=settings.dtype, trust_remote_code=False, **dequantising(config)
-    )
+    model: PreTrainedModel = load_plain(settings.model, config, settings.dtype)
     return model.eval().to(settings.device)
 
 

@@ -16,7 +16,9 @@ class CollectSettings:
     """
 
     model: str
-    """Hugging Face model: a directory or an id on the Hub."""
+    """Hugging Face model: a directory or an id on the Hub. A quantised one is decoded as it is
+    loaded, if transformers can (mxfp4, fp8, most of compressed-tensors); `runtime.load(...,
+    record=DIR)` records a trace of any other, or of one too large for memory."""
     dataset: list[str]
     """Data sets: names on the Hub (`name` or `name:config`), files (.txt, .md, .jsonl, .json, .csv,
     .tsv, .parquet, .arrow; text also as .gz, .bz2 or .xz), folders of such files, and folders that

@@ -74,6 +74,22 @@ MIXTRAL_8X7B = Shape(
         "vocab_size": 32000,
     },
 )
+GPT_OSS_20B = Shape(
+    name="gpt-oss-20b",
+    model_type="gpt_oss",
+    options={
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+    },
+)
 TINY = Shape(
     name="tiny",
     model_type="olmoe",
@@ -86,7 +102,7 @@ TINY = Shape(
         "vocab_size": 12288,
     },
 )
-SHAPES = {shape.name: shape for shape in (OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, TINY)}
+SHAPES = {shape.name: shape for shape in (OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, GPT_OSS_20B, TINY)}
 
 
 def shape_named(name: str) -> Shape:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,12 +36,40 @@ def main(settings: KernelsSettings) -> None:
         "settings": settings_json(settings),
     }
     print_facts(facts)
-    bench = Bench(settings.shape, device, settings.repeats)
-    rows = [row for row in _measured(settings, bench) if row.seconds < math.inf]
-    print_kernels(rows)
-    result = facts | {"rows": [row._asdict() for row in rows]}
+    rows = []
+    if settings.encodings:
+        benches = _coded(settings, device)
+    else:
+        benches = iter([("", Bench(settings.shape, device, settings.repeats))])
+    for encoding, bench in benches:
+        measured = [row for row in _measured(settings, bench) if row.seconds < math.inf]
+        print_kernels(measured, f"Tiles {settings.shape} {encoding}")
+        rows += [{"encoding": encoding} | row._asdict() for row in measured]
+    result = facts | {"rows": rows}
     save(result, settings.out)
     print(json.dumps(result), flush=True)
+
+
+def _coded(settings: KernelsSettings, device: Any) -> Iterator[tuple[str, Any]]:
+    """A bench for each encoding, whose kernels were found right."""
+    import torch
+
+    from benchmarks.kernels.coded import CodedBench
+    from benchmarks.kernels.compiling import compile_ahead
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        start = time.perf_counter()
+        number = compile_ahead(
+            settings.shape, settings.encodings, settings.batches, 10 * major + minor
+        )
+        print(f"{number} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    for encoding in settings.encodings:
+        bench = CodedBench(settings.shape, encoding, device, settings.repeats)
+        for batch in settings.batches:
+            bench.check(batch)
+        print(f"{settings.shape} {encoding}: right at batches {settings.batches}", flush=True)
+        yield encoding, bench
 
 
 def _measured(settings: KernelsSettings, bench: Any) -> Iterator[TimedKernel]:

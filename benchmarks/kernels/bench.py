@@ -20,14 +20,14 @@ from routing.layers import Routes, find_moe_layers
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policies import LRU
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.decode.experts_call import FETCHERS, ExpertsCall
+from runtime.cuda.decode.experts_call import FETCHERS, Blocks, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
 from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned_experts import unpack_blocks
 from runtime.cuda.prefill.grouped_experts import Products, Tiles, table_of
 from runtime.engine.experts import sort_pairs, spans_of
-from runtime.weights.arena import Spec
+from runtime.weights.arena import Spec, Specs
 
 TURNS = 8
 """Sets of experts used in turn."""
@@ -44,11 +44,15 @@ class Bench:
         assert isinstance(layout, KernelLayout)
         self._layout, self._device, self._repeats = layout, device, repeats
         self._num_experts, self._top_k = layer.num_experts, layer.top_k
-        block = ExpertBlock(stored_specs(specs, layout))
+        self._fill(stored_specs(specs, layout))
+
+    def _fill(self, specs: Specs) -> None:
+        """Draw the experts: as they are, and as slots hold them."""
+        block = ExpertBlock(specs)
         shape_EN = self._num_experts, block.units
-        self._weights_EN = torch.empty(shape_EN, dtype=torch.int16, device=device)
+        self._weights_EN = torch.empty(shape_EN, dtype=torch.int16, device=self._device)
         for block_N in self._weights_EN:
-            block_N.view(layout.dtype).normal_(0, 0.02)
+            block_N.view(self._layout.dtype).normal_(0, 0.02)
         self._block = block.packed(PATCHES[0] if block.can_pack else 0)
         stored = [self._block.store(block_N) for block_N in self._weights_EN]
         self._slots_SN = torch.stack([stored_N for stored_N in stored if stored_N is not None])
@@ -134,7 +138,7 @@ class Bench:
             "plan": (lambda one: one[0]._run_plan(0, one[2]), 0),
         }
         for name, (launch, matrices) in kernels.items():
-            for blocks in block_candidates(name, in_use, self._layout) if matrices else [in_use]:
+            for blocks in self._candidates(name, in_use) if matrices else [in_use]:
                 for call, *_ in calls:
                     call._blocks = blocks
                 seconds = self._seconds(_in_turn(launch, calls))
@@ -142,6 +146,9 @@ class Bench:
                 yield self._timed(
                     name, batch, candidate, blocks == in_use, seconds, matrices, num_used
                 )
+
+    def _candidates(self, kernel: str, in_use: Blocks) -> list[Blocks]:
+        return block_candidates(kernel, in_use, self._layout)
 
     def _planned(
         self, batch: int, turn: int

@@ -47,6 +47,34 @@ def blocks(kernel: str, in_use: Blocks, layout: KernelLayout) -> list[Blocks]:
     return list(dict.fromkeys(found))
 
 
+CODED = {
+    ("gate_up", True): [
+        (8, 1024, 4), (4, 1024, 4), (4, 1024, 2), (8, 1024, 8), (16, 1024, 8), (8, 512, 4),
+        (4, 2048, 4), (8, 2048, 8),
+    ],
+    ("down", True): [
+        (4, 1024, 4), (8, 1024, 4), (8, 1024, 8), (4, 1024, 8), (2, 1024, 2), (4, 512, 2),
+        (8, 512, 4), (16, 512, 8),
+    ],
+    ("gate_up", False): [(32, 128, 4), (16, 128, 4), (16, 256, 4), (32, 256, 8)],
+    ("down", False): [(32, 128, 4), (16, 128, 4), (16, 256, 4), (32, 256, 8)],
+}  # fmt: skip
+"""Rows, columns and warps of kernels that decode, by kernel and whether it has a single token."""
+
+
+def coded_blocks(kernel: str, in_use: Blocks, layout: KernelLayout) -> list[Blocks]:
+    """Candidates for one decode kernel over experts in codes, the one in use first."""
+    limit = triton.next_power_of_2(layout.hidden if kernel == "gate_up" else layout.width)
+    names = ["rows", "columns", "warps"]
+    if kernel == "down":
+        names = [f"down_{name}" for name in names]
+    found = [in_use]
+    for rows, columns, warps in CODED[kernel, in_use.padded == 1]:
+        sizes = rows, min(columns, limit), warps
+        found.append(in_use._replace(**dict(zip(names, sizes, strict=True))))
+    return list(dict.fromkeys(found))
+
+
 def blocks_text(kernel: str, blocks: Blocks) -> str:
     """The sizes of a kernel's blocks, as the table shows them."""
     if kernel == "gate_up":

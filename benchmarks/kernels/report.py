@@ -18,12 +18,12 @@ class TimedKernel(NamedTuple):
     operations: float
 
 
-def print_kernels(rows: list[TimedKernel]) -> None:
+def print_kernels(rows: list[TimedKernel], title: str) -> None:
     """Print, for every kernel and number of tokens, the candidate in use and the best."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Tiles", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for head in ("kernel", "tokens", "in use", "us", "GB/s", "TFLOP/s", "best", "us", "saves"):
         table.add_column(head, justify="left" if head in ("in use", "best") else "right")
     for kernel, tokens in dict.fromkeys((row.kernel, row.tokens) for row in rows):

@@ -28,15 +28,14 @@ class Routed(NamedTuple):
 
 def load_model(name: str, topology: Topology, *, device: str) -> Any:
     """Load the model `name` in eval mode. Raises ValueError unless its topology is `topology`."""
-    from routing.pretrained import dequantising, model_class, read_config
+    from routing.pretrained import load_plain, read_config
 
     config = read_config(name)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{name} is an encoder-decoder model: look-ahead is for decoder-only models"
         )
-    options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": False} | dequantising(config)
-    model = model_class(config).from_pretrained(name, **options).eval().to(device)
+    model = load_plain(name, config).eval().to(device)
     topology_of(model).require_match(topology, ours=f"the model {name}", theirs="the trace")
     return model
 

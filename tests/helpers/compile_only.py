@@ -1,6 +1,7 @@
 """The GPU engine's kernels, compiled for an architecture that is not here.
 
     python -m tests.helpers.compile_only 90 olmoe-7b gpt-oss-20b
+    python -m tests.helpers.compile_only 90 gpt-oss-20b:mxfp4
 
 Launches are caught, so nothing runs: what Triton and ptxas make of the kernels at the sizes of
 published models comes back, one JSON line a kernel: its name, registers a thread, bytes of shared
@@ -10,11 +11,13 @@ memory, and bytes of stack (spilled registers).
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,8 +43,14 @@ from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.memory.pinned_experts import unpack_blocks
 from runtime.cuda.prefill.grouped_experts import TILES, Products
-from tests.helpers.device_twins import specs_of
+from runtime.weights.encodings.encoding import Encoding
+from runtime.weights.encodings.fp8_block import FP8Block
+from runtime.weights.encodings.int4_group import Int4Group
+from runtime.weights.encodings.mxfp4 import MXFP4
+from runtime.weights.encodings.nvfp4 import NVFP4
+from tests.helpers.device_twins import coding_of, specs_of
 from tests.helpers.fake_cuda import without_streams
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -125,17 +134,31 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros((), dtype=dtype).expand(shape)
 
 
-class Kernels:
-    """Launches every kernel at one size, of packed bfloat16 experts."""
+ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
+    "mxfp4": lambda n, k: MXFP4(),
+    "fp8": lambda n, k: FP8Block(rows=math.gcd(n, 128), columns=128),
+    "fp8-row": lambda n, k: FP8Block(columns=k, product=torch.bfloat16),
+    "mxfp8": lambda n, k: FP8Block(columns=32, scale=torch.uint8),
+    "int4": lambda n, k: Int4Group(columns=math.gcd(k, 128)),
+    "int4-zeros": lambda n, k: Int4Group(columns=16, scale=torch.float16, zeros=True),
+    "nvfp4": lambda n, k: NVFP4(rows=n, divides=True),
+}
+"""Of a matrix [N, K]; as `size:encoding` they follow a size."""
 
-    def __init__(self, size: Size) -> None:
+
+class Kernels:
+    """Launches every kernel at one size, of packed bfloat16 experts or of those in an encoding."""
+
+    def __init__(self, size: Size, encoding: str = "") -> None:
         self.size = size
         self.layout = KernelLayout(
             hidden=size.hidden, width=size.width, transposed=size.is_oss, has_bias=size.is_oss,
             activation="clamped_swiglu" if size.is_oss else "silu", alternating=size.is_oss,
             dtype=torch.bfloat16,
         )  # fmt: skip
-        self.expert_block = ExpertBlock(specs_of(self.layout), PATCHES[0])
+        specs = specs_of(self.layout)
+        coding = coding_of(specs, ENCODINGS[encoding]) if encoding else None
+        self.expert_block = ExpertBlock(specs, 0 if encoding else PATCHES[0], coding)
         self.slots_SN = empty(size.num_slots, self.expert_block.stored_units, dtype=torch.int16)
         self.layers = [
             empty(size.num_experts, self.expert_block.stored_units, dtype=torch.int16)
@@ -189,13 +212,26 @@ class Kernels:
         dense.head(SimpleNamespace(weight=weight, bias=None), x)
 
 
+def compile_coded(kernels: Kernels) -> None:
+    """What reads experts in codes: decoding steps of one token and of several, and prefill."""
+    kernels.decode(1, LRU, prefetch=False)
+    kernels.decode(8, LRU, prefetch=False)
+    workspace_RN = empty(4, kernels.expert_block.units, dtype=torch.int16)
+    picked = torch.zeros(4, dtype=torch.int32)
+    unpack_blocks(kernels.expert_block, kernels.slots_SN, picked, workspace_RN)
+
+
 def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
     """What every kernel takes, at the named sizes."""
     compiler = Compiler(capability)
     with pytest.MonkeyPatch.context() as patch:
         without_streams(patch)
         for name in names:
-            kernels = Kernels(SIZES[name])
+            size, _, encoding = name.partition(":")
+            if encoding:
+                compile_coded(Kernels(SIZES[size], encoding))
+                continue
+            kernels = Kernels(SIZES[size])
             for batch in (1, 8, 32):
                 kernels.decode(batch, PredictedReuse, prefetch=True)
                 kernels.attend(batch)

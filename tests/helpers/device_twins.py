@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from runtime.cuda.decode.experts_call import ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, activate
 from runtime.cuda.memory.packing import PATCHES
-from runtime.weights.arena import Spec
+from runtime.weights.arena import Spec, Specs
+from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
+from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
 from tests.helpers import interpreter
 
 interpreter.mend()
@@ -34,6 +37,7 @@ class Twin:
         num_slots: int = 8,
         batch: int = 1,
         packed: bool = False,
+        encoding: Callable[[int, int], Encoding] | None = None,
         **layout: Any,
     ) -> None:
         given: dict[str, Any] = {"hidden": 40, "width": 24}
@@ -41,7 +45,9 @@ class Twin:
         given |= {"transposed": False, "has_bias": False, "dtype": torch.float32}
         self.layout = KernelLayout(**(given | layout))
         self.packed = packed
-        self.expert_block = ExpertBlock(specs_of(self.layout), PATCHES[0] if packed else 0)
+        specs = specs_of(self.layout)
+        coding = coding_of(specs, encoding) if encoding else None
+        self.expert_block = ExpertBlock(specs, PATCHES[0] if packed else 0, coding)
         shape = num_layers, num_experts, self.expert_block.units
         self.expert_blocks = torch.zeros(shape, dtype=torch.int16)
         for view in self.expert_block.views(self.expert_blocks).values():
@@ -57,6 +63,8 @@ class Twin:
         )
 
     def _layer(self, records_EN: Tensor) -> Tensor:
+        if self.expert_block.coding:
+            return draw_coded(self.expert_block, records_EN)
         if not self.expert_block.patches:
             return records_EN
         stored = [self.expert_block.store(block_N) for block_N in records_EN]
@@ -93,6 +101,47 @@ def specs_of(layout: KernelLayout) -> dict[str, Spec]:
     if layout.has_bias:
         shapes |= {"gate_up_proj_bias": (2 * layout.width,), "down_proj_bias": (layout.hidden,)}
     return {name: Spec(size, layout.dtype) for name, size in shapes.items()}
+
+
+def coding_of(specs: Specs, encoding: Callable[[int, int], Encoding]) -> Coding:
+    """Both matrices in an encoding, given by the size [N, K] of one of those that are stacked."""
+    coding = {}
+    for name, stacked in (("gate_up_proj", 2), ("down_proj", 1)):
+        rows, columns = specs[name].shape
+        coding[name] = CodedMatrix(encoding(rows // stacked, columns), (rows, columns), False)
+    return coding
+
+
+def draw_coded(block: ExpertBlock, blocks_EN: Tensor) -> Tensor:
+    """Random blocks in codes, and what they decode to in plain ones, which are filled."""
+    stored_EN = torch.zeros(len(blocks_EN), block.stored_units, dtype=torch.int16)
+    decoded, stored = block.views(blocks_EN), block.stored_views(stored_EN)
+    for name, view in decoded.items():
+        if name not in block.coding:
+            stored[name].copy_(view)
+            continue
+        matrix = block.coding[name]
+        parts = {part: stored[part_name(name, part)] for part in matrix.parts}
+        draw_parts(parts)
+        for expert in range(len(blocks_EN)):
+            one = {part: tensor[expert] for part, tensor in parts.items()}
+            matrix.decode(one, view[expert])
+    return stored_EN
+
+
+def draw_parts(parts: Mapping[str, Tensor]) -> None:
+    """Fill the parts of matrices so that weights are about 0.3."""
+    for name, part in parts.items():
+        if name == CODES and part.dtype == torch.uint8:
+            part.random_(0, 256)
+        elif name == CODES:
+            part.copy_((torch.randn(part.shape) * 60).clamp(-448, 448))
+        elif part.dtype == torch.uint8:
+            part.random_(*((122, 126) if name == SCALES else (0, 16)))
+        elif part.dtype == torch.float8_e4m3fn:
+            part.copy_(torch.rand(part.shape) * 40 + 1)
+        else:
+            part.copy_(torch.rand(part.shape) * 6e-3 + 1e-3)
 
 
 def routes(rng: np.random.Generator, batch: int, num_experts: int, top_k: int) -> Tensor:

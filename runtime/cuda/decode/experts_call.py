@@ -49,14 +49,24 @@ class Blocks(NamedTuple):
     """Tokens, padded to the least size of a matrix product (1 needs none)."""
 
     @staticmethod
-    def of(num_tokens: int, layout: KernelLayout) -> Blocks:
-        """One token streams long rows; several go through the tensor cores in squarer tiles."""
+    def of(num_tokens: int, layout: KernelLayout, block: ExpertBlock) -> Blocks:
+        """One token streams long rows; several go through the tensor cores in squarer tiles.
+
+        Matrices in codes have gate and up rows in one tile. Sizes are by `benchmarks.kernels` on an
+        H200.
+        """
+        coded = bool(block.coding)
         if num_tokens == 1:
             columns = min(1024, triton.next_power_of_2(layout.hidden))
             inner = min(1024, triton.next_power_of_2(layout.width))
-            return Blocks(8, columns, 4, 4, inner, 4, 1, 1)
+            rows = 8
+            if coded and layout.hidden > 2048:
+                rows = 4
+            elif coded:
+                columns = min(512, columns)
+            return Blocks(rows, columns, 4, 4, inner, 4, 1, 1)
         padded = max(16, triton.next_power_of_2(num_tokens))
-        columns = 2 * LEAST_COLUMNS if padded == 16 else LEAST_COLUMNS
+        columns = 2 * LEAST_COLUMNS if padded == 16 and not coded else LEAST_COLUMNS
         return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
 
 
@@ -111,7 +121,7 @@ class ExpertsCall:
         self.prefetches = prefetch
         self._routers = routers or [None] * cache.num_layers
         self._forecast = forecast
-        self._blocks = Blocks.of(batch, layout)
+        self._blocks = Blocks.of(batch, layout, block)
         self.max_used = min(cache.num_experts, batch * top_k)
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
         self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)

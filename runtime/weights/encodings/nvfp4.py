@@ -6,7 +6,7 @@ All scales of a matrix share one more, in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -75,8 +75,9 @@ class NVFP4(Encoding):
         scales = parts[SCALES].float()
         global_scales = parts[GLOBAL_SCALES].repeat_interleave(self.rows, 0)[:, None]
         scales = scales / global_scales if self.divides else scales * global_scales
+        by_row = replace(self, rows=1)  # only the global scales are shared by rows
         return decode_blocks(
-            self, parts[CODES], partial(unpack_e2m1, dtype=torch.float32), scales, dtype
+            by_row, parts[CODES], partial(unpack_e2m1, dtype=torch.float32), scales, dtype
         )
 
 

@@ -25,9 +25,9 @@ MOST_STACK = 64
 """Bytes a thread: a few spilled registers cost nothing, arrays in memory would."""
 
 
-def compiled(capability: int, name: str, cache: Path) -> list[dict[str, Any]]:
+def compiled(capability: int, cache: Path, *names: str) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.compile_only", str(capability), name],
+        [sys.executable, "-m", "tests.helpers.compile_only", str(capability), *names],
         capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"TRITON_CACHE_DIR": str(cache)},
     )  # fmt: skip
@@ -37,7 +37,7 @@ def compiled(capability: int, name: str, cache: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("capability", "name"), [(80, "olmoe-7b"), (90, "gpt-oss-20b")])
 def test_every_kernel_compiles_and_fits_any_gpu(capability: int, name: str, tmp_path: Path) -> None:
-    kernels = compiled(capability, name, tmp_path)
+    kernels = compiled(capability, tmp_path, name)
     assert {kernel["name"] for kernel in kernels} == NAMES
     assert all(kernel["shared"] <= LEAST_SHARED for kernel in kernels)
     assert all(kernel["stack"] <= MOST_STACK for kernel in kernels)
@@ -45,8 +45,25 @@ def test_every_kernel_compiles_and_fits_any_gpu(capability: int, name: str, tmp_
 
 def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     """Where a layer's entries lie in a shared tensor is no reason to compile anew."""
-    counts = Counter(kernel["name"] for kernel in compiled(90, "olmoe-7b", tmp_path))
+    counts = Counter(kernel["name"] for kernel in compiled(90, tmp_path, "olmoe-7b"))
     assert counts["_attend"] == counts["fetch"] == counts["pick"] == 1
     assert counts["plan"] == 3 + 3  # prefetching for batches 1, 8, 32; three rules without
     assert counts["gate_up"] == 8  # residents and fetched, for each batch; once more without
     assert counts["down"] == 3
+
+
+CODED = {
+    80: ["olmoe-7b:fp8", "olmoe-7b:int4-zeros", "olmoe-7b:nvfp4"],
+    90: ["gpt-oss-20b:mxfp4", "olmoe-7b:mxfp8", "olmoe-7b:int4", "olmoe-7b:fp8-row"],
+    120: ["gpt-oss-20b:mxfp4", "gpt-oss-20b:int4-zeros"],
+}
+
+
+@pytest.mark.parametrize("capability", CODED)
+def test_kernels_of_experts_in_codes_compile_and_fit_any_gpu(
+    capability: int, tmp_path: Path
+) -> None:
+    kernels = compiled(capability, tmp_path, *CODED[capability])
+    assert {"gate_up", "down", "decode"} <= {kernel["name"] for kernel in kernels}
+    assert all(kernel["shared"] <= LEAST_SHARED for kernel in kernels)
+    assert all(kernel["stack"] <= MOST_STACK for kernel in kernels)

@@ -48,7 +48,7 @@ CONFIGS = {
 }
 """transformers' configurations that dequantise, by method."""
 MISREAD = ("fp8 stacked", "nvfp4 compressed-tensors")
-"""Layouts that the library loads without scales of the experts, or without the global ones."""
+"""Layouts that the library loads without some scales of the experts."""
 
 Written = Callable[[str], tuple[Path, Path]]
 

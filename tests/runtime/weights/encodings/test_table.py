@@ -116,6 +116,15 @@ def test_block_is_found_by_the_shape_of_the_scales(shape: tuple[int, ...]) -> No
     assert encoding == expected
 
 
+def test_cut_block_is_the_one_that_the_configuration_names() -> None:
+    stored: Tensors = {WEIGHT: ("F8_E4M3", (192, 128)), SCALES: ("F32", (2, 1))}
+    matrix = find_all(entries(stored), FP8)[WEIGHT]
+    scales = matrix.convert({"scales": torch.tensor([[1.0], [2.0]])})["scales"]
+    codes = torch.ones(192, 128).to(E4M3)
+    weights = matrix.encoding.decode({"codes": codes, "scales": scales}, torch.float32)
+    assert weights[:, 0].tolist() == [1.0] * 128 + [2.0] * 64
+
+
 def test_scales_are_repeated_where_blocks_do_not_divide_the_rows() -> None:
     stored: Tensors = {WEIGHT: ("F8_E4M3", (576, 200)), SCALES: ("F32", (5, 2))}
     matrix = find_all(entries(stored), FP8)[WEIGHT]

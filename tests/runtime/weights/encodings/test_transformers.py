@@ -106,6 +106,13 @@ def test_packed_codes_of_deepseek_are_those_of_mxfp4(dtype: torch.dtype) -> None
     assert are_same(MXFP4().decode({CODES: codes, SCALES: scales}, dtype), expected)
 
 
+def test_transformers_takes_another_block_where_the_last_one_is_cut() -> None:
+    """When this fails, it takes the configured one, as `find` does: 128 rows, then 64."""
+    codes, scales = torch.ones(192, 128).to(torch.float8_e4m3fn), torch.tensor([[1.0], [2.0]])
+    weights = Fp8Dequantize(None)._dequantize_one(codes, scales, FP32)
+    assert weights[:, 0].tolist() == [1.0] * 96 + [2.0] * 96
+
+
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("layouts")
@@ -132,7 +139,8 @@ def test_model_has_the_weights_that_transformers_loads(
     for name, (module, word) in NEEDED.items():
         if name in layout and word not in inspect.getsource(module):
             pytest.skip(f"this version of transformers cannot load {name}")
-    expected, found = loaded_and_decoded(*directories(layout), tmp_path, dtype)
+    plain, quantised = directories(layout)
+    expected, found = loaded_and_decoded(plain, quantised, tmp_path, dtype)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():  # transformers may leave some in the stored format
         assert are_same(found[name], tensor.to(found[name].dtype)), name
@@ -173,8 +181,9 @@ def test_layouts_left_out_are_those_that_transformers_cannot_load(
         return
     if method == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
+    plain, quantised = directories(layout)
     try:
-        expected, found = loaded_and_decoded(*directories(layout), tmp_path, BF16)
+        expected, found = loaded_and_decoded(plain, quantised, tmp_path, BF16)
     except (RuntimeError, ValueError):
         return
     assert not all(are_same(found[name], tensor) for name, tensor in expected.items())
