@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.encodings.__main__ import main
-from benchmarks.encodings.settings import EncodingsSettings
+from benchmarks.rounding.__main__ import main
+from benchmarks.rounding.settings import EncodingsSettings
 from tests.helpers.tiny import save_tiny
 
 

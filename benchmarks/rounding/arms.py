@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.encodings.settings import EncodingsSettings
+from benchmarks.rounding.settings import EncodingsSettings
 from routing.layers import find_moe_layers
 from runtime.conversion.activations import LayerInputs, record_inputs
 from runtime.conversion.encoded_store import EncodedStore, Rounding

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.common.report import number, print_table
-from benchmarks.encodings.arms import Arm
-from benchmarks.encodings.routes import Replay
+from benchmarks.rounding.arms import Arm
+from benchmarks.rounding.routes import Replay
 
 POLICIES = ("lru", "lfu", "predicted", "belady")
 

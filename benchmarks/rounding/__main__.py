@@ -1,6 +1,6 @@
 """Lossy encodings of one model, each under several roundings of equal size.
 
-    python -m benchmarks.encodings --model DIR --text FILES --calibration OTHER_FILES
+    python -m benchmarks.rounding --model DIR --text FILES --calibration OTHER_FILES
 
 Every conversion runs over the same text as the original: perplexity, KL divergence, agreement of
 greedy tokens given the true text. The routes of the last rounding are replayed through caches, with
@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.encodings.settings import EncodingsSettings
+from benchmarks.rounding.settings import EncodingsSettings
 from routing.cli import run
 from routing.process.cores import wait_passively
 
 if TYPE_CHECKING:
-    from benchmarks.encodings.arms import Arm
-    from benchmarks.encodings.routes import Replay
+    from benchmarks.rounding.arms import Arm
+    from benchmarks.rounding.routes import Replay
 
 
 def main(settings: EncodingsSettings) -> None:
@@ -32,13 +32,13 @@ def main(settings: EncodingsSettings) -> None:
 
     from benchmarks.common.machine import command, machine
     from benchmarks.common.report import print_facts, save, settings_json
-    from benchmarks.encodings.arms import convert_all, measure
-    from benchmarks.encodings.report import print_quality, print_replays
+    from benchmarks.rounding.arms import convert_all, measure
+    from benchmarks.rounding.report import print_quality, print_replays
 
     transformers.utils.logging.set_verbosity_error()
     facts = {
         "machine": machine(torch.device(settings.device)),
-        "command": command("benchmarks.encodings"),
+        "command": command("benchmarks.rounding"),
         "settings": settings_json(settings),
     }
     print_facts(facts)
@@ -57,8 +57,8 @@ def main(settings: EncodingsSettings) -> None:
 
 
 def _replays(settings: EncodingsSettings, arms: list[Arm], routes: Path) -> list[Replay]:
-    from benchmarks.encodings.arms import ORIGINAL
-    from benchmarks.encodings.routes import replay
+    from benchmarks.rounding.arms import ORIGINAL
+    from benchmarks.rounding.routes import replay
     from routing.predictor_file.reader import open_predictor
 
     if settings.replay_documents == 0:
@@ -75,4 +75,4 @@ def _json(arm: Arm) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, EncodingsSettings, prog="python -m benchmarks.encodings")
+    run(main, EncodingsSettings, prog="python -m benchmarks.rounding")
