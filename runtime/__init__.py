@@ -14,6 +14,7 @@ prediction/  the route predictor beside the model
 kv/          key/value caches
 engine/      hooks on the model, and experts out of slots
 cuda/        captured decode steps, kernels, pinned and packed experts
+conversion/  lossy copies in a smaller encoding, and what they lost
 serving/     many requests at once; server/: OpenAI's API over HTTP
 simulation/  policies and predictors on recorded traces
 plan, prepare, simulate, batch   commands: `python -m runtime.plan` ...

@@ -1,20 +1,28 @@
 """Rewrite a model's experts into one file of contiguous, page-aligned blocks.
 
 python -m runtime.prepare MODEL OUT            write OUT, which runtime.load takes as a model
+python -m runtime.prepare MODEL OUT --encoding int4    a LOSSY copy, and what it lost
 python -m runtime.prepare OUT --verify         compare a prepared model with its checksums
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from routing.cli import run
+from routing.process.cores import wait_passively
+from runtime.conversion.settings import ConversionSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
-    """Rewrite a model's experts so that each is one contiguous block, or verify such a model."""
+class PrepareSettings(ConversionSettings):
+    """Rewrite a model's experts so that each is one contiguous block, or verify such a model.
+
+    The copy is exact: experts in codes of 4 or 8 bits keep their codes. With --encoding, experts of
+    plain weights are rounded to a smaller encoding: a lossy copy, never made unless asked for.
+    """
 
     model: str
     """Model: a directory or an id on the Hub. With --verify, a prepared directory."""
@@ -35,31 +43,79 @@ def prepare(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    encoding: str | None = None,
+    **options: Any,
 ) -> Path:
     """Write a prepared copy of `model` to `out`, completely or not at all. Returns `out`.
 
-    The copy keeps the dtype of the checkpoint. Only `runtime.load` can read it: it has no weights
-    under the names that transformers looks for. Raises ValueError for a model that `runtime.load`
-    would refuse, and if `out` exists.
+    encoding: round the experts to "mxfp4", "int4", "fp8" or "nvfp4". The copy is then LOSSY, and
+        says so: `model.expertflow.encoding`, README.md and conversion.json in `out`.
+    options: other fields of `ConversionSettings`, for a lossy copy: the texts to calibrate and to
+        measure on, the rounding, the device.
+
+    Without `encoding` the copy keeps the dtype and the codes of the checkpoint. Only `runtime.load`
+    can read it: it has no weights under the names that transformers looks for. Raises ValueError
+    for a model that `runtime.load` would refuse, and if `out` exists.
     """
-    from runtime.weights.preparation import write_prepared
     from runtime.weights.repository.hub import HubOptions
 
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
-    return write_prepared(model, out, hub)
+    settings = ConversionSettings(encoding=encoding, **options)
+    if encoding is None:
+        from runtime.weights.prepared.writer import write_prepared
+
+        if options:
+            raise ValueError(f"{', '.join(options)}: nothing without encoding=")
+        return write_prepared(model, out, hub)
+    from runtime.conversion.convert import convert
+
+    convert(model, out, settings, hub)
+    return Path(out)
 
 
 def main(settings: PrepareSettings) -> None:
     """Prepare a model, or verify a prepared one."""
+    wait_passively()
     if settings.verify:
-        from runtime.weights.prepared_store import verify
+        from runtime.weights.prepared.checksums import verify
 
         print(f"{settings.model}: {verify(Path(settings.model)):,} experts are intact")
     elif settings.out is None:
         raise ValueError("say where to write the prepared model: runtime.prepare MODEL OUT")
-    else:
+    elif settings.encoding is None:
+        _refuse_lonely(settings)
         hub = {"revision": settings.revision, "cache_dir": settings.cache_dir}
         print(f"{prepare(settings.model, settings.out, **hub)} is ready for runtime.load")
+    else:
+        _convert(settings, settings.out)
+
+
+def _refuse_lonely(settings: PrepareSettings) -> None:
+    """Raise ValueError for options of a conversion where none is asked for."""
+    plain = ConversionSettings()
+    names = [
+        f"--{field.name}"
+        for field in fields(ConversionSettings)
+        if getattr(settings, field.name) != getattr(plain, field.name)
+    ]
+    if names:
+        raise ValueError(f"{', '.join(names)}: nothing without --encoding")
+
+
+def _convert(settings: PrepareSettings, out: str) -> None:
+    """Convert a model, and print what it cost."""
+    from rich.console import Console
+
+    from runtime.conversion.card import NOT_MEASURED, table
+    from runtime.conversion.convert import convert
+    from runtime.weights.repository.hub import HubOptions
+
+    hub = HubOptions(revision=settings.revision, cache_dir=settings.cache_dir)
+    report = convert(settings.model, out, settings, hub)
+    Console().print(table(report))
+    if report.quality is None:
+        print(NOT_MEASURED)
+    print(f"{out} is ready for runtime.load; it is not the original: {report.line}")
 
 
 if __name__ == "__main__":
@@ -68,5 +124,10 @@ if __name__ == "__main__":
         PrepareSettings,
         prog="python -m runtime.prepare",
         positional=["model", "out"],
-        examples=["DIR PREPARED", "PREPARED --verify"],
+        examples=[
+            "DIR PREPARED",
+            "DIR SMALLER --encoding int4",
+            "DIR SMALLER --encoding mxfp4 --calibration some.txt --text other.txt",
+            "PREPARED --verify",
+        ],
     )

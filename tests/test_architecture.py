@@ -33,7 +33,7 @@ FLOORS = (
     ("engine", "simulation"),
     ("cuda",),
     ("loading", "offloaded_model"),
-    ("serving",),
+    ("serving", "conversion"),
     ("server", "batch", "simulate", "plan", "prepare"),
 )
 """The rooms of runtime/, low to high: packages, and the modules that lie beside them."""

@@ -25,7 +25,14 @@ def save(result: Mapping[str, Any], out: Path | None) -> None:
 
 def settings_json(settings: Any) -> dict[str, Any]:
     """A settings dataclass as JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+    return {name: _plain(value) for name, value in asdict(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    """Paths, lists of them too, as text."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def require_matplotlib(plots: Path | None) -> None:

@@ -35,6 +35,8 @@ class Stats:
     codes."""
     encoding: str | None = None
     """Encoding of the experts in their checkpoint, e.g. "mxfp4"; None if they are plain."""
+    loss: str | None = None
+    """A line about experts that are not the original model's any more; None where they are."""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -179,9 +181,9 @@ class Stats:
         counts = {
             name: getattr(self, name)
             for name in (
-                "policy", "encoding", "num_slots", "total_experts", "steps", "tokens", "hits",
-                "late", "misses", "evictions", "bytes_loaded", "prefetches", "prefetches_used",
-                "bytes_prefetched", "bytes_wasted",
+                "policy", "encoding", "loss", "num_slots", "total_experts", "steps", "tokens",
+                "hits", "late", "misses", "evictions", "bytes_loaded", "prefetches",
+                "prefetches_used", "bytes_prefetched", "bytes_wasted",
             )
         }  # fmt: skip
         rates = {
@@ -208,6 +210,8 @@ class Stats:
             f"{self.policy}: {self.num_slots} of {self.total_experts}{kind} experts fit, "
             f"{self.tokens} tokens in {self.steps} steps"
         )
+        if self.loss:
+            line = f"{self.loss}; {line}"
         if self.hits + self.late + self.misses:
             line += (
                 f", hit rate {self.hit_rate:.1%}, "

@@ -61,7 +61,7 @@ class Engine:
         self._layers = source.layers
         self._store = source.store
         self._backend = backend
-        backend.stats.encoding = source.encoding
+        backend.stats.encoding, backend.stats.loss = source.encoding, source.store.loss
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
         self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)
@@ -127,6 +127,11 @@ class Engine:
         """Assert that every slot has one owner and that resident + free = capacity."""
         with self._steps.turns:
             self._backend.check_integrity()
+
+    @property
+    def encoding(self) -> str:
+        """How experts are kept: "plain", an encoding, or a line about what a lossy one lost."""
+        return self.stats().loss or self.stats().encoding or "plain"
 
     @property
     def decode_path(self) -> str:

@@ -157,8 +157,10 @@ def _encodings(source: Source) -> list[str]:
         for group in source.groups
         for matrix in group.coding.values()
     }
+    loss = source.store.loss
+    whose = "the checkpoint's own" if loss is None else f"{loss};"
     lines = [
-        f"the checkpoint's own {name}: {number:.4g} bits a weight, "
+        f"{whose} {name}: {number:.4g} bits a weight, "
         f"{PLAIN_BITS / number:.3g} x smaller than bfloat16"
         for name, number in sorted(bits)
     ]

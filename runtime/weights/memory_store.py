@@ -18,6 +18,7 @@ class MemoryStore(SkeletonStore):
 
     def __init__(self, store: SkeletonStore) -> None:
         super().__init__(store.meta_layers, store.layers, store.dtype)
+        self.loss = store.loss
         self._coding = [store.coding(index) for index in range(len(self.layers))]
         self._experts = [
             Arena(self.stored_specs(index), layer.num_experts, torch.device("cpu"))

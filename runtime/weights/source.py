@@ -21,7 +21,8 @@ from runtime.weights.encodings.coded import Coding, stored_specs
 from runtime.weights.files import DTYPES, CheckpointFiles
 from runtime.weights.mapping import CheckpointMapping
 from runtime.weights.memory_store import MemoryStore
-from runtime.weights.prepared_store import RESIDENT, PreparedStore, is_prepared
+from runtime.weights.prepared.manifest import RESIDENT, is_prepared
+from runtime.weights.prepared.store import PreparedStore
 from runtime.weights.quantised.coded_files import CodedFiles, StoredTensor
 from runtime.weights.quantised.parts import empty
 from runtime.weights.quantised.refusals import without_codes, without_scales

@@ -19,6 +19,8 @@ class ExpertStore(ABC):
 
     owns_experts = False
     """True if the experts exist nowhere else, so that they must go back into the model."""
+    loss: str | None = None
+    """A line about experts that are not the original model's any more; None where they are."""
 
     @abstractmethod
     def specs(self, layer: int) -> Specs:

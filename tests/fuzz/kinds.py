@@ -15,7 +15,7 @@ from routing.inspect_model import topology_of
 from routing.predictor_file.reader import open_predictor
 from routing.shards import TraceReader
 from runtime.prepare import prepare
-from runtime.weights.prepared_store import verify
+from runtime.weights.prepared.checksums import verify
 from tests.fuzz.artefacts import Artefact
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import train

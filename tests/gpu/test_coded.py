@@ -59,8 +59,8 @@ RUN = (
 ONE_EACH = ("mxfp4 gpt-oss", "fp8 128x128", "int4 kimi", "nvfp4 modelopt")
 ACROSS = "fp8 stacked"
 """A layout whose codes lie across the rows that kernels read: decoded on arrival."""
-ROUNDING = 0.06
-"""Of bfloat16 logits, where sums have another order."""
+ROUNDING = 0.03
+"""Of bfloat16 logits, as a share of the largest, where sums have another order."""
 
 Written = Callable[[str], tuple[Path, Path]]
 
@@ -98,7 +98,8 @@ def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
     for row, (some, others) in enumerate(zip(ours[0][:, -new:], theirs[0][:, -new:], strict=True)):
         differ = (some != others).nonzero().flatten().tolist()
         stop = differ[0] + 1 if differ else new
-        gap = (ours[1][row, :stop].float() - theirs[1][row, :stop].float()).abs().max()
+        known = theirs[1][row, :stop].float()
+        gap = (ours[1][row, :stop].float() - known).abs().max() / known.abs().max()
         assert gap <= ROUNDING, (row, stop, gap)
 
 
@@ -142,7 +143,8 @@ def test_codes_that_no_kernel_reads_are_decoded_on_arrival(
             engine = model.expertflow
             assert "lie across the rows" in engine.decode_path
             stats, host = engine.stats(), engine._backend._host
-            assert stats.bytes_loaded == stats.misses * host.link_bytes(0)
+            on_demand = stats.bytes_loaded - stats.bytes_prefetched
+            assert on_demand == stats.misses * host.link_bytes(0)
             assert engine._backend.seconds_per_load() > 0
             engine.check_integrity()
     monkeypatch.setattr("runtime.cuda.backend.common_layout", lambda _: "no kernel for tests")

@@ -7,6 +7,7 @@ int4_group      4 bits (whole numbers) and a scale for some neighbours in a row
 integers        its layouts in checkpoints
 nvfp4           4 bits (e2m1), a scale for each 16 and one for all
 table           all encodings, and the matrices of a checkpoint that are in one
+encoders/       plain weights rounded to an encoding, at some loss
 coded           the coded parameters of an expert
 stored_matrix   a coded matrix as a checkpoint keeps it
 stored_parts    checks and conversions of its tensors

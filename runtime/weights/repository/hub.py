@@ -9,7 +9,7 @@ from typing import Any
 
 from routing.pretrained import brief
 from runtime.weights.files import INDEX, SINGLE, Entry, read_index, stored_shape
-from runtime.weights.prepared_store import BLOCKS, RESIDENT, is_prepared
+from runtime.weights.prepared.manifest import BLOCKS, RESIDENT, is_prepared
 
 SMALL = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 """Files of the configuration and of the tokenizer."""

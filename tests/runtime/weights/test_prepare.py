@@ -16,7 +16,8 @@ import runtime
 from routing.process.output_lock import OutputLock
 from runtime.plan import plan
 from runtime.prepare import PrepareSettings, main, prepare
-from runtime.weights.prepared_store import PAGE, read_manifest, verify
+from runtime.weights.prepared.checksums import verify
+from runtime.weights.prepared.manifest import PAGE, read_manifest
 from tests.helpers.architectures import architecture_model, is_known
 from tests.helpers.compatibility import logits
 from tests.helpers.tiny import KINDS, save_tiny
@@ -58,7 +59,7 @@ def test_the_dtype_can_be_chosen(dtype: torch.dtype, prepared: Path) -> None:
 
 
 def test_every_expert_begins_on_a_page_and_is_contiguous(prepared: Path) -> None:
-    layers = read_manifest(prepared)
+    layers = read_manifest(prepared).layers
     starts = [layer.offset(expert) for layer in layers for expert in range(8)]
     assert len(layers) == 4 and len(set(starts)) == 32
     assert all(start % PAGE == 0 for start in starts)
@@ -106,7 +107,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_like_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.weights.preparation._write_layer", interrupt)
+        patch.setattr("runtime.weights.prepared.writer._write_layer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "hub", tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
@@ -124,7 +125,7 @@ def flip(path: Path, place: int) -> None:
 
 def test_a_damaged_block_is_found_by_its_checksum_and_its_expert_named(prepared: Path) -> None:
     assert verify(prepared) == 32
-    layer = read_manifest(prepared)[2]
+    layer = read_manifest(prepared).layers[2]
     flip(prepared / "experts.bin", layer.offset(5) + 17)
     with pytest.raises(ValueError, match=f"expert 5 of {layer.name} is damaged"):
         verify(prepared)
@@ -155,7 +156,9 @@ def test_a_missing_file_is_refused_by_name(name: str, prepared: Path) -> None:
         runtime.load(prepared)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 3, "layers": []}', '{"schema": 1}']
+)
 def test_a_file_that_is_no_manifest_is_refused(text: str, prepared: Path) -> None:
     (prepared / "experts.json").write_text(text)
     with pytest.raises(ValueError, match=r"experts\.json is not a manifest of experts"):

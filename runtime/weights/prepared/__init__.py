@@ -1,0 +1,8 @@
+"""Prepared models (`runtime.prepare`): every expert is one contiguous block of one file.
+
+manifest   the blocks of each layer: offsets, parameters, encodings, checksums
+store      experts read from their blocks
+writer     the blocks written, and what lies beside them
+loss       the loss of a model whose experts are not its original's any more
+checksums  a prepared model compared with its checksums
+"""

@@ -1,0 +1,190 @@
+"""The manifest of a prepared model: what lies where in its file of blocks.
+
+config.json, tokenizer ...    as in the checkpoint
+model.resident.safetensors    all weights but the experts
+experts.bin                   the blocks, each on a page boundary
+experts.json                  the manifest: offsets of each layer's blocks, and their checksums
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from runtime.weights.arena import Spec, Specs, expert_bytes
+from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
+from runtime.weights.encodings.table import from_json, to_json
+
+MANIFEST = "experts.json"
+BLOCKS = "experts.bin"
+VARIANT = "resident"
+RESIDENT = f"model.{VARIANT}.safetensors"
+PLAIN_SCHEMA = 1
+CODED_SCHEMA = 2
+"""Of a model with experts in codes, which the first versions cannot read."""
+PAGE = 4096
+"""Alignment of the blocks in bytes: pages can be registered with a GPU."""
+
+
+class LayerBlocks(NamedTuple):
+    """The blocks of one MoE layer in `experts.bin`."""
+
+    name: str
+    """Name of the layer in the model."""
+    start: int
+    """Offset of the first expert's block, in bytes."""
+    parameters: dict[str, tuple[str, list[int]]]
+    """dtype and shape of each stored tensor, in their order within a block: parameters, and parts
+    of those that are kept in codes."""
+    checksums: list[int]
+    """CRC-32 of each expert's block, without its padding."""
+    codes: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never changed
+    """Of each parameter that is kept in codes, its encoding and shape as JSON."""
+
+    @classmethod
+    def of(
+        cls, name: str, start: int, specs: Specs, checksums: list[int], coding: Coding
+    ) -> LayerBlocks:
+        """The entry of blocks with stored tensors of these shapes and dtypes."""
+        parameters = {
+            name: (str(spec.dtype).removeprefix("torch."), list(spec.shape))
+            for name, spec in specs.items()
+        }
+        return cls(name, start, parameters, checksums, _codes(coding))
+
+    @property
+    def specs(self) -> Specs:
+        """Shapes and dtypes of the tensors as stored."""
+        return {
+            name: Spec(tuple(shape), getattr(torch, dtype))
+            for name, (dtype, shape) in self.parameters.items()
+        }
+
+    @property
+    def coding(self) -> Coding:
+        """The parameters that are kept in codes.
+
+        Raises ValueError for an encoding that is not known.
+        """
+        return {
+            name: CodedMatrix(from_json(code["encoding"]), tuple(code["shape"]), code["transposed"])
+            for name, code in self.codes.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's parameters: of those in codes, what they decode to."""
+        parts, coding = _part_names(self.coding), self.coding
+        shapes = {name: spec.shape for name, spec in self.specs.items() if name not in parts}
+        decoded = {
+            name: one.shape[::-1] if one.transposed else one.shape for name, one in coding.items()
+        }
+        return shapes | decoded
+
+    def offset(self, expert: int) -> int:
+        """Offset of the block of `expert`, in bytes."""
+        return self.start + expert * stride(self.specs)
+
+    @property
+    def stop(self) -> int:
+        """Offset after the last block, without its padding."""
+        return self.offset(len(self.checksums) - 1) + expert_bytes(self.specs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry of the manifest."""
+        fields = self._asdict()
+        return fields if self.codes else {name: fields[name] for name in fields if name != "codes"}
+
+    def check(self) -> None:
+        """Raise ValueError for an entry that contradicts itself."""
+        if not isinstance(self.stop, int):
+            raise ValueError("offsets are not whole numbers")
+        stored = self.specs
+        for name, matrix in self.coding.items():
+            parts = {part_name(name, part): spec for part, spec in matrix.parts.items()}
+            if {part: stored.get(part) for part in parts} != parts:
+                raise ValueError(
+                    f"{name} in {matrix.encoding.name} has other parts than {', '.join(parts)}"
+                )
+
+
+def stride(specs: Specs) -> int:
+    """Bytes from one block of a layer to the next."""
+    return -(-expert_bytes(specs) // PAGE) * PAGE
+
+
+def is_prepared(directory: Path) -> bool:
+    """True for a directory that `runtime.prepare` wrote."""
+    return (directory / MANIFEST).is_file()
+
+
+class Manifest(NamedTuple):
+    """The manifest of a prepared directory."""
+
+    layers: list[LayerBlocks]
+    is_lossy: bool
+    """The experts are not those of the original model any more."""
+
+    @property
+    def encodings(self) -> str:
+        """Names of the experts' encodings; empty where all are plain."""
+        names = {matrix.encoding.name for layer in self.layers for matrix in layer.coding.values()}
+        return ", ".join(sorted(names))
+
+
+def write_manifest(directory: Path, manifest: Manifest, files: Mapping[str, int]) -> None:
+    """Write the manifest. files: CRC-32 of each file with other weights."""
+    layers = [layer.as_json() for layer in manifest.layers]
+    schema = CODED_SCHEMA if any(layer.codes for layer in manifest.layers) else PLAIN_SCHEMA
+    written: dict[str, Any] = {"schema": schema, "layers": layers, "files": dict(files)}
+    if manifest.is_lossy:
+        written["lossy"] = True
+    (directory / MANIFEST).write_text(json.dumps(written) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of a prepared directory.
+
+    Raises ValueError for a file that is no manifest, or one of another version.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["schema"] not in (PLAIN_SCHEMA, CODED_SCHEMA):
+            raise ValueError(f"schema {manifest['schema']}")
+        layers = [LayerBlocks(**layer) for layer in manifest["layers"]]
+        for layer in layers:
+            layer.check()
+        return Manifest(layers, bool(manifest.get("lossy", False)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a manifest of experts ({error!r}); prepare the model again"
+        ) from error
+
+
+def read_file_checksums(directory: Path) -> dict[str, int]:
+    """CRC-32 of each file with other weights; models prepared before there were any have none."""
+    files = json.loads((directory / MANIFEST).read_text()).get("files", {})
+    named = isinstance(files, dict) and all(Path(name).name == name for name in files)
+    if not named:
+        raise ValueError(f"{directory / MANIFEST} names files elsewhere; prepare the model again")
+    return dict(files)
+
+
+def _codes(coding: Coding) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "encoding": to_json(matrix.encoding),
+            "shape": list(matrix.shape),
+            "transposed": matrix.transposed,
+        }
+        for name, matrix in coding.items()
+    }
+
+
+def _part_names(coding: Coding) -> set[str]:
+    return {part_name(name, part) for name, matrix in coding.items() for part in matrix.parts}
