@@ -50,13 +50,13 @@ def test_a_second_process_is_told_who_writes(out: Path) -> None:
         assert str(out) in str(refused.value)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()  # closes its pipe, too
 
 
 def test_a_killed_process_frees_its_output(out: Path) -> None:
     process = holder_of(out)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()  # closes its pipe, too
     OutputLock(out).release()
 
 
