@@ -156,6 +156,7 @@ def test_codes_that_no_kernel_reads_are_decoded_on_arrival(
 
 @pytest.mark.parametrize("layout", ONE_EACH)
 def test_served_tokens_are_the_same_whatever_is_resident(layout: str, written: Written) -> None:
+    """In float32: who shares a step depends on time, and in bfloat16 near ties go by rounding."""
     coded, _ = written(layout)
     asked = [
         Request(id=str(index), prompt=prompt, max_tokens=12, ignore_eos=True)
@@ -163,7 +164,7 @@ def test_served_tokens_are_the_same_whatever_is_resident(layout: str, written: W
     ]
     served = []
     for options in ({"memory": 1.0}, {"memory": 0.4}, {"memory": 0.4, "prefetch": True}):
-        with offloaded(coded, batch=8, **options) as model:
+        with offloaded(coded, batch=8, dtype="float32", **options) as model:
             results = by_id(model.expertflow.serve(asked, batch=4, context=48, chunk=16))
             served.append({id: result.token_ids for id, result in results.items()})
             check_slots(model)
@@ -176,7 +177,13 @@ def test_compiled_steps_are_the_same_whatever_is_resident(layout: str, written: 
     coded, _ = written(layout)
     found = [run(coded, memory=memory, compile=True) for memory in (1.0, 0.25)]
     assert all(map(torch.equal, *found))
-    assert_close(found[0], run(coded, memory=1.0))
+
+
+def test_compiled_steps_say_the_same(written: Written) -> None:
+    """In float32: the compiler keeps more digits between operations."""
+    coded, _ = written("int4 kimi")
+    found = [run(coded, memory=1.0, dtype="float32", compile=way) for way in (True, False)]
+    assert_close(*found)
 
 
 def test_a_step_on_codes_never_waits_for_the_device(

@@ -15,7 +15,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
 from runtime.cuda.decode.fused_norms import FusedForward, fused_norm
+from tests.helpers import interpreter
 from tests.helpers.fake_cuda import fake_cuda
+
+interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +37,10 @@ def _with_weights(norm: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", [OlmoeRMSNorm, GptOssRMSNorm])
 def test_fused_norms_equal_the_modules_own_whenever_they_round(kind: type) -> None:
     norm = _with_weights(kind(96))
-    x = torch.randn(3, 1, 96).bfloat16()
+    x = torch.randn(50, 1, 96).bfloat16()
     fused = fused_norm(norm)
     assert fused is not None
-    torch.testing.assert_close(fused(x), norm(x), rtol=2**-6, atol=0)
+    assert torch.equal(fused(x), norm(x))
 
 
 def test_norms_that_compute_anything_else_are_left_alone() -> None:
