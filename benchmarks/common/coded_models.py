@@ -7,7 +7,6 @@ experts of 60 GB take no memory beside the copies that are made of them, and a r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -15,12 +14,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from benchmarks.common.encodings import ENCODINGS
 from benchmarks.common.shapes import SCALE, Shape, empty_model, fill_model, shape_named
 from routing.inspect_model import topology_of
 from routing.layers import MoELayer, find_moe_layers
 from runtime.weights.arena import Spec, expert_bytes
 from runtime.weights.encodings.coded import CodedMatrix, Coding, decode_expert
-from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
+from runtime.weights.encodings.encoding import CODES, SCALES
 from runtime.weights.source import Source
 from runtime.weights.store import SkeletonStore, expert_parameters
 
@@ -28,8 +28,6 @@ PLACES = 1 << 22
 """Places of a pool at which an expert may begin."""
 STEP = 1_000_003
 """Distance from expert to expert; a prime."""
-BLOCK = 128
-"""Rows and columns that share a scale in fp8."""
 RMS_FP8, RMS_INT4, RMS_E2M1 = 64.0, 4.6, 2.93
 """Typical size of a code."""
 NVFP4_SCALE = 32.0
@@ -37,50 +35,15 @@ E8M0 = 120
 """The scale 2^-7."""
 
 
-def _mxfp4(_rows: int, _columns: int) -> Encoding:
-    from runtime.weights.encodings.mxfp4 import MXFP4
-
-    return MXFP4()
-
-
-def _fp8(rows: int, _columns: int) -> Encoding:
-    from runtime.weights.encodings.fp8_block import FP8Block
-
-    return FP8Block(rows=math.gcd(rows, BLOCK), columns=BLOCK)
-
-
-def _int4(rows: int, _columns: int, group: int = 32) -> Encoding:
-    from runtime.weights.encodings.int4_group import Int4Group
-
-    return Int4Group(columns=group, zeros=False, scale=torch.bfloat16)
-
-
-def _int4_128(rows: int, columns: int) -> Encoding:
-    return _int4(rows, columns, math.gcd(columns, 128))
-
-
-def _nvfp4(rows: int, _columns: int) -> Encoding:
-    from runtime.weights.encodings.nvfp4 import NVFP4
-
-    return NVFP4(rows=rows, columns=16, divides=False)
-
-
 PLAIN = "bf16"
-ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
-    "mxfp4": _mxfp4,
-    "int4": _int4,
-    "int4-128": _int4_128,
-    "nvfp4": _nvfp4,
-    "fp8": _fp8,
-}
-"""The encoding of a matrix, by the name of a benchmark's arm; takes [N, K] of one matrix, of which
-gate and up are two."""
+DRAWN = ("mxfp4", "int4", "int4-128", "nvfp4", "fp8")
+"""Encodings of whole models, of which `draw` knows how large scales are."""
 
 
 def check_encoding(name: str) -> None:
-    """Raise ValueError for a name that is neither `bf16` nor one of `ENCODINGS`."""
-    if name != PLAIN and name not in ENCODINGS:
-        raise ValueError(f"encoding={name!r} is not one of {PLAIN}, {', '.join(ENCODINGS)}")
+    """Raise ValueError for a name that is neither `bf16` nor one of `DRAWN`."""
+    if name != PLAIN and name not in DRAWN:
+        raise ValueError(f"encoding={name!r} is not one of {PLAIN}, {', '.join(DRAWN)}")
 
 
 class CodedStore(SkeletonStore):

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 
+from benchmarks.common.encodings import ENCODINGS
 from benchmarks.kernels.bench import Bench
 from benchmarks.kernels.candidates import coded_blocks
-from benchmarks.kernels.encodings import ENCODINGS, fill
+from benchmarks.kernels.random_parts import fill
 from benchmarks.kernels.report import TimedKernel
 from runtime.cuda.decode.experts_call import FETCHERS, Blocks, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock

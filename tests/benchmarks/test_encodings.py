@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.common.coded_models import (
-    ENCODINGS,
+    DRAWN,
     PLAIN,
     CodedStore,
     check_encoding,
@@ -55,7 +55,7 @@ def test_the_shapes_of_gpt_oss_have_the_published_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-gpt-oss"])
-@pytest.mark.parametrize("encoding", [PLAIN, *ENCODINGS])
+@pytest.mark.parametrize("encoding", [PLAIN, *DRAWN])
 def test_experts_of_random_codes_decode_to_weights_of_the_usual_size(
     encoding: str, name: str
 ) -> None:

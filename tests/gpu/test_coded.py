@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from tests.gpu.offloaded import (
     needs_gpu,
     offloaded,
 )
-from tests.helpers.quantised import LAYOUTS, write_quantised
+from tests.helpers.quantised import LayoutWriter
 from tests.helpers.serving import by_id, prompts
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = needs_gpu
 
@@ -62,25 +60,11 @@ ACROSS = "fp8 stacked"
 ROUNDING = 0.03
 """Of bfloat16 logits, as a share of the largest, where sums have another order."""
 
-Written = Callable[[str], tuple[Path, Path]]
-
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> LayoutWriter:
     """A checkpoint in some layout, and the unquantised one with the same weights."""
-    known: dict[str, tuple[Path, Path]] = {}
-
-    def write(layout: str) -> tuple[Path, Path]:
-        if layout not in known:
-            root, kind = tmp_path_factory.mktemp("layout"), LAYOUTS[layout].architecture
-            model: Any = tiny_model(kind, **SIZES[kind])
-            model.to(torch.bfloat16).save_pretrained(root / "plain")
-            tiny_tokenizer().save_pretrained(root / "plain")
-            write_quantised(root / "plain", root / "coded", layout, twin=root / "twin")
-            known[layout] = root / "coded", root / "twin"
-        return known[layout]
-
-    return write
+    return LayoutWriter(tmp_path_factory.mktemp("layouts"), SIZES)
 
 
 def run(directory: Path, batch: int = 1, **options: Any) -> tuple[Tensor, Tensor]:
@@ -104,7 +88,7 @@ def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
 
 
 @pytest.mark.parametrize("layout", RUN)
-def test_captured_steps_give_the_twins_logits(layout: str, written: Written) -> None:
+def test_captured_steps_give_the_twins_logits(layout: str, written: LayoutWriter) -> None:
     """Prompts bit for bit, steps to rounding."""
     coded, twin = written(layout)
     for batch in (1, 4):
@@ -115,7 +99,7 @@ def test_captured_steps_give_the_twins_logits(layout: str, written: Written) -> 
 
 @pytest.mark.parametrize("layout", RUN)
 def test_logits_are_the_same_bit_for_bit_whatever_is_resident(
-    layout: str, written: Written
+    layout: str, written: LayoutWriter
 ) -> None:
     coded, _ = written(layout)
     everything = run(coded, memory=1.0)
@@ -132,7 +116,7 @@ def test_logits_are_the_same_bit_for_bit_whatever_is_resident(
 
 
 def test_codes_that_no_kernel_reads_are_decoded_on_arrival(
-    written: Written, monkeypatch: pytest.MonkeyPatch
+    written: LayoutWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as of the twin, if kernels do not run that either."""
     coded, twin = written(ACROSS)
@@ -155,7 +139,9 @@ def test_codes_that_no_kernel_reads_are_decoded_on_arrival(
 
 
 @pytest.mark.parametrize("layout", ONE_EACH)
-def test_served_tokens_are_the_same_whatever_is_resident(layout: str, written: Written) -> None:
+def test_served_tokens_are_the_same_whatever_is_resident(
+    layout: str, written: LayoutWriter
+) -> None:
     """In float32: who shares a step depends on time, and in bfloat16 near ties go by rounding."""
     coded, _ = written(layout)
     asked = [
@@ -173,13 +159,15 @@ def test_served_tokens_are_the_same_whatever_is_resident(layout: str, written: W
 
 
 @pytest.mark.parametrize("layout", ONE_EACH)
-def test_compiled_steps_are_the_same_whatever_is_resident(layout: str, written: Written) -> None:
+def test_compiled_steps_are_the_same_whatever_is_resident(
+    layout: str, written: LayoutWriter
+) -> None:
     coded, _ = written(layout)
     found = [run(coded, memory=memory, compile=True) for memory in (1.0, 0.25)]
     assert all(map(torch.equal, *found))
 
 
-def test_compiled_steps_say_the_same(written: Written) -> None:
+def test_compiled_steps_say_the_same(written: LayoutWriter) -> None:
     """In float32: the compiler keeps more digits between operations."""
     coded, _ = written("int4 kimi")
     found = [run(coded, memory=1.0, dtype="float32", compile=way) for way in (True, False)]
@@ -187,7 +175,7 @@ def test_compiled_steps_say_the_same(written: Written) -> None:
 
 
 def test_a_step_on_codes_never_waits_for_the_device(
-    written: Written, monkeypatch: pytest.MonkeyPatch
+    written: LayoutWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = forbid_waiting(monkeypatch)
     with offloaded(written("mxfp4 gpt-oss")[0], memory=0.25) as model:
@@ -196,7 +184,7 @@ def test_a_step_on_codes_never_waits_for_the_device(
 
 
 @pytest.mark.parametrize("layout", [*ONE_EACH, ACROSS])
-def test_weights_come_back_decoded_and_no_memory_stays(layout: str, written: Written) -> None:
+def test_weights_come_back_decoded_and_no_memory_stays(layout: str, written: LayoutWriter) -> None:
     coded, twin = written(layout)
     run_plain: Any
     with offloaded(twin) as run_plain:

@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.quantised import LAYOUTS, save_source, write_quantised
+from tests.helpers.quantised import LAYOUTS, LayoutWriter
 from tests.helpers.tracing import assert_same_documents, trace, write_texts
 from trace.collect import collect
 from trace.settings import CollectSettings
@@ -34,20 +33,14 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A directory in a layout, and its twin that has the decoded weights."""
-    root = tmp_path_factory.mktemp("quantised")
+    write = LayoutWriter(tmp_path_factory.mktemp("quantised"))
 
-    @cache
-    def source(architecture: str) -> Path:
-        return save_source(root / architecture, architecture)
-
-    @cache
-    def write(layout: str) -> tuple[Path, Path]:
+    def needing(layout: str) -> tuple[Path, Path]:
         if LAYOUTS[layout].quantization["quant_method"] == "compressed-tensors":
             pytest.importorskip("compressed_tensors")
-        plain, twin = source(LAYOUTS[layout].architecture), root / f"{layout} twin"
-        return write_quantised(plain, root / layout, layout, twin=twin), twin
+        return write(layout)
 
-    return write
+    return needing
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,13 @@ class Encoding(ABC):
 
     name: ClassVar[str]
     """As users see it, e.g. "mxfp4"."""
+    bits: ClassVar[int]
+    """Bits of a code."""
 
     rows: int = 1
     """Rows that share a scale."""
     columns: int
     """Columns that share a scale."""
-
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Bits of a code."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, int]) -> Specs:
@@ -53,3 +50,16 @@ class Encoding(ABC):
     @abstractmethod
     def decode(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """The weights [N, K], rounded to `dtype` as transformers rounds them; on any device."""
+
+    def _require_whole(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError unless the matrix divides into blocks, and its rows into bytes."""
+        rows, columns = shape
+        if rows % self.rows or columns % self.columns or columns * self.bits % 8:
+            raise self._unfit(shape)
+
+    def _unfit(self, shape: tuple[int, int]) -> ValueError:
+        """The error about a matrix that cannot be coded so."""
+        rows, columns = shape
+        return ValueError(
+            f"a matrix of {rows} x {columns} has no {self.name} of {self.rows} x {self.columns}"
+        )

@@ -55,15 +55,12 @@ class FP8Block(Encoding):
     """
 
     name: ClassVar[str] = "fp8-block"
+    bits: ClassVar[int] = 8
 
     scale: torch.dtype = torch.float32
     """float32, bfloat16, or uint8 for powers of two (e8m0), of which 255 is infinite."""
     product: torch.dtype = torch.float32
     """A narrower format to which the product is rounded first."""
-
-    @property
-    def bits(self) -> int:
-        return 8
 
     def parts(self, shape: tuple[int, int]) -> Specs:
         rows, columns = shape

@@ -38,22 +38,18 @@ class Int4Group(Encoding):
     """
 
     name: ClassVar[str] = "int4-group"
+    bits: ClassVar[int] = 4
 
     scale: torch.dtype = torch.bfloat16
     """bfloat16, float16 or float32."""
     zeros: bool = False
     """Each group has its own zero."""
 
-    @property
-    def bits(self) -> int:
-        return 4
-
     def parts(self, shape: tuple[int, int]) -> Specs:
+        if self.rows != 1:
+            raise self._unfit(shape)
+        self._require_whole(shape)
         rows, columns = shape
-        if self.rows != 1 or columns % self.columns or columns % 2:
-            raise ValueError(
-                f"a matrix of {rows} x {columns} has no {self.name} of {self.rows} x {self.columns}"
-            )
         groups = (rows, columns // self.columns)
         zeros = {ZEROS: Spec(groups, torch.uint8)} if self.zeros else {}
         codes = Spec((rows, columns // 2), torch.uint8)

@@ -45,19 +45,13 @@ class MXFP4(Encoding):
     """
 
     name: ClassVar[str] = "mxfp4"
+    bits: ClassVar[int] = 4
 
     columns: int = 32
 
-    @property
-    def bits(self) -> int:
-        return 4
-
     def parts(self, shape: tuple[int, int]) -> Specs:
+        self._require_whole(shape)
         rows, columns = shape
-        if rows % self.rows or columns % self.columns or columns % 2:
-            raise ValueError(
-                f"a matrix of {rows} x {columns} has no {self.name} of {self.rows} x {self.columns}"
-            )
         return {
             CODES: Spec((rows, columns // 2), torch.uint8),
             SCALES: Spec((rows // self.rows, columns // self.columns), torch.uint8),

@@ -50,21 +50,15 @@ class NVFP4(Encoding):
     """
 
     name: ClassVar[str] = "nvfp4"
+    bits: ClassVar[int] = 4
 
     columns: int = 16
     divides: bool = False
     """Scales are divided by the global one."""
 
-    @property
-    def bits(self) -> int:
-        return 4
-
     def parts(self, shape: tuple[int, int]) -> Specs:
+        self._require_whole(shape)
         rows, columns = shape
-        if rows % self.rows or columns % self.columns or columns % 2:
-            raise ValueError(
-                f"a matrix of {rows} x {columns} has no {self.name} of {self.rows} x {self.columns}"
-            )
         return {
             CODES: Spec((rows, columns // 2), torch.uint8),
             SCALES: Spec((rows, columns // self.columns), torch.float8_e4m3fn),

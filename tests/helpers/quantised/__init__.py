@@ -8,7 +8,7 @@ checkpoint  the writing of a directory
 reference   numbers from codes, one by one by their definition
 """
 
-from tests.helpers.quantised.checkpoint import save_source, write_quantised
+from tests.helpers.quantised.checkpoint import LayoutWriter, save_source, write_quantised
 from tests.helpers.quantised.layouts import LAYOUTS, layouts_of
 
-__all__ = ["LAYOUTS", "layouts_of", "save_source", "write_quantised"]
+__all__ = ["LAYOUTS", "LayoutWriter", "layouts_of", "save_source", "write_quantised"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,54 @@ def write_quantised(
     return target
 
 
-def save_source(directory: Path, architecture: str) -> Path:
-    """Save a tiny bfloat16 model whose widths all layouts can have; returns its directory."""
-    widths = {"hidden_size": 64, "intermediate_size": 96}
-    if architecture == "qwen3_moe":
-        widths = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256}
-        widths |= {"num_hidden_layers": 2, "num_experts": 4}
-    model: Any = tiny_model(architecture, **widths)
+WIDTHS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
+"""Widths that all layouts can have."""
+QWEN: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+}
+"""Widths of several blocks."""
+
+
+def save_source(directory: Path, architecture: str, sizes: Mapping[str, Any] | None = None) -> Path:
+    """Save a tiny bfloat16 model; returns its directory.
+
+    sizes: fields of its configuration; by default widths that all layouts can have.
+    """
+    if sizes is None:
+        sizes = QWEN if architecture == "qwen3_moe" else WIDTHS
+    model: Any = tiny_model(architecture, **sizes)
     model.bfloat16().save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+class LayoutWriter:
+    """Writes small models in any layout under `root`, each when it is first asked for.
+
+    sizes: by architecture, of `save_source`.
+    """
+
+    def __init__(self, root: Path, sizes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._root, self._sizes = root, sizes or {}
+
+    def source(self, layout: str) -> Path:
+        """The unquantised model that a layout is made of."""
+        kind = LAYOUTS[layout].architecture
+        directory = self._root / kind
+        if not directory.exists():
+            save_source(directory, kind, self._sizes.get(kind))
+        return directory
+
+    def __call__(self, layout: str) -> tuple[Path, Path]:
+        """The model in a layout, and its twin that has the decoded weights."""
+        target, twin = self._root / layout, self._root / f"{layout} twin"
+        if not target.exists():
+            write_quantised(self.source(layout), target, layout, twin=twin)
+        return target, twin
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

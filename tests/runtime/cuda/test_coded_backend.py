@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ from runtime.weights.arena import expert_bytes
 from runtime.weights.source import Source, from_path
 from tests.helpers import interpreter
 from tests.helpers.fake_cuda import fake_cuda, load_fake
-from tests.helpers.quantised import LAYOUTS, write_quantised
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.quantised import LayoutWriter
 
 interpreter.mend()
 
-SIZES: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
-QWEN = {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": []}
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
+SIZES = {
+    "gpt_oss": SMALL,
+    "qwen3_moe": SMALL | {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": []},
+}
 RUN = ("mxfp4 gpt-oss", "fp8 compressed-tensors channel", "int4 kimi", "nvfp4 modelopt")
 """A layout of each encoding, all of which kernels run."""
 ACROSS = "fp8 stacked"
 """A layout whose codes lie across the rows that kernels read."""
-
-Written = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(autouse=True)
@@ -44,21 +44,9 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> LayoutWriter:
     """A checkpoint in some layout, and the unquantised one with the same weights."""
-    known: dict[str, tuple[Path, Path]] = {}
-
-    def write(layout: str) -> tuple[Path, Path]:
-        if layout not in known:
-            root, kind = tmp_path_factory.mktemp("layout"), LAYOUTS[layout].architecture
-            model: Any = tiny_model(kind, **SIZES | (QWEN if kind == "qwen3_moe" else {}))
-            model.to(torch.bfloat16).save_pretrained(root / "plain")
-            tiny_tokenizer().save_pretrained(root / "plain")
-            write_quantised(root / "plain", root / "coded", layout, twin=root / "twin")
-            known[layout] = root / "coded", root / "twin"
-        return known[layout]
-
-    return write
+    return LayoutWriter(tmp_path_factory.mktemp("layouts"), SIZES)
 
 
 class Recorder(LogitsProcessor):
@@ -85,7 +73,7 @@ def logits_of(model: Any, rows: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("layout", RUN)
 def test_captured_steps_run_on_codes_as_on_the_weights_of_the_twin(
-    layout: str, written: Written
+    layout: str, written: LayoutWriter
 ) -> None:
     """Prompts are the same bit for bit; the sums of steps have another order."""
     coded, twin = written(layout)
@@ -104,7 +92,7 @@ def test_captured_steps_run_on_codes_as_on_the_weights_of_the_twin(
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_logits_of_codes_are_the_same_bit_for_bit_whatever_is_resident(
-    rows: int, written: Written
+    rows: int, written: LayoutWriter
 ) -> None:
     coded, _ = written("nvfp4 modelopt")
     options: list[dict[str, Any]] = [{"memory": 1.0}, {"memory": 0.5, "policy": "lfu"}]
@@ -120,7 +108,7 @@ def test_logits_of_codes_are_the_same_bit_for_bit_whatever_is_resident(
 
 
 def test_codes_that_no_kernel_reads_are_decoded_into_plain_slots(
-    written: Written, monkeypatch: pytest.MonkeyPatch
+    written: LayoutWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as of the twin, if kernels do not run that either."""
     coded, twin = written(ACROSS)
@@ -146,7 +134,7 @@ def source_of(directory: Path) -> Source:
     return from_path(directory, None, "auto")
 
 
-def test_a_fraction_counts_experts_and_bytes_pay_for_their_codes(written: Written) -> None:
+def test_a_fraction_counts_experts_and_bytes_pay_for_their_codes(written: LayoutWriter) -> None:
     coded, twin = map(source_of, written("mxfp4 gpt-oss"))
     sizes = {"context": 32, "batch": 1}
     assert isinstance(common_layout(coded), KernelLayout)
@@ -162,7 +150,7 @@ def test_a_fraction_counts_experts_and_bytes_pay_for_their_codes(written: Writte
 
 
 def test_where_no_kernel_runs_codes_bytes_pay_for_weights_and_for_their_decoding(
-    written: Written,
+    written: LayoutWriter,
 ) -> None:
     coded, twin = map(source_of, written(ACROSS))
     sizes = {"context": 32, "batch": 1}
@@ -172,7 +160,7 @@ def test_where_no_kernel_runs_codes_bytes_pay_for_weights_and_for_their_decoding
     assert landing > expert_bytes(group.stored_specs)
 
 
-def test_the_least_budget_that_a_message_names_is_enough_for_codes(written: Written) -> None:
+def test_the_least_budget_that_a_message_names_is_enough_for_codes(written: LayoutWriter) -> None:
     source = source_of(written("mxfp4 gpt-oss")[0])
     sizes = slot_bytes(source)
     with pytest.raises(ValueError, match="give at least") as caught:
@@ -182,7 +170,7 @@ def test_the_least_budget_that_a_message_names_is_enough_for_codes(written: Writ
 
 
 def test_a_plan_for_a_gpu_counts_slots_of_codes_only_where_kernels_run_them(
-    written: Written,
+    written: LayoutWriter,
 ) -> None:
     for layout, is_coded in (("mxfp4 gpt-oss", True), (ACROSS, False)):
         planned = plan(written(layout)[0], 0.5, device="cuda", context=32)

@@ -27,8 +27,8 @@ from runtime.weights.quantised.parts import empty
 from runtime.weights.source import from_path
 from tests.helpers.architectures import architecture_model, is_known
 from tests.helpers.offloading import Predictor, check, generate
-from tests.helpers.quantised import LAYOUTS, write_quantised
-from tests.helpers.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.helpers.quantised import LAYOUTS, LayoutWriter, save_source, write_quantised
+from tests.helpers.tiny import save_tiny, tiny_model
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
@@ -50,32 +50,17 @@ CONFIGS = {
 MISREAD = ("fp8 stacked", "nvfp4 compressed-tensors")
 """Layouts that the library loads without some scales of the experts."""
 
-Written = Callable[[str], tuple[Path, Path]]
-
 
 def save(layout: str, directory: Path) -> Path:
     """The unquantised model that a layout is made of."""
     kind = LAYOUTS[layout].architecture
-    model: Any = tiny_model(kind, **SIZES[kind]).to(torch.bfloat16)
-    model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_source(directory, kind, SIZES[kind])
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(tmp_path_factory: pytest.TempPathFactory) -> LayoutWriter:
     """A checkpoint in some layout, and the unquantised one with the same weights."""
-    known: dict[str, tuple[Path, Path]] = {}
-
-    def write(layout: str) -> tuple[Path, Path]:
-        if layout not in known:
-            root = tmp_path_factory.mktemp("layout")
-            twin = root / "twin"
-            coded = write_quantised(save(layout, root / "plain"), root / "coded", layout, twin=twin)
-            known[layout] = (coded, twin)
-        return known[layout]
-
-    return write
+    return LayoutWriter(tmp_path_factory.mktemp("layouts"), SIZES)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -93,7 +78,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_coded_model_is_its_unquantised_twin(layout: str, written: Written) -> None:
+def test_a_coded_model_is_its_unquantised_twin(layout: str, written: LayoutWriter) -> None:
     coded, twin = written(layout)
     expected: Any = runtime.load(twin, memory=1.0)
     tokens = generate(expected)
@@ -118,7 +103,7 @@ def test_experts_of_one_tensor_stay_in_codes(tmp_path: Path) -> None:
 
 
 def test_a_parameter_of_coded_and_plain_matrices_is_decoded_as_it_is_read(
-    written: Written, tmp_path: Path
+    written: LayoutWriter, tmp_path: Path
 ) -> None:
     coded, twin = (shutil.copytree(p, tmp_path / p.name) for p in written("fp8 128x128"))
     plain = load_file(twin / "model.safetensors")
@@ -148,7 +133,7 @@ def test_codes_that_the_library_converts_are_decoded_first(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_weights_are_those_of_transformers_own_dequantisation(
-    layout: str, written: Written
+    layout: str, written: LayoutWriter
 ) -> None:
     name = CONFIGS.get(LAYOUTS[layout].quantization["quant_method"])
     if name is None or layout in MISREAD:
@@ -163,7 +148,7 @@ def test_the_weights_are_those_of_transformers_own_dequantisation(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 128x128"])
 def test_a_number_format_is_that_of_the_decoded_weights(
-    layout: str, dtype: torch.dtype, written: Written
+    layout: str, dtype: torch.dtype, written: LayoutWriter
 ) -> None:
     coded, _ = written(layout)
     config = getattr(transformers, CONFIGS[LAYOUTS[layout].quantization["quant_method"]])
@@ -191,7 +176,7 @@ def dequantised(directory: Path, config: Any, **options: Any) -> dict[str, Tenso
     return dict(model.state_dict())
 
 
-def test_the_configuration_forgets_the_quantisation(written: Written, tmp_path: Path) -> None:
+def test_the_configuration_forgets_the_quantisation(written: LayoutWriter, tmp_path: Path) -> None:
     coded, twin = written("fp8 128x128")
     model: Any = runtime.load(coded)
     assert not hasattr(model.config, "quantization_config") and "fp8" not in repr(model.config)
@@ -229,7 +214,7 @@ def test_a_predictor_of_the_unquantised_model_is_one_of_the_coded_model(
 
 @pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 stacked", "fp8 128x128"])
 def test_no_tensor_of_all_experts_is_read(
-    layout: str, written: Written, monkeypatch: pytest.MonkeyPatch
+    layout: str, written: LayoutWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coded, _ = written(layout)
     store = from_path(coded, None, "auto").store
@@ -249,7 +234,7 @@ def test_no_tensor_of_all_experts_is_read(
 @pytest.mark.parametrize("host", ["file", "memory"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_threads_read_experts_as_they_are_stored(
-    layout: str, host: str, written: Written
+    layout: str, host: str, written: LayoutWriter
 ) -> None:
     coded, _ = written(layout)
     store = from_path(coded, None, "auto", in_memory=host == "memory").store
@@ -266,7 +251,9 @@ def test_many_threads_read_experts_as_they_are_stored(
         assert all(pool.map(is_intact, [*range(8)] * 4))
 
 
-def test_in_memory_experts_take_the_bytes_that_they_have_in_the_files(written: Written) -> None:
+def test_in_memory_experts_take_the_bytes_that_they_have_in_the_files(
+    written: LayoutWriter,
+) -> None:
     coded, _ = written("mxfp4 gpt-oss")
     source = from_path(coded, None, "auto", in_memory=True)
     (group,) = source.groups
@@ -277,7 +264,7 @@ def test_in_memory_experts_take_the_bytes_that_they_have_in_the_files(written: W
 
 
 @pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 128x128"])
-def test_gradients_are_those_of_the_decoded_model(layout: str, written: Written) -> None:
+def test_gradients_are_those_of_the_decoded_model(layout: str, written: LayoutWriter) -> None:
     found, expected = (gradients(runtime.load(path)) for path in written(layout))
     assert_equal(found, expected)
     assert found
@@ -290,7 +277,9 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["mxfp4 gpt-oss", "fp8 128x128", "mxfp4 deepseek"])
-def test_a_prepared_copy_is_the_same_model(layout: str, written: Written, tmp_path: Path) -> None:
+def test_a_prepared_copy_is_the_same_model(
+    layout: str, written: LayoutWriter, tmp_path: Path
+) -> None:
     coded, twin = written(layout)
     model: Any = runtime.load(prepare(coded, tmp_path / "prepared"), memory=0.25)
     expected: Any = runtime.load(twin)
@@ -298,7 +287,9 @@ def test_a_prepared_copy_is_the_same_model(layout: str, written: Written, tmp_pa
     assert_equal(weights(model), weights(expected))
 
 
-def test_the_plan_names_the_encoding(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_names_the_encoding(
+    written: LayoutWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
     coded, twin = written("mxfp4 gpt-oss")
     found, expected = plan(coded, 0.5), plan(twin, 0.5)
     assert (found.slots, found.resident_bytes) == (expected.slots, expected.resident_bytes)
@@ -353,7 +344,7 @@ def cut_one(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_damaged_codes_are_refused_by_name(
-    edit: Callable[[dict[str, Tensor]], None], said: str, written: Written, tmp_path: Path
+    edit: Callable[[dict[str, Tensor]], None], said: str, written: LayoutWriter, tmp_path: Path
 ) -> None:
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "damaged")
     change(coded, edit)
@@ -364,7 +355,7 @@ def test_damaged_codes_are_refused_by_name(
 
 
 def test_codes_in_an_order_of_their_own_are_refused_at_once(
-    written: Written, tmp_path: Path
+    written: LayoutWriter, tmp_path: Path
 ) -> None:
     coded = shutil.copytree(written("int4 gptq")[0], tmp_path / "damaged")
     name = "model.layers.0.mlp.experts.0.down_proj.g_idx"
@@ -377,7 +368,7 @@ def test_codes_in_an_order_of_their_own_are_refused_at_once(
         runtime.load(coded)
 
 
-def test_a_truncated_file_is_refused_by_name(written: Written, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_by_name(written: LayoutWriter, tmp_path: Path) -> None:
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "damaged")
     file = coded / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -385,7 +376,7 @@ def test_a_truncated_file_is_refused_by_name(written: Written, tmp_path: Path) -
         runtime.load(coded)
 
 
-def test_codes_of_another_model_are_refused_by_name(written: Written, tmp_path: Path) -> None:
+def test_codes_of_another_model_are_refused_by_name(written: LayoutWriter, tmp_path: Path) -> None:
     coded = shutil.copytree(written("fp8 128x128")[0], tmp_path / "other")
     configure(coded, moe_intermediate_size=64)
     with pytest.raises(
@@ -414,7 +405,7 @@ def test_a_quantisation_without_codes_is_refused(tmp_path: Path) -> None:
     [("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}, "producer": {}})],
 )
 def test_a_quantisation_described_in_a_file_of_its_own_is_read(
-    file: str, described: dict[str, Any], written: Written, tmp_path: Path
+    file: str, described: dict[str, Any], written: LayoutWriter, tmp_path: Path
 ) -> None:
     coded, twin = written("fp8 modelopt")
     shutil.copytree(coded, tmp_path, dirs_exist_ok=True)
@@ -426,7 +417,7 @@ def test_a_quantisation_described_in_a_file_of_its_own_is_read(
 
 
 def test_a_plan_without_files_says_that_it_counts_decoded_experts(
-    written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    written: LayoutWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coded, twin = written("mxfp4 gpt-oss")
     shutil.copy(coded / "config.json", tmp_path)
@@ -436,7 +427,7 @@ def test_a_plan_without_files_says_that_it_counts_decoded_experts(
     assert "The weights are quantised (mxfp4): the files, which are not here, say" in said
 
 
-def test_on_a_gpu_a_budget_of_bytes_pays_for_codes(written: Written) -> None:
+def test_on_a_gpu_a_budget_of_bytes_pays_for_codes(written: LayoutWriter) -> None:
     coded, twin = (plan(path, 0.5, device="cuda") for path in written("fp8 128x128"))
     assert coded.slots == twin.slots
     assert coded.slot_bytes < 0.6 * twin.slot_bytes

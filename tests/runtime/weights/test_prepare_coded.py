@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ from runtime.prepare import prepare
 from runtime.weights.prepared.checksums import verify
 from runtime.weights.prepared.manifest import read_manifest
 from runtime.weights.source import Source, from_path
-from tests.helpers.quantised.checkpoint import write_quantised
+from tests.helpers.quantised.checkpoint import save_source, write_quantised
 from tests.helpers.quantised.layouts import LAYOUTS
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 CHOSEN = ["mxfp4 gpt-oss", "fp8 128x128"]
 
@@ -23,11 +21,8 @@ CHOSEN = ["mxfp4 gpt-oss", "fp8 128x128"]
 @pytest.fixture(scope="module", params=CHOSEN)
 def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("coded")
-    sizes = {"hidden_size": 64, "intermediate_size": 64}
-    kind = LAYOUTS[request.param].architecture
-    model: Any = tiny_model(kind, **sizes, num_hidden_layers=2).to(torch.bfloat16)
-    model.save_pretrained(root / "plain")
-    tiny_tokenizer().save_pretrained(root / "plain")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    save_source(root / "plain", LAYOUTS[request.param].architecture, sizes)
     return write_quantised(root / "plain", root / "coded", request.param, twin=root / "twin")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from runtime.weights.encodings.encoding import CODES
 from runtime.weights.encodings.stored_matrix import StoredMatrix
 from runtime.weights.encodings.table import find_all
 from runtime.weights.files import CheckpointFiles, Entry
-from tests.helpers.quantised import LAYOUTS, save_source, write_quantised
+from tests.helpers.quantised import LAYOUTS, LayoutWriter
 from tests.helpers.quantised.checkpoint import SINGLE, read_tensors
 from tests.helpers.quantised.decoding import decode_all, find_matrices, parts_of
 
@@ -28,18 +27,8 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """The directory of a small model in a layout; its twin beside it has the decoded weights."""
-    root = tmp_path_factory.mktemp("layouts")
-
-    @cache
-    def source(architecture: str) -> Path:
-        return save_source(root / architecture, architecture)
-
-    @cache
-    def write(layout: str) -> Path:
-        plain, target = source(LAYOUTS[layout].architecture), root / layout
-        return write_quantised(plain, target, layout, twin=root / f"{layout} twin")
-
-    return write
+    write = LayoutWriter(tmp_path_factory.mktemp("layouts"))
+    return lambda layout: write(layout)[0]
 
 
 def twin_of(directory: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from runtime.weights.encodings.encoding import CODES, SCALES
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.mxfp4 import MXFP4
-from tests.helpers.quantised import LAYOUTS, save_source, write_quantised
+from tests.helpers.quantised import LAYOUTS, LayoutWriter
 from tests.helpers.quantised.checkpoint import SINGLE, read_tensors
 from tests.helpers.quantised.decoding import decode_all
 
@@ -114,32 +113,21 @@ def test_transformers_takes_another_block_where_the_last_one_is_cut() -> None:
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("layouts")
-
-    @cache
-    def source(architecture: str) -> Path:
-        return save_source(root / architecture, architecture)
-
-    @cache
-    def write(layout: str) -> tuple[Path, Path]:
-        plain = source(LAYOUTS[layout].architecture)
-        return plain, write_quantised(plain, root / layout, layout)
-
-    return write
+def writer(tmp_path_factory: pytest.TempPathFactory) -> LayoutWriter:
+    return LayoutWriter(tmp_path_factory.mktemp("layouts"))
 
 
 @dtypes
 @pytest.mark.parametrize("layout", LOADED)
 def test_model_has_the_weights_that_transformers_loads(
-    directories: Any, tmp_path: Path, layout: str, dtype: torch.dtype
+    writer: LayoutWriter, tmp_path: Path, layout: str, dtype: torch.dtype
 ) -> None:
     if LAYOUTS[layout].quantization["quant_method"] == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
     for name, (module, word) in NEEDED.items():
         if name in layout and word not in inspect.getsource(module):
             pytest.skip(f"this version of transformers cannot load {name}")
-    plain, quantised = directories(layout)
+    plain, quantised = writer.source(layout), writer(layout)[0]
     expected, found = loaded_and_decoded(plain, quantised, tmp_path, dtype)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():  # transformers may leave some in the stored format
@@ -172,7 +160,7 @@ def load(directory: Path, dtype: torch.dtype, *, dequantise: bool = False) -> di
 
 @pytest.mark.parametrize("layout", UNSUPPORTED)
 def test_layouts_left_out_are_those_that_transformers_cannot_load(
-    directories: Any, tmp_path: Path, layout: str
+    writer: LayoutWriter, tmp_path: Path, layout: str
 ) -> None:
     """This test fails when one of them can be compared."""
     method = LAYOUTS[layout].quantization["quant_method"]
@@ -181,7 +169,7 @@ def test_layouts_left_out_are_those_that_transformers_cannot_load(
         return
     if method == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
-    plain, quantised = directories(layout)
+    plain, quantised = writer.source(layout), writer(layout)[0]
     try:
         expected, found = loaded_and_decoded(plain, quantised, tmp_path, BF16)
     except (RuntimeError, ValueError):
