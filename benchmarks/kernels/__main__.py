@@ -56,9 +56,13 @@ def _coded(settings: KernelsSettings, device: Any) -> Iterator[tuple[str, Any]]:
     """A bench for each encoding, whose kernels were found right."""
     import torch
 
+    from benchmarks.common.encodings import ENCODINGS
     from benchmarks.kernels.coded import CodedBench
     from benchmarks.kernels.compiling import compile_ahead
 
+    for name in settings.encodings:
+        if name not in ENCODINGS:
+            raise ValueError(f"encodings={name!r} is not one of {', '.join(ENCODINGS)}")
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         start = time.perf_counter()

@@ -13,7 +13,7 @@ class KernelsSettings:
     shape: str = "olmoe-7b"
     """Model shape: olmoe-7b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, or tiny for a rehearsal."""
     encodings: list[str] = field(default_factory=list)
-    """Encodings of the experts: mxfp4, fp8, fp8-row, int4-128, int4-32-zeros, nvfp4,
+    """Encodings of the experts: mxfp4, fp8, fp8-row, int4, int4-128, int4-32-zeros, nvfp4,
     nvfp4-divides; by default they are plain bfloat16 or, in decoding, packed."""
     prompts: list[int] = field(default_factory=lambda: [128, 512, 2048])
     """Tokens of a prompt."""

@@ -46,3 +46,8 @@ def test_kernels_of_experts_in_codes_are_checked_before_they_are_timed(
     assert [(row["encoding"], row["kernel"]) for row in rows] == [
         ("mxfp4", "gate_up"), ("mxfp4", "down"), ("mxfp4", "plan"),
     ]  # fmt: skip
+
+
+def test_an_unknown_encoding_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="encodings='mxfp3' is not one of mxfp4"):
+        main(KernelsSettings(shape="tiny", encodings=["mxfp3"], device="cpu"))
