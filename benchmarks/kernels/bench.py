@@ -20,7 +20,8 @@ from routing.layers import Routes, find_moe_layers
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policies import LRU
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.decode.experts_call import FETCHERS, Blocks, ExpertsCall
+from runtime.cuda.decode.experts.blocks import Blocks
+from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
 from runtime.cuda.memory.packing import PATCHES

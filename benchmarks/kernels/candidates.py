@@ -6,7 +6,7 @@ from itertools import product
 
 import triton
 
-from runtime.cuda.decode.experts_call import LEAST_COLUMNS, Blocks
+from runtime.cuda.decode.experts.blocks import LEAST_COLUMNS, Blocks
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.prefill.grouped_experts import Tile
 

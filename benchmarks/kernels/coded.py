@@ -12,7 +12,8 @@ from benchmarks.kernels.bench import Bench
 from benchmarks.kernels.candidates import coded_blocks
 from benchmarks.kernels.random_parts import fill
 from benchmarks.kernels.report import TimedKernel
-from runtime.cuda.decode.experts_call import FETCHERS, Blocks, ExpertsCall
+from runtime.cuda.decode.experts.blocks import Blocks
+from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import activate
 from runtime.cuda.memory.pinned_experts import unpack_blocks

@@ -38,12 +38,12 @@ class Prefetching:
     @property
     def always(self) -> bool:
         """Whether every step prefetches."""
-        return self._asked is True
+        return self._asked is True and not self._all_fit
 
     @property
     def in_prompts(self) -> bool:
         """Whether prompts send the next layer's likely experts ahead."""
-        return self._asked is not False
+        return self._asked is not False and not self._all_fit
 
     def in_next_step(self, kind: str) -> bool:
         """Whether the step of this kind that is launched next prefetches."""
@@ -61,10 +61,10 @@ class Prefetching:
         """A sentence for people, with the times that decided it."""
         if self._asked is False:
             return "prefetching is off, as asked for"
-        if self._asked is True:
-            return "prefetching is on, as asked for"
         if self._all_fit:
             return "prefetching is off: every expert has a slot"
+        if self._asked is True:
+            return "prefetching is on, as asked for"
         generating, serving = self._trials.get(GENERATING), self._trials.get(SERVING)
         more = "" if serving is None else f"; while serving, {serving.verdict}"
         return (BEING_TRIED if generating is None else generating.verdict) + more

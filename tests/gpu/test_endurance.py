@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
-from runtime.cuda.decode import experts_call as experts
+from runtime.cuda.decode.experts import experts_call as experts
 from tests.gpu.offloaded import (
     NEVER,
     allocated,

@@ -37,7 +37,7 @@ from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.kernels.attention import attend
 from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
@@ -164,7 +164,9 @@ class Kernels:
             empty(size.num_experts, self.expert_block.stored_units, dtype=torch.int16)
         ] * 2
 
-    def decode(self, batch: int, policy: type[Policy], *, prefetch: bool) -> None:
+    def decode(
+        self, batch: int, policy: type[Policy], *, prefetch: bool = False, resident: bool = False
+    ) -> None:
         """Two layers of a captured step."""
         size, options = self.size, {"horizon": 4} if policy is PredictedReuse else {}
         cache = ExpertCache(
@@ -174,7 +176,8 @@ class Kernels:
         router = nn.Linear(size.hidden, size.num_experts, size.is_oss, dtype=torch.bfloat16)
         call = ExpertsCall(
             batch, size.top_k, self.layout, self.expert_block, self.slots_SN, host,
-            DeviceCache(cache, 2, CPU), prefetch=prefetch, routers=[router, router],
+            DeviceCache(cache, 2, CPU), prefetch=prefetch, resident=resident,
+            routers=[router, router],
             forecast=torch.zeros(2 * size.num_experts) if policy is PredictedReuse else None,
         )  # fmt: skip
         x = torch.zeros(batch, size.hidden, dtype=torch.bfloat16)
@@ -214,8 +217,9 @@ class Kernels:
 
 def compile_coded(kernels: Kernels) -> None:
     """What reads experts in codes: decoding steps of one token and of several, and prefill."""
-    kernels.decode(1, LRU, prefetch=False)
-    kernels.decode(8, LRU, prefetch=False)
+    for resident in (False, True):
+        kernels.decode(1, LRU, resident=resident)
+        kernels.decode(8, LRU, resident=resident)
     workspace_RN = empty(4, kernels.expert_block.units, dtype=torch.int16)
     picked = torch.zeros(4, dtype=torch.int32)
     unpack_blocks(kernels.expert_block, kernels.slots_SN, picked, workspace_RN)
@@ -237,7 +241,9 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
                 kernels.attend(batch)
                 kernels.dense(batch)
             for policy in (LRU, LFU, PredictedReuse):
-                kernels.decode(1, policy, prefetch=False)
+                kernels.decode(1, policy)
+                kernels.decode(1, policy, resident=True)
+            kernels.decode(8, LRU, resident=True)
             kernels.prefill()
     return list(compiler.found.values())
 

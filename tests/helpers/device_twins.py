@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policy import Policy
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, activate
 from runtime.cuda.memory.packing import PATCHES

@@ -16,7 +16,7 @@ import torch
 
 from routing.predictor_file.reader import open_predictor
 from runtime.cuda.backend import CudaBackend
-from runtime.cuda.decode import experts_call as experts
+from runtime.cuda.decode.experts import experts_call as experts
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.device_budget import device_budget
 from runtime.cuda.memory import pinned

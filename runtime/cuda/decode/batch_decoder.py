@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
-from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.prefetching import GENERATING

@@ -18,7 +18,8 @@ from routing.topology import NO_EXPERT
 from runtime.cache.stats import Stats
 from runtime.cuda.decode.captured_model import CapturedModel
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.decode.experts_call import ExpertsCall, Ledger
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.ledger import Ledger
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.kernels.custom_ops import DECODERS
@@ -106,15 +107,20 @@ class Decoder:
         pool = self._pool
         return ExpertsCall(
             bucket, self.model.top_k, self._layout, pool.expert_block, pool.slots_SN, self._host,
-            self._device_cache, prefetch=prefetch, routers=self._routers,
-            forecast=self.driver.likely,
+            self._device_cache, prefetch=prefetch, resident=self.stats.all_fit,
+            routers=self._routers, forecast=self.driver.likely,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ a step
 
     def take_over(self) -> None:
-        """Make the device's slot table the truth, if it is not."""
+        """Make the device's slot table the truth, if it is not.
+
+        Where every expert has a slot, the missing ones are brought first: steps fetch nothing.
+        """
         if not self._device_cache.on_device:
+            if self.stats.all_fit:
+                self._pool.fill()
             self._pool.wait_for_copies()
             self._device_cache.upload()
             self._num_free = self._pool.num_slots - self._pool.cache.num_resident

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.streams import CUDNN_ATTENTION
 from runtime.kv.attention_kinds import attention_types
 from runtime.kv.static_cache import SharedCache

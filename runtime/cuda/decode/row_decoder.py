@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from runtime.cache.forecast import Forecast
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
-from runtime.cuda.decode.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.kernels.attention import attend
 from runtime.cuda.prefetching import SERVING

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.experts import activate
+from runtime.cuda.kernels.gate_up import activate
 from runtime.cuda.kernels.unpacked import record_elements, tile_of
 
 

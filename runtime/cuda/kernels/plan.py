@@ -37,18 +37,16 @@ def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.
 
 @triton.jit
 def touch(
-    used_E, rank_E, num_used, values, clock, layer, E: tl.constexpr, RULE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    experts_N, used_N, rank_N, num_used, values, clock, layer, E: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Tell the rule which experts this layer uses."""
-    experts_E = tl.arange(0, BLOCK_E)
+    """Tell the rule which of the experts this layer uses, in the order of their ranks."""
     if RULE == CLOCK:
         now = tl.load(clock)
-        tl.store(values + layer * E + experts_E, now + rank_E, mask=used_E)
+        tl.store(values + layer * E + experts_N, now + rank_N, mask=used_N)
         tl.store(clock, now + num_used)
     if RULE == COUNT:
-        counts_E = tl.load(values + layer * E + experts_E, mask=used_E, other=0.0)
-        tl.store(values + layer * E + experts_E, counts_E + 1.0, mask=used_E)
+        counts_N = tl.load(values + layer * E + experts_N, mask=used_N, other=0.0)
+        tl.store(values + layer * E + experts_N, counts_N + 1.0, mask=used_N)
 
 
 @triton.jit
@@ -131,7 +129,7 @@ def plan(
     used_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
     num_used = tl.sum(used_E.to(tl.int32), 0)
-    touch(used_E, rank_E, num_used, values, clock, layer, E, RULE, BLOCK_E)
+    touch(experts_E, used_E, rank_E, num_used, values, clock, layer, E, RULE)
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
     dropped_slot = FREE

@@ -143,17 +143,26 @@ class StreamingPool:
         slots = self.cache.slot_of_key[first : first + self.num_experts]
         return bool((slots == FREE).any())
 
+    def fill(self) -> None:
+        """Start to bring every expert that is missing, where all have a slot."""
+        for layer, blocks_EN in enumerate(self._host.layers):
+            self._send_ahead(layer, np.arange(len(blocks_EN)), np.zeros(0, np.int64))
+
     def _prefetch(self, ahead: Ahead, pinned: np.ndarray) -> None:
         layer, wanted_E = ahead.layer, ahead.wanted_E.cpu().numpy()
         likely = np.flatnonzero(wanted_E > 1)
         likely = likely[np.argsort(-wanted_E[likely], kind="stable")]
-        lookup = self.cache.admit(layer, likely, pinned)
+        experts = self._send_ahead(layer, likely, pinned)
+        self._early = layer, experts
+        self._stats.bytes_prefetched += len(experts) * self._host.link_bytes(layer)
+        self._stats.prefetches += len(experts)
+
+    def _send_ahead(self, layer: int, experts: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+        """Start to bring the missing of `experts`, beside the pinned keys: int64, those coming."""
+        lookup = self.cache.admit(layer, experts, pinned)
         self._start_copies(layer, lookup)
-        self._early = layer, lookup.experts
-        num_bytes = len(lookup.experts) * self._host.link_bytes(layer)
-        self._stats.bytes_loaded += num_bytes
-        self._stats.bytes_prefetched += num_bytes
-        self._stats.prefetches += len(lookup.experts)
+        self._stats.bytes_loaded += len(lookup.experts) * self._host.link_bytes(layer)
+        return lookup.experts
 
     def _judge(self, layer: int, needed: np.ndarray) -> None:
         """Book which of the experts that were sent ahead for `layer` it needs."""

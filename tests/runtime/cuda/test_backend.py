@@ -108,15 +108,21 @@ def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
     engine.check_integrity()
 
 
-def test_prefetching_is_not_tried_where_every_expert_has_a_slot(model: Any) -> None:
-    engine = load_fake(model, memory=1.0, prefetch="auto").expertflow
+@pytest.mark.parametrize("prefetch", ["auto", True])
+def test_where_every_expert_has_a_slot_steps_fetch_nothing(
+    model: Any, prefetch: bool | str
+) -> None:
+    engine = load_fake(model, memory=1.0, prefetch=prefetch).expertflow
     assert engine.prefetching == "prefetching is off: every expert has a slot"
-    generate(model, max_new_tokens=4)
-    assert engine.stats().prefetches == 0
-    engine.detach()
-    assert load_fake(model, memory=1.0, prefetch=True).expertflow.prefetching == (
-        "prefetching is on, as asked for"
-    )
+    want = generate(model, max_new_tokens=1)
+    stats = engine.stats()
+    in_prompt, bytes_of_one = stats.misses, stats.bytes_loaded // stats.misses
+    assert 0 < in_prompt < stats.total_experts
+    stats.reset()
+    assert torch.equal(generate(model, max_new_tokens=4)[:, : want.shape[1]], want)
+    assert (stats.prefetches, stats.misses) == (0, 0)
+    assert stats.bytes_loaded == (stats.total_experts - in_prompt) * bytes_of_one
+    engine.check_integrity()
 
 
 def test_a_sequence_that_ends_early_leaves_the_step_ahead_of_it_behind(model: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cache.policies import LFU, LRU
-from runtime.cuda.decode import experts_call as experts
+from runtime.cuda.decode.experts import experts_call as experts
 from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.pinned_experts import decode_blocks

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 NAMES = {
     "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
-    "combine", "_attend", "gather", "project",
+    "combine", "_attend", "gather", "project", "gate_up_of_one",
 }  # fmt: skip
 LEAST_SHARED = 99 << 10
 """Bytes of shared memory that a program may take on a consumer's GPU (8.6, 8.9, 12.0)."""
@@ -47,8 +47,9 @@ def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     """Where a layer's entries lie in a shared tensor is no reason to compile anew."""
     counts = Counter(kernel["name"] for kernel in compiled(90, tmp_path, "olmoe-7b"))
     assert counts["_attend"] == counts["fetch"] == counts["pick"] == 1
-    assert counts["plan"] == 3 + 3  # prefetching for batches 1, 8, 32; three rules without
-    assert counts["gate_up"] == 8  # residents and fetched, for each batch; once more without
+    assert counts["plan"] == 3 + 3 + 1  # prefetching for batches 1, 8, 32; three rules; residents
+    assert counts["gate_up"] == 8 + 1  # there and fetched, by batch; without prefetch; residents
+    assert counts["gate_up_of_one"] == 3
     assert counts["down"] == 3
 
 

@@ -19,7 +19,7 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
-from runtime.cuda.decode import experts_call as experts
+from runtime.cuda.decode.experts import experts_call as experts
 from tests.helpers.device_twins import Twin, routes
 
 LAYERS, EXPERTS, TOP_K = 2, 12, 3

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from runtime.cache.policies import LRU
-from runtime.cuda.decode import experts_call as experts
-from runtime.cuda.decode.experts_call import ExpertsCall, Ledger
+from runtime.cuda.decode.experts import experts_call as experts
+from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.ledger import Ledger
 from runtime.cuda.kernels import transfer as transfer_kernels
 from runtime.cuda.memory.expert_block import CHUNK
 from tests.helpers.device_twins import Twin

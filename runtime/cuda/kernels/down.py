@@ -1,15 +1,6 @@
-"""The experts of a layer, run out of slots; the missing ones are fetched meanwhile.
+"""The down projection of a layer's experts, run out of slots, and the sum over each token's.
 
-`gate_up` computes act(x W_gate^T) * (x W_up^T) of the plan's experts for every token of the batch,
-`down` sums its products with W_down over the experts of each token. An expert that several tokens
-want is read once for all.
-
-`gate_up` runs twice. Its first programs in the first run fetch the missing experts from pinned host
-memory into their slots, as many as keep the link busy; the others run the residents in their
-shadow. The second run is for the experts that were fetched. What was resident changes neither a
-weight's bits nor the order of any sum: outputs are bit-identical.
-
-Shapes: x [B, H], gate_up [2W, H] (gate rows, then up rows; or alternating), down [H, W].
+Shapes: h [U, B, W] as `gate_up` leaves it, down [H, W], y [B, H].
 """
 
 from __future__ import annotations
@@ -17,126 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded.products import (
-    coded_gate_and_up,
-    coded_rows_of,
-    weighted_sum_of_one,
-)
+from runtime.cuda.kernels.coded.products import coded_rows_of, weighted_sum_of_one
 from runtime.cuda.kernels.packed import UP_AGAIN, add_products, packed_rows_of, patched_one
-from runtime.cuda.kernels.transfer import fetch_missing
 from runtime.cuda.kernels.unpacked import add_unpacked, record_elements, rows_of
-
-SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
-SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
-
-
-@triton.jit
-def activate(gate, up, ACT: tl.constexpr):
-    """The gated activation, in float32."""
-    if ACT == CLAMPED_SWIGLU:
-        gate = tl.minimum(gate, SWIGLU_LIMIT)
-        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT) + 1.0
-        return gate * tl.sigmoid(gate * SWIGLU_ALPHA) * up
-    if ACT == SILU:
-        return gate * tl.sigmoid(gate) * up
-    if ACT == GELU:
-        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    if ACT == GELU_TANH:
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(inner) * up
-    return tl.maximum(gate, 0.0) * up
-
-
-@triton.jit
-def packed_gate_and_up(
-    x, block, first, gate_row_I, up_row_I, mask_I, num_tokens, UP: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
-    W: tl.constexpr, ALTERNATING: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """X times BLOCK_I rows each of the gate and the up projection, from `first` on: [M, I]."""
-    SPAN: tl.constexpr = 2 * BLOCK_I if ALTERNATING else BLOCK_I
-    UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_I == 0 else SPAN + 1
-    first_gate = 2 * first if ALTERNATING else first
-    first_up = 2 * first if ALTERNATING else W + first
-    gate_MI = packed_rows_of(
-        x, block, first_gate, gate_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
-        SPAN, M, BLOCK_I, BLOCK_H,
-    )  # fmt: skip
-    up_MI = packed_rows_of(
-        x, block, first_up, up_row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES,
-        UP_SPAN, M, BLOCK_I, BLOCK_H,
-    )  # fmt: skip
-    return gate_MI, up_MI
-
-
-@triton.jit(
-    do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "counts", "prefetched"],
-)
-def gate_up(
-    x, h, slots, units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress,
-    num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
-    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
-    HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """H [U, B, W] of the residents while the missing are fetched; FETCHERS = 0: of the fetched.
-
-    slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], expert
-    blocks of STORED int16 each, with the projections at elements UP (of the unpacked block) and
-    UP_BIAS. PATCHES: 0 where blocks are not packed. CODE: of a matrix in codes, or None.
-    Grid (FETCHERS + blocks of W * most distinct experts,).
-    """
-    program = tl.program_id(0)
-    if program < FETCHERS:
-        fetch_missing(
-            units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
-            STORED, CHUNK, FETCHERS, PREFETCHERS,
-        )  # fmt: skip
-        return
-    num_blocks: tl.constexpr = (W + BLOCK_I - 1) // BLOCK_I
-    turn = (program - FETCHERS) // num_blocks
-    num_used = tl.load(counts)
-    num_missed = tl.load(counts + 1)
-    if FETCHERS > 0:
-        turn += num_missed
-        if turn >= num_used:
-            return
-    else:
-        if turn >= num_missed:
-            return
-    at = tl.load(order_U + turn)
-    slot = tl.load(slots_U + at).to(tl.int64)
-    block = slots + slot * record_elements(slots, STORED)
-    first = (program - FETCHERS) % num_blocks * BLOCK_I
-    row_I = first + tl.arange(0, BLOCK_I)
-    mask_I = row_I < W
-    gate_row_I = 2 * row_I if ALTERNATING else row_I
-    up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
-    if PATCHES > 0:
-        gate_MI, up_MI = packed_gate_and_up(
-            x, units + slot * STORED, first, gate_row_I, up_row_I, mask_I, num_tokens, UP, MATRICES,
-            PATCHES, CHUNK, H, W, ALTERNATING, M, BLOCK_I, BLOCK_H,
-        )  # fmt: skip
-    elif CODE is not None:
-        gate_MI, up_MI = coded_gate_and_up(
-            x, units + slot * STORED, first, num_tokens, H, W, CODE, ALTERNATING, M, BLOCK_I,
-            BLOCK_H,
-        )  # fmt: skip
-    else:
-        gate_MI = rows_of(x, block + UP, gate_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
-        up_MI = rows_of(x, block + UP, up_row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
-    if HAS_BIAS:
-        gate_bias = tl.load(block + UP_BIAS + gate_row_I, mask=mask_I, other=0.0)
-        up_bias = tl.load(block + UP_BIAS + up_row_I, mask=mask_I, other=0.0)
-        gate_MI += gate_bias.to(tl.float32)[None, :]
-        up_MI += up_bias.to(tl.float32)[None, :]
-    token_M = tl.arange(0, M)
-    to_MI = (at * num_tokens + token_M)[:, None] * W + row_I[None, :]
-    h_MI = activate(gate_MI, up_MI, ACT).to(h.dtype.element_ty)
-    tl.store(h + to_MI, h_MI, mask=(token_M < num_tokens)[:, None] & mask_I[None, :])
 
 
 @triton.jit

@@ -1,14 +1,13 @@
 """One layer's experts call, in kernels: plan, gate and up, down; prefetch beside them.
 
 Everything is enqueued on the current stream without a host sync, so that it can be captured. What
-the host wants to know of a step is written to one tensor, the ledger:
-
-    routes [L, B * K]   counts [L, 2]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
+the host wants to know of a step is written to one tensor, the ledger. Where every expert has a
+slot, nothing is planned for and nothing fetched.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,10 @@ import triton
 from torch import Tensor, nn
 
 from runtime.cuda.decode.device_cache import DeviceCache
-from runtime.cuda.kernels import experts as expert_kernels
+from runtime.cuda.decode.experts.blocks import Blocks
+from runtime.cuda.decode.experts.ledger import Ledger
+from runtime.cuda.kernels import down as down_kernels
+from runtime.cuda.kernels import gate_up as gate_up_kernels
 from runtime.cuda.kernels import plan as plan_kernel
 from runtime.cuda.kernels import prefetch as prefetch_kernels
 from runtime.cuda.kernels import transfer as transfer_kernels
@@ -30,58 +32,6 @@ PREFETCHERS = 32
 """Programs of a prefetch."""
 THRESHOLD = 0.5
 """Least probability of use for a prefetch."""
-LEAST_COLUMNS = 128
-"""Least columns of a tile: a matrix product takes 16, and packed weights come by eights."""
-
-
-class Blocks(NamedTuple):
-    """Tile sizes of the kernels, chosen for a batch size."""
-
-    rows: int
-    columns: int
-    warps: int
-    down_rows: int
-    down_columns: int
-    down_warps: int
-    parts: int
-    """Ranges of experts that are summed apart, so that their programs run side by side."""
-    padded: int
-    """Tokens, padded to the least size of a matrix product (1 needs none)."""
-
-    @staticmethod
-    def of(num_tokens: int, layout: KernelLayout, block: ExpertBlock) -> Blocks:
-        """One token streams long rows; several go through the tensor cores in squarer tiles.
-
-        Matrices in codes have gate and up rows in one tile. Sizes are by `benchmarks.kernels` on an
-        H200.
-        """
-        coded = bool(block.coding)
-        if num_tokens == 1:
-            columns = min(1024, triton.next_power_of_2(layout.hidden))
-            inner = min(1024, triton.next_power_of_2(layout.width))
-            rows = 8
-            if coded and layout.hidden > 2048:
-                rows = 4
-            elif coded:
-                columns = min(512, columns)
-            return Blocks(rows, columns, 4, 4, inner, 4, 1, 1)
-        padded = max(16, triton.next_power_of_2(num_tokens))
-        columns = 2 * LEAST_COLUMNS if padded == 16 and not coded else LEAST_COLUMNS
-        return Blocks(32, columns, 4, 32, LEAST_COLUMNS, 4, 8, padded)
-
-
-class Ledger(NamedTuple):
-    """The record of one step, on the host."""
-
-    routes_LBK: np.ndarray
-    num_used_L: np.ndarray
-    num_fetched_L: np.ndarray
-    prefetched_L: np.ndarray
-    """The expert that was chosen, -1 for none."""
-    used_L: np.ndarray
-    """1 where the chosen expert was then needed."""
-    chunks_L: np.ndarray
-    """Chunks of it that arrived in time."""
 
 
 class ExpertsCall:
@@ -89,7 +39,7 @@ class ExpertsCall:
 
     routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
     None where none was found. forecast: float32 [L * E], the predictor's probabilities
-    for the running step, or None.
+    for the running step, or None. resident: every expert of the model is in a slot, and stays.
     """
 
     def __init__(
@@ -103,24 +53,21 @@ class ExpertsCall:
         cache: DeviceCache,
         *,
         prefetch: bool = False,
+        resident: bool = False,
         routers: list[nn.Module | None] | None = None,
         forecast: Tensor | None = None,
     ) -> None:
         device = cache.clock.device
-        self._layout, self._block, self._host, self._cache = (
-            layout,
-            block,
-            host,
-            cache,
-        )
+        self._layout, self._block, self._host, self._cache = layout, block, host, cache
         self._stored = {"STORED": block.stored_units, "CHUNK": CHUNK}
-        self._packed = {"MATRICES": block.matrix_units, "PATCHES": block.patches}
-        self._units_SN = slots_SN
-        self._slots_SN = slots_SN.view(layout.dtype)
+        self._matrices = self._stored | {
+            "MATRICES": block.matrix_units, "PATCHES": block.patches, "HAS_BIAS": layout.has_bias,
+            "H": layout.hidden, "W": layout.width,
+        }  # fmt: skip
+        self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
-        self.prefetches = prefetch
-        self._routers = routers or [None] * cache.num_layers
-        self._forecast = forecast
+        self.prefetches, self._resident = prefetch and not resident, resident
+        self._routers, self._forecast = routers or [None] * cache.num_layers, forecast
         self._blocks = Blocks.of(batch, layout, block)
         self.max_used = min(cache.num_experts, batch * top_k)
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
@@ -131,7 +78,7 @@ class ExpertsCall:
         self._slot = torch.full((cache.num_layers,), -1, dtype=torch.int32, device=device)
         self._stop = torch.zeros(cache.num_layers, dtype=torch.int32, device=device)
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device) if prefetch else None
+        self._side = torch.cuda.Stream(device) if self.prefetches else None
         self._pending: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = None, None
 
     def _allocate_ledger(self, device: torch.device) -> None:
@@ -170,8 +117,9 @@ class ExpertsCall:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Experts `ids` (int64 [B, K], others are no expert) of x [B, H]: [B, H]."""
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
-        picked, fetched = self._pending
-        self._pending = None, None
+        if self._resident:
+            return self._run_residents(layer, x, ids, weights)
+        (picked, fetched), self._pending = self._pending, (None, None)
         if picked is not None:
             torch.cuda.current_stream().wait_event(picked)
         self._run_plan(layer, ids)
@@ -184,6 +132,14 @@ class ExpertsCall:
         if has_next:
             self._pending = picked, self._run_fetch(layer + 1)
         self._run_gate_up(layer, x, 0)
+        return self._run_down(layer, x, ids, weights)
+
+    def _run_residents(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._batch == 1:
+            self._run_gate_up_of_one(layer, x, ids)
+        else:
+            self._run_plan(layer, ids)
+            self._run_gate_up(layer, x, 0)
         return self._run_down(layer, x, ids, weights)
 
     def _run_plan(self, layer: int, ids: Tensor) -> None:
@@ -202,44 +158,57 @@ class ExpertsCall:
             num_warps=4 if len(cache.key_of_slot) <= 1024 else 16,
         )  # fmt: skip
 
+    @property
+    def _gate_up(self) -> dict[str, Any]:
+        """Constants of the gate and up kernels."""
+        layout, block, blocks = self._layout, self._block, self._blocks
+        return self._matrices | {
+            "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
+            "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
+            "ALTERNATING": layout.alternating, "BLOCK_I": blocks.rows, "BLOCK_H": blocks.columns,
+            "num_warps": blocks.warps,
+        }  # fmt: skip
+
     def _run_gate_up(self, layer: int, x: Tensor, fetchers: int) -> None:
-        shape, blocks = self._layout, self._blocks
+        blocks, num_blocks = self._blocks, triton.cdiv(self._layout.width, self._blocks.rows)
         experts, slots, order = self._plan
-        num_blocks = triton.cdiv(shape.width, blocks.rows)
-        expert_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
+        gate_up_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
             x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
             experts, slots, order, self._counts[layer],
             self._prefetched[layer:], self._progress[layer], len(x),
-            UP=self._block.start("gate_up_proj"),
-            UP_BIAS=self._block.start_stored("gate_up_proj_bias"), **self._stored, **self._packed,
-            CODE=self._block.code("gate_up_proj"),
             FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
-            H=shape.hidden, W=shape.width, ACT=ACTIVATIONS.index(shape.activation),
-            ALTERNATING=shape.alternating, HAS_BIAS=shape.has_bias, M=blocks.padded,
-            BLOCK_I=blocks.rows, BLOCK_H=blocks.columns, num_warps=blocks.warps,
+            RESIDENT=self._resident, M=blocks.padded, **self._gate_up,
+        )  # fmt: skip
+
+    def _run_gate_up_of_one(self, layer: int, x: Tensor, ids: Tensor) -> None:
+        cache, num_blocks = self._cache, triton.cdiv(self._layout.width, self._blocks.rows)
+        experts, slots, _ = self._plan
+        gate_up_kernels.gate_up_of_one[(num_blocks * self.max_used,)](
+            x, self._h, self._slots_SN, self._units_SN, ids, experts, slots, self._counts[layer],
+            cache.slot_of_key, cache.values, cache.clock, self._routes[layer], layer,
+            E=cache.num_experts, K=self._top_k, RULE=cache.rule,
+            BLOCK_K=triton.next_power_of_2(self._top_k), **self._gate_up,
         )  # fmt: skip
 
     def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         shape, blocks, num_tokens = self._layout, self._blocks, len(x)
         experts, slots, _ = self._plan
-        y = torch.empty_like(x)
-        to = y
+        to = y = torch.empty_like(x)
         if blocks.parts > 1:
             to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
         grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
-        expert_kernels.down[grid](
+        down_kernels.down[grid](
             self._h, to, ids, weights, self._slots_SN, self._units_SN, experts, slots,
             self._counts[layer], num_tokens, DOWN=self._block.start("down_proj"),
-            DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._stored, **self._packed,
-            CODE=self._block.code("down_proj"), H=shape.hidden, W=shape.width,
-            E=self._cache.num_experts, K=self._top_k, HAS_BIAS=shape.has_bias, M=blocks.padded,
-            PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
+            DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._matrices,
+            CODE=self._block.code("down_proj"), E=self._cache.num_experts, K=self._top_k,
+            M=blocks.padded, PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
             BLOCK_K=triton.next_power_of_2(self._top_k),
             BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,
         )  # fmt: skip
         if blocks.parts > 1:
             block = min(1024, triton.next_power_of_2(shape.hidden))
-            expert_kernels.join[(num_tokens, triton.cdiv(shape.hidden, block))](
+            down_kernels.join[(num_tokens, triton.cdiv(shape.hidden, block))](
                 to, y, num_tokens, H=shape.hidden, PARTS=blocks.parts, BLOCK=block
             )
         return y

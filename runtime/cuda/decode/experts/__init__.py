@@ -1,0 +1,1 @@
+"""The experts calls of a captured step, in kernels."""
