@@ -29,8 +29,8 @@ SOURCE = (
     "kind ([2026-11-28](2026-11-28-gpu-h200.md)), and not again for this page."
 )
 HEAD = (
-    "encoding", "memory asked", "GPU memory, GiB", "resident", "arm", "tok/s", "hit rate",
-    "MB a token", "link", "logits",
+    "encoding", "memory asked", "GPU memory, GiB", "in steps", "resident", "arm", "tok/s",
+    "hit rate", "MB a token", "link", "logits",
 )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
         row["encoding"],
         row["residency"],
         number(row["peak_bytes"], ".2f", 2**30),
+        number(row["extra"].get("steps_bytes"), ".2f", 2**30),
         number(row["extra"].get("resident_share"), ".0%"),
         ", ".join(filter(None, words)),
         number(row["tokens_per_s"], ".1f"),

@@ -8,8 +8,8 @@ from benchmarks.common.report import number, print_table
 from benchmarks.systems.row import Row
 
 COLUMNS = (
-    "arm", "resident", "tok/s", "ms/step", "hit rate", "MB/token", "link", "peak GiB", "TTFT ms",
-    "load s", "warm-up s", "logits",
+    "arm", "resident", "tok/s", "ms/step", "hit rate", "MB/token", "link", "peak GiB", "in steps",
+    "TTFT ms", "load s", "warm-up s", "logits",
 )  # fmt: skip
 
 
@@ -41,6 +41,7 @@ def _cells(row: Row) -> list[str]:
         number(row.bytes_per_token, ".1f", 1e6),
         number(row.link_efficiency, ".2f"),
         number(row.peak_bytes, ".2f", 2**30),
+        number(row.extra.get("steps_bytes"), ".2f", 2**30),
         number(row.first_token_ms, ".1f"),
         number(row.load_s, ".1f"),
         number(row.warm_up_s, ".1f"),

@@ -101,13 +101,15 @@ class EncodingRunner:
         steps = min(settings.check_steps, settings.tokens)
         self._compare(arm, workload.logits(loaded.model, first, steps), row)
         loaded.running.reset()
+        warm_up_bytes = _begin_steps()
         timings, began = Timings(), time.perf_counter()
         for passages in timed:
             if not timings.step_s or time.perf_counter() - began < settings.arm_seconds:
                 workload.run(loaded.model, passages, timings)
         fill_speed(row, timings, loaded.bandwidth)
         loaded.running.finish(row)
-        row.peak_bytes = _peak_memory()
+        row.extra["steps_bytes"] = steps_bytes = _peak_memory()
+        row.peak_bytes = steps_bytes and max(steps_bytes, warm_up_bytes or 0)
         row.total_s = (row.load_s or 0.0) + time.perf_counter() - start
 
     def _compare(self, arm: CodedArm, logits: Tensor, row: Row) -> None:
@@ -132,6 +134,14 @@ def _begin_memory() -> int | None:
         return None
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
+
+
+def _begin_steps() -> int | None:
+    """The peak until now: from here on, that of the steps alone is taken."""
+    peak = _peak_memory()
+    if peak is not None:
+        torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def _peak_memory() -> int | None:
