@@ -33,7 +33,7 @@ OF_SHAPE = {
 }
 """Encodings of a shape, where not all of them: those in which such models are published, and
 bfloat16 where a host of 128 GB holds it."""
-ALL = ("mxfp4", "int4", "fp8", "nvfp4", PLAIN)
+ALL = ("mxfp4", "int4", "int4-128", "fp8", "nvfp4", PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def _is_chosen(arm: CodedArm, settings: EncodingSettings) -> bool:
 
 def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterator[CodedArm]:
     encodings = OF_SHAPE.get(shape, ALL)
-    narrow = [encoding for encoding in encodings[:2] if encoding not in (PLAIN, "fp8")]
+    narrow = [encoding for encoding in encodings[:3] if encoding not in (PLAIN, "fp8")]
     fits = shape not in ("gpt-oss-120b", "mixtral-8x7b")
 
     def arm(encoding: str, residency: str, *, at: str = routes[0], **options: object) -> CodedArm:

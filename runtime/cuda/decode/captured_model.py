@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from runtime.cuda.decode.fused_norms import FusedForward
+from runtime.cuda.decode.fused_top_k import FusedTopKPass
 from runtime.cuda.options import CudaOptions
 from runtime.kv.static_cache import Storage
 from runtime.weights.source import Source
 
-COMPILER: dict[str, str | int | bool | Callable[..., Any]] = {"coordinate_descent_tuning": True}
-"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth."""
+COMPILER: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "post_grad_custom_pre_pass": FusedTopKPass(),
+}
+"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth, and
+a router's choice one kernel."""
 LARGEST_BATCH = 32
 """Most sequences of a step: with more, decode kernels would compute more than they load."""
 
@@ -35,7 +39,7 @@ class CapturedModel:
         self.forward: Any = None
         """The model's forward, compiled or with fused norms."""
         if options.compile:
-            self.forward = torch.compile(model.forward, options=COMPILER)
+            self.forward = torch.compile(model.forward, dynamic=False, options=COMPILER)
         else:
             self.forward = FusedForward(model)
         self.stream = torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""A model's forward with its RMS norms in one kernel each, for captured steps.
+"""A model's forward with its RMS norms and small top-k in one kernel each, for captured steps.
 
 A norm is recognised by what it computes on random numbers, not by its class.
 """
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.cuda.kernels.norm import rms_norm
+from runtime.cuda.decode.fused_top_k import FusedTopK
+from runtime.cuda.kernels.dense.norm import rms_norm
 
 EPSILONS = "variance_epsilon", "eps"
 """Names under which modules keep what they add to the mean square."""
@@ -21,7 +22,7 @@ SCALES = 1.0, 30.0, 1e-3
 
 
 class FusedForward:
-    """`model.forward` whose norms run fused. The first call, not captured, tries them."""
+    """`model.forward` with fused operations. The first call, not captured, tries the norms."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._forward = model, model.forward
@@ -32,7 +33,7 @@ class FusedForward:
         if self._norms is None:
             found = ((module, fused_norm(module)) for module in self._model.modules())
             self._norms = [(module, fused) for module, fused in found if fused is not None]
-        with _replaced(self._norms):
+        with _replaced(self._norms), FusedTopK():
             return self._forward(*args, **kwargs)
 
 

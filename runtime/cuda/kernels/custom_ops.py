@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.kernels import attention as attend_kernel
+from runtime.cuda.kernels.dense import top_k as top_k_kernel
 
 
 class LayerRunner(Protocol):
@@ -53,3 +54,15 @@ def attend(
 @attend.register_fake
 def _(query_BHD: Tensor, keys_RGCD: Tensor, values_RGCV: Tensor, *_: Any) -> Tensor:
     return query_BHD.new_empty(*query_BHD.shape[:2], values_RGCV.shape[-1])
+
+
+@torch.library.custom_op("expertflow::top_k", mutates_args=())
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`top_k.top_k`, as one operator."""
+    return top_k_kernel.top_k(x, k)
+
+
+@top_k.register_fake
+def _(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = *x.shape[:-1], k
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""Operations of a model beside its experts, in one kernel each."""
