@@ -163,7 +163,7 @@ def print_next_steps() -> None:
     """Print the same pipeline for the user's own model."""
     print_heading("Next: your own model (a directory or an id on the Hub)")
     print("  expertflow trace --model MODEL --dataset TEXT.txt --out runs/mine/trace")
-    print("  expertflow train fit --config small --data.trace '[runs/mine/trace]' \\")
+    print("  expertflow train fit --config small --data.trace runs/mine/trace \\")
     print("      --trainer.default_root_dir runs/mine")
     print("  expertflow export runs/mine/predictor.ckpt runs/mine/predictor.onnx")
     print("and in Python:")

@@ -54,20 +54,27 @@ def main(settings: PageSettings) -> None:
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
-    """Commands and machines, then a table for each shape, its arms by memory."""
+    """Each run with its command and machine, and a table for each of its shapes."""
     lines = ["# Encodings at equal GPU memory", ""]
     for one in results:
-        machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
-        lines += [f"    {one['command']}", "", f"{machine}; link {_link(one)}.", ""]
+        lines += _run(one)
     rows = [row for one in results for row in one["rows"]]
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        own = [row for row in rows if row["shape"] == shape and row["error"] is None]
-        lines += [f"## {shape}", "", *_routes(own), "", *_table(HEAD, map(_cells, own)), ""]
-        if shape == LLAMA_SHAPE:
-            others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
-            lines += [*_table(("llama.cpp", "on the GPU", "tok/s"), others), "", SOURCE, ""]
+    if any(row["shape"] == LLAMA_SHAPE for row in rows):
+        others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
+        head = f"{LLAMA_SHAPE} in llama.cpp", "on the GPU", "tok/s"
+        lines += [*_table(head, others), "", SOURCE, ""]
     failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"] is not None]
     return "\n".join([*lines, *(["## Not run", "", *failed] if failed else [])]).rstrip() + "\n"
+
+
+def _run(one: dict[str, Any]) -> list[str]:
+    machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
+    lines = [f"    {one['command']}", "", f"{machine}; link {_link(one)}.", ""]
+    for shape in dict.fromkeys(row["shape"] for row in one["rows"]):
+        own = [row for row in one["rows"] if row["shape"] == shape and row["error"] is None]
+        if own:
+            lines += [f"## {shape}", "", *_routes(own), "", *_table(HEAD, map(_cells, own)), ""]
+    return lines
 
 
 def _link(one: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ class TraceData(L.LightningDataModule):
     """Traces of one model, split by document into training, validation and test rows.
 
     Args:
-        trace: Trace directories, all of the same model.
+        trace: A trace directory, or several of the same model.
         stack: The stack of MoE layers to predict ("decoder" or "encoder").
         window: A prediction depends on this many newest tokens.
         horizon: Tokens that the horizon head looks ahead (H).
@@ -49,7 +49,7 @@ class TraceData(L.LightningDataModule):
 
     def __init__(
         self,
-        trace: list[str],
+        trace: list[str] | str,
         stack: str = "decoder",
         window: int = 256,
         horizon: int = 8,
@@ -66,7 +66,7 @@ class TraceData(L.LightningDataModule):
             raise ValueError(
                 f"val_fraction {val_fraction} and test_fraction {test_fraction} leave no training"
             )
-        self.traces = [Path(directory) for directory in trace]
+        self.traces = [Path(each) for each in ([trace] if isinstance(trace, str) else trace)]
         self.readers = open_traces(self.traces, stack)
         self.topology = self.readers[0].topology.to_json()
         self.stack = stack

@@ -114,7 +114,7 @@ def test_rows_of_equal_memory_have_one_budget_and_every_encoding() -> None:
     settings = EncodingSettings(shapes=["olmoe-7b"], memory="5GiB")
     arms = encoding_arms(settings, traced={"olmoe-7b"}, predicted={"olmoe-7b"})
     equal = [arm for arm in arms if arm.residency == "5GiB" and not arm.compile]
-    assert {arm.encoding for arm in equal} == {"mxfp4", "int4", "fp8", "nvfp4", PLAIN}
+    assert {arm.encoding for arm in equal} == {"mxfp4", "int4", "int4-128", "fp8", "nvfp4", PLAIN}
     assert {(arm.policy, arm.routes) for arm in equal} == {("predicted", TRACE)}
 
 

@@ -66,6 +66,11 @@ def test_validation_reads_every_token_of_its_split_once(trace):
     assert tokens_in(list(module.val_dataloader())) == tokens_of(module.documents("val"))
 
 
+def test_a_single_trace_needs_no_list(trace):
+    alone, listed = TraceData(str(trace)), TraceData([str(trace)])
+    assert alone.traces == listed.traces
+
+
 def test_a_pass_of_training_drops_less_than_one_batch(trace):
     module = data(trace)
     seen = sum(int(batch.valid_BT.sum()) for batch in module.train_dataloader())

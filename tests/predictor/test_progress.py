@@ -49,7 +49,7 @@ def test_no_table_says_nan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_training_run_prints_its_lines_and_nothing_of_the_framework(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace", num_documents=60)
     command = [
-        sys.executable, "-m", "predictor.train", "fit", f"--data.trace=[{trace}]",
+        sys.executable, "-m", "predictor.train", "fit", f"--data.trace={trace}",
         f"--trainer.default_root_dir={tmp_path / 'out'}", "--trainer.accelerator=cpu",
         "--trainer.max_epochs=2", "--trainer.num_sanity_val_steps=0",
         "--trainer.enable_model_summary=false", "--data.val_fraction=0.15",
