@@ -17,6 +17,7 @@ from runtime.cache.belady import Belady
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.hot_set import HotSet
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
@@ -222,6 +223,10 @@ def choose_policy(
         if file is None:
             raise ValueError("policy='predicted' needs a predictor: load(model, 'predictor.onnx')")
         return PredictedReuse(*sizes, horizon=file.horizon)
+    if name == HotSet.name:
+        if replay is None:
+            raise ValueError("policy='hot-set' needs replay=, a trace whose experts to count")
+        return HotSet(*sizes, calls=_replayed(replay, source))
     if name == Belady.name:
         if replay is None:
             raise ValueError("policy='belady' needs replay=, a trace of the calls to come")
