@@ -18,11 +18,12 @@ from runtime.cache.rules.s3_fifo import S3FIFO
 __all__ = ["FREE_RULES", "LFU", "LRU", "POLICIES", "QUEUE_CACHES", "LeastStale"]
 
 _FREE: tuple[type[Policy], ...] = (LRU, LFU, ClassLRU, LFRU)
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (*_FREE, HotSet, PredictedReuse, Belady)
-}
+_LIVE: tuple[type[Policy], ...] = (*_FREE, HotSet, PredictedReuse, Belady)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _LIVE}
 """The policies that run live."""
-QUEUE_CACHES: dict[str, type[QueueCache]] = {cache.name: cache for cache in (ARC, S3FIFO, LayerLFRU)}
+QUEUE_CACHES: dict[str, type[QueueCache]] = {
+    cache.name: cache for cache in (ARC, S3FIFO, LayerLFRU)
+}
 """The rules that are simulated only."""
 FREE_RULES = (*(policy.name for policy in _FREE), *QUEUE_CACHES)
 """The names of all rules that need neither a predictor, nor a trace, nor the future."""

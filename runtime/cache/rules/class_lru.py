@@ -15,8 +15,8 @@ class ClassLRU(Policy):
     "one LRU list per frequency class, CRF decayed with a half-life of 128 tokens, victim by
     age / 2^class". As we read it:
 
-        crf     combined recency and frequency (LRFU, Lee et al. 2001): at each use, 1 + what it was,
-                halved every 128 steps; kept when the expert is evicted
+        crf     combined recency and frequency (Lee et al. 2001): each use adds 1, and it halves
+                every 128 steps; kept when the expert is evicted
         class   floor(log2(crf)) at the last use: 0 ... 7, since crf stays below 186
         age     time since the last use, in steps: expert e of layer l has its turn (l + e / E) / L
                 after the step's start

@@ -12,8 +12,8 @@ from runtime.cache.policy import Policy
 class HotSet(Policy):
     """Keeps the experts that a recorded trace used most; nothing that happens changes that.
 
-    Engines pin such a set (llama.cpp's `moe-trace` forks, KTransformers). A cache has to load what a
-    call misses all the same, so the least used resident makes way for it, and it goes first when
+    Engines pin such a set (llama.cpp's `moe-trace` forks, KTransformers). A cache has to load all
+    the same what a call misses, so the least used resident makes way for it, and it goes first when
     the next is missed.
     """
 

@@ -51,8 +51,6 @@ class LayerLFRU(QueueCache):
             return
         if len(entries) >= self._sizes[layer]:
             victims = [other for other in entries if other not in pinned] or list(entries)
-            del entries[
-                min(victims, key=lambda k: entries[k].uses / (clock - entries[k].last + 1))
-            ]
+            del entries[min(victims, key=lambda k: entries[k].uses / (clock - entries[k].last + 1))]
         self._clocks[layer] += 1
         entries[key] = _Entry(1, self._clocks[layer])

@@ -25,7 +25,7 @@ class QueueCache(ABC):
         self.num_layers, self.num_experts, self.num_slots = num_layers, num_experts, num_slots
 
     def request(self, layer: int, experts: np.ndarray) -> int:
-        """Serve the distinct `experts` (int64 [N]) of one call; returns how many had to be loaded."""
+        """Serve the distinct `experts` (int64 [N]) of one call; returns the number of loads."""
         keys = (layer * self.num_experts + experts).tolist()
         missing = [key for key in keys if not self._hit(key)]
         for key in missing:

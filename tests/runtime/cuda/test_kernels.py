@@ -81,9 +81,7 @@ def make_policy(name: str, calls: list[list[Tensor]]) -> Policy:
         return Belady(LAYERS, EXPERTS, calls=flat)
     if name == "predicted":
         return PredictedReuse(LAYERS, EXPERTS, horizon=4)
-    rules: dict[str, type[Policy]] = {
-        rule.name: rule for rule in (LRU, LFU, ClassLRU, LFRU)
-    }
+    rules: dict[str, type[Policy]] = {rule.name: rule for rule in (LRU, LFU, ClassLRU, LFRU)}
     policy = rules[name](LAYERS, EXPERTS)
     if name == "lfu":  # so that no two values are ever equal
         policy.values[:] = np.random.default_rng(7).random(LAYERS * EXPERTS) * 1e-3
