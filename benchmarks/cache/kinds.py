@@ -42,6 +42,8 @@ class KindsSettings:
     """Trace of other text; makes the hot set."""
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
     """Cache sizes, as fractions of all experts."""
+    kinds: list[str] = field(default_factory=list)
+    """Labels to replay; all where none is named."""
     kind_tokens: int = 3_200
     """Tokens to replay of each kind at most."""
 
@@ -75,7 +77,10 @@ def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
         names = {"ours": f"the trace {settings.trace}", "theirs": f"{settings.predictor}"}
         reader.topology.require_match(file.topology, **names)
     fit = settings.fit_trace and trace_calls(settings.fit_trace, reader.topology, decode_all=True)
-    for label, kind in enumerate(reader.labels):
+    if unknown := sorted(set(settings.kinds) - set(reader.labels)):
+        raise ValueError(f"{settings.trace} has no documents of the kind {', '.join(unknown)}")
+    for kind in settings.kinds or reader.labels:
+        label = reader.labels.index(kind)
         results = _replay(settings, reader, label, file, fit or None)
         yield [{"kind": kind} | asdict(result) for result in results]
 
