@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from runtime.simulation.replay import ReplayResult
 
 MEAN = "mean"
+KEPT = ("policy", "residency", "slots", "requests", "loads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,19 @@ def main(settings: KindsSettings) -> None:
         from benchmarks.common.machine import command
 
         rows: list[dict[str, Any]] = []
-        document = {"command": command("benchmarks.cache.kinds"), "rows": rows}
         for results in _results(settings):
             rows += results
-            settings.json.write_text(json.dumps(document, indent=1) + "\n")
+            write(settings.json, [command("benchmarks.cache.kinds")], rows)
     rows = json.loads(settings.json.read_text())["rows"]
     for share in dict.fromkeys(row["residency"] for row in rows):
         print(f"\n{share:.4g} of the experts resident\n")
         print("\n".join(table([row for row in rows if row["residency"] == share])))
+
+
+def write(path: Path, commands: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the commands and the rows that they gave, a row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"commands": {json.dumps(list(commands))}, "rows": [\n{lines}\n]}}\n')
 
 
 def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
@@ -82,7 +88,9 @@ def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
     for kind in settings.kinds or reader.labels:
         label = reader.labels.index(kind)
         results = _replay(settings, reader, label, file, fit or None)
-        yield [{"kind": kind} | asdict(result) for result in results]
+        yield [
+            {"kind": kind} | {name: getattr(result, name) for name in KEPT} for result in results
+        ]
 
 
 def _replay(
@@ -117,7 +125,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     by_kind: dict[str, dict[str, float]] = {}
     for row in rows:
-        by_kind.setdefault(row["kind"], {})[row["policy"]] = row["hit_rate"]
+        hit_rate = 1 - row["loads"] / row["requests"]
+        by_kind.setdefault(row["kind"], {})[row["policy"]] = hit_rate
     by_kind[MEAN] = {p: fmean(rates[p] for rates in by_kind.values()) for p in policies}
     predicts = "predicted" in policies
     gaps = ["gap of LRU", "gap of best free"] if predicts else []
