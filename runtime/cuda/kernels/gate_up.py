@@ -158,8 +158,8 @@ def gate_up(
     do_not_specialize_on_alignment=["experts_U", "slots_U", "counts", "routes"],
 )
 def gate_up_of_one(
-    x, h, slots, units, ids, experts_U, slots_U, counts, slot_of_key, values, clock, routes, layer,
-    STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    x, h, slots, units, ids, experts_U, slots_U, counts, slot_of_key, values, before, after, clock,
+    routes, layer, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, MATRICES: tl.constexpr,
     PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr,
     K: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     ACT: tl.constexpr, ALTERNATING: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -188,7 +188,7 @@ def gate_up_of_one(
         tl.store(slots_U + rank_K, slots_K, mask=used_K)
         tl.store(counts, num_used)
         tl.store(counts + 1, 0)
-        touch(ids_K, used_K, rank_K, num_used, values, clock, layer, E, RULE)
+        touch(ids_K, used_K, rank_K, num_used, values, before, after, clock, layer, E, RULE)
     if turn >= num_used:
         return
     expert = tl.sum(tl.where(used_K & (rank_K == turn), ids_K, 0), 0)

@@ -185,7 +185,8 @@ class ExpertsCall:
         experts, slots, _ = self._plan
         gate_up_kernels.gate_up_of_one[(num_blocks * self.max_used,)](
             x, self._h, self._slots_SN, self._units_SN, ids, experts, slots, self._counts[layer],
-            cache.slot_of_key, cache.values, cache.clock, self._routes[layer], layer,
+            cache.slot_of_key, cache.values, cache.before, cache.after, cache.clock,
+            self._routes[layer], layer,
             E=cache.num_experts, K=self._top_k, RULE=cache.rule,
             BLOCK_K=triton.next_power_of_2(self._top_k), **self._gate_up,
         )  # fmt: skip
