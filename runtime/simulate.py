@@ -26,6 +26,7 @@ def main(settings: SimulateSettings) -> None:
     reader = TraceReader(settings.trace)
     predictor = None if settings.predictor is None else open_predictor(settings.predictor)
     if predictor is not None:
+        reader.require_token_ids(f"the predictor {settings.predictor}")
         reader.topology.require_match(
             predictor.topology,
             ours=f"the trace {settings.trace}",

@@ -34,6 +34,10 @@ GROUPS: dict[str, dict[str, Stage]] = {
     },
     "predict its routing": {
         "trace": Stage("trace.collect", "record which experts every token of a text uses"),
+        "import": Stage("trace.formats.importing", "read the routing trace of vLLM, SGLang, ..."),
+        "tabulate": Stage(
+            "trace.formats.exporting", "write a trace as Parquet or a `datasets` set"
+        ),
         "inspect": Stage("trace.inspect", "summarise a trace and draw its expert usage"),
         "train": Stage("predictor.train", "train a route predictor on traces"),
         "export": Stage("predictor.export", "write a trained predictor as an ONNX file"),
