@@ -17,6 +17,7 @@ from runtime.cache.belady import Belady
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.hot_set import HotSet
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
@@ -74,13 +75,14 @@ def load(
         bfloat16 experts stay packed, so a third more of them fit, and slots hold the checkpoint's
         own codes where kernels run them (`model.expertflow.decode_path` says "graph", or why not);
         elsewhere they hold decoded weights, of two to four times the bytes.
-    policy: "lru", "lfu", "predicted" or "belady"; by default "predicted" with a predictor, else
-        "lru".
+    policy: "lru", "lfu", "class-lru", "lfru", "hot-set", "predicted" or "belady"; by default
+        "predicted" with a predictor, else "lru".
     device: where the model computes ("cuda", "cuda:1", 1, "cpu"); by default a GPU for a path, if
         there is one, and a module's own device.
     dtype: of a model loaded from a path; "auto" is the checkpoint's.
     tokenizer: checked against the predictor's; a directory's own is found by itself.
-    replay: for "belady", a trace directory of exactly the calls to come, or the calls themselves.
+    replay: a trace directory, or calls: for "belady" exactly those to come, for "hot-set" those
+        of other text, whose most used experts stay.
     host: where the experts of a path live when they are not in a slot: "file" reads each where it
         lies (the system keeps in memory what it has room for), "memory" reads all of them now. On a
         GPU they always end in pinned memory.
@@ -222,6 +224,10 @@ def choose_policy(
         if file is None:
             raise ValueError("policy='predicted' needs a predictor: load(model, 'predictor.onnx')")
         return PredictedReuse(*sizes, horizon=file.horizon)
+    if name == HotSet.name:
+        if replay is None:
+            raise ValueError("policy='hot-set' needs replay=, a trace whose experts to count")
+        return HotSet(*sizes, calls=_replayed(replay, source, decode_all=True))
     if name == Belady.name:
         if replay is None:
             raise ValueError("policy='belady' needs replay=, a trace of the calls to come")
@@ -229,10 +235,12 @@ def choose_policy(
     return POLICIES[name](*sizes)
 
 
-def _replayed(replay: Any, source: Source) -> Iterable[tuple[int, np.ndarray]]:
+def _replayed(
+    replay: Any, source: Source, *, decode_all: bool = False
+) -> Iterable[tuple[int, np.ndarray]]:
     if not isinstance(replay, (str, Path)):
         return replay
-    return trace_calls(replay, source.topology)
+    return trace_calls(replay, source.topology, decode_all=decode_all)
 
 
 def target_device(

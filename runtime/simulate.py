@@ -50,6 +50,7 @@ def _replay(
     predictor: PredictorFile | None,
 ) -> None:
     """Hit rates of every policy at every cache size."""
+    from runtime.simulation.contenders import fit_calls
     from runtime.simulation.hit_rates import plot, table, write_json
     from runtime.simulation.replay import simulate
 
@@ -61,7 +62,13 @@ def _replay(
         for step in document_steps(document, num_experts, decode_all=decode_all)
     ]
     shape = reader.stack.num_layers, num_experts
-    results = simulate(steps, shape, residency=settings.residency, predictor=predictor)
+    results = simulate(
+        steps,
+        shape,
+        residency=settings.residency,
+        predictor=predictor,
+        fit=None if settings.fit_trace is None else fit_calls(settings, reader),
+    )
     num_tokens = sum(len(document.token_ids_T) for document in documents)
     title = f"{num_tokens} tokens of {len(documents)} documents, {reader.topology.model_type}"
     print_whole(table(results, title))

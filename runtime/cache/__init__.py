@@ -2,7 +2,8 @@
 
 expert_cache     slots, their owners, and the choice of victims
 policy           the contract: one value for every expert
-policies         LRU, LFU, least stale; all policies by name
+policies         all policies by name
+rules            a package: the free rules (LRU, LFU, ClassLRU, LFRU, ARC ...)
 predicted_reuse  probabilistic Belady; belady: the optimum, which knows the future
 forecast         probabilities of use, soon and later
 stats            hits, late, misses, bytes and times

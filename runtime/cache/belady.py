@@ -8,8 +8,10 @@ import numpy as np
 
 from runtime.cache.policy import Policy
 
-Calls = Sequence[tuple[int, np.ndarray]]
-"""Expert calls in order: (layer, distinct experts int64 [N])."""
+Call = tuple[int, np.ndarray]
+"""An expert call: (layer, distinct experts int64 [N])."""
+Calls = Sequence[Call]
+"""Expert calls in order."""
 
 
 class Belady(Policy):

@@ -1,65 +1,29 @@
-"""Policies that need no forecast (LRU, LFU, least stale), and the table of all by name."""
+"""All cache policies by name, and the free rules among them."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from runtime.cache.belady import Belady
-from runtime.cache.forecast import Forecast
-from runtime.cache.policy import DeviceRule, Policy
+from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.arc import ARC
+from runtime.cache.rules.class_lru import ClassLRU
+from runtime.cache.rules.frequency import LFU
+from runtime.cache.rules.hot_set import HotSet
+from runtime.cache.rules.layer_lfru import LayerLFRU
+from runtime.cache.rules.lfru import LFRU
+from runtime.cache.rules.queue_cache import QueueCache
+from runtime.cache.rules.recency import LRU, LeastStale
+from runtime.cache.rules.s3_fifo import S3FIFO
 
+__all__ = ["FREE_RULES", "LFU", "LRU", "POLICIES", "QUEUE_CACHES", "LeastStale"]
 
-class LRU(Policy):
-    """Least recently used; within one call, experts of lower id are older."""
-
-    name = "lru"
-    rule = DeviceRule.CLOCK
-
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        count = len(experts)
-        self.values[layer * self.num_experts + experts] = np.arange(self.clock, self.clock + count)
-        self.clock += count
-
-
-class LFU(Policy):
-    """Least frequently used, with uses fading by `fade` a step."""
-
-    name = "lfu"
-    rule = DeviceRule.COUNT
-    fade = 0.98
-
-    def begin_step(self, forecast: Forecast | None) -> None:
-        self.values *= self.fade
-
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        self.values[layer * self.num_experts + experts] += 1.0
-
-
-class LeastStale(Policy):
-    """Evicts what was not used for the most steps; of equals, what has its turn furthest off.
-
-    After SpecMD's eviction by staleness (arXiv 2602.03921), as we read it.
-    """
-
-    name = "least-stale"
-
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__(num_layers, num_experts)
-        self._last_LE = np.zeros((num_layers, num_experts))
-        self._step = 0
-
-    def begin_step(self, forecast: Forecast | None) -> None:
-        self._step += 1
-        num_layers = len(self._last_LE)
-        turn_L1 = np.arange(num_layers)[:, None]
-        self.values = (2 * num_layers * (self._last_LE + 1) - turn_L1).reshape(-1)
-
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        self._last_LE[layer, experts] = self._step
-        num_layers = len(self._last_LE)
-        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        self.values[row] = 2 * num_layers * self._last_LE[layer] + num_layers - layer
-
-
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (LRU, LFU, PredictedReuse, Belady)}
+_FREE: tuple[type[Policy], ...] = (LRU, LFU, ClassLRU, LFRU)
+_LIVE: tuple[type[Policy], ...] = (*_FREE, HotSet, PredictedReuse, Belady)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _LIVE}
+"""The policies that run live."""
+QUEUE_CACHES: dict[str, type[QueueCache]] = {
+    cache.name: cache for cache in (ARC, S3FIFO, LayerLFRU)
+}
+"""The rules that are simulated only."""
+FREE_RULES = (*(policy.name for policy in _FREE), *QUEUE_CACHES)
+"""The names of all rules that need neither a predictor, nor a trace, nor the future."""

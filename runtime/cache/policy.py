@@ -8,6 +8,7 @@ device can evaluate any of them: by a rule of its own, or from a table that the 
     CLOCK        a counter, written to each used expert      at every touch
     COUNT        uses, fading by `fade` a step               at every touch and step
     TABLE        `table()`: before and after each layer ran  when the host writes a new table
+    STAMP        `table()`: as it is, and once it is used    at every touch; at a new table
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ class DeviceRule(Enum):
     CLOCK = "clock"
     COUNT = "count"
     TABLE = "table"
+    STAMP = "stamp"
+
+    @property
+    def is_from_host(self) -> bool:
+        """Whether the host computes the values of every step."""
+        return self in (DeviceRule.TABLE, DeviceRule.STAMP)
 
 
 class Policy(ABC):
@@ -68,13 +75,14 @@ class Policy(ABC):
             self.touch(layer, used[used != NO_EXPERT])
 
     def resume(self, values: np.ndarray, clock: int) -> None:
-        """Take over `values` and `clock` as a device left them; a TABLE is the host's anyway."""
-        if self.rule is not DeviceRule.TABLE:
+        """Take over `values` and `clock` as a device left them; tables are the host's anyway."""
+        if not self.rule.is_from_host:
             self.values[:] = values
             self.clock = clock
 
     def table(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The step about to run as two vectors, float64 [L * E]: the values of each layer's
-        experts before that layer has run, and after. None for policies that follow their touches.
+        experts before that layer has run, and after; under STAMP as they are, and of those that are
+        used. None for policies that follow their touches.
         """
         return None

@@ -15,13 +15,19 @@ import numpy as np
 from routing.predictor_file.reader import PredictorFile
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import LFU, LRU, LeastStale
+from runtime.cache.policies import FREE_RULES, LRU, POLICIES, QUEUE_CACHES, LeastStale
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.hot_set import HotSet
 from runtime.prediction.forecaster import Forecaster
 from runtime.simulation.baselines import Baseline, Documents, used_by
 from runtime.simulation.link_model import Machine, PrefetchPlan, Timeline, TimelineCounts
-from runtime.simulation.replay import BypassSimulation, Simulation
+from runtime.simulation.replay import (
+    BypassSimulation,
+    QueueSimulation,
+    Simulation,
+    slots_of,
+)
 from runtime.simulation.trace_steps import TraceStep
 
 PLANS: tuple[PrefetchPlan, ...] = ("none", "priced", "greedy")
@@ -127,17 +133,23 @@ def recall(scores_TLE: np.ndarray, used_TLE: np.ndarray) -> float:
     return float(((ranked_TLE & within_TLE).sum((0, 2)) / used_TLE.sum((0, 2)).clip(1)).mean())
 
 
-def without_forecast(shape: tuple[int, int], calls: Calls, num_steps: int) -> list[Contender]:
-    """The policies without a forecast: LRU, LFU, least-stale and Belady."""
+def without_forecast(
+    shape: tuple[int, int], calls: Calls, counted: Calls, num_steps: int
+) -> list[Contender]:
+    """The policies without a forecast: the free rules, least stale, the hot set and Belady.
+
+    calls: those to come, which Belady knows. counted: those that the hot set is made of.
+    """
     nothing: list[Forecast | None] = [None] * num_steps
-    plain = [
-        Contender(name=kind.name, policy=partial(kind, *shape), forecasts=nothing)
-        for kind in (LRU, LFU, LeastStale)
+    policies: dict[str, Callable[[], Policy]] = {
+        name: partial(POLICIES[name], *shape) for name in FREE_RULES if name in POLICIES
+    }
+    policies[LeastStale.name] = partial(LeastStale, *shape)
+    policies[HotSet.name] = partial(HotSet, *shape, calls=counted)
+    policies[Belady.name] = partial(Belady, *shape, calls=calls)
+    return [
+        Contender(name=name, policy=policy, forecasts=nothing) for name, policy in policies.items()
     ]
-    belady = Contender(
-        name=Belady.name, policy=lambda: Belady(*shape, calls=calls), forecasts=nothing
-    )
-    return [*plain, belady]
 
 
 def run_contender(
@@ -151,7 +163,7 @@ def run_contender(
 
     steps: the expert calls of each step. shape: (L, E).
     """
-    slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
+    slots = slots_of(residency, shape)
     plans = PLANS if contender.predicts else PLANS[:1]
     nothing = [None] * len(steps)
     aheads = nothing if contender.ahead_TLDE is None else contender.ahead_TLDE
@@ -184,19 +196,26 @@ def other_replays(
 ) -> list[tuple[str, float]]:
     """Names and hit rates of replays by other rules.
 
-    One is an LRU that serves a call expert by expert, so that it may evict what the running call
-    still needs. The other is the optimum, which may stream experts through.
+    The rules with a cache of their own; an LRU that serves a call expert by expert, so that it may
+    evict what the running call still needs; the optimum, which may stream experts through.
     """
-    slots = max(int(residency * shape[0] * shape[1] + 1e-9), 1)
+    slots = slots_of(residency, shape)
     flat = [call for calls in steps for call in calls]
-    optimum = BypassSimulation(Belady(*shape, calls=flat), *shape, slots)
-    singly = Simulation(LRU(*shape), *shape, slots)
+    singly, optimum = Simulation(LRU(*shape), *shape, slots), Belady(*shape, calls=flat)
+    whole: list[QueueSimulation | BypassSimulation] = [
+        *(QueueSimulation(cache(*shape, slots)) for cache in QUEUE_CACHES.values()),
+        BypassSimulation(optimum, *shape, slots),
+    ]
     for calls in steps:
-        optimum.step(None, calls)
+        for simulation in whole:
+            simulation.step(None, calls)
         singly.step(None, [(layer, one) for layer, experts in calls for one in experts[:, None]])
     return [
         (name, 1 - simulation.loads / simulation.requests)
-        for name, simulation in (("lru, one by one", singly), (optimum.name, optimum))
+        for name, simulation in [
+            ("lru, one by one", singly),
+            *((simulation.name, simulation) for simulation in whole),
+        ]
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from routing.names import told_apart
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document, TraceReader
+from runtime.cache.belady import Call
 from runtime.simulation.baselines import fit_baselines
 from runtime.simulation.comparison import (
     Contender,
@@ -45,9 +46,12 @@ def all_contenders(
     fit on, of another model.
     """
     steps = decode_steps(sample.steps)
-    yield from without_forecast(shape, [c for step in steps for c in step.calls()], len(steps))
+    fit, fit_reader = _fit_sample(settings, reader)
+    sources = _shared_sources(reader, fit_reader)
+    counted = [call for step in decode_steps(fit.steps) for call in step.calls()]
+    calls = [call for step in steps for call in step.calls()]
+    yield from without_forecast(shape, calls, counted, len(steps))
     yield unpredicted(reader.stack, len(steps))
-    fit, sources = _fit_sample(settings, reader)
     paths = settings.predictors()
     names = told_apart(paths, lambda path: path.stem)
     files = {name: _open(path, reader) for name, path in zip(names, paths, strict=True)}
@@ -74,8 +78,17 @@ def _open(path: Path, reader: TraceReader) -> PredictorFile:
     return file
 
 
-def _fit_sample(settings: SimulateSettings, reader: TraceReader) -> tuple[Sample, list[str]]:
-    """The documents to fit on, and the look-aheads that both they and the trace hold."""
+def fit_calls(settings: SimulateSettings, reader: TraceReader) -> list[Call]:
+    """The expert calls of the documents to fit on, in order.
+
+    Raises ValueError where that trace is of another model.
+    """
+    steps = decode_steps(_fit_sample(settings, reader)[0].steps)
+    return [call for step in steps for call in step.calls()]
+
+
+def _fit_sample(settings: SimulateSettings, reader: TraceReader) -> tuple[Sample, TraceReader]:
+    """The documents to fit on, and the trace that holds them."""
     assert settings.fit_trace is not None
     fit = TraceReader(settings.fit_trace)
     reader.topology.require_match(
@@ -86,7 +99,11 @@ def _fit_sample(settings: SimulateSettings, reader: TraceReader) -> tuple[Sample
     chosen = sample_documents(
         fit, max_tokens=settings.fit_tokens, document_tokens=settings.document_tokens
     )
-    sources = [name for name in reader.lookahead if name in fit.lookahead]
+    return decoded(list(chosen), fit.stack.num_experts), fit
+
+
+def _shared_sources(reader: TraceReader, fit: TraceReader) -> list[str]:
+    """The look-aheads that both traces hold."""
     if missing := sorted(reader.lookahead.keys() - fit.lookahead.keys()):
         print(f"without look-ahead by {', '.join(missing)}: {fit.directory} does not hold it")
-    return decoded(list(chosen), fit.stack.num_experts), sources
+    return [name for name in reader.lookahead if name in fit.lookahead]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.cache.policies import FREE_RULES
+from runtime.simulation.gap import best_free_rule, gap_closed
 from runtime.simulation.replay import ReplayResult
 from runtime.simulation.settings import SimulateSettings
 
@@ -22,7 +25,11 @@ COLORS = {
     "belady": "#4f8a5b",
     "predicted+bypass": "#e8b98a",
     "belady+bypass": "#a5c9a9",
+    "hot-set": "#b39ab8",
+    "hot-set+bypass": "#d9cddc",
 }
+"""The lines that stand for themselves; the free rules but LRU and LFU are drawn thin."""
+FREE_COLOR = "#c4cbd4"
 
 
 def _by_policy(results: Sequence[ReplayResult]) -> dict[str, list[ReplayResult]]:
@@ -32,7 +39,7 @@ def _by_policy(results: Sequence[ReplayResult]) -> dict[str, list[ReplayResult]]
 
 
 def table(results: Sequence[ReplayResult], title: str) -> Table:
-    """Hit rates by policy and cache size, as a rich table."""
+    """Hit rates by policy and cache size, and the gap to Belady that is closed, as a rich table."""
     from rich.table import Table
 
     table = Table(
@@ -40,11 +47,37 @@ def table(results: Sequence[ReplayResult], title: str) -> Table:
         title=f"hit rate by share of experts resident\n{title}",
         title_justify="left",
     )
-    for share in dict.fromkeys(result.residency for result in results):
+    cells = _by_share(results)
+    for share in cells:
         table.add_column(f"{share * 100:.4g} %", justify="right")
     for policy, row in _by_policy(results).items():
         table.add_row(policy, *(f"{r.hit_rate:.3f}" for r in row))
+    table.add_section()
+    table.add_row("best free rule", *(_best(rates) for rates in cells.values()))
+    if all("predicted" in rates for rates in cells.values()):
+        for name, floor in (("lru", "LRU"), ("", "best free rule")):
+            closed = (_closed(rates, name or best_free_rule(rates)) for rates in cells.values())
+            table.add_row(f"gap closed, {floor}", *closed)
     return table
+
+
+def _by_share(results: Sequence[ReplayResult]) -> dict[float, dict[str, float]]:
+    """Hit rates by policy, for each cache size."""
+    shares = dict.fromkeys(result.residency for result in results)
+    return {s: {r.policy: r.hit_rate for r in results if r.residency == s} for s in shares}
+
+
+def _best(rates: dict[str, float]) -> str:
+    name = best_free_rule(rates)
+    return "-" if name is None else f"{name} {rates[name]:.3f}"
+
+
+def _closed(rates: dict[str, float], floor: str | None) -> str:
+    """The share of the gap between `floor` and Belady that predicted reuse closes."""
+    if floor is None:
+        return "-"
+    closed = gap_closed(rates["predicted"], rates[floor], rates["belady"])
+    return "-" if math.isnan(closed) else f"{closed:.0%}"
 
 
 def write_json(path: Path, settings: SimulateSettings, results: Sequence[dict[str, Any]]) -> None:
@@ -68,13 +101,26 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
         axes.plot(
             [result.residency for result in row],
             [result.hit_rate for result in row],
-            marker="o",
-            label=policy,
-            color=COLORS[policy],
-            linestyle="--" if policy.startswith("belady") or "+" in policy else "-",
+            **_style(policy),
         )
+    best = {s: rates[name] for s, rates in _by_share(results).items()
+            if (name := best_free_rule(rates))}  # fmt: skip
+    shares = sorted(best)
+    axes.plot(shares, [best[share] for share in shares], color="black", linewidth=1,
+              linestyle=":", label="best free rule")  # fmt: skip
     axes.set(xlabel="share of all experts resident", ylabel="hit rate", ylim=(0, 1))
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _style(policy: str) -> dict[str, Any]:
+    """The line of a policy: a colour of its own, or thin and grey among the other free rules."""
+    if policy in FREE_RULES and policy not in COLORS:
+        markers = dict(zip(FREE_RULES, "ov^<>sD", strict=True))
+        return {"color": FREE_COLOR, "linewidth": 1, "marker": markers[policy], "markersize": 4,
+                "label": policy}  # fmt: skip
+    dashed = policy.startswith("belady") or "+" in policy
+    return {"color": COLORS[policy], "marker": "o", "linestyle": "--" if dashed else "-",
+            "label": policy}  # fmt: skip

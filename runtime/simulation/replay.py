@@ -17,9 +17,11 @@ from routing.predictor_file.reader import PredictorFile
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import LFU, LRU
+from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.hot_set import HotSet
+from runtime.cache.rules.queue_cache import QueueCache
 from runtime.prediction.forecaster import Forecaster
 from runtime.simulation.trace_steps import TraceStep
 
@@ -60,6 +62,21 @@ class Simulation:
             self.requests += len(experts)
 
 
+class QueueSimulation:
+    """A rule with a cache of its own, counting its requests and loads."""
+
+    def __init__(self, cache: QueueCache) -> None:
+        self.name, self.num_slots = cache.name, cache.num_slots
+        self._cache = cache
+        self.requests, self.loads = 0, 0
+
+    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+        """Serve the expert calls of one forward pass."""
+        for layer, experts in calls:
+            self.loads += self._cache.request(layer, experts)
+            self.requests += len(experts)
+
+
 class BypassSimulation:
     """A cache that may stream an expert through, counting its requests and loads.
 
@@ -93,21 +110,27 @@ class BypassSimulation:
             self._resident.reshape(-1)[held[np.argpartition(values, excess)[:excess]]] = False
 
 
+AnySimulation = Simulation | QueueSimulation | BypassSimulation
+
+
 def simulate(
     steps: Sequence[TraceStep],
     shape: tuple[int, int],
     *,
     residency: Sequence[float],
     predictor: PredictorFile | None = None,
+    fit: Calls | None = None,
 ) -> list[ReplayResult]:
     """Replay `steps` under every policy at every residency. shape: (L, E).
 
-    The policies are LRU, LFU and Belady, and predicted reuse if there is a predictor; Belady and
-    predicted reuse also with bypass.
+    The policies are the free rules and Belady; the hot set if there are calls to count (`fit`), and
+    predicted reuse if there is a predictor. Those three also run with bypass; for the hot set that
+    means experts pinned for good.
     """
     step_calls = [list(step.calls()) for step in steps]
     calls = [call for step in step_calls for call in step]
-    running = {share: _simulations(shape, share, calls, predictor) for share in residency}
+    informed = _informed(shape, calls, predictor, fit)
+    running = {share: _simulations(shape, share, informed) for share in residency}
     for forecast, called in zip(_forecasts(steps, predictor), step_calls, strict=True):
         for simulations in running.values():
             for simulation in simulations:
@@ -120,19 +143,41 @@ def simulate(
     ]
 
 
-def _simulations(
-    shape: tuple[int, int], share: float, calls: Calls, predictor: PredictorFile | None
-) -> list[Simulation | BypassSimulation]:
-    """One simulation for each policy at one cache size."""
-    num_slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
-    policies: list[Callable[[], Policy]] = [partial(Belady, *shape, calls=calls)]
+def _informed(
+    shape: tuple[int, int], calls: Calls, predictor: PredictorFile | None, fit: Calls | None
+) -> list[Callable[[], Policy]]:
+    """The policies that know more than their own requests, in the order of the report."""
+    policies: list[Callable[[], Policy]] = []
+    if fit is not None:
+        policies.append(partial(HotSet, *shape, calls=fit))
     if predictor is not None:
-        policies.insert(0, partial(PredictedReuse, *shape, horizon=predictor.horizon))
-    plain: list[Callable[[], Policy]] = [partial(LRU, *shape), partial(LFU, *shape), *policies]
+        policies.append(partial(PredictedReuse, *shape, horizon=predictor.horizon))
+    return [*policies, partial(Belady, *shape, calls=calls)]
+
+
+def free_rules(shape: tuple[int, int], num_slots: int) -> list[Simulation | QueueSimulation]:
+    """One simulation for each of `FREE_RULES`."""
     return [
-        *(Simulation(policy(), *shape, num_slots) for policy in plain),
-        *(BypassSimulation(policy(), *shape, num_slots) for policy in policies),
+        QueueSimulation(QUEUE_CACHES[name](*shape, num_slots))
+        if name in QUEUE_CACHES
+        else Simulation(POLICIES[name](*shape), *shape, num_slots)
+        for name in FREE_RULES
     ]
+
+
+def slots_of(share: float, shape: tuple[int, int]) -> int:
+    """The slots that a share of all experts gives. shape: (L, E)."""
+    return max(int(share * shape[0] * shape[1] + 1e-9), 1)
+
+
+def _simulations(
+    shape: tuple[int, int], share: float, informed: Sequence[Callable[[], Policy]]
+) -> list[AnySimulation]:
+    """One simulation for each policy at one cache size."""
+    num_slots = slots_of(share, shape)
+    plain = [Simulation(policy(), *shape, num_slots) for policy in informed]
+    bypass = [BypassSimulation(policy(), *shape, num_slots) for policy in informed]
+    return [*free_rules(shape, num_slots), *plain, *bypass]
 
 
 def _forecasts(
@@ -150,9 +195,7 @@ def _forecasts(
         forecaster.observe(step.experts_TLK[-1:].astype(np.int64))
 
 
-def _result(
-    simulation: Simulation | BypassSimulation, share: float, num_tokens: int
-) -> ReplayResult:
+def _result(simulation: AnySimulation, share: float, num_tokens: int) -> ReplayResult:
     return ReplayResult(
         policy=simulation.name,
         residency=share,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from routing.names import print_whole
 from routing.shards import Document, TraceReader
+from runtime.cache.belady import Belady
 from runtime.simulation.comparison import (
     Contender,
     ContenderResult,
@@ -15,6 +17,7 @@ from runtime.simulation.comparison import (
     run_contender,
 )
 from runtime.simulation.contenders import all_contenders, decoded
+from runtime.simulation.gap import best_free_rule, gap_closed
 from runtime.simulation.link_model import Machine
 from runtime.simulation.settings import SimulateSettings
 
@@ -23,6 +26,8 @@ COLUMNS = (
     "this",
     "next",
     "hits",
+    "of LRU",
+    "of free",
     "MB/token",
     "ms/token",
     "priced",
@@ -77,15 +82,29 @@ def print_table(
     table = Table(title=f"{share:.4g} of all experts resident; {machine}", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left", no_wrap=not column)
+    rates = {row.name: row.hit_rate for row in rows} | dict(others)
+    best = best_free_rule(rates)
     for row in rows:
-        table.add_row(*_cells(row, settings.expert_mb))
+        table.add_row(*_cells(row, rates, best, settings.expert_mb))
     for name, hit_rate in others:
-        table.add_row(name, "", "", f"{hit_rate:.3f}")
+        table.add_row(name, "", "", f"{hit_rate:.3f}", *_gaps(hit_rate, rates, best))
     print_whole(table)
+    if best is not None:
+        print(f"gap to belady closed: of LRU's, and of that of the best free rule, {best}")
 
 
-def _cells(row: ContenderResult, expert_mb: float) -> list[str]:
-    """One row of the table, in the order of `COLUMNS`."""
+def _gaps(hit_rate: float, rates: Mapping[str, float], best: str | None) -> list[str]:
+    """The share of the gap to Belady that is closed, of LRU's and of the best free rule's."""
+    closed = [
+        gap_closed(hit_rate, rates[floor], rates[Belady.name]) for floor in ("lru", best or "lru")
+    ]
+    return ["" if math.isnan(share) else f"{share:.0%}" for share in closed]
+
+
+def _cells(
+    row: ContenderResult, rates: Mapping[str, float], best: str | None, expert_mb: float
+) -> list[str]:
+    """One row of the table, in the order of `COLUMNS`. rates: the hit rates of all rows."""
 
     def number(value: float | None, digits: int = 3) -> str:
         return "" if value is None else f"{value:.{digits}f}"
@@ -97,6 +116,7 @@ def _cells(row: ContenderResult, expert_mb: float) -> list[str]:
         number(row.recall_this),
         number(row.recall_next),
         number(row.hit_rate),
+        *_gaps(row.hit_rate, rates, best),
         number(row.loads_per_token * expert_mb, 0),
         *(number(row.ms_per_token.get(plan), 2) for plan in ("none", "priced", "greedy")),
         number(useful * expert_mb if has_plan else None, 1),

@@ -29,9 +29,9 @@ class SimulateSettings:
     all: bool = False
     """Compare every predictor and baseline instead, with prefetching on a modelled link."""
     fit_trace: Path | None = None
-    """With --all: trace to fit the baselines on."""
+    """Trace of other text; makes the hot set, and --all fits the baselines on it."""
     fit_tokens: int = 50_000
-    """With --all: tokens of that trace to fit on."""
+    """Tokens of that trace to fit on."""
     more_predictors: list[Path] = field(default_factory=list)
     """With --all: further ONNX predictors, such as the paper's."""
     expert_mb: float = 12.6

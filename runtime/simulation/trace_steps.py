@@ -52,8 +52,12 @@ def document_steps(
         yield TraceStep(start == 0, token_ids_T[span], positions_T[span], experts_TLK[span])
 
 
-def trace_calls(directory: str | Path, topology: Topology) -> list[tuple[int, np.ndarray]]:
+def trace_calls(
+    directory: str | Path, topology: Topology, *, decode_all: bool = False
+) -> list[tuple[int, np.ndarray]]:
     """The expert calls of every document of a trace, in order.
+
+    decode_all: take prompts token by token too.
 
     Raises ValueError if the trace is damaged or of another model.
     """
@@ -64,7 +68,7 @@ def trace_calls(directory: str | Path, topology: Topology) -> list[tuple[int, np
     return [
         call
         for document in reader.documents()
-        for step in document_steps(document, reader.stack.num_experts, decode_all=False)
+        for step in document_steps(document, reader.stack.num_experts, decode_all=decode_all)
         for call in step.calls()
     ]
 

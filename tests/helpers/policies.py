@@ -12,6 +12,7 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.hot_set import HotSet
 
 LAYERS, NUM_EXPERTS = 3, 6
 HORIZON = 4
@@ -32,6 +33,8 @@ def make_policy(name: str, calls: Iterable[tuple[int, np.ndarray]]) -> Policy:
     """The policy `name`; `calls` are what it will see, for the one that must know."""
     if name == Belady.name:
         return Belady(LAYERS, NUM_EXPERTS, calls=calls)
+    if name == HotSet.name:
+        return HotSet(LAYERS, NUM_EXPERTS, calls=calls)
     if name == PredictedReuse.name:
         return PredictedReuse(LAYERS, NUM_EXPERTS, horizon=HORIZON)
     return POLICIES[name](LAYERS, NUM_EXPERTS)

@@ -31,6 +31,8 @@ from trace.settings import CollectSettings
 ROOT = Path(__file__).parents[2]
 CAUSAL = [kind for kind in KINDS if kind != "switch_transformers"]
 POLICIES = ["lru", "lfu", "predicted", "belady"]
+MORE_RULES = ["class-lru", "lfru", "hot-set"]
+SIMULATED_ONLY = ["arc", "s3-fifo", "lfru-layers"]
 RESIDENCY = [0.125, 0.25, 0.5, 1.0]
 NEW_TOKENS = 10
 PROMPTS = [list(range(2, 16)), [77, 5, 200], [9], list(range(90, 130, 5))]
@@ -123,7 +125,7 @@ def offload(
         predictor if policy == "predicted" else None,
         memory=share,
         policy=policy,
-        replay=trace if policy == "belady" else None,
+        replay=trace if policy in ("belady", "hot-set") else None,
     )
 
 
@@ -169,6 +171,19 @@ def test_a_generation_with_a_stateless_predictor_loads_what_its_simulation_loads
         for _ in generate(model):
             pass
         assert_same_counts(model, simulated["predicted", share])
+
+
+@pytest.mark.parametrize("policy", MORE_RULES)
+def test_a_generation_under_a_rivals_rule_loads_what_its_simulation_loads(
+    policy: str, traced: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trace = traced("olmoe")
+    simulated = simulate(trace, tmp_path, fit_trace=trace)
+    for share in (0.25, 0.5):
+        model = offload("olmoe", share, policy, trace)
+        for _ in generate(model):
+            pass
+        assert_same_counts(model, simulated[policy, share])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -251,10 +266,13 @@ def test_the_command_prints_a_table_and_writes_json_and_a_plot(
         cwd=ROOT,
         check=True,
     )
-    for text in (*POLICIES, "belady+bypass", "share of", "25 %", "50 %", "62 tokens of 4"):
+    shown = [*POLICIES, "class-lru", "lfru", *SIMULATED_ONLY, "belady+bypass"]
+    for text in (*shown, "share of", "25 %", "50 %", "62 tokens of 4"):
+        assert text in result.stdout
+    for text in ("best free rule", "gap closed, LRU", "gap closed, best free rule"):
         assert text in result.stdout
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [r["residency"] for r in written["results"]] == [0.25] * 6 + [0.5] * 6
+    assert [r["residency"] for r in written["results"]] == [0.25] * 11 + [0.5] * 11
     for row in written["results"]:
         assert row["hit_rate"] == pytest.approx(1 - row["loads"] / row["requests"])
         assert row["loads_per_token"] == pytest.approx(row["loads"] / 62)

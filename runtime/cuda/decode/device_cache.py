@@ -3,7 +3,7 @@
     host (ExpertCache, Policy)           device (DeviceCache)
     slot_of_key, key_of_slot  int64      int32
     policy.values, .clock     float64    values, clock      rule CLOCK, COUNT
-    policy.table()            float64    before, after      rule TABLE
+    policy.table()            float64    before, after      rule TABLE, STAMP
 
 One side holds the truth at a time: `upload` before a captured step, `download` before a forward
 pass outside of them.
@@ -16,9 +16,14 @@ import torch
 
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policy import DeviceRule
-from runtime.cuda.kernels.plan import CLOCK, COUNT, TABLE
+from runtime.cuda.kernels.plan import CLOCK, COUNT, STAMP, TABLE
 
-RULES = {DeviceRule.CLOCK: CLOCK, DeviceRule.COUNT: COUNT, DeviceRule.TABLE: TABLE}
+RULES = {
+    DeviceRule.CLOCK: CLOCK,
+    DeviceRule.COUNT: COUNT,
+    DeviceRule.TABLE: TABLE,
+    DeviceRule.STAMP: STAMP,
+}
 """The planning kernel's constant of each rule."""
 
 
@@ -39,7 +44,7 @@ class DeviceCache:
 
     @property
     def rule(self) -> int:
-        """How the planning kernel values residents: CLOCK, COUNT or TABLE."""
+        """How the planning kernel values residents: CLOCK, COUNT, TABLE or STAMP."""
         return int(RULES[self._cache.policy.rule].value)
 
     def begin_step(self) -> None:
@@ -60,7 +65,7 @@ class DeviceCache:
         self.on_device = True
 
     def write_table(self, before: np.ndarray, after: np.ndarray) -> None:
-        """Write new values of every key, before and after its layer has run, float64 [L * E]."""
+        """Write new values of every key, float64 [L * E]: both vectors of a policy's `table`."""
         self.before.copy_(torch.from_numpy(before), non_blocking=True)
         self.after.copy_(torch.from_numpy(after), non_blocking=True)
 

@@ -4,7 +4,7 @@ The policy has to move on as routes become known, and its values have to reach t
 
     what runs              moves the policy on             values reach the device
     generated steps        the predictor thread            as its answers arrive, mid-step
-      without a predictor  `end_step`, under TABLE         `begin_step`: a new table
+      without a predictor  `end_step`, under TABLE, STAMP  `begin_step`: a new table
                            the device, under CLOCK, COUNT  (they are there)
     served steps           `begin_served_step`, `revise`   the same calls
     other forward passes   the backend, and each touch     at the next captured step: `upload`
@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from runtime.cache.forecast import Forecast
-from runtime.cache.policy import DeviceRule, Policy
+from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.predictor_thread import PredictorRequest, PredictorThread
@@ -51,11 +51,11 @@ class PolicyDriver:
     @property
     def runs_ahead(self) -> bool:
         """Whether a step can be scheduled before the routes of the last one are known."""
-        return self.thread is not None or not self._is_table
+        return self.thread is not None or not self._is_from_host
 
     @property
-    def _is_table(self) -> bool:
-        return self._policy.rule is DeviceRule.TABLE
+    def _is_from_host(self) -> bool:
+        return self._policy.rule.is_from_host
 
     @property
     def _predicts(self) -> bool:
@@ -79,11 +79,10 @@ class PolicyDriver:
 
     def end_step(self, routes_LBK: np.ndarray) -> None:
         """A generated step used these experts; NO_EXPERT for none."""
-        if self._predicts or not self._is_table:
+        if self._predicts or not self._is_from_host:
             return
         self._policy.touch_routes(routes_LBK)
-        if self._policy.needs_forecast:
-            self._policy.begin_step(None)
+        self._policy.begin_step(None)
 
     # ------------------------------------------------------------------ served steps
 
@@ -103,7 +102,7 @@ class PolicyDriver:
 
     def end_served_step(self, routes_LBK: np.ndarray) -> None:
         """A served step used these experts; NO_EXPERT for none."""
-        if self._is_table:
+        if self._is_from_host:
             self._policy.touch_routes(routes_LBK)
 
     def _write_table(self) -> None:

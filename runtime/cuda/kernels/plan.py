@@ -2,14 +2,16 @@
 
 One program a layer. It keeps the slot table on the device and does to it what `ExpertCache` does
 on the host: touch, then give each missing expert the slot of lowest value that this call does
-not need. The values come from one of three rules:
+not need. The values come from one of four rules:
 
     rule    value of a resident key (layer, expert)
     CLOCK   when it was last used (LRU)
     COUNT   how often it was used, fading (LFU)
     TABLE   before[key] where its layer of this step is still to run, else after[key]
+    STAMP   before[key], which becomes after[key] when it is used
 
-TABLE is any policy that can be computed ahead: predicted reuse, Belady.
+TABLE is any policy that can be computed ahead: predicted reuse, Belady. STAMP is one whose values
+only change with a use: ClassLRU, LFRU.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CLOCK, COUNT, TABLE = (tl.constexpr(rule) for rule in range(3))
+CLOCK, COUNT, TABLE, STAMP = (tl.constexpr(rule) for rule in range(4))
 FREE = tl.constexpr(-1)
 TRUST_DECAY = tl.constexpr(0.98)
 
@@ -30,6 +32,8 @@ def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.
     if RULE == TABLE:
         ran = safe_S // E <= layer
         worth_S = tl.where(ran, tl.load(after + safe_S), tl.load(before + safe_S))
+    elif RULE == STAMP:
+        worth_S = tl.load(before + safe_S)
     else:
         worth_S = tl.load(values + safe_S)
     return tl.where(is_free, float("-inf"), worth_S)
@@ -37,8 +41,8 @@ def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.
 
 @triton.jit
 def touch(
-    used_E, rank_E, num_used, values, clock, layer, E: tl.constexpr, RULE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    used_E, rank_E, num_used, values, before, after, clock, layer, E: tl.constexpr,
+    RULE: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Tell the rule which experts this layer uses."""
     experts_E = tl.arange(0, BLOCK_E)
@@ -49,6 +53,9 @@ def touch(
     if RULE == COUNT:
         counts_E = tl.load(values + layer * E + experts_E, mask=used_E, other=0.0)
         tl.store(values + layer * E + experts_E, counts_E + 1.0, mask=used_E)
+    if RULE == STAMP:
+        stamps_E = tl.load(after + layer * E + experts_E, mask=used_E, other=0.0)
+        tl.store(before + layer * E + experts_E, stamps_E, mask=used_E)
 
 
 @triton.jit
@@ -131,7 +138,7 @@ def plan(
     used_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
     num_used = tl.sum(used_E.to(tl.int32), 0)
-    touch(used_E, rank_E, num_used, values, clock, layer, E, RULE, BLOCK_E)
+    touch(used_E, rank_E, num_used, values, before, after, clock, layer, E, RULE, BLOCK_E)
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
     dropped_slot = FREE

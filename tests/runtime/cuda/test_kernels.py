@@ -19,6 +19,8 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.class_lru import ClassLRU
+from runtime.cache.rules.lfru import LFRU
 from runtime.cuda.decode import experts_call as experts
 from tests.helpers.device_twins import Twin, routes
 
@@ -79,9 +81,12 @@ def make_policy(name: str, calls: list[list[Tensor]]) -> Policy:
         return Belady(LAYERS, EXPERTS, calls=flat)
     if name == "predicted":
         return PredictedReuse(LAYERS, EXPERTS, horizon=4)
-    policy: Policy = {"lru": LRU, "lfu": LFU}[name](LAYERS, EXPERTS)
+    rules: dict[str, type[Policy]] = {rule.name: rule for rule in (LRU, LFU, ClassLRU, LFRU)}
+    policy = rules[name](LAYERS, EXPERTS)
     if name == "lfu":  # so that no two values are ever equal
         policy.values[:] = np.random.default_rng(7).random(LAYERS * EXPERTS) * 1e-3
+    if isinstance(policy, LFRU):
+        policy._uses_LE[:] = np.random.default_rng(7).random((LAYERS, EXPERTS))
     return policy
 
 
@@ -92,7 +97,7 @@ def forecast(rng: np.random.Generator, policy: Policy) -> Forecast | None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["lru", "lfu", "predicted", "belady"])
+@pytest.mark.parametrize("name", ["lru", "lfu", "class-lru", "lfru", "predicted", "belady"])
 def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, batch: int) -> None:
     calls = random_calls(3, batch, num_steps=12)
     policy = make_policy(name, calls)

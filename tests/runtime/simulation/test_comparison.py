@@ -190,10 +190,13 @@ def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     out, arguments = compared
     run(main, SimulateSettings, arguments, prog="python -m runtime.simulate")
     printed, rows = capsys.readouterr().out, json.loads(out.read_text())["results"]
-    names = ["lru", "lfu", "least-stale", "belady", "uses seen", "static hot set"]
+    names = ["lru", "lfu", "class-lru", "lfru", "least-stale", "hot-set", "belady"]
+    names += ["uses seen", "static hot set"]
     names += ["previous token", "token table", "nearest maps", "ours"]
     assert [row["name"] for row in rows] == 2 * names
-    assert all(name in printed for name in [*names, "lru, one by one", "belady+bypass"])
+    others = ["lru, one by one", "arc", "s3-fifo", "lfru-layers", "belady+bypass"]
+    assert all(name in printed for name in [*names, *others])
+    assert printed.count("gap to belady closed: of LRU's, and of that of the best free rule") == 2
     assert printed.count("prefetch on") + printed.count("prefetch off") == 2 * 5
     best = {row["residency"]: row["hit_rate"] for row in rows if row["name"] == "belady"}
     assert all(row["hit_rate"] <= best[row["residency"]] + 1e-9 for row in rows)
