@@ -19,7 +19,7 @@ def compare_trace(settings: CompareSettings) -> None:
     """
     from routing.shards import TraceReader
     from runtime.comparison.contenders import field_of
-    from runtime.comparison.figures import compare
+    from runtime.comparison.figures import compare, detailed
     from runtime.comparison.leaderboard import entries_of, read_board, with_entries, write_board
     from runtime.comparison.picture import draw
     from runtime.comparison.split import digest, split_trace
@@ -33,7 +33,7 @@ def compare_trace(settings: CompareSettings) -> None:
         field = field_of(split, settings)
         routes = digest(split.compared.documents(), reader)
     figures = list(compare(field, settings))
-    print_figures(figures)
+    print_figures(figures, detailed(figures, settings))
     print("\n".join([*split.remarks, f"routes compared on: {routes[:16]}"]))
     picture = settings.plot or Path(settings.trace) / "comparison.png"
     draw(figures, picture, f"{settings.trace}: {figures[0].tokens:,} tokens of {reader.topology}")

@@ -9,16 +9,15 @@ import numpy as np
 
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.forecast import Forecast
+from runtime.cache.policies import QUEUE_CACHES
 from runtime.comparison.settings import CompareSettings
 from runtime.comparison.split import Split
 from runtime.simulation.baselines import TokenTable
 from runtime.simulation.comparison import Contender, decode_steps
 from runtime.simulation.contenders import all_contenders, decoded
 from runtime.simulation.lookahead_contenders import Sample
-from runtime.simulation.replay import BypassSimulation
+from runtime.simulation.replay import BypassSimulation, QueueSimulation
 
-FREE_RULES = ("lru", "lfu")
-"""Rules that learn nothing before they run and foresee nothing: the bar for predictors."""
 OPTIMUM = Belady.name
 """The optimum of caches that keep whatever a layer has just used."""
 
@@ -29,6 +28,7 @@ Call = tuple[int, np.ndarray]
 class Simulated(Protocol):
     """A cache that counts what it is asked for, and what it has to load."""
 
+    name: str
     requests: int
     loads: int
 
@@ -73,5 +73,8 @@ def simulations(
 ) -> Mapping[str, Simulated]:
     """Caches that are no policy over slots, by name: they have a hit rate, and no forecast."""
     flat = [call for step in calls for call in step]
-    optimum = BypassSimulation(Belady(*shape, calls=flat), *shape, num_slots)
-    return {optimum.name: optimum}
+    built: list[Simulated] = [
+        *(QueueSimulation(cache(*shape, num_slots)) for cache in QUEUE_CACHES.values()),
+        BypassSimulation(Belady(*shape, calls=flat), *shape, num_slots),
+    ]
+    return {one.name: one for one in built}

@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.comparison.contenders import FREE_RULES, OPTIMUM, Field, simulations
+from routing.names import told_apart
+from runtime.comparison.contenders import OPTIMUM, Field, simulations
 from runtime.comparison.counts import StepCounts, count_contender, count_simulation, requests_of
 from runtime.comparison.settings import CompareSettings
+from runtime.simulation.gap import best_free_rule, gap_closed
 from runtime.simulation.link_model import Machine
+from runtime.simulation.replay import slots_of
 
 ALL = "all"
 """The label of figures over all tokens."""
@@ -88,7 +91,7 @@ def _count(
     field: Field, residency: float, empties: np.ndarray, machine: Machine
 ) -> dict[str, StepCounts]:
     """The counts of everything at one cache size, by name."""
-    num_slots = max(int(residency * field.shape[0] * field.shape[1] + 1e-9), 1)
+    num_slots = slots_of(residency, field.shape)
     counts = {
         contender.name: count_contender(
             contender, field.calls, empties, field.shape, num_slots, machine
@@ -112,7 +115,7 @@ def _rows(
 ) -> Iterator[Figures]:
     total, tokens = requests_N[mask].sum(), int(mask.sum())
     hit_rates = {name: 1 - of.loads[mask].sum() / total for name, of in counts.items()}
-    best = max(hit_rates[name] for name in FREE_RULES if name in hit_rates)
+    best = best_free_rule(hit_rates) or "lru"
 
     def share(values: np.ndarray | None, of: float) -> float | None:
         return None if values is None or not of else float(values[mask].sum() / of)
@@ -131,7 +134,7 @@ def _rows(
             recall_at_k=share(of.found_k, total),
             recall_at_c=share(of.found_c, total),
             gap_lru=_closed(hit_rates[name], hit_rates["lru"], hit_rates[OPTIMUM]),
-            gap_best=_closed(hit_rates[name], best, hit_rates[OPTIMUM]),
+            gap_best=_closed(hit_rates[name], hit_rates[best], hit_rates[OPTIMUM]),
             mb_per_token=float(of.loads[mask].sum() / tokens * expert_mb),
             ms_per_token=share(of.ms, tokens),
             ms_priced=share(of.ms_priced, tokens),
@@ -147,11 +150,22 @@ def used_prefetches(of: StepCounts) -> np.ndarray | None:
 
 def _closed(hit_rate: float, floor: float, optimum: float) -> float | None:
     """The share of the way from `floor` to `optimum`; None where there is hardly any way."""
-    if math.isclose(floor, optimum, abs_tol=1e-9):
-        return None
-    return float((hit_rate - floor) / (optimum - floor))
+    closed = gap_closed(hit_rate, floor, optimum)
+    return float(closed) if math.isfinite(closed) and optimum - floor > 1e-9 else None
 
 
 def of_size(figures: Sequence[Figures], residency: float, label: str = ALL) -> list[Figures]:
     """The rows of one cache size and label, in the order of the contenders."""
     return [row for row in figures if (row.residency, row.label) == (residency, label)]
+
+
+def detailed(figures: Sequence[Figures], settings: CompareSettings) -> list[str]:
+    """The contenders to show by label. Raises ValueError for one that there is not."""
+    rows = of_size(figures, figures[0].residency)
+    names = [row.contender for row in rows]
+    if unknown := [name for name in settings.detailed if name not in names]:
+        raise ValueError(f"--detailed: no contender {', '.join(unknown)}, but {', '.join(names)}")
+    predictors = told_apart(settings.predictors, lambda path: path.stem)
+    below = [row for row in rows if not row.contender.startswith(OPTIMUM)]
+    best = max(below, key=lambda row: row.hit_rate).contender
+    return settings.detailed or predictors or [best]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.comparison.contenders import FREE_RULES, OPTIMUM
+from runtime.cache.policies import FREE_RULES
+from runtime.comparison.contenders import OPTIMUM
 from runtime.comparison.figures import ALL, Figures, of_size
 
 if TYPE_CHECKING:

@@ -32,6 +32,9 @@ class CompareSettings:
     """Tokens of one document at most."""
     fit_tokens: int = 50_000
     """Tokens to fit on."""
+    detailed: list[str] = field(default_factory=list)
+    """Contenders whose figures are printed by label too. Default: the predictors, or else the one
+    of highest hit rate below the optimum. --json has all figures of all contenders."""
     cache: Literal["carried", "emptied"] = "carried"
     """Between documents the cache is carried over, as in a server, or emptied."""
     warm_up: int = 0

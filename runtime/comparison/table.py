@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from routing.names import print_whole
-from runtime.comparison.contenders import FREE_RULES, OPTIMUM
-from runtime.comparison.figures import ALL, Figures, of_size
+from runtime.comparison.contenders import OPTIMUM
+from runtime.comparison.figures import Figures, of_size
+from runtime.simulation.gap import best_free_rule
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,13 +19,15 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def print_figures(figures: Sequence[Figures]) -> None:
-    """Print everything."""
-    for residency in dict.fromkeys(row.residency for row in figures):
+def print_figures(figures: Sequence[Figures], detailed: Sequence[str]) -> None:
+    """Print a table for each cache size, then the labels of each contender of `detailed`."""
+    sizes = list(dict.fromkeys(row.residency for row in figures))
+    for residency in sizes:
         print_whole(size_table(of_size(figures, residency), residency))
     if len({row.label for row in figures}) > 2:
-        for residency in dict.fromkeys(row.residency for row in figures):
-            print_whole(label_table(figures, residency))
+        for name in detailed:
+            for residency in sizes:
+                print_whole(label_table(figures, residency, name))
 
 
 def size_table(rows: Sequence[Figures], residency: float) -> Table:
@@ -62,17 +65,23 @@ def _cells(row: Figures) -> list[str]:
     ]
 
 
-def label_table(figures: Sequence[Figures], residency: float) -> Table:
-    """A row for each label, with the hit rate of each contender."""
+def label_table(figures: Sequence[Figures], residency: float, name: str) -> Table:
+    """A row for each label, with the figures of the contender `name` and the bars beside them."""
     from rich.table import Table
 
-    names = [row.contender for row in of_size(figures, residency)]
-    table = Table(title=f"hit rate by label, {residency:.4g} resident", title_justify="left")
-    for name in ("label", "tokens", "best free rule", *names):
-        table.add_column(name, justify="left" if name == "label" else "right")
-    for label in dict.fromkeys(row.label for row in figures if row.label != ALL):
+    title = f"{name} by label, {residency:.4g} of all experts resident"
+    table = Table(title=title, title_justify="left")
+    for column in ("label", "tokens", "best free rule", "its hits", OPTIMUM, *COLUMNS):
+        table.add_column(column, justify="left" if column == "label" else "right")
+    for label in dict.fromkeys(row.label for row in figures if row.residency == residency):
         rows = {row.contender: row for row in of_size(figures, residency, label)}
-        best = max((n for n in FREE_RULES if n in rows), key=lambda n: rows[n].hit_rate)
-        rates = [f"{rows[name].hit_rate:.3f}" if name in rows else "" for name in names]
-        table.add_row(label, f"{rows[OPTIMUM].tokens:,}", best, *rates)
+        best = best_free_rule({one: row.hit_rate for one, row in rows.items()})
+        table.add_row(
+            label,
+            f"{rows[name].tokens:,}",
+            best,
+            f"{rows[best].hit_rate:.3f}" if best else "",
+            f"{rows[OPTIMUM].hit_rate:.3f}",
+            *_cells(rows[name]),
+        )
     return table
