@@ -79,10 +79,10 @@ def _require(
 ) -> None:
     if not chosen:
         raise ValueError(f"the trace {settings.trace} holds no documents to compare on")
-    if not fit:
+    if not any(len(document.token_ids_T) > 1 for document in fit):
         raise ValueError(
-            f"the trace {settings.fit_trace or settings.trace} leaves no documents to fit the "
-            "baselines on: give --fit-trace, a trace of other documents"
+            f"the trace {settings.fit_trace or settings.trace} leaves no text to fit the baselines "
+            "on: give --fit-trace, a trace of other documents"
         )
 
 
