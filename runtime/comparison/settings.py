@@ -27,7 +27,7 @@ class CompareSettings:
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
     """Cache sizes, as fractions of all experts."""
     max_tokens: int = 10_000
-    """Tokens to compare on, from documents of every label in turn."""
+    """Tokens to compare on, from documents of every label in turn, in equal shares."""
     document_tokens: int = 512
     """Tokens of one document at most."""
     fit_tokens: int = 50_000

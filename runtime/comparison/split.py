@@ -118,17 +118,17 @@ def _part(document: Document, span: slice) -> Document:
 
 
 def _in_turn(by_label: Sequence[Sequence[Document]], most: int, total: int) -> Iterator[Document]:
-    """Documents of every label in turn: `most` tokens of each, and `total` in all.
+    """Documents of every label in turn: `most` tokens of each, and equal shares of `total`.
 
-    Of a label's only document as many are taken as are left to the label.
+    Of a label's only document as many are taken as are the label's share.
     """
-    share = -(-total // max(len(by_label), 1))
-    limits = [share if len(documents) == 1 else most for documents in by_label]
+    left = [-(-total // max(len(by_label), 1))] * len(by_label)
     for turn in zip_longest(*by_label):
-        for document, limit in zip(turn, limits, strict=True):
-            if document is not None and total > 0:
-                part = _part(document, slice(0, min(limit, total)))
-                total -= len(part.token_ids_T)
+        for label, document in enumerate(turn):
+            limit = left[label] if len(by_label[label]) == 1 else min(most, left[label])
+            if document is not None and limit:
+                part = _part(document, slice(0, limit))
+                left[label] -= len(part.token_ids_T)
                 if len(part.token_ids_T):
                     yield part
 

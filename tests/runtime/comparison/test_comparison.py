@@ -248,6 +248,13 @@ def test_a_labels_only_document_is_cut_in_two(tmp_path: Path) -> None:
         assert np.array_equal(fit.experts_TLK, document.experts_TLK[:750])
 
 
+def test_every_label_has_its_share_however_few_tokens_there_are(labelled: TraceReader) -> None:
+    chosen = settings(labelled.directory, max_tokens=21, document_tokens=8)
+    with split_trace(labelled, chosen) as split:
+        lengths = [(d.label, len(d.token_ids_T)) for d in split.compared.documents()]
+    assert lengths == [("odd", 8), ("even", 8), ("odd", 3), ("even", 3)]
+
+
 # ------------------------------------------------------------------------- the command
 
 
