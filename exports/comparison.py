@@ -26,7 +26,7 @@ Workload = Callable[[Any], list[list[int]]]
 Calls = list[tuple[int, np.ndarray]]
 """The experts calls of a workload in order: the layer, and the ids of the experts that it used."""
 
-POLICIES = ("lru", "lfu", "predicted", "belady")
+POLICIES = ("lru", "lfu", "class-lru", "lfru", "predicted", "belady")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,17 +7,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.simulation.gap import best_free_rule, gap_closed
+from runtime.simulation.hit_rates import COLORS, FREE_COLOR
+
 if TYPE_CHECKING:
     from exports.comparison import Run
     from exports.demo_generation import LiveResult
 
-NAMES = {"lru": "LRU", "lfu": "LFU", "predicted": "ExpertFlow", "belady": "Belady"}
+NAMES = {
+    "lru": "LRU",
+    "lfu": "LFU",
+    "class-lru": "ClassLRU",
+    "lfru": "LFRU",
+    "predicted": "ExpertFlow",
+    "belady": "Belady",
+}
 """The policies as the tables name them. ExpertFlow evicts by predicted reuse."""
 COLUMNS = (
     "hit rate",
     "loads",
     "vs LRU",
-    "gap closed",
+    "of LRU's gap",
+    "of best free's",
     "MiB moved",
     "same tokens",
 )
@@ -49,27 +60,32 @@ def print_report(live: LiveResult, *, width: int) -> None:
 def rows(live: LiveResult) -> Iterator[list[str]]:
     """The table's rows, a policy each."""
     loads = {run.policy: run.loads for run in live.runs}
+    rates = {run.policy: run.hit_rate for run in live.runs}
+    floors = "lru", best_free_rule(rates) or "lru"
     for run in live.runs:
         yield [
             NAMES.get(run.policy, run.policy),
             f"{run.hit_rate:.3f}",
             f"{run.loads}",
             f"{run.loads / loads['lru'] - 1:+.1%}" if loads["lru"] else "-",
-            gap_closed(run.loads, loads["lru"], loads["belady"]),
+            *(_percent(gap_closed(run.hit_rate, rates[f], rates["belady"])) for f in floors),
             f"{run.bytes_loaded / 2**20:.1f}",
             "yes" if run.identical else "NO",
         ]
 
 
-def gap_closed(loads: int, lru: int, belady: int) -> str:
-    """The part of the loads between LRU's and Belady's that a policy saves, in percent."""
-    return f"{(lru - loads) / (lru - belady):.0%}" if lru != belady else "-"
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.0%}"
 
 
 def legend(live: LiveResult) -> Iterator[str]:
     """The meaning of the table's columns, the speeds, and the limits of what a CPU shows."""
     predicted = next(run for run in live.runs if run.policy == "predicted")
-    yield "Belady knows the future; gap closed: the share of LRU's excess over it that is saved."
+    best = best_free_rule({run.policy: run.hit_rate for run in live.runs}) or "lru"
+    yield (
+        "Belady knows the future. Gap: the loads beyond Belady's; the share saved of LRU's, and of "
+        f"those of the best rule without a predictor, {NAMES.get(best, best)}."
+    )
     if not math.isnan(predicted.recall):
         yield (
             f"ExpertFlow evicts by predicted reuse: recall@K {predicted.recall:.3f} of the experts "
@@ -110,7 +126,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    colors = ["#8c8c8c", "#3b6ea5", "#d9822b", "#4f8a5b"]
+    colors = [COLORS.get(run.policy, FREE_COLOR) for run in runs]
     names = [NAMES.get(run.policy, run.policy) for run in runs]
     bars = axes.bar(names, [run.loads for run in runs], color=colors)
     axes.bar_label(bars, [f"{run.loads}\n{run.hit_rate:.0%} hits" for run in runs], fontsize=8)

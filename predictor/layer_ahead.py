@@ -6,7 +6,7 @@
 The networks are a baseline for `runtime.simulate --all`; the runtime does not load them. They read
 hidden states, which the model streams while it runs the text of the traces again, and which are
 never stored. Each trace to annotate is copied to `--out` under its own name, with the look-ahead
-"mlp" in it.
+"mlp" in it, or "linear" with `--width 0`.
 """
 
 from __future__ import annotations

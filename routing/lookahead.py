@@ -1,8 +1,8 @@
 """Look-ahead: experts of the coming layers, predicted from one layer's router input.
 
 T tokens, L MoE layers, D distances, M experts named. A trace may hold look-aheads of several
-sources by name ("gate": the later layer's own gate applied early; "mlp": the networks of
-`predictor.layer_ahead`). In shards each is two tensors, `lookahead.NAME.experts` and `.scores`.
+sources by name ("gate": the later layer's own gate applied early; "mlp" and "linear": the networks
+of `predictor.layer_ahead`). In shards each is two tensors, `lookahead.NAME.experts` and `.scores`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 PREFIX = "lookahead"
-GATE, MLP = "gate", "mlp"
+GATE, MLP, LINEAR = "gate", "mlp", "linear"
 """The names of the sources."""
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.cache.live --model DIR --predictor predictor.onnx --text FILES_OR_FOLDER
 
 Each document is decoded token by token as if it were being generated (teacher forcing), one
-sequence at a time: by the model without offloading, then offloaded under LRU, decayed LFU,
+sequence at a time: by the model without offloading, then offloaded under the free rules,
 predicted reuse and Belady (which knows the recorded future). All layers share one pool of slots.
 The predictor runs inside each step and its time counts. The last line is JSON.
 """
@@ -11,6 +11,7 @@ The predictor runs inside each step and its time counts. The last line is JSON.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
     from exports.comparison import Run
 
 SEPARATOR = "<|endoftext|>"
+COLUMNS = (
+    "resident",
+    "policy",
+    "hit rate",
+    "expert loads",
+    "vs LRU",
+    "of LRU's gap",
+    "of free",
+    "MiB moved",
+    "tok/s",
+    "recall",
+    "prediction",
+    "tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +54,10 @@ class LiveCacheSettings:
     """Text files, or folders of .txt files; lines `<|endoftext|>` separate documents."""
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25])
     """Cache sizes, as fractions of all experts."""
-    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "predicted", "belady"])
-    """Cache policies to run; the others are held against LRU."""
+    policies: list[str] = field(
+        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "predicted", "belady"]
+    )
+    """Cache policies to run; all are held against LRU and the best free rule among them."""
     document_tokens: int = 128
     """Tokens to decode of one document; each file gives one document."""
     dtype: str = "auto"
@@ -107,9 +124,7 @@ def _print(runs: Sequence[Run], facts: dict[str, Any]) -> None:
 
     title = f"{runs[0].tokens} tokens of {facts['documents']} documents, decoded one by one"
     table = Table(title=title, title_justify="left")
-    for column in ("resident", "policy", "hit rate", "expert loads", "vs LRU", "MiB moved"):
-        table.add_column(column, justify="right")
-    for column in ("tok/s", "recall", "prediction", "tokens"):
+    for column in COLUMNS:
         table.add_column(column, justify="right")
     lru = {run.residency: run.loads for run in runs if run.policy == "lru"}
     versus = [f"{r.loads / lru[r.residency] - 1:+.1%}" if lru else "-" for r in runs]
@@ -120,18 +135,33 @@ def _print(runs: Sequence[Run], facts: dict[str, Any]) -> None:
             f"{row.hit_rate:.3f}",
             str(row.loads),
             difference,
+            *_gaps(row, runs),
             f"{row.bytes_loaded / 2**20:.1f}",
             f"{row.tokens / row.seconds:.1f}",
             "-" if row.recall != row.recall else f"{row.recall:.3f}",
             "-" if row.prediction_ms != row.prediction_ms else f"{row.prediction_ms:.2f} ms",
             "identical" if row.identical else "DIFFERENT",
         )
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(facts["machine"])
     console.print(facts["command"])
     console.print(table)
     rate = facts["stock_tokens_per_second"]
     console.print(f"without offloading, while its routes are recorded: {rate:.1f} tok/s")
+
+
+def _gaps(row: Run, runs: Sequence[Run]) -> list[str]:
+    """The share closed of the gap to Belady: of LRU's, and of the best free rule's."""
+    from runtime.simulation.gap import best_free_rule, gap_closed
+
+    rates = {run.policy: run.hit_rate for run in runs if run.residency == row.residency}
+    shares = [
+        gap_closed(row.hit_rate, rates[floor], rates["belady"])
+        if floor in rates and "belady" in rates
+        else math.nan
+        for floor in ("lru", best_free_rule(rates))
+    ]
+    return ["-" if math.isnan(share) else f"{share:.0%}" for share in shares]
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
 """Host time of a step of the cache's policy: `python -m benchmarks.cache.policy_cost`.
 
 A step is `begin_step` with a forecast and one `touch` per layer, without the cache's own search for
-victims.
+victims. The table of a policy that a device evaluates from one is timed apart. The rules with a
+cache of their own are timed with their search, at a quarter of the experts.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from routing.cli import run
 from runtime.cache.forecast import Forecast
+from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.queue_cache import QueueCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostSettings:
-    """Time a step of predicted reuse."""
+    """Time a step of every policy that needs no future."""
 
     layers: int = 48
     """MoE layers."""
@@ -32,32 +37,77 @@ class CostSettings:
     """Steps to time."""
 
 
-def seconds_of_a_step(policy: Policy, forecast: Forecast, used: list[np.ndarray]) -> float:
-    """Wall-clock time of one step."""
-    start = time.perf_counter()
+Routes = Sequence[Sequence[np.ndarray]]
+"""The experts of each layer of each step, ascending."""
+
+
+def routes_of(settings: CostSettings) -> Routes:
+    """Random routes: popular experts of each layer come back often."""
+    generator = np.random.default_rng(0)
+    rates = 1 / np.arange(1, settings.experts + 1)
+    orders = [generator.permutation(settings.experts) for _ in range(settings.layers)]
+    return [
+        [
+            np.sort(order[np.argsort(generator.random(settings.experts) / rates)[: settings.top_k]])
+            for order in orders
+        ]
+        for _ in range(64)
+    ]
+
+
+def timed(step: Callable[[Sequence[np.ndarray]], object], routes: Routes, steps: int) -> str:
+    """The median and the 90th percentile of the wall-clock time of a step."""
+    taken = []
+    for number in range(steps):
+        start = time.perf_counter()
+        step(routes[number % len(routes)])
+        taken.append(1e3 * (time.perf_counter() - start))
+    taken.sort()
+    return f"median {statistics.median(taken):.3f} ms, 90 % within {taken[int(0.9 * steps)]:.3f} ms"
+
+
+def advance(policy: Policy, forecast: Forecast | None, used: Sequence[np.ndarray]) -> None:
+    """One step of a policy."""
     policy.begin_step(forecast)
     for layer, experts in enumerate(used):
         policy.touch(layer, experts)
-    return time.perf_counter() - start
+
+
+def table_of(policy: Policy, used: Sequence[np.ndarray]) -> object:
+    """The table of a policy, whatever is used."""
+    return policy.table()
+
+
+def request(cache: QueueCache, used: Sequence[np.ndarray]) -> None:
+    """One step of a rule with a cache of its own."""
+    for layer, experts in enumerate(used):
+        cache.request(layer, experts)
 
 
 def main(settings: CostSettings) -> None:
-    """Print the median and the 90th percentile, of the values alone and of a whole step."""
-    generator = np.random.default_rng(0)
+    """Print the time of a step of every policy, and of its table."""
     shape = settings.layers, settings.experts
-    planes = np.sort(generator.random((4, *shape), np.float32), axis=0)
-    forecast = Forecast(*planes)
-    used = [
-        np.sort(generator.permutation(settings.experts)[: settings.top_k])
-        for _ in range(settings.layers)
-    ]
-    policy = PredictedReuse(*shape, horizon=4)
-    for name, calls in (("values", []), ("values and touches", used)):
-        taken = sorted(seconds_of_a_step(policy, forecast, calls) for _ in range(settings.steps))
-        print(
-            f"{name}, {shape[0]} x {shape[1]}: median {1e3 * statistics.median(taken):.3f} ms, "
-            f"90 % within {1e3 * taken[int(0.9 * len(taken))]:.3f} ms"
-        )
+    planes = np.sort(np.random.default_rng(0).random((4, *shape), np.float32), axis=0)
+    forecast, routes = Forecast(*planes), routes_of(settings)
+    print(f"{shape[0]} x {shape[1]}, {settings.top_k} experts a token")
+    reuse = PredictedReuse(*shape, horizon=4)
+    print(
+        "predicted, values alone:",
+        timed(lambda _: reuse.begin_step(forecast), routes, settings.steps),
+    )
+    policies = [POLICIES[name](*shape) for name in FREE_RULES if name in POLICIES]
+    for policy in (*policies, reuse):
+        known = forecast if policy.needs_forecast else None
+        step = partial(advance, policy, known)
+        print(f"{policy.name}:", timed(step, routes, settings.steps))
+        if policy.table() is not None:
+            print(
+                f"{policy.name}, table:",
+                timed(partial(table_of, policy), routes, settings.steps),
+            )
+    for name, kind in QUEUE_CACHES.items():
+        cache = kind(*shape, shape[0] * shape[1] // 4)
+        print(f"{name}, with its search:", timed(partial(request, cache), routes, settings.steps))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from predictor.lookahead.networks import LookAheadNetworks
 from predictor.lookahead.router_inputs import router_inputs
 from predictor.lookahead.settings import LayerAheadSettings
-from routing.lookahead import MLP, recall_ahead
+from routing.lookahead import LINEAR, MLP, recall_ahead
 from routing.shards import TraceReader, signed_experts
 from routing.writer import TraceWriter
 
@@ -19,7 +19,7 @@ def annotate(
     model: Any, networks: LookAheadNetworks, reader: TraceReader, settings: LayerAheadSettings
 ) -> None:
     """Copy a trace with the look-ahead of `networks`, and print its recall by distance."""
-    out = settings.out / reader.directory.name
+    out, name = settings.out / reader.directory.name, MLP if settings.width else LINEAR
     options = {key: str(value) for key, value in asdict(settings).items()}
     reader.require_token_ids("running the model again")
     writer = TraceWriter(
@@ -27,7 +27,7 @@ def annotate(
         reader.topology,
         provenance=reader.provenance | {"layer_ahead": options},
         with_weights=reader.with_weights,
-        lookahead=reader.lookahead | {MLP: settings.depth},
+        lookahead=reader.lookahead | {name: settings.depth},
         extras=reader.extras,
     )
     if writer.num_documents:
@@ -40,7 +40,7 @@ def annotate(
             used_TLK = signed_experts(document.experts_TLK, reader.stack.num_experts)
             recalls.append(recall_ahead(predicted, used_TLK))
             lengths.append(len(document.token_ids_T))
-            lookahead = {**document.lookahead, MLP: predicted}
+            lookahead = {**document.lookahead, name: predicted}
             writer.add({"decoder": document._replace(lookahead=lookahead)})
     average = np.average(recalls, axis=0, weights=lengths)
     by_distance = ", ".join(f"{value:.3f} at {d}" for d, value in enumerate(average, 1))

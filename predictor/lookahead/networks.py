@@ -1,7 +1,8 @@
 """Look-ahead networks: from one layer's router input to the experts of the coming layers.
 
 After ProMoE (arXiv 2410.22134, section 4): a two-layer perceptron for each layer, trained offline.
-Unlike there, a linear path runs beside each perceptron, and one perceptron serves all distances.
+Unlike there, a linear path runs beside each perceptron, and one perceptron serves all distances. At
+width 0 the linear path is alone, like the probes of crystal-ball two layers ahead.
 
 L MoE layers, N tokens, H hidden width, W network width, O outputs, D distances, E experts a layer,
 K experts a token, M experts named.

@@ -21,7 +21,7 @@ class LayerAheadSettings:
     depth: int = 3
     """Predict this many layers ahead."""
     width: int = 512
-    """Hidden width of each network."""
+    """Hidden width of each network; 0 leaves the linear path alone, after crystal-ball."""
     passes: int = 1
     """Passes over the training text."""
     batch_tokens: int = 512
@@ -36,9 +36,11 @@ class LayerAheadSettings:
     """Device of the model and the networks."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "passes", "batch_tokens", "model_tokens"):
+        for name in ("depth", "passes", "batch_tokens", "model_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.width < 0:
+            raise ValueError(f"--width must be at least 0, not {self.width}")
         if not self.trace or not self.annotate:
             raise ValueError("--trace and --annotate each need a trace directory")
         seen = {path.resolve() for path in self.trace}

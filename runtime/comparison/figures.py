@@ -74,7 +74,8 @@ def _steps(field: Field) -> tuple[np.ndarray, np.ndarray]:
     """For each step, whether it is the first of its document, and the document's label."""
     pairs = list(zip(field.sample.documents, field.sample.steps, strict=True))
     first = [index == 0 for _, steps in pairs for index in range(len(steps))]
-    labels = [document.label for document, steps in pairs for _ in steps]
+    names = [f"{ALL} (label)" if d.label == ALL else d.label for d, _ in pairs]
+    labels = [name for name, (_, steps) in zip(names, pairs, strict=True) for _ in steps]
     return np.array(first), np.array(labels, object)
 
 
@@ -92,6 +93,12 @@ def _count(
 ) -> dict[str, StepCounts]:
     """The counts of everything at one cache size, by name."""
     num_slots = slots_of(residency, field.shape)
+    most = max(len(experts) for step in field.calls for _, experts in step)
+    if num_slots < most:
+        raise ValueError(
+            f"--residency {residency:g} is {num_slots} of {field.shape[0]} x {field.shape[1]} "
+            f"experts, but a layer needs {most} at once: give more"
+        )
     counts = {
         contender.name: count_contender(
             contender, field.calls, empties, field.shape, num_slots, machine

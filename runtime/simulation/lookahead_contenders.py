@@ -1,6 +1,6 @@
 """Contenders that predict the experts of coming layers while a step runs.
 
-They read the look-aheads in a trace ("gate": `trace.collect --lookahead`; "mlp":
+They read the look-aheads in a trace ("gate": `trace.collect --lookahead`; "mlp" and "linear":
 `predictor.layer_ahead`). These say nothing of a step before its first layer, nor of later tokens.
 So the contenders evict by predicted reuse without a forecast: past uses, fading as LFU's do, stand
 in place of the heads. The experts predicted for the next 1 to D layers are protected as soon as the

@@ -1,17 +1,23 @@
-"""benchmarks.cache.knowledge and .policy_cost: their output."""
+"""benchmarks.cache.knowledge, .policy_cost and .kinds: their output."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from benchmarks.cache.kinds import KindsSettings
+from benchmarks.cache.kinds import main as compare_kinds
 from benchmarks.cache.knowledge import KnowledgeSettings
 from benchmarks.cache.knowledge import main as know
 from benchmarks.cache.policy_cost import CostSettings
 from benchmarks.cache.policy_cost import main as time_policy
+from runtime.cache.policies import FREE_RULES, QUEUE_CACHES
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import TOPOLOGY, write_trace
+
+LIVE_RULES = [name for name in FREE_RULES if name not in QUEUE_CACHES]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,32 @@ def test_every_change_of_the_formula_is_one_line(lines) -> None:
     assert max(share for name, s in lines.items() if "bypass" not in name for share in s) <= 1.0
 
 
-def test_the_cost_of_the_policy_is_timed_with_and_without_touches(capsys) -> None:
+def test_the_cost_of_every_policy_that_needs_no_future_is_timed(capsys) -> None:
     time_policy(CostSettings(layers=3, experts=8, top_k=2, steps=20))
-    values, whole = capsys.readouterr().out.splitlines()
-    assert values.startswith("values, 3 x 8: median") and whole.startswith("values and touches")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "3 x 8, 2 experts a token" and all("median" in line for line in lines)
+    timed = {line.partition(":")[0] for line in lines}
+    assert {"predicted, values alone", "predicted", "class-lru, table", *LIVE_RULES} <= timed
+    assert {f"{name}, with its search" for name in QUEUE_CACHES} <= timed
+
+
+def test_the_rules_on_every_kind_are_tables_that_their_file_gives_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = write_trace(tmp_path / "trace", num_documents=6, seed=5)
+    predictor = write_predictor(tmp_path / "predictor.onnx", TOPOLOGY)
+    out, sizes = tmp_path / "kinds.json", [0.25, 0.5]
+    compare_kinds(
+        KindsSettings(json=out, trace=trace, predictor=predictor, fit_trace=trace, residency=sizes)
+    )
+    printed = capsys.readouterr().out
+    compare_kinds(KindsSettings(json=out))
+    assert capsys.readouterr().out == printed
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if "|" in line]
+    heads = [row for row in rows if row[0] == "kind"]
+    assert len(heads) == 2 and {*FREE_RULES, "hot-set", "predicted", "belady"} <= set(heads[0])
+    assert heads[0][-3:] == ["best free", "gap of LRU", "gap of best free"]
+    means = [dict(zip(heads[0], row, strict=True)) for row in rows if row[0] == "mean"]
+    for mean in means:
+        assert float(mean["belady"]) >= max(float(mean[name]) for name in FREE_RULES)
+        assert mean["best free"] in FREE_RULES

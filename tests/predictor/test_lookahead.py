@@ -75,6 +75,16 @@ def test_networks_predict_the_experts_of_held_out_text(traced: Traced, annotated
     assert (np.mean(recalls, axis=0) > np.mean(most_used) + 0.05).all()
 
 
+def test_linear_networks_look_ahead_under_a_name_of_their_own(
+    traced: Traced, annotated: Path, tmp_path: Path
+) -> None:
+    main(traced.settings(tmp_path, width=0, annotate=[annotated], passes=2))
+    reader = TraceReader(tmp_path / "other", verify=True)
+    assert reader.lookahead == {"gate": 1, "mlp": 2, "linear": 2}
+    recalls = [recall_ahead(d.lookahead["linear"], used_by(d)) for d in reader.documents()]
+    assert (np.mean(recalls, axis=0) > 2 / 8).all(), "better than chance"
+
+
 def recall_of_the_most_used(training_TLK: np.ndarray, used_TLK: np.ndarray) -> float:
     """Recall of the two experts of each layer that are used most in training."""
     counts = [np.bincount(training_TLK[:, layer].ravel(), minlength=8) for layer in range(4)]

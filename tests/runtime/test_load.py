@@ -299,7 +299,10 @@ def test_the_number_format_can_be_chosen(tiny_directory: Directory) -> None:
 
 def test_an_unknown_policy_is_refused_with_those_there_are() -> None:
     message = refused(tiny_model("olmoe"), policy="fifo")
-    assert message == "policy='fifo' is not one of lru, lfu, predicted, belady"
+    assert (
+        message
+        == "policy='fifo' is not one of lru, lfu, class-lru, lfru, hot-set, predicted, belady"
+    )
 
 
 def test_predicted_without_a_predictor_is_refused() -> None:

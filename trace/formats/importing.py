@@ -6,7 +6,7 @@ python -m trace.formats import FILE ... --format vllm --model DIR_OR_TOPOLOGY --
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -61,7 +61,7 @@ def _documents(settings: ImportSettings, topology: Topology) -> Iterator[tuple[D
     from trace.formats.document import document_of
 
     stack, known = topology.stack(), None
-    for path, found in _with_ids(list(_read_all(settings, stack)), settings):
+    for path, found in _with_ids(_read_all(settings, stack), settings):
         has_ids = found.token_ids_T is not None
         if known is not None and known != has_ids:
             raise ValueError(
@@ -110,25 +110,27 @@ def reader_of(name: str) -> Read:
 
 
 def _with_ids(
-    found: Sequence[tuple[Path, ForeignDocument]], settings: ImportSettings
-) -> Sequence[tuple[Path, ForeignDocument]]:
+    found: Iterable[tuple[Path, ForeignDocument]], settings: ImportSettings
+) -> Iterator[tuple[Path, ForeignDocument]]:
     """The documents with the ids of --token-ids, if that is given. Raises ValueError."""
     if settings.token_ids is None:
-        return found
+        yield from found
+        return
     from trace.formats.npy import load
 
-    ids_N = load(settings.token_ids)["experts"]
-    ends = np.cumsum([len(document.experts_TLK) for _, document in found])
-    if ids_N.ndim != 1 or ids_N.dtype.kind not in "iu" or not found or len(ids_N) != ends[-1]:
+    ids_N = load(settings.token_ids).get("experts", np.zeros(0))  # the array of a .npy file
+    if ids_N.ndim != 1 or ids_N.dtype.kind not in "iu":
         raise ValueError(
-            f"{settings.token_ids} is {ids_N.dtype} {list(ids_N.shape)}, not the ids of the "
-            f"{ends[-1] if found else 0} tokens of the routes"
+            f"{settings.token_ids} is {ids_N.dtype} {list(ids_N.shape)}, not one row of token ids"
         )
-    parts = np.split(ids_N, ends[:-1])
-    return [
-        (path, document._replace(token_ids_T=ids))
-        for (path, document), ids in zip(found, parts, strict=True)
-    ]
+    used = 0
+    for path, document in found:
+        span = slice(used, used + len(document.experts_TLK))
+        used = span.stop
+        if used <= len(ids_N):
+            yield path, document._replace(token_ids_T=ids_N[span])
+    if used != len(ids_N):
+        raise ValueError(f"{settings.token_ids} has {len(ids_N)} ids for the {used} tokens traced")
 
 
 def read_topology(source: str) -> Topology:

@@ -1,7 +1,7 @@
 """Free rules: what a cache can do without a predictor, from its own requests alone.
 
 recency     LRU, least stale; frequency: LFU with fading counts
-class_lru   recency within classes of frequency (llama.cpp); lfru: frequency over age (vLLM)
+stamped     the contract of rules that age: class_lru (llama.cpp's), lfru (vLLM's score)
 hot_set     a fixed set from a trace
 
 All of those are vectors of values, so they run live. The others ask which experts are resident, or

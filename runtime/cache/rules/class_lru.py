@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.cache.forecast import Forecast
-from runtime.cache.policy import DeviceRule, Policy
+from runtime.cache.rules.stamped import StampedPolicy
 
 
-class ClassLRU(Policy):
+class ClassLRU(StampedPolicy):
     """One LRU list per class of frequency; the victim is the oldest by age / 2 ** class.
 
     llama.cpp's `--moe-cache-mib` since c4fb5796, of which we have a description and not the source:
@@ -29,42 +28,26 @@ class ClassLRU(Policy):
     """
 
     name = "class-lru"
-    rule = DeviceRule.STAMP
     HALF_LIFE = 128.0
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__(num_layers, num_experts)
-        self._crf_LE, self._last_LE = np.zeros((2, num_layers, num_experts))
-        self._weight_LE = np.ones((num_layers, num_experts))
-        turns = np.arange(num_layers * num_experts) / (num_layers * num_experts)
-        self._turn_LE = turns.reshape(num_layers, num_experts)
+        keys = num_layers * num_experts
+        self._crf, self._last = np.zeros((2, keys))
+        self._weight = np.ones(keys)
+        self._turn = np.arange(keys) / keys
         self._step = 0
+        super().__init__(num_layers, num_experts)
 
-    def begin_step(self, forecast: Forecast | None) -> None:
+    def _absorb(self, used: np.ndarray) -> None:
+        self._crf[used] = self._next_crf[used]
+        self._weight[used] = self._next_weight[used]
+        self._last[used] = self._step + self._turn[used]
         self._step += 1
-        values_LE = self.values.reshape(self._last_LE.shape)
-        np.subtract(self._last_LE, self._step + 1, out=values_LE)
-        values_LE /= self._weight_LE
 
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        now = self._step + self._turn_LE[layer, experts]
-        crf = self._used(self._crf_LE[layer, experts], self._last_LE[layer, experts], now)
-        weight = _class_weight(crf)
-        self._crf_LE[layer, experts], self._last_LE[layer, experts] = crf, now
-        self._weight_LE[layer, experts] = weight
-        self.values[layer * self.num_experts + experts] = (now - self._step - 1) / weight
-
-    def _used(self, crf: np.ndarray, last: np.ndarray, now: np.ndarray) -> np.ndarray:
-        """The combined recency and frequency after a use now."""
-        after: np.ndarray = 1 + crf * np.exp2((last - now) / self.HALF_LIFE)
-        return after
-
-    def table(self) -> tuple[np.ndarray, np.ndarray]:
-        crf_LE = self._used(self._crf_LE, self._last_LE, self._step + self._turn_LE)
-        return self.values.copy(), ((self._turn_LE - 1) / _class_weight(crf_LE)).reshape(-1)
-
-
-def _class_weight(crf: np.ndarray) -> np.ndarray:
-    """2 ** class."""
-    weight: np.ndarray = np.exp2(np.rint(np.log2(crf)))
-    return weight
+    def _revalue(self) -> None:
+        np.subtract(self._last, self._step + 1, out=self.values)
+        self.values /= self._weight
+        unused_for = self._step + self._turn - self._last
+        self._next_crf = 1 + self._crf * np.exp2(unused_for / -self.HALF_LIFE)
+        self._next_weight = np.exp2(np.rint(np.log2(self._next_crf)))
+        np.divide(self._turn - 1, self._next_weight, out=self._stamps)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.cache.forecast import Forecast
-from runtime.cache.policy import DeviceRule, Policy
+from runtime.cache.rules.stamped import StampedPolicy
 
 
-class LFRU(Policy):
+class LFRU(StampedPolicy):
     """Evicts the lowest uses / age, where age is 1 plus the uses of the layer since the last one.
 
     The score of vLLM's `CachedWeightProvider` (pull request 37190), read in its source: every layer
@@ -19,22 +18,21 @@ class LFRU(Policy):
     """
 
     name = "lfru"
-    rule = DeviceRule.STAMP
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__(num_layers, num_experts)
-        self._uses_LE, self._last_LE = np.zeros((2, num_layers, num_experts))
+        self._uses, self._last = np.zeros((2, num_layers * num_experts))
         self._clock_L1 = np.zeros((num_layers, 1))
+        self.num_experts = num_experts
+        super().__init__(num_layers, num_experts)
 
-    def begin_step(self, forecast: Forecast | None) -> None:
-        values_LE = self.values.reshape(self._last_LE.shape)
-        np.divide(self._uses_LE, self._clock_L1 - self._last_LE + 1, out=values_LE)
+    def _absorb(self, used: np.ndarray) -> None:
+        is_used = np.zeros(len(self._uses), bool)
+        is_used[used] = True
+        self._uses += is_used
+        self._clock_L1 += is_used.reshape(-1, self.num_experts).sum(1, keepdims=True)
+        self._last[used] = self._clock_L1[used // self.num_experts, 0]
 
-    def touch(self, layer: int, experts: np.ndarray) -> None:
-        self._clock_L1[layer] += len(experts)
-        self._last_LE[layer, experts] = self._clock_L1[layer]
-        self._uses_LE[layer, experts] += 1
-        self.values[layer * self.num_experts + experts] = self._uses_LE[layer, experts]
-
-    def table(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.values.copy(), (self._uses_LE + 1).reshape(-1)
+    def _revalue(self) -> None:
+        age_LE = self._clock_L1 - self._last.reshape(-1, self.num_experts) + 1
+        np.divide(self._uses, age_LE.reshape(-1), out=self.values)
+        np.add(self._uses, 1, out=self._stamps)

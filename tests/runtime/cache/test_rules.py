@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
-from runtime.cache.policy import DeviceRule
+from runtime.cache.policy import DeviceRule, Policy
 from runtime.cache.rules.arc import ARC
 from runtime.cache.rules.class_lru import ClassLRU
 from runtime.cache.rules.hot_set import HotSet
@@ -39,7 +39,7 @@ def order(values: np.ndarray, *keys: int) -> list[int]:
 # ---------------------------------------------------------------------- ClassLRU
 
 
-def used(policy: ClassLRU | LFRU, *steps: tuple[int, ...]) -> None:
+def used(policy: Policy, *steps: tuple[int, ...]) -> None:
     """Steps in which layer 0 uses these experts."""
     for experts in steps:
         policy.begin_step(None)
@@ -65,9 +65,9 @@ def test_class_lru_holds_an_expert_of_twice_the_frequency_twice_as_long() -> Non
 def test_class_lru_forgets_half_of_the_uses_in_128_steps() -> None:
     policy = ClassLRU(*SHAPE)
     used(policy, (1,), *[()] * 127, (1,))
-    assert policy._crf_LE[0, 1] == pytest.approx(1.5)
+    assert policy._next_crf[1] == pytest.approx(1.5)
     used(policy, *[()] * 255, (1,))
-    assert policy._crf_LE[0, 1] == pytest.approx(1 + 1.5 / 4)
+    assert policy._next_crf[1] == pytest.approx(1 + 1.5 / 4)
     assert policy.values[1] == pytest.approx(1 / KEYS - 1), "of class 0 again"
 
 

@@ -255,6 +255,23 @@ def test_every_label_has_its_share_however_few_tokens_there_are(labelled: TraceR
     assert lengths == [("odd", 8), ("even", 8), ("odd", 3), ("even", 3)]
 
 
+def test_a_label_called_all_is_told_apart_from_all_tokens(tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
+    with TraceWriter(tmp_path / "trace", TOPOLOGY, provenance={}) as writer:
+        for number in range(8):
+            label = "all" if number % 2 else "other"
+            writer.add({"decoder": random_document(generator, 9)._replace(label=label)})
+    rows = named(figures_of(tmp_path / "trace", residency=[0.5]), "lru")
+    assert [(row.label, row.tokens) for row in rows] == [
+        ("all", 36), ("other", 18), ("all (label)", 18),
+    ]  # fmt: skip
+
+
+def test_a_cache_too_small_for_one_layer_is_refused(labelled: TraceReader) -> None:
+    with pytest.raises(ValueError, match=r"--residency 0\.05 is 1 of 3 x 8 .* needs 2 at once"):
+        figures_of(labelled.directory, residency=[0.05])
+
+
 # ------------------------------------------------------------------------- the command
 
 

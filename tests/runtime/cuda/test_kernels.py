@@ -86,7 +86,7 @@ def make_policy(name: str, calls: list[list[Tensor]]) -> Policy:
     if name == "lfu":  # so that no two values are ever equal
         policy.values[:] = np.random.default_rng(7).random(LAYERS * EXPERTS) * 1e-3
     if isinstance(policy, LFRU):
-        policy._uses_LE[:] = np.random.default_rng(7).random((LAYERS, EXPERTS))
+        policy._uses[:] = np.random.default_rng(7).random(LAYERS * EXPERTS)
     return policy
 
 

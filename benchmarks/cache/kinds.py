@@ -1,0 +1,138 @@
+"""Every cache rule on a trace, kind of text by kind of text.
+
+    python -m benchmarks.cache.kinds --trace DIR --fit_trace OTHER --json kinds.json
+    python -m benchmarks.cache.kinds --json kinds.json      # its tables once more
+
+Kinds are the trace's labels. Each starts with an empty cache, which its documents share; prompts
+are decoded token by token. Hit rates do not depend on the machine. The tables are Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from routing.cli import run
+
+if TYPE_CHECKING:
+    from routing.predictor_file.reader import PredictorFile
+    from routing.shards import TraceReader
+    from runtime.cache.belady import Calls
+    from runtime.simulation.replay import ReplayResult
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindsSettings:
+    """Simulate every cache rule on each kind of text of a trace."""
+
+    json: Path
+    """File to write the results to; without --trace, to read them from."""
+    trace: Path | None = None
+    """Trace directory of a decoder-only model, with labels."""
+    predictor: Path | None = None
+    """ONNX predictor; adds predicted reuse."""
+    fit_trace: Path | None = None
+    """Trace of other text; makes the hot set."""
+    residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
+    """Cache sizes, as fractions of all experts."""
+    kinds: list[str] = field(default_factory=list)
+    """Labels to replay; all where none is named."""
+    kind_tokens: int = 3_200
+    """Tokens to replay of each kind at most."""
+
+
+def main(settings: KindsSettings) -> None:
+    """Replay where there is a trace, then print the tables."""
+    if settings.trace is not None:
+        from benchmarks.common.machine import command
+
+        rows: list[dict[str, Any]] = []
+        document = {"command": command("benchmarks.cache.kinds"), "rows": rows}
+        for results in _results(settings):
+            rows += results
+            settings.json.write_text(json.dumps(document, indent=1) + "\n")
+    rows = json.loads(settings.json.read_text())["rows"]
+    for share in dict.fromkeys(row["residency"] for row in rows):
+        print(f"\n{share:.4g} of the experts resident\n")
+        print("\n".join(table([row for row in rows if row["residency"] == share])))
+
+
+def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
+    """The results of each kind, by policy and cache size."""
+    from routing.predictor_file.reader import open_predictor
+    from routing.shards import TraceReader
+    from runtime.simulation.trace_steps import trace_calls
+
+    assert settings.trace is not None
+    reader = TraceReader(settings.trace)
+    file = None if settings.predictor is None else open_predictor(settings.predictor)
+    if file is not None:
+        names = {"ours": f"the trace {settings.trace}", "theirs": f"{settings.predictor}"}
+        reader.topology.require_match(file.topology, **names)
+    fit = settings.fit_trace and trace_calls(settings.fit_trace, reader.topology, decode_all=True)
+    if unknown := sorted(set(settings.kinds) - set(reader.labels)):
+        raise ValueError(f"{settings.trace} has no documents of the kind {', '.join(unknown)}")
+    for kind in settings.kinds or reader.labels:
+        label = reader.labels.index(kind)
+        results = _replay(settings, reader, label, file, fit or None)
+        yield [{"kind": kind} | asdict(result) for result in results]
+
+
+def _replay(
+    settings: KindsSettings,
+    reader: TraceReader,
+    label: int,
+    file: PredictorFile | None,
+    fit: Calls | None,
+) -> Sequence[ReplayResult]:
+    """All rules on the documents of one kind."""
+    import numpy as np
+
+    from runtime.simulation.replay import simulate
+    from runtime.simulation.trace_steps import document_steps
+
+    num_experts = reader.stack.num_experts
+    documents = (reader.document(int(i)) for i in np.flatnonzero(reader.doc_labels == label))
+    steps = [
+        step
+        for document in documents
+        for step in document_steps(document, num_experts, decode_all=True)
+    ]
+    shape = reader.stack.num_layers, num_experts
+    sizes = settings.residency
+    return simulate(steps[: settings.kind_tokens], shape, residency=sizes, predictor=file, fit=fit)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The lines of a Markdown table of one cache size: a row for each kind, then their mean."""
+    from runtime.simulation.gap import best_free_rule, gap_closed
+
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    by_kind: dict[str, dict[str, float]] = {}
+    for row in rows:
+        by_kind.setdefault(row["kind"], {})[row["policy"]] = row["hit_rate"]
+    by_kind[MEAN] = {p: fmean(rates[p] for rates in by_kind.values()) for p in policies}
+    predicts = "predicted" in policies
+    gaps = ["gap of LRU", "gap of best free"] if predicts else []
+    yield "| " + " | ".join(["kind", *policies, "best free", *gaps]) + " |"
+    yield "|" + " --- |" * (len(policies) + 2 + len(gaps))
+    for kind, rates in by_kind.items():
+        best = best_free_rule(rates)
+        assert best is not None
+        cells = [kind, *(f"{rates[policy]:.3f}" for policy in policies), best]
+        if predicts:
+            for floor in ("lru", best):
+                closed = gap_closed(rates["predicted"], rates[floor], rates["belady"])
+                cells.append("-" if math.isnan(closed) else f"{closed:.0%}")
+        yield "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    run(main, KindsSettings, prog="python -m benchmarks.cache.kinds")
