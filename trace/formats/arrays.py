@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 NPY_MAGIC = b"\x93NUMPY"
+LARGEST = 1 << 62
+"""Above any id or count."""
 
 
 def records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -58,13 +60,47 @@ def _object(value: Any, where: str) -> tuple[dict[str, Any], str]:
 def token_list(value: Any, where: str) -> list[int]:
     """A list of token ids. Raises ValueError for anything else."""
     items = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(items, list) or any(type(item) is not int for item in items):
+    if not isinstance(items, list) or not all(map(_is_integer, items)):
         raise ValueError(f"{where}: token ids are no list of integers, but {value!r:.60}")
     return items
 
 
-def decode_base64(text: str, where: str) -> bytes:
+def _is_integer(value: object) -> bool:
+    return type(value) is int and abs(value) < LARGEST
+
+
+def count(value: Any, name: str, where: str) -> int:
+    """A count of tokens or the like. Raises ValueError, saying which, for anything else."""
+    number = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    if not _is_integer(number) or number < 0:
+        raise ValueError(f"{where}: {name} is {value!r:.60}, not a count")
+    return int(number)
+
+
+def part(record: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The object `name` of a record, empty where there is none. Raises ValueError for another."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where}: {name} is no object, but {value!r:.60}")
+    return value or {}
+
+
+def load_numpy(source: Path | io.BytesIO, where: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, or that of a .npy file as `experts`. Raises ValueError."""
+    try:
+        found = np.load(source, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {"experts": found}
+        with found:
+            return {name: found[name] for name in found.files}
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
+        raise ValueError(f"{where} is no numpy file, or is cut ({error!r:.200})") from error
+
+
+def decode_base64(text: Any, where: str) -> bytes:
     """The bytes of base64 text. Raises ValueError where it is cut or damaged."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: routed_experts is no base64 text, but {text!r:.60}")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -107,17 +143,13 @@ def _array(value: Any, where: str) -> np.ndarray:
 def _npy(data: bytes, where: str) -> np.ndarray:
     if not data.startswith(NPY_MAGIC):
         raise ValueError(f"{where}: the base64 of routed_experts is no .npy file")
-    try:
-        array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{where}: routed_experts is a cut .npy file ({error})") from error
-    return array
+    return load_numpy(io.BytesIO(data), f"{where}: routed_experts")["experts"]
 
 
 def _raw(value: dict[str, Any], where: str) -> np.ndarray:
     try:
         data, shape, dtype = value["data"], value["shape"], np.dtype(value.get("dtype", "int32"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: routed_experts lacks data, shape or dtype ({error})") from error
     return from_bytes(decode_base64(data, where), dtype, shape, where)
 
@@ -126,7 +158,7 @@ def from_bytes(data: bytes, dtype: np.dtype[Any], shape: Any, where: str) -> np.
     """Numbers of `dtype` in `shape`. Raises ValueError where the bytes do not make it up."""
     try:
         return np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{where}: routed_experts is cut: {len(data)} bytes are no {dtype} {shape}"
         ) from error

@@ -116,9 +116,10 @@ def _with_ids(
     if settings.token_ids is None:
         yield from found
         return
-    from trace.formats.npy import load
+    from trace.formats.arrays import load_numpy
 
-    ids_N = load(settings.token_ids).get("experts", np.zeros(0))  # the array of a .npy file
+    found_ids = load_numpy(settings.token_ids, str(settings.token_ids))
+    ids_N = found_ids.get("experts", np.zeros(0))  # the name of a .npy file's only array
     if ids_N.ndim != 1 or ids_N.dtype.kind not in "iu":
         raise ValueError(
             f"{settings.token_ids} is {ids_N.dtype} {list(ids_N.shape)}, not one row of token ids"

@@ -91,8 +91,8 @@ def _rows(path: Path) -> Iterator[tuple[int, list[int]]]:
             if not text or text.replace(" ", "") == "layer,expert":
                 continue
             try:
-                cells = [int(cell) for cell in text.split(",")]
-            except ValueError:
+                cells = [int(np.int64(cell)) for cell in text.split(",")]
+            except (ValueError, OverflowError):
                 raise ValueError(
                     f"{path}, line {number}: {text[:60]!r} is no row of llama-moe-trace, which "
                     "writes layer,expert or pos,layer,expert,expert ..."

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from routing.topology import Stack
-from trace.formats.arrays import records
+from trace.formats.arrays import count, records
 from trace.formats.document import ForeignDocument
 from trace.formats.passes import Pass, sequences
 from trace.formats.settings import ImportSettings
@@ -50,7 +50,7 @@ def _passes(path: Path) -> Iterator[Pass]:
             continue
         if lacking := [name for name in FIELDS if name not in record]:
             raise ValueError(f"{where}: it lacks {', '.join(lacking)}")
-        step, layer = record["step"], record["layer"]
+        step, layer = (count(record[name], name, where) for name in ("step", "layer"))
         if running is not None and (step != running[0] or layer in layers):
             yield Pass(layers, running[1])
             layers, running = {}, None
@@ -61,7 +61,7 @@ def _passes(path: Path) -> Iterator[Pass]:
 
 
 def _indices(record: dict[str, Any], where: str) -> np.ndarray:
-    shape = (record["num_tokens"], record["topk"])
+    shape = tuple(count(record[name], name, where) for name in ("num_tokens", "topk"))
     try:
         indices_TK = np.array(record["top_indices"], np.int64)
     except (ValueError, TypeError, OverflowError) as error:

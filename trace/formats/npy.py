@@ -12,7 +12,6 @@ model's MoE layers, or all of its layers. -1 is no expert.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from typing import Any
 import numpy as np
 
 from routing.topology import Stack
+from trace.formats.arrays import load_numpy
 from trace.formats.document import ForeignDocument, layer_columns
 from trace.formats.settings import ImportSettings
 
 
 def read(path: Path, stack: Stack, options: ImportSettings) -> Iterator[ForeignDocument]:
     """The documents of a file. Raises ValueError."""
-    arrays = load(path)
+    arrays = load_numpy(path, str(path))
     if "experts" not in arrays:
         raise ValueError(f"{path} has no array `experts`, but {', '.join(arrays) or 'none'}")
     experts = arrays["experts"]
@@ -40,28 +40,21 @@ def read(path: Path, stack: Stack, options: ImportSettings) -> Iterator[ForeignD
     experts_NLK = experts_NFK[:, columns].astype(np.int64)
     offsets = _offsets(arrays, len(experts_NLK), str(path))
     ids_N = arrays.get("token_ids")
-    if ids_N is not None and ids_N.shape != (len(experts_NLK),):
-        raise ValueError(f"{path}: {ids_N.size} token ids for {len(experts_NLK)} tokens")
+    if ids_N is not None and (ids_N.shape, ids_N.dtype.kind in "iu") != ((len(experts_NLK),), True):
+        raise ValueError(
+            f"{path}: {ids_N.size} token ids ({ids_N.dtype}) for {len(experts_NLK)} tokens"
+        )
     prompts = arrays.get("num_prompt", np.diff(offsets))
-    if len(prompts) != len(offsets) - 1:
-        raise ValueError(f"{path}: {len(prompts)} num_prompt for {len(offsets) - 1} documents")
+    if prompts.shape != (len(offsets) - 1,) or prompts.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: num_prompt is {prompts.dtype} {list(prompts.shape)}, not a count for each of "
+            f"{len(offsets) - 1} documents"
+        )
     for d, num_prompt in enumerate(prompts.tolist()):
         span = slice(offsets[d], offsets[d + 1])
         where = str(path) if len(prompts) == 1 else f"{path}, document {d}"
         ids = None if ids_N is None else ids_N[span]
-        yield ForeignDocument(experts_NLK[span], ids, int(num_prompt), where)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file, or that of a .npy file as `experts`. Raises ValueError."""
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return {"experts": found}
-        with found:
-            return {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no numpy file, or is cut ({error})") from error
+        yield ForeignDocument(experts_NLK[span], ids, max(num_prompt, 0), where)
 
 
 def _tokens_first(experts: np.ndarray, stack: Stack, layout: str, where: str) -> np.ndarray:
@@ -82,7 +75,13 @@ def _is_layers(experts: np.ndarray, axis: int, stack: Stack) -> bool:
 
 def _offsets(arrays: dict[str, Any], num_tokens: int, where: str) -> np.ndarray:
     offsets = arrays.get("doc_offsets", np.array([0, num_tokens]))
-    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != num_tokens:
+    if (
+        offsets.ndim != 1
+        or offsets.dtype.kind not in "iu"
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != num_tokens
+    ):
         raise ValueError(f"{where}: doc_offsets do not run from 0 to its {num_tokens} tokens")
     if (np.diff(offsets) < 0).any():
         raise ValueError(f"{where}: doc_offsets do not rise")

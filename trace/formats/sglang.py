@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from routing.topology import Stack
-from trace.formats.arrays import decode_base64, from_bytes, records, token_list
+from trace.formats.arrays import count, decode_base64, from_bytes, part, records, token_list
 from trace.formats.document import ForeignDocument, layer_columns
 from trace.formats.settings import ImportSettings
 
-ROUTES = "routed_experts"
+ROUTES, START = "routed_experts", "routed_experts_start_len"
 EXTENSIONS = ("sgl_ext", "sglext")
 
 
@@ -42,8 +42,8 @@ def read(path: Path, stack: Stack, options: ImportSettings) -> Iterator[ForeignD
 
 
 def _document(answer: dict[str, Any], stack: Stack, where: str) -> ForeignDocument:
-    meta = answer.get("meta_info") or {}
-    places = [meta, *(answer.get(name) or {} for name in EXTENSIONS), answer]
+    meta = part(answer, "meta_info", where)
+    places = [meta, *(part(answer, name, where) for name in EXTENSIONS), answer]
     text = next((place[ROUTES] for place in places if place.get(ROUTES) is not None), None)
     if not isinstance(text, str):
         raise ValueError(
@@ -52,18 +52,18 @@ def _document(answer: dict[str, Any], stack: Stack, where: str) -> ForeignDocume
         )
     prompt_ids = _ids(answer, meta, "input_ids", "input_token_logprobs", where)
     ids = _ids(answer, meta, "output_ids", "output_token_logprobs", where)
-    counts = answer.get("usage") or meta
-    num_prompt = len(prompt_ids) if prompt_ids is not None else counts.get("prompt_tokens")
-    num_answer = len(ids) if ids is not None else counts.get("completion_tokens")
-    start = int(answer.get("routed_experts_start_len") or meta.get("routed_experts_start_len") or 0)
+    counts = part(answer, "usage", where) or meta
+    num_prompt = _length(prompt_ids, counts, "prompt_tokens", where)
+    num_answer = _length(ids, counts, "completion_tokens", where)
+    start = count(answer.get(START) or meta.get(START) or 0, START, where)
     tokens = None
     if num_prompt is not None and num_answer is not None:
-        tokens = int(num_prompt) + int(num_answer) - 1 - start
+        tokens = num_prompt + num_answer - 1 - start
     rows_TFK = _rows(decode_base64(text, where), stack, tokens, where)
     known = None
     if prompt_ids is not None and ids is not None:
         known = np.array([*prompt_ids, *ids][start : start + len(rows_TFK)], np.int64)
-    of_prompt = len(rows_TFK) if num_prompt is None else max(int(num_prompt) - start, 0)
+    of_prompt = len(rows_TFK) if num_prompt is None else max(num_prompt - start, 0)
     return ForeignDocument(
         rows_TFK[:, layer_columns(range(rows_TFK.shape[1]), stack, where)],
         known,
@@ -71,6 +71,13 @@ def _document(answer: dict[str, Any], stack: Stack, where: str) -> ForeignDocume
         where,
         None if answer.get("label") is None else str(answer["label"]),
     )
+
+
+def _length(ids: list[int] | None, counts: dict[str, Any], name: str, where: str) -> int | None:
+    """The number of tokens, by their ids or else as the record counts them."""
+    if ids is not None:
+        return len(ids)
+    return None if counts.get(name) is None else count(counts[name], name, where)
 
 
 def _ids(
@@ -99,7 +106,7 @@ def _rows(data: bytes, stack: Stack, tokens: int | None, where: str) -> np.ndarr
             )
         return values.reshape(-1, stack.num_layers, stack.top_k).astype(np.int64)
     width, rest = divmod(len(values), max(tokens, 1))
-    if rest or width % stack.top_k or width == 0:
+    if tokens < 0 or rest or width % stack.top_k or width == 0:
         raise ValueError(
             f"{where}: {len(values)} expert ids are not those of {tokens} tokens with "
             f"{stack.top_k} experts in each layer: cut, or of another model"

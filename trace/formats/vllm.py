@@ -21,7 +21,6 @@ ids (`return_token_ids` not asked for) the trace has none, so predictors refuse 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from routing.topology import Stack
-from trace.formats.arrays import records, routed_array, token_list
+from trace.formats.arrays import count, load_numpy, records, routed_array, token_list
 from trace.formats.document import ForeignDocument, layer_columns
 from trace.formats.settings import ImportSettings
 
@@ -52,11 +51,7 @@ def read(path: Path, stack: Stack, options: ImportSettings) -> Iterator[ForeignD
 
 
 def _npz(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            yield {name: file[name] for name in file.files}, str(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz file ({error})") from error
+    yield dict(load_numpy(path, str(path))), str(path)
 
 
 def _document(
@@ -67,7 +62,7 @@ def _document(
         ids = token_list(completion[IDS], where)
     rows_TFK, num_prompt = _rows(record, completion, prompt_ids, ids, where)
     columns = layer_columns(range(rows_TFK.shape[1]), stack, where)
-    start = int(record.get(START) or completion.get(START) or 0)
+    start = count(record.get(START) or completion.get(START) or 0, START, where)
     known = None
     if prompt_ids is not None and ids is not None:
         known = np.array([*prompt_ids, *ids][start:], np.int64)
