@@ -148,8 +148,8 @@ def _router(model: nn.Module, block: Block) -> Router:
     """The module whose output transformers reports as the logits of this block."""
     for wanted in _recorders(model):
         for module in block.module.modules():
-            if isinstance(module, wanted.target_class):
-                return Router(module, int(wanted.index))
+            if isinstance(module, getattr(wanted, "target_class", wanted)):
+                return Router(module, int(getattr(wanted, "index", 0)))
     raise ValueError(
         f"{type(model).__name__} does not say where its router logits are: record without "
         "--router-logits"
@@ -157,12 +157,13 @@ def _router(model: nn.Module, block: Block) -> Router:
 
 
 def _recorders(model: nn.Module) -> list[Any]:
-    """The `OutputRecorder`s of router logits that the classes within the model declare."""
+    """What the classes within the model declare: `OutputRecorder`s of router logits, or classes."""
     found: list[Any] = []
     for module in model.modules():
         recorded = (getattr(type(module), "_can_record_outputs", None) or {}).get(RECORDED)
         for one in recorded if isinstance(recorded, list) else [recorded]:
-            if getattr(one, "target_class", None) is not None and one not in found:
+            is_one = isinstance(one, type) or hasattr(one, "target_class")
+            if is_one and one not in found:
                 found.append(one)
     return found
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from routing.cli import run
+from routing.shards import TraceReader
 from runtime.comparison.leaderboard import FIELDS, KIND, read_board, with_entries, write_board
 from runtime.comparison.leaderboard_command import leaderboard
-from runtime.comparison.settings import LeaderboardSettings
+from runtime.comparison.settings import CompareSettings, LeaderboardSettings
+from runtime.comparison.split import digest, split_trace
 
 Entry = dict[str, Any]
 
@@ -133,3 +135,14 @@ def test_the_command_merges_and_prints_the_best_first(
         leaderboard(LeaderboardSettings(board=tmp_path / "board.json", label="odd"))
     with pytest.raises(ValueError, match="there is no such leaderboard"):
         leaderboard(LeaderboardSettings(board=tmp_path / "none.json"))
+
+
+def test_the_published_board_is_of_the_trace_beside_it() -> None:
+    folder = Path(__file__).parents[3] / "docs" / "results" / "leaderboard"
+    reader = TraceReader(folder / "trace", verify=True)
+    with split_trace(reader, CompareSettings(trace=folder / "trace")) as split:
+        routes = digest(split.compared.documents(), reader)
+    board = read_board(folder / "board.csv")
+    assert {one["routes"] for one in board} == {routes}
+    assert {one["label"] for one in board} == {"all", *reader.labels}
+    assert {"lru", "belady", "moe-8x32"} <= {one["contender"] for one in board}
