@@ -38,6 +38,7 @@ def main(settings: SimulateSettings) -> None:
         )
     documents = _documents(reader, settings)
     if settings.all:
+        reader.require_token_ids("the token table of --all")
         _compare_all(settings, reader, documents)
     else:
         _replay(settings, reader, documents, predictor)

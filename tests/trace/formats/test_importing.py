@@ -278,6 +278,8 @@ def test_a_trace_without_ids_is_refused_by_whatever_needs_them(
         open_traces([theirs.directory], "decoder")
     with pytest.raises(ValueError, match=r"p\.onnx needs token ids"):
         simulate(SimulateSettings(trace=theirs.directory, predictor=predictor))
+    with pytest.raises(ValueError, match="the token table of --all needs token ids"):
+        simulate(SimulateSettings(trace=theirs.directory, all=True, fit_trace=ours.directory))
 
 
 def test_token_ids_from_a_file_make_it_a_trace_for_predictors(
