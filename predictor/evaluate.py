@@ -27,6 +27,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     from routing.shards import TraceReader, write_atomically
 
     reader = TraceReader(settings.trace, settings.stack)
+    reader.require_token_ids("a predictor")
     predictors = [open_exported(path) for path in settings.predictors]
     check(predictors, reader, settings)
     fit, held_out = corpora(reader, settings)

@@ -55,7 +55,8 @@ class Block(NamedTuple):
         if len(floating) != 1:
             raise ValueError(
                 f"{type(self.module).__name__} ({self.layer.name}) routes by {len(floating)} "
-                "tensors instead of its hidden states alone: it has no look-ahead"
+                "tensors instead of its hidden states alone: it has no look-ahead, and no router "
+                "values to record"
             )
         return floating[0]
 
@@ -146,6 +147,6 @@ def _block(model: nn.Module, layer: MoELayer) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no MoE block: its experts lie in "
             f"{type(parent).__name__} itself, where a router's input is unknown, so there is no "
-            "look-ahead"
+            "look-ahead, and there are no router values to record"
         )
     return parent

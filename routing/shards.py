@@ -8,6 +8,7 @@
                                   doc_labels   int32   [D]         index into the manifest's labels
                                   weights      float16 [T, L, K]   optional
                                   lookahead.NAME.experts, .scores  optional, see routing.lookahead
+                                  router.*, hidden.*               optional, see trace_format.extras
     encoder-00000.safetensors     the same, for encoder-decoder models; document d is document d
 
 A shard is written whole, synced and renamed. Only then does the manifest name it, which is replaced
@@ -29,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 
 from routing.lookahead import LookAhead, from_tensors
 from routing.topology import NO_EXPERT, Stack, Topology
+from routing.trace_format.extras import Extras, RouterLogits
+from routing.trace_format.extras import from_tensors as extras_from_tensors
 from routing.trace_format.manifest import MANIFEST as MANIFEST
 from routing.trace_format.manifest import read_manifest as read_manifest
 from routing.trace_format.manifest import write_atomically as write_atomically
@@ -52,6 +55,10 @@ class Document(NamedTuple):
     """float16"""
     lookahead: Mapping[str, LookAhead] = {}
     """Source -> look-ahead, where the trace holds any."""
+    router: RouterLogits | None = None
+    """The highest router logits, where the trace holds any."""
+    hidden: Mapping[int, np.ndarray] = {}
+    """MoE layer -> router inputs, float16 [T, H], where the trace holds any."""
 
 
 def experts_dtype(num_experts: int) -> type[np.uint8 | np.uint16]:
@@ -98,6 +105,7 @@ class TraceReader:
         self.complete: bool = self._manifest["complete"]
         self.with_weights: bool = self._manifest["with_weights"]
         self.lookahead: dict[str, int] = self._manifest.get("lookahead", {})
+        self.extras = Extras.from_json(self._manifest.get("extras", {}))
         self._shards = [
             self._open(entry, verify=verify) for entry in self._manifest["shards"][stack]
         ]
@@ -139,9 +147,22 @@ class TraceReader:
             num_labels=len(self.labels),
             with_weights=self.with_weights,
             lookahead=self.lookahead,
+            extras=self.extras,
         )
         if verify:
             check_values(tensors, self.stack, self.topology.vocab_size)
+
+    def require_token_ids(self, purpose: str) -> None:
+        """Raise ValueError where the trace holds routes alone.
+
+        purpose: what needs the ids, as the subject of the message.
+        """
+        if not self.extras.token_ids:
+            raise ValueError(
+                f"{purpose} needs token ids, and the trace {self.directory} has none: it was "
+                "imported from a format without them; import it again with --token-ids, or "
+                "compare rules that read routes alone"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -170,6 +191,7 @@ class _Shard:
     def __init__(self, tensors: dict[str, np.ndarray], lookahead: list[str]) -> None:
         self._tensors = tensors
         self._lookahead = from_tensors(lookahead, tensors)
+        self._router, self._hidden = extras_from_tensors(tensors)
         self._offsets = tensors["doc_offsets"]
         self.labels = tensors["doc_labels"]
         self.lengths = np.diff(self._offsets)
@@ -187,6 +209,8 @@ class _Shard:
             label,
             tensors["weights"][span] if "weights" in tensors else None,
             {name: LookAhead(*(x[span] for x in ahead)) for name, ahead in self._lookahead.items()},
+            None if self._router is None else RouterLogits(*(x[span] for x in self._router)),
+            {layer: values[span] for layer, values in self._hidden.items()},
         )
 
 

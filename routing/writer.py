@@ -16,6 +16,8 @@ from safetensors.numpy import save
 from routing.lookahead import as_tensors
 from routing.shards import Document
 from routing.topology import Topology
+from routing.trace_format.extras import Extras
+from routing.trace_format.extras import as_tensors as extras_as_tensors
 from routing.trace_format.lock import DirectoryLock
 from routing.trace_format.manifest import (
     MANIFEST,
@@ -34,6 +36,7 @@ class TraceWriter:
     """Appends documents to a trace directory; opening an existing one resumes it.
 
     lookahead: source -> number of layers, for the look-aheads that every document brings.
+    extras: the optional contents that every document brings, and whether its token ids are known.
     Documents are durable once their shard is written; `num_documents` counts these. While the
     writer lives, no other one can open the directory. Raises ValueError when another one has, or
     when the directory holds a trace of another model or of other provenance, or a damaged one.
@@ -47,6 +50,7 @@ class TraceWriter:
         provenance: Mapping[str, Any],
         with_weights: bool = False,
         lookahead: Mapping[str, int] | None = None,
+        extras: Extras | None = None,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.directory = Path(directory)
@@ -56,6 +60,7 @@ class TraceWriter:
         self._pending_tokens = 0
         self._lock: DirectoryLock | None = None
         self._is_new = False
+        self._extras = extras or Extras()
         wanted = self._fresh(dict(provenance), with_weights, dict(lookahead or {}))
         self._manifest = self._open(wanted)  # refuses before it touches anything
         if not self.complete:
@@ -78,6 +83,7 @@ class TraceWriter:
             "provenance": json.loads(json.dumps(provenance)),
             "with_weights": with_weights,
             "lookahead": lookahead,
+            **({"extras": self._extras.to_json()} if self._extras != Extras() else {}),
             "num_documents": 0,
             "complete": False,
             "labels": [],
@@ -96,8 +102,8 @@ class TraceWriter:
         Topology.from_json(manifest["topology"]).require_match(
             self.topology, ours=f"the trace in {self.directory}", theirs="this model"
         )
-        for key in ("provenance", "with_weights", "lookahead"):
-            if manifest[key] != wanted[key]:
+        for key in ("provenance", "with_weights", "lookahead", "extras"):
+            if manifest.get(key) != wanted.get(key):
                 difference = _difference(manifest, wanted, key)
                 raise ValueError(
                     f"{self.directory} was traced with other options ({difference}); "
@@ -207,6 +213,7 @@ class TraceWriter:
                 num_labels=len(self._manifest["labels"]),
                 with_weights=self._manifest["with_weights"],
                 lookahead=self._manifest["lookahead"],
+                extras=self._extras,
             )
             check_values(tensors, stack, self.topology.vocab_size)
         except ValueError as error:
@@ -225,7 +232,8 @@ class TraceWriter:
             tensors["weights"] = np.concatenate([_weights(d) for d in documents])
         for name in self._manifest["lookahead"]:
             tensors |= as_tensors(name, [document.lookahead[name] for document in documents])
-        return tensors
+        routers, hidden = [d.router for d in documents], [d.hidden for d in documents]
+        return tensors | extras_as_tensors(self._extras, routers, hidden)
 
     def _label(self, label: str) -> int:
         labels: list[str] = self._manifest["labels"]
@@ -259,6 +267,6 @@ def _weights(document: Document) -> np.ndarray:
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> str:
     if key != "provenance":
-        return f"{key}: {old[key]} there, {new[key]} here"
+        return f"{key}: {old.get(key)} there, {new.get(key)} here"
     keys = sorted(k for k in old[key] | new[key] if old[key].get(k) != new[key].get(k))
     return "; ".join(f"{k}: {old[key].get(k)} there, {new[key].get(k)} here" for k in keys)

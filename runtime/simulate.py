@@ -26,6 +26,7 @@ def main(settings: SimulateSettings) -> None:
     reader = TraceReader(settings.trace)
     predictor = None if settings.predictor is None else open_predictor(settings.predictor)
     if predictor is not None:
+        reader.require_token_ids(f"the predictor {settings.predictor}")
         reader.topology.require_match(
             predictor.topology,
             ours=f"the trace {settings.trace}",
@@ -37,6 +38,7 @@ def main(settings: SimulateSettings) -> None:
         )
     documents = _documents(reader, settings)
     if settings.all:
+        reader.require_token_ids("the token table of --all")
         _compare_all(settings, reader, documents)
     else:
         _replay(settings, reader, documents, predictor)

@@ -64,6 +64,7 @@ def collect(settings: CollectSettings) -> None:
         provenance=settings.provenance(),
         with_weights=settings.weights,
         lookahead={GATE: settings.lookahead} if settings.lookahead else None,
+        extras=runner.extras,
         shard_tokens=settings.shard_tokens,
     )
     if writer.complete:
@@ -106,7 +107,7 @@ def _local(runner: Runner, seed: int) -> Iterator[BatchTracer]:
     """A tracer of batches in this process."""
     from trace.recorder import Recorder
 
-    with Recorder(runner.model, lookahead=runner.lookahead) as recorder:
+    with Recorder(runner.model, lookahead=runner.lookahead, extras=runner.extras) as recorder:
         yield lambda batches: (
             (batch, runner.run(recorder, batch, seed=seed + batch[0].number)) for batch in batches
         )

@@ -55,6 +55,8 @@ def load_model(settings: CollectSettings) -> PreTrainedModel:
 
 def build_runner(model: Any, settings: CollectSettings) -> Runner:
     """The runner of `model`. Raises ValueError if the model needs other settings."""
+    from routing.inspect_model import topology_of
+    from trace.router_values import extras_of
     from trace.runner import Runner
 
     return Runner(
@@ -63,6 +65,7 @@ def build_runner(model: Any, settings: CollectSettings) -> Runner:
         sample=settings.sample,
         weights=settings.weights,
         lookahead=settings.lookahead,
+        extras=extras_of(model, topology_of(model), settings.router_logits, settings.hidden),
     )
 
 

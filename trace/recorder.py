@@ -5,6 +5,7 @@ B sequences, T tokens, L MoE layers, K experts a token, N = B x T rows of one ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -17,7 +18,9 @@ from routing.layers import MoELayer, Routes, by_stack, find_moe_layers, read_rou
 from routing.lookahead import LookAhead
 from routing.shards import stored_experts
 from routing.topology import NO_EXPERT
+from routing.trace_format.extras import Extras, RouterLogits
 from trace.early_gates import EarlyGates
+from trace.router_values import RouterValues
 
 
 class Recording(NamedTuple):
@@ -31,6 +34,10 @@ class Recording(NamedTuple):
     """Names of the L layers."""
     ahead: LookAhead | None = None
     """[B, T, L, D, M]: rankings of later gates on earlier router inputs, where asked for."""
+    router: RouterLogits | None = None
+    """[B, T, L, M]: the highest router logits, where asked for."""
+    hidden: Mapping[int, np.ndarray] = {}
+    """MoE layer -> router inputs [B, T, H], where asked for."""
 
     def nan_layer(self, row: int, span: slice) -> str | None:
         """The first layer whose router weights are NaN in `span` of sequence `row`, if any."""
@@ -45,9 +52,13 @@ class Recorder:
     group limits, the top-k of the logits are not the experts that run.
     """
 
-    def __init__(self, model: nn.Module, *, lookahead: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, lookahead: int = 0, extras: Extras | None = None
+    ) -> None:
         self._stacks = dict(by_stack(find_moe_layers(model)))
         self._gates = EarlyGates(model, lookahead) if lookahead else None
+        asked = extras is not None and (extras.router_logits or extras.hidden)
+        self._values = RouterValues(model, extras) if extras is not None and asked else None
         self._calls: dict[str, list[Routes]] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -58,6 +69,8 @@ class Recorder:
             self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         if self._gates is not None:
             self._hooks += self._gates.hooks()
+        if self._values is not None:
+            self._hooks += self._values.hooks()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,6 +113,7 @@ class Recorder:
             weights_BTLK.cpu().numpy(),
             tuple(layer.name for layer in layers),
             None if self._gates is None else self._gates.take(layers, batch_size),
+            *((None, {}) if self._values is None else self._values.take(layers, batch_size)),
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from routing.lookahead import GATE, LookAhead
 from routing.shards import GENERATED, PROMPT, Document
+from routing.trace_format.extras import Extras, RouterLogits
 from trace.batches import padded
 from trace.recorder import Recorder, Recording
 from trace.sources import Prompt
@@ -46,6 +47,7 @@ class Runner:
         sample: bool = False,
         weights: bool = False,
         lookahead: int = 0,
+        extras: Extras | None = None,
     ) -> None:
         self.model = model
         self.encoder_decoder = bool(self.model.config.is_encoder_decoder)
@@ -59,6 +61,8 @@ class Runner:
         self.weights = weights
         self.lookahead = lookahead
         """For the `Recorder`: layers ahead whose gates are asked early."""
+        self.extras = extras or Extras()
+        """For the `Recorder`: router logits and router inputs to keep."""
 
     @property
     def _token_config(self) -> Any:
@@ -166,4 +170,8 @@ class Runner:
             {}
             if recording.ahead is None
             else {GATE: LookAhead(*(x[row, span] for x in recording.ahead))},
+            None
+            if recording.router is None
+            else RouterLogits(*(x[row, span] for x in recording.router)),
+            {layer: rows[row, span] for layer, rows in recording.hidden.items()},
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 SPLIT = "train"
@@ -54,6 +54,12 @@ class CollectSettings:
     lookahead: int = 0
     """Record the rankings of the gates of the next MoE layers, this many, on each layer's router
     input too, for `runtime.simulate --all`. Costs 6 bytes for each used expert and layer ahead."""
+    router_logits: int = 0
+    """Record the highest router logits of every layer too, this many (float16, with their experts).
+    Costs 3 bytes for each and layer, 4 above 256 experts."""
+    hidden: list[int] = field(default_factory=list)
+    """Record the router inputs of these MoE layers too, counted from 0 (float16): the hidden states
+    that a predictor of later layers would read. Costs 2 bytes for each of the hidden size."""
     batch_tokens: int = 8192
     """Tokens in a batch, padding included. Lower it if memory runs out."""
     shard_tokens: int = 1 << 18
@@ -75,7 +81,7 @@ class CollectSettings:
         for name in ("max_tokens", "batch_tokens", "shard_tokens", "worker_cpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("generate", "lookahead", "workers"):
+        for name in ("generate", "lookahead", "router_logits", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}")
         if self.max_documents is not None and self.max_documents < 1:
@@ -91,6 +97,8 @@ class CollectSettings:
             "device",
             "weights",
             "lookahead",
+            "router_logits",
+            "hidden",
         }
         free |= {"workers", "worker_cpus"}
         return {key: value for key, value in asdict(self).items() if key not in free}

@@ -33,7 +33,8 @@ class Worker:
         if self._recorder is None:
             model = load_model(self._settings)
             self._runner = build_runner(model, self._settings)
-            self._recorder = Recorder(model, lookahead=self._settings.lookahead).__enter__()
+            lookahead, extras = self._runner.lookahead, self._runner.extras
+            self._recorder = Recorder(model, lookahead=lookahead, extras=extras).__enter__()
         seed = self._settings.seed + batch[0].number
         return self._runner.run(self._recorder, batch, seed=seed)
 

@@ -62,6 +62,7 @@ def corpora(reader: TraceReader, settings: EvaluateSettings) -> tuple[Corpus, Co
     """
     if settings.fit_trace is not None:
         fit_reader = TraceReader(settings.fit_trace, settings.stack)
+        fit_reader.require_token_ids("the token table")
         reader.topology.require_match(
             fit_reader.topology,
             ours=f"the trace {reader.directory}",

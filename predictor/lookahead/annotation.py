@@ -21,12 +21,14 @@ def annotate(
     """Copy a trace with the look-ahead of `networks`, and print its recall by distance."""
     out, name = settings.out / reader.directory.name, MLP if settings.width else LINEAR
     options = {key: str(value) for key, value in asdict(settings).items()}
+    reader.require_token_ids("running the model again")
     writer = TraceWriter(
         out,
         reader.topology,
         provenance=reader.provenance | {"layer_ahead": options},
         with_weights=reader.with_weights,
         lookahead=reader.lookahead | {name: settings.depth},
+        extras=reader.extras,
     )
     if writer.num_documents:
         raise ValueError(f"{out} already holds documents: name another --out, or delete it")

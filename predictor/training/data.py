@@ -157,6 +157,7 @@ def open_traces(directories: Sequence[Path], stack: str) -> list[TraceReader]:
         raise ValueError("name at least one trace directory (--data.trace)")
     readers = [TraceReader(directory, stack) for directory in directories]
     for directory, reader in zip(directories, readers, strict=True):
+        reader.require_token_ids("a predictor")
         readers[0].topology.require_match(
             reader.topology, ours=f"the trace {directories[0]}", theirs=f"the trace {directory}"
         )

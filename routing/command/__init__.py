@@ -34,11 +34,19 @@ GROUPS: dict[str, dict[str, Stage]] = {
     },
     "predict its routing": {
         "trace": Stage("trace.collect", "record which experts every token of a text uses"),
+        "import": Stage("trace.formats.importing", "read the routing trace of vLLM, SGLang, ..."),
+        "tabulate": Stage(
+            "trace.formats.exporting", "write a trace as Parquet or a `datasets` set"
+        ),
         "inspect": Stage("trace.inspect", "summarise a trace and draw its expert usage"),
         "train": Stage("predictor.train", "train a route predictor on traces"),
         "export": Stage("predictor.export", "write a trained predictor as an ONNX file"),
         "evaluate": Stage("predictor.evaluate", "score predictors on held-out documents"),
         "simulate": Stage("runtime.simulate", "replay a trace through every cache policy"),
+        "compare": Stage("runtime.comparison", "every rule and predictor on one trace, by label"),
+        "leaderboard": Stage(
+            "runtime.comparison.leaderboard_command", "merge and print figures of many contenders"
+        ),
     },
     "see all of it": {
         "demo": Stage("exports.demo", "run the whole pipeline on the embedded model, in minutes"),

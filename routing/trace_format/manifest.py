@@ -5,6 +5,7 @@ topology       see `routing.topology`
 provenance     everything that decided the content, and all that may vary between equal traces
 with_weights   whether shards hold router weights
 lookahead      source -> largest distance (older manifests lack it)
+extras         see `routing.trace_format.extras`; missing where there are none
 num_documents  durable documents
 complete       whether the trace was closed
 labels         names that `doc_labels` index
@@ -23,6 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from routing.topology import Topology
+from routing.trace_format.extras import is_extras
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -125,9 +127,10 @@ TYPES: dict[str, Check] = {
     ),
     "shards": OBJECT,
     "lookahead": (_is_lookahead, "distances by source"),
+    "extras": (is_extras, "a description of optional contents"),
     "checksum": (_is_digest, "a SHA-256"),
 }
-OPTIONAL = {"lookahead", CHECKSUM}
+OPTIONAL = {"lookahead", "extras", CHECKSUM}
 SHARD_TYPES: dict[str, Check] = {
     "file": (_is_file_name, "the name of a file in the trace's directory"),
     "bytes": COUNT,

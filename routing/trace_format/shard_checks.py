@@ -14,6 +14,7 @@ import numpy as np
 
 from routing.lookahead import PREFIX
 from routing.topology import Stack
+from routing.trace_format.extras import ROUTER, Extras
 
 LARGEST_PHASE = 1
 """GENERATED: see `routing.shards`."""
@@ -51,6 +52,7 @@ def check_tensors(
     num_labels: int,
     with_weights: bool,
     lookahead: Mapping[str, int],
+    extras: Extras,
 ) -> None:
     """Raise ValueError unless dtypes, shapes, offsets and labels are those of the manifest."""
     T, D = entry["tokens"], entry["documents"]
@@ -65,6 +67,7 @@ def check_tensors(
     }
     if with_weights:
         expected["weights"] = ("float16", (T, L, K))
+    expected |= extras.expected(T, L, experts)
     for name, (dtype, shape) in expected.items():
         _check_tensor(tensors, name, dtype, shape)
     for name, depth in lookahead.items():
@@ -107,7 +110,9 @@ def check_values(tensors: Mapping[str, np.ndarray], stack: Stack, vocab_size: in
     if tensors["phase"].max() > LARGEST_PHASE:
         raise ValueError(f"phase is {tensors['phase'].max()}, neither prompt nor generated")
     sizes_L = np.array([layer.num_experts for layer in stack.layers])
-    _check_experts(tensors["experts"].swapaxes(0, 1), sizes_L, stack)
+    for name in ("experts", f"{ROUTER}.experts"):
+        if name in tensors:
+            _check_experts(tensors[name].swapaxes(0, 1), sizes_L, stack)
     for name, values in tensors.items():
         if values.dtype == np.float16 and _has_nan(values):
             raise ValueError(f"{name} holds NaN")
