@@ -1,0 +1,1 @@
+"""Adaptation: an exported predictor trained further on recorded routes."""
