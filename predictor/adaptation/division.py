@@ -28,7 +28,7 @@ class Division(NamedTuple):
 
 
 def divide(
-    readers: Sequence[TraceReader], *, share: float, most_tokens: int, tokens: int | None = None
+    readers: Sequence[TraceReader], *, share: float, most_tokens: int, max_tokens: int | None = None
 ) -> Division:
     """Divide the documents by a hash of their tokens; equal texts stay together.
 
@@ -38,7 +38,7 @@ def divide(
         readers: The traces.
         share: Share of the tokens in each held-out part.
         most_tokens: Tokens in each held-out part, about, where the share would be more.
-        tokens: Train on about this many tokens and leave the others out; all by default.
+        max_tokens: Train on about this many tokens and leave the others out; all by default.
     """
     texts = _texts(readers)
     if len(texts) < 3:
@@ -54,8 +54,8 @@ def divide(
     first = min(int(np.searchsorted(ends, wanted)) + 1, len(texts) - 2)
     second = min(int(np.searchsorted(ends, ends[first - 1] + wanted)) + 1, len(texts) - 1)
     last = len(texts)
-    if tokens is not None:
-        last = int(np.searchsorted(ends, ends[second - 1] + tokens)) + 1
+    if max_tokens is not None:
+        last = int(np.searchsorted(ends, ends[second - 1] + max_tokens)) + 1
     parts = texts[second:last], texts[first:second], texts[:first]
     return Division(*(Documents(readers, [one for text in part for one in text]) for part in parts))
 

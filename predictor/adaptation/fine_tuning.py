@@ -12,7 +12,7 @@ from torch import Tensor
 
 from predictor.adaptation.division import Division
 from predictor.adaptation.graph import GraphPredictor
-from predictor.adaptation.settings import AdaptSettings
+from predictor.adaptation.settings import AdaptationSettings
 from predictor.networks.windows import PredictorShape, Windows
 from predictor.training.losses import head_losses, hide_routes, total_loss
 from predictor.training.optimizer import warmup_cosine
@@ -24,6 +24,10 @@ ROWS = 8
 HIDE_HISTORY = 0.5
 """Chance that a row hides routes, as in the first training."""
 WARMUP = 0.05
+LOOKS = 8
+"""Looks at the stopping part in a run that nothing ends early."""
+FEWEST_STEPS = 120
+"""Steps, however short the text is."""
 
 
 class Progress(NamedTuple):
@@ -54,58 +58,96 @@ def fine_tune(
     shape: PredictorShape,
     new: Division,
     old: Division | None,
-    settings: AdaptSettings,
+    settings: AdaptationSettings,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> Tuning:
-    """Train `graph` on new documents, beside old ones where there are any; keep the best weights."""
+    """Train `graph` on new documents, beside old ones if there are any; keep the best weights."""
     torch.manual_seed(settings.seed)
-    batches = _batches(shape, new, old, settings)
-    share = 0.0 if old is None else settings.replay_share
-
-    def look(step: int) -> Progress:
-        loss = (1 - share) * loss_on(graph, new.stopping, shape)
-        if old is not None:
-            loss += share * loss_on(graph, old.stopping, shape)
-        progress = Progress(step, time.monotonic() - start, loss)
-        report(progress)
-        return progress
-
-    start = time.monotonic()
+    run = _Run(graph, shape, new, old, settings, report)
     steps = _steps(new, settings)
-    every = max(steps // settings.looks, 1)
-    optimizer = torch.optim.AdamW(
-        graph.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    looks, best, reason = [look(0)], _copy(graph), "the steps were over"
+    every = max(steps // LOOKS, 1)
+    batches = _batches(shape, new, old, settings)
+    run.look(0)
     for step in range(1, steps + 1):
-        spent = max((step - 0.5) / steps, (time.monotonic() - start) / (60 * settings.minutes))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup_cosine(spent, WARMUP)
-        _step(graph, shape, next(batches), optimizer)
-        over = time.monotonic() - start > 60 * settings.minutes
-        if step % every and step < steps and not over:
-            continue
-        looks.append(look(step))
-        if looks[-1].loss <= min(one.loss for one in looks):
-            best = _copy(graph)
-        late = looks[-1 - settings.patience :]
-        if over:
-            reason = f"{settings.minutes:g} minutes were over"
-            break
-        if len(looks) > settings.patience and min(late, key=lambda p: p.loss) is late[0]:
-            reason = f"{settings.patience} looks in a row brought nothing"
-            break
-    _restore(graph, best)
-    return Tuning(looks, reason)
+        run.step(next(batches), (step - 0.5) / steps)
+        if step % every == 0 or step == steps or run.share_of_time >= 1:
+            run.look(step)
+            if reason := run.reason_to_stop():
+                break
+    else:
+        reason = "all steps were taken"
+    _restore(graph, run.best)
+    return Tuning(run.looks, reason)
 
 
-def _steps(new: Division, settings: AdaptSettings) -> int:
+class _Run:
+    """The state of the steps: the optimizer, the looks so far and the best weights."""
+
+    def __init__(
+        self,
+        graph: GraphPredictor,
+        shape: PredictorShape,
+        new: Division,
+        old: Division | None,
+        settings: AdaptationSettings,
+        report: Callable[[Progress], None],
+    ) -> None:
+        self._graph, self._shape, self._settings, self._report = graph, shape, settings, report
+        self._new, self._old = new, old
+        self._optimizer = torch.optim.AdamW(
+            graph.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self._start = time.monotonic()
+        self.looks: list[Progress] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def share_of_time(self) -> float:
+        """The elapsed share of the time that there is."""
+        return (time.monotonic() - self._start) / (60 * self._settings.minutes)
+
+    def look(self, step: int) -> None:
+        """Measure the stopping parts, and keep the weights if they are the best so far."""
+        loss, share = loss_on(self._graph, self._new.stopping, self._shape), 0.0
+        if self._old is not None:
+            share = self._settings.replay_share
+            loss = (1 - share) * loss + share * loss_on(
+                self._graph, self._old.stopping, self._shape
+            )
+        if not self.looks or loss < min(look.loss for look in self.looks):
+            self.best = _copy(self._graph)
+        self.looks.append(Progress(step, time.monotonic() - self._start, loss))
+        self._report(self.looks[-1])
+
+    def reason_to_stop(self) -> str | None:
+        """Why no step follows; None where one does."""
+        patience, losses = self._settings.patience, [look.loss for look in self.looks]
+        if self.share_of_time >= 1:
+            return f"{self._settings.minutes:g} minutes were over"
+        if losses.index(min(losses)) + patience < len(losses):
+            return f"{patience} looks in a row brought nothing"
+        return None
+
+    def step(self, batch: Windows, share_of_steps: float) -> None:
+        """Take one step, at the learning rate of what is left of the steps or of the time."""
+        spent = max(share_of_steps, self.share_of_time)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.learning_rate * warmup_cosine(spent, WARMUP)
+        seen = batch._replace(routes_BTLK=hide_routes(batch.routes_BTLK, HIDE_HISTORY))
+        self._optimizer.zero_grad()
+        heads = self._graph(seen)
+        total_loss(head_losses(heads, batch, self._shape, batch.valid_BT)).backward()
+        torch.nn.utils.clip_grad_norm_(self._graph.parameters(), 1.0)
+        self._optimizer.step()
+
+
+def _steps(new: Division, settings: AdaptationSettings) -> int:
     tokens = int(new.train.lengths.sum())
-    return max(settings.passes * tokens // (ROWS * ROW_TOKENS), settings.least_steps)
+    return max(settings.passes * tokens // (ROWS * ROW_TOKENS), FEWEST_STEPS)
 
 
 def _batches(
-    shape: PredictorShape, new: Division, old: Division | None, settings: AdaptSettings
+    shape: PredictorShape, new: Division, old: Division | None, settings: AdaptationSettings
 ) -> Iterator[Windows]:
     """Endless batches, with the share of the rows that old documents have in them."""
     replayed = 0 if old is None else max(round(ROWS * settings.replay_share), 1)
@@ -125,20 +167,6 @@ def _endless(
     )
     while True:
         yield from batches
-
-
-def _step(
-    graph: GraphPredictor,
-    shape: PredictorShape,
-    batch: Windows,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    seen = batch._replace(routes_BTLK=hide_routes(batch.routes_BTLK, HIDE_HISTORY))
-    optimizer.zero_grad()
-    loss = total_loss(head_losses(graph(seen), batch, shape, batch.valid_BT))
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(graph.parameters(), 1.0)
-    optimizer.step()
 
 
 @torch.no_grad()

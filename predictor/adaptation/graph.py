@@ -43,10 +43,10 @@ class GraphPredictor(nn.Module):
         self._attributes = [_attributes(node) for node in self._nodes]
         self._constants: dict[str, Tensor] = {}
         self._weights: dict[str, nn.Parameter] = {}
-        products = {node.input[1] for node in self._nodes if node.op_type == "MatMul"}
+        tables = {_table_of(node) for node in self._nodes}
         for entry in model.graph.initializer:
             tensor = torch.from_numpy(numpy_helper.to_array(entry).copy())
-            learnt = entry.name.startswith(PREFIX) or entry.name in products
+            learnt = entry.name.startswith(PREFIX) or entry.name in tables
             if tensor.is_floating_point() and tensor.dim() and (learnt or self._calibrates(tensor)):
                 self._weights[entry.name] = nn.Parameter(tensor)
                 self.register_parameter(entry.name.replace(".", "_"), self._weights[entry.name])
@@ -63,7 +63,7 @@ class GraphPredictor(nn.Module):
         return dict(self._weights)
 
     def calibration(self) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """The scale and the shift of the heads' logits, [J, 1, 1] each; None where there is none."""
+        """The scale and the shift of the heads' logits, [J, 1, 1] each, if there are any."""
         found: dict[str, nn.Parameter] = {}
         for node in self._nodes:
             for name in node.input:
@@ -95,6 +95,12 @@ class GraphPredictor(nn.Module):
             results = result if isinstance(result, tuple) else (result,)
             values.update(zip(node.output, results, strict=True))
         return [values[name] for name in self.outputs]
+
+
+def _table_of(node: onnx.NodeProto) -> str | None:
+    """The name of the matrix that a product or a look-up by token reads, if it is a constant."""
+    place = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+    return None if place is None else node.input[place]
 
 
 def _needed(graph: onnx.GraphProto, outputs: Iterable[str]) -> list[onnx.NodeProto]:
@@ -137,4 +143,3 @@ def put_back(model: onnx.ModelProto, graph: GraphPredictor) -> None:
         if entry.name in weights:
             trained = weights[entry.name].detach().numpy()
             entry.CopyFrom(numpy_helper.from_array(trained, entry.name))
-

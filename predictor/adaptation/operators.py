@@ -89,9 +89,7 @@ def _slice(
     chosen = range(count) if axes is None else axes.tolist()
     strides = [1] * count if steps is None else steps.tolist()
     spans = [slice(None)] * x.dim()
-    for axis, start, end, step in zip(
-        chosen, starts.tolist(), ends.tolist(), strides, strict=True
-    ):
+    for axis, start, end, step in zip(chosen, starts.tolist(), ends.tolist(), strides, strict=True):
         spans[axis] = slice(start, end, step)
     return x[tuple(spans)]
 
