@@ -13,22 +13,18 @@ from runtime.simulation.trace_steps import TraceStep, document_steps
 
 RESIDENCY = 0.125, 0.25, 0.5
 """Shares of the experts that are resident."""
-
 PREDICTED = PredictedReuse.name
-NAMES = {PREDICTED: "before"}
 
 HitRates = dict[str, list[float]]
-"""Policy -> hit rate for each of RESIDENCY."""
+"""Policy -> hit rate for each of RESIDENCY; "before" and "after" evict by predicted reuse."""
 
 
 def hit_rates(documents: Documents, before: Path, after: Path, *, max_tokens: int) -> HitRates:
     """Hit rates over the first tokens of `documents`, decoded one by one with one cache."""
-    found: PREDICTED = PredictedReuse.name
-NAMES = {PREDICTED: "before"}
-
-HitRates = {}
+    found: HitRates = {}
     for result in _replay(documents, before, max_tokens):
-        found.setdefault(NAMES.get(result.policy, result.policy), []).append(result.hit_rate)
+        name = "before" if result.policy == PREDICTED else result.policy
+        found.setdefault(name, []).append(result.hit_rate)
     adapted = _replay(documents, after, max_tokens)
     found["after"] = [result.hit_rate for result in adapted if result.policy == PREDICTED]
     return found
