@@ -38,6 +38,10 @@ def _constant_of_shape(attributes: Attributes, shape: Tensor) -> Tensor:
     return value.reshape(()).expand(shape.tolist())
 
 
+def _div(attributes: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    return torch.div(x, y, rounding_mode=None if x.is_floating_point() else "trunc")
+
+
 def _expand(attributes: Attributes, x: Tensor, shape: Tensor) -> Tensor:
     return x.expand(torch.broadcast_shapes(x.shape, torch.Size(shape.tolist())))
 
@@ -131,7 +135,7 @@ OPERATORS: dict[str, Operator] = {
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Cos": _plain(torch.cos),
-    "Div": _plain(torch.div),
+    "Div": _div,
     "Equal": _plain(torch.eq),
     "Exp": _plain(torch.exp),
     "Expand": _expand,
