@@ -8,6 +8,7 @@ from pathlib import Path
 from predictor.training.rows import Documents
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document
+from runtime.cache.belady import Belady
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
@@ -22,7 +23,6 @@ BEFORE, AFTER = "before", "after"
 """Names of predicted reuse with the one file and with the other."""
 RULES = "lru", "lfu"
 """The rules beside them that need no forecast."""
-BELADY = "belady"
 
 HitRates = dict[str, list[float]]
 """Policy -> hit rate for each of RESIDENCY."""
@@ -53,10 +53,8 @@ def _simulations(
     shape = stack.num_layers, stack.num_experts
     slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
     calls = [call for step in decode_steps(steps) for call in step.calls()]
-    policies: dict[str, Policy] = {
-        name: POLICIES[name](*shape, **({"calls": calls} if name == BELADY else {}))
-        for name in (*RULES, BELADY)
-    }
+    policies: dict[str, Policy] = {name: POLICIES[name](*shape) for name in RULES}
+    policies[Belady.name] = Belady(*shape, calls=calls)
     for name, file in files.items():
         policies[name] = PredictedReuse(*shape, horizon=file.horizon)
     return {name: Simulation(policy, *shape, slots) for name, policy in policies.items()}

@@ -17,8 +17,9 @@ from predictor.file.documents import open_exported, whole_document
 from predictor.file.quantization import dequantize, quantize
 from predictor.networks.windows import Windows
 from routing.predictor_file.checksum import CHECKSUM_KEY, UNSTAMPED, stamp
-from tests.helpers.predicting import VOCAB_SIZE, routes_by_rule
-from tests.helpers.starting import int8_start, start_file, t5_file
+from tests.helpers.onnx_predictor import write_predictor
+from tests.helpers.predicting import TOPOLOGY, VOCAB_SIZE, routes_by_rule
+from tests.helpers.starting import int8_start, start_file
 
 SHIPPED = Path(exports.__file__).parent / "predictors" / "moe-8x32.onnx"
 
@@ -78,7 +79,9 @@ def test_a_file_without_a_far_head_has_three_heads_to_train(start: Path, tmp_pat
 def test_int8_weights_are_trained_as_the_floats_that_they_stand_for(int8: Path) -> None:
     model = dequantize(onnx.load(int8))
     assert not {"MatMulNBits"} & {node.op_type for node in model.graph.node}
-    again = dequantize(quantize(model))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    again = dequantize(quantize(copy))
     for graph in (GraphPredictor(model, (2, 1, 8)), GraphPredictor(again, (2, 1, 8))):
         with torch.no_grad():
             answers = graph(document(30))
@@ -150,4 +153,4 @@ def test_an_operator_that_cannot_be_trained_is_named(start: Path) -> None:
 
 def test_a_t5_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"key/value cache are adapted.*expertflow train"):
-        open_start(t5_file(tmp_path / "t5.onnx"))
+        open_start(write_predictor(tmp_path / "t5.onnx", TOPOLOGY, cache=False))
