@@ -55,7 +55,7 @@ def test_what_became_better_is_written_and_reported_before_and_after(
     said, report = capsys.readouterr().out, json.loads(figures.read_text())
     assert open_predictor(out).topology == TOPOLOGY
     assert f"wrote {out}: the held-out loss fell" in said and "predicted, after" in said
-    assert report["better"] and report["steps"] == 40
+    assert report["better"] and report["steps"] >= 40
     for text in ("new", "old"):
         assert report["hit_rates"][text].keys() == RULES | {"before", "after"}
         assert all(len(rates) == len(RESIDENCY) for rates in report["hit_rates"][text].values())
