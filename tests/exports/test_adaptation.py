@@ -8,7 +8,10 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
+import exports
+import runtime
 from exports.adaptation.__main__ import main
 from exports.adaptation.hit_rates import RESIDENCY
 from exports.adaptation.settings import AdaptSettings
@@ -18,6 +21,8 @@ from routing.predictor_file.reader import open_predictor
 from tests.helpers.predicting import TOPOLOGY, write_trace
 from tests.helpers.starting import int8_start, start_file
 
+SHIPPED_MODEL = Path(exports.__file__).parent / "moe-8x32"
+PREDICTORS = Path(exports.__file__).parent / "predictors"
 RULES = {"lru", "lfu", "belady"}
 
 
@@ -37,8 +42,9 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fine_tuning, "ROW_TOKENS", 32)
 
 
-def adapt(*words: str | Path) -> None:
-    run(main, AdaptSettings, [*map(str, words), "--learning_rate=0.02"], prog="adapt")
+def adapt(*words: str | Path, learning_rate: float = 0.02) -> None:
+    rate = f"--learning_rate={learning_rate}"
+    run(main, AdaptSettings, [*map(str, words), rate], prog="adapt")
 
 
 def description(path: Path) -> dict[str, Any]:
@@ -88,12 +94,7 @@ def test_what_became_no_better_is_refused_and_the_old_file_stays(
     out = tmp_path / "adapted.onnx"
     out.write_bytes(b"precious")
     with pytest.raises(SystemExit) as stop:
-        run(
-            main,
-            AdaptSettings,
-            [f"--trace={trace}", f"--predictor={start}", f"--out={out}", "--learning_rate=50"],
-            prog="adapt",
-        )
+        adapt("--trace", trace, "--predictor", start, "--out", out, learning_rate=50.0)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and out.read_bytes() == b"precious"
     assert "adapting brought nothing" in said and f"{out} is not written" in said
@@ -109,7 +110,7 @@ def test_an_int8_file_is_adapted_to_an_int8_file(start: Path, trace: Path, tmp_p
 def test_a_trace_of_another_model_is_refused(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped = Path(__file__).parents[2] / "exports" / "predictors" / "moe-8x32.onnx"
+    shipped = PREDICTORS / "moe-8x32.onnx"
     with pytest.raises(SystemExit):
         adapt("--trace", trace, "--predictor", shipped, "--out", tmp_path / "adapted.onnx")
     assert f"the predictor {shipped} is for" in capsys.readouterr().err
@@ -122,3 +123,23 @@ def test_without_a_shipped_predictor_one_must_be_named(
         adapt("--trace", trace, "--out", tmp_path / "adapted.onnx")
     said = capsys.readouterr().err
     assert "no predictor ships for the model" in said and "--predictor" in said
+
+
+def test_what_the_runtime_recorded_adapts_the_predictor_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fine_tuning, "FEWEST_STEPS", 10)
+    model = runtime.load(
+        SHIPPED_MODEL, PREDICTORS / "moe-8x32.onnx", memory=0.25, record=tmp_path / "recorded"
+    )
+    with torch.no_grad():
+        for first in range(5):
+            model(torch.arange(40)[None] * 7 + 100 * first)
+    model.expertflow.close()
+    out = tmp_path / "adapted.onnx"
+    adapt(
+        "--trace", tmp_path / "recorded", "--out", out, "--simulated_tokens=20", learning_rate=1e-3
+    )
+    said = capsys.readouterr().out
+    assert f"adapting {PREDICTORS / 'moe-8x32.onnx'}" in said and f"wrote {out}" in said
+    runtime.load(SHIPPED_MODEL, out, memory=0.25)
