@@ -150,7 +150,8 @@ def _batches(
     shape: PredictorShape, new: Division, old: Division | None, settings: AdaptationSettings
 ) -> Iterator[Windows]:
     """Endless batches, with the share of the rows that old documents have in them."""
-    replayed = 0 if old is None else max(round(ROWS * settings.replay_share), 1)
+    share = settings.replay_share
+    replayed = 0 if old is None else min(max(round(ROWS * share), 1), ROWS - 1)
     streams = [_endless(new.train, shape, ROWS - replayed, settings.seed)]
     if old is not None:
         streams.append(_endless(old.train, shape, replayed, settings.seed))

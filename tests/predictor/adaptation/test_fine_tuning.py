@@ -91,6 +91,14 @@ def test_a_replayed_trace_is_remembered_better(start: Path, new: Division, old: 
     assert remembered < 0.9 * forgotten
 
 
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_every_step_has_new_text_and_replayed_text(
+    start: Path, new: Division, old: Division, share: float
+) -> None:
+    tuning = tune(open_start(start).graph(), new, old, replay_share=share, minutes=1e-6)
+    assert tuning.looks[-1].step == 1
+
+
 def test_the_best_weights_are_kept_where_later_steps_spoil_them(start: Path, new: Division) -> None:
     graph = open_start(start).graph()
     tuning = tune(graph, new, learning_rate=30.0)
