@@ -78,3 +78,62 @@ def quantize_embedding(graph: Any) -> None:
         )
     ):
         graph.node.insert(index + offset, node)
+
+
+def dequantize(model: Any) -> Any:
+    """Undo `quantize` on a copy of the ONNX `model`: the same products by float32 matrices."""
+    from onnx import ModelProto, numpy_helper
+
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "MatMulNBits"]:
+        product, codes, scales = node.input
+        width = {a.name: a.i for a in node.attribute}["K"]
+        codes_NCB, scales_NC = (numpy_helper.to_array(stored[name]) for name in (codes, scales))
+        matrix = _matrix(codes_NCB, scales_NC, width)
+        name = codes.removesuffix(f"_Q{BITS}")
+        graph.initializer.append(numpy_helper.from_array(matrix, name))
+        _replace(graph, node, "MatMul", [product, name], node.output[0])
+        for used in (codes, scales):
+            graph.initializer.remove(stored[used])
+    _dequantize_embedding(graph)
+    return result
+
+
+def _matrix(codes_NCB: np.ndarray, scales_NC: np.ndarray, width: int) -> np.ndarray:
+    """The matrix [K, N] of N rows in C blocks of B codes; K is the row's width without padding."""
+    signed_NCB = codes_NCB.astype(np.float32) - (1 << (BITS - 1))
+    rows_NK = (signed_NCB * scales_NC.reshape(len(codes_NCB), -1, 1)).reshape(len(codes_NCB), -1)
+    return np.ascontiguousarray(rows_NK[:, :width].T)
+
+
+def _dequantize_embedding(graph: Any) -> None:
+    """Undo `quantize_embedding`."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    rows = next((name for name in stored if name.endswith("_int8")), None)
+    if rows is None:
+        return
+    name = rows.removesuffix("_int8")
+    codes, scales = stored[rows], stored[f"{name}_scale"]
+    table = numpy_helper.to_array(codes) * numpy_helper.to_array(scales)
+    graph.initializer.append(numpy_helper.from_array(table.astype(np.float32), f"{name}_table"))
+    made = {f"{name}_row", f"{name}_by", f"{name}_float"}
+    last = next(node for node in graph.node if node.output[0] == name)
+    _replace(graph, last, "Gather", [f"{name}_table", "token_ids"], name)
+    for node in [node for node in graph.node if node.output[0] in made]:
+        graph.node.remove(node)
+    for tensor in (codes, scales):
+        graph.initializer.remove(tensor)
+
+
+def _replace(graph: Any, node: Any, operator: str, inputs: list[str], output: str) -> None:
+    """Put another node in the place of `node`."""
+    from onnx import helper
+
+    index = list(graph.node).index(node)
+    graph.node.remove(node)
+    graph.node.insert(index, helper.make_node(operator, inputs, [output]))

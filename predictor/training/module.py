@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from predictor.networks.causal import CausalPredictor, CausalSettings
@@ -16,17 +15,15 @@ from predictor.networks.interface import PredictorSettings, RoutePredictor
 from predictor.networks.targets import targets
 from predictor.networks.windows import Predictions, PredictorShape, Windows
 from predictor.training.embedding import read_embedding
+from predictor.training.losses import head_losses, hide_routes, total_loss
 from predictor.training.metrics import means, route_metrics
 from predictor.training.optimizer import Muon, warmup_cosine
 from predictor.training.resumption import SEED_KEY, note_log_rows, seed_step
 from routing.predictor_file.format import HEADS
-from routing.topology import NO_EXPERT, Topology
+from routing.topology import Topology
 
 CHECKPOINT_KEY = "expertflow"
 """The entry of a checkpoint that describes the predictor, as JSON."""
-HEAD_WEIGHTS = (4.0, 1.0, 0.3, 0.1)
-"""Weights of the heads in the loss. The horizons' loss is mostly unpredictable, and would drown the
-others."""
 HISTORIES = ("known", "unknown")
 """Validation runs twice: with the true routes of earlier tokens and without them."""
 
@@ -152,21 +149,10 @@ class RouteModule(L.LightningModule):
                 self._log_losses(stage, self.losses(predictions, batch), len(batch.token_ids_BT))
 
     def losses(self, predictions: Predictions, batch: Windows) -> Tensor:
-        """Binary cross-entropy [J] of each head, in the order of HEADS.
-
-        Summed over experts, averaged over the tokens that have a target, and divided by L * K, so
-        that models of different sizes compare.
-        """
-        shape, losses = self.predictor.shape, []
-        counted_BT = self.predictor.trained_BT(batch)
-        for logits_BTLE, target in zip(predictions, targets(batch, shape), strict=True):
-            rows_BT = target.valid_BT & counted_BT
-            cross_entropy_BTLE = F.binary_cross_entropy_with_logits(
-                logits_BTLE, target.used_BTLE.to(logits_BTLE.dtype), reduction="none"
-            )
-            total = (cross_entropy_BTLE.sum((2, 3)) * rows_BT).sum()
-            losses.append(total / (rows_BT.sum().clamp(min=1) * shape.num_layers * shape.top_k))
-        return torch.stack(losses)
+        """The loss [J] of each head, over the tokens that the predictor is trained on."""
+        return head_losses(
+            predictions, batch, self.predictor.shape, self.predictor.trained_BT(batch)
+        )
 
     def _update_metrics(self, predictions: Predictions, batch: Windows, known: str) -> None:
         counted_BT = self.predictor.trained_BT(batch)
@@ -259,25 +245,6 @@ def _named_losses(stage: str, losses_J: Tensor) -> dict[str, Tensor]:
     """The losses of the heads and their weighted sum, by their names in the log."""
     named = {f"{stage}/{head}_loss": loss for head, loss in zip(HEADS, losses_J, strict=True)}
     return named | {f"{stage}/loss": total_loss(losses_J)}
-
-
-def total_loss(losses_J: Tensor) -> Tensor:
-    """The weighted sum that is minimised, and that chooses the best checkpoint."""
-    weighted = (weight * loss for weight, loss in zip(HEAD_WEIGHTS, losses_J, strict=True))
-    return torch.stack(tuple(weighted)).sum()
-
-
-def hide_routes(routes_BTLK: Tensor, chance: float) -> Tensor:
-    """Hide routes in a share `chance` of the rows: all, those up to a token, or single ones."""
-    batch, tokens = routes_BTLK.shape[:2]
-    device = routes_BTLK.device
-    mode_B1 = torch.rand(batch, 1, device=device) / max(chance, 1e-9)
-    columns_T = torch.arange(tokens, device=device)
-    everywhere_B1 = mode_B1 < 1 / 3
-    first_BT = (mode_B1 < 2 / 3) & (columns_T < torch.randint(tokens, (batch, 1), device=device))
-    some_BT = (mode_B1 >= 2 / 3) & (mode_B1 < 1) & (torch.rand(batch, tokens, device=device) < 0.5)
-    hidden_BT = everywhere_B1 | first_BT | some_BT
-    return routes_BTLK.masked_fill(hidden_BT[:, :, None, None], NO_EXPERT)
 
 
 def settings_of(kind: str) -> type[PredictorSettings]:

@@ -40,6 +40,7 @@ GROUPS: dict[str, dict[str, Stage]] = {
         ),
         "inspect": Stage("trace.inspect", "summarise a trace and draw its expert usage"),
         "train": Stage("predictor.train", "train a route predictor on traces"),
+        "adapt": Stage("exports.adaptation", "train a predictor further on recorded routes"),
         "export": Stage("predictor.export", "write a trained predictor as an ONNX file"),
         "evaluate": Stage("predictor.evaluate", "score predictors on held-out documents"),
         "simulate": Stage("runtime.simulate", "replay a trace through every cache policy"),

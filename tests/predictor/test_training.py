@@ -15,7 +15,7 @@ from predictor.networks.windows import Windows
 from predictor.training.calibration import calibrate, fit_affine
 from predictor.training.checkpoint import Trained, load_checkpoint
 from predictor.training.data import TraceData
-from predictor.training.module import hide_routes
+from predictor.training.losses import hide_routes
 from routing.predictor_file.format import HEADS
 from routing.process.output_lock import OutputLock
 from routing.topology import NO_EXPERT

@@ -160,10 +160,10 @@ def gate_up(
 def gate_up_of_one(
     x, h, slots, units, ids, experts_U, slots_U, counts, slot_of_key, values, before, after, clock,
     routes, layer, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
-    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, E: tl.constexpr,
-    K: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    ACT: tl.constexpr, ALTERNATING: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, RULE: tl.constexpr, BLOCK_K: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Plan and `gate_up` of a single token, every expert of the model being resident.
 
