@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, Stage]] = {
         "simulate": Stage("runtime.simulate", "replay a trace through every cache policy"),
     },
     "see all of it": {
+        "build": Stage("exports.build", "build a model of the published figures, from packages"),
         "demo": Stage("exports.demo", "run the whole pipeline on the embedded model, in minutes"),
     },
 }
