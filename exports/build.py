@@ -3,16 +3,16 @@
     expertflow build moe-16x64 --out runs/moe-16x64
 
 The text is a few hundred megabytes of Debian, PyPI and npm packages, with a manifest of sources and
-licences. Training ends by the clock of the recipe, so it takes that many minutes on a GPU; on a CPU
-the same number of steps takes hours. An interrupted build goes on where it was: downloads, domains
-and tokens that are there are not made again.
+licences. Training ends by the clock: after minutes on a GPU, as the recipe says, and after hours on
+a CPU, with a worse model. An interrupted build goes on where it was: downloads, domains and tokens
+that are there are not made again.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Name = Literal["moe-16x64", "moe-8x32"]
 Stage = Literal["text", "tokens", "model"]
 RECIPES = Path(__file__).parent / "corpus" / "recipes"
+CPU_MINUTES = 480.0
+CPU_BATCH = 8
+"""Windows a step on a CPU: more steps of fewer windows learn more in its time."""
 KINDS_SCALE = 0.25
 """Share of the limits of the kinds that no model is trained on: they only need some text."""
 
@@ -44,7 +47,7 @@ class BuildSettings:
     out: Path
     """Folder for text, tokens and model."""
     cache: Path | None = None
-    """Folder of the unpacked packages, 2 GB. Default: OUT/packages."""
+    """Folder of the unpacked packages, about 3 GB. Default: OUT/packages."""
     until: Stage = "model"
     """Stop after this: `text` needs no torch, and `tokens` is all that a GPU machine needs."""
     kinds: bool = False
@@ -55,7 +58,8 @@ class BuildSettings:
     missing: Literal["fail", "skip"] = "fail"
     """`skip`: go on without the packages that cannot be had, and list them in the manifest."""
     minutes: float | None = None
-    """Longest time to train for. Default: the recipe's."""
+    """Longest time to train for. Default: the recipe's on a GPU, and eight hours on a CPU, which
+    sees a fraction of the text in them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 1:
@@ -73,7 +77,25 @@ def main(settings: BuildSettings) -> None:
         return
     from exports.train_moe import main as train
 
-    train(training)
+    train(on_this_machine(training, settings.minutes))
+
+
+def on_this_machine(training: TrainSettings, minutes: float | None) -> TrainSettings:
+    """The training with the time, and on a CPU the batch, that suit the machine.
+
+    minutes: longest time to train for, if it was asked for.
+    """
+    import torch
+
+    if torch.cuda.is_available() or training.out is None:
+        return replace(training, minutes=minutes or training.minutes)
+    print(
+        f"no GPU: training ends after {(minutes or CPU_MINUTES) / 60:.3g} hours (--minutes), where "
+        f"a GPU takes {training.minutes:g} minutes",
+        flush=True,
+    )
+    batch = min(CPU_BATCH, training.batch)
+    return replace(training, minutes=minutes or CPU_MINUTES, batch=batch)
 
 
 def train_settings(settings: BuildSettings) -> TrainSettings:
@@ -85,8 +107,6 @@ def train_settings(settings: BuildSettings) -> TrainSettings:
         words.append(f"--text={settings.out / 'text'}")
     if settings.until == "model":
         words.append(f"--out={settings.out / 'model'}")
-    if settings.minutes is not None:
-        words.append(f"--minutes={settings.minutes}")
     return parse(TrainSettings, words, prog="expertflow build")
 
 

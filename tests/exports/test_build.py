@@ -9,7 +9,14 @@ import pytest
 
 import exports.build
 from exports.architecture import Architecture, new_model
-from exports.build import BuildSettings, build_text, main, other_kinds, train_settings
+from exports.build import (
+    BuildSettings,
+    build_text,
+    main,
+    on_this_machine,
+    other_kinds,
+    train_settings,
+)
 from exports.corpus.domains import Domain, Source, read_domains
 from exports.corpus.packages import Package, Unpacked
 
@@ -82,8 +89,18 @@ def test_kinds_of_text_that_no_model_is_trained_on_lie_apart(tiny):
     assert not (tiny.out / "text/greek.txt").exists()
 
 
-def test_a_shorter_training_can_be_asked_for(tiny):
-    assert train_settings(replace(tiny, minutes=0.5)).minutes == 0.5
+def test_another_training_time_can_be_asked_for(tiny):
+    assert on_this_machine(train_settings(tiny), 0.5).minutes == 0.5
+
+
+@pytest.mark.parametrize(("has_gpu", "minutes"), [(True, 10), (False, 480)])
+def test_training_takes_the_recipes_minutes_on_a_gpu_and_hours_on_a_cpu(
+    tiny, monkeypatch, capsys, has_gpu, minutes
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    training = on_this_machine(train_settings(tiny), None)
+    assert (training.minutes, training.batch) == (minutes, 2)
+    assert ("no GPU" in capsys.readouterr().out) is not has_gpu
 
 
 # ---------------------------------------------------------------------- the recipes as shipped

@@ -111,7 +111,7 @@ def test_a_build_that_skips_it_goes_on_and_the_manifest_says_so(shelf, tmp_path)
 def test_a_domain_without_any_text_is_an_error(shelf, tmp_path):
     shelf.add_npm(POEMS.name, POEMS.version, {"other.md": "text"})
     domain = replace(DOMAIN, sources=DOMAIN.sources[:1])
-    with pytest.raises(ValueError, match="prose has no text.*other files"):
+    with pytest.raises(ValueError, match=r"prose has no text.*other files"):
         build(tmp_path / "text", PackageCache(tmp_path / "cache"), domain)
 
 

@@ -53,12 +53,15 @@ def test_what_an_interrupted_download_left_is_replaced(shelf, tmp_path):
 
 
 def test_a_package_that_the_registry_lacks_is_named_with_the_clients_own_words(shelf, tmp_path):
-    with pytest.raises(ValueError, match=r"debian pages cannot be had: E: Unable to locate.*update"):
+    with pytest.raises(
+        ValueError, match=r"debian pages cannot be had: E: Unable to locate.*update"
+    ):
         PackageCache(tmp_path / "cache").get(DEBIAN)
 
 
 @pytest.mark.parametrize(
-    ("package", "client"), [(NPM, "npm is missing.*Node"), (DEBIAN, "apt-get is missing.*Debian 12")]
+    ("package", "client"),
+    [(NPM, "npm is missing.*Node"), (DEBIAN, "apt-get is missing.*Debian 12")],
 )
 def test_a_missing_client_is_named_with_the_remedy(monkeypatch, tmp_path, package, client):
     monkeypatch.setenv("PATH", str(tmp_path))
