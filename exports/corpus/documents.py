@@ -13,8 +13,6 @@ SHORTEST = 150
 """Characters of the shortest document that is kept."""
 REPEATED = 60
 """Characters from which on a paragraph that was seen before is left out."""
-HELD_OUT = 100
-"""One of so many documents is held out."""
 MOST_DIGITS = 0.15
 LONGEST_LINE = 1000
 """Code with more digits or a longer line is a generated table or embedded data."""
@@ -52,10 +50,9 @@ class Document:
     def digest(self) -> bytes:
         return hashlib.sha256(self.text.encode("utf-8", "replace")).digest()
 
-    @property
-    def is_held_out(self) -> bool:
-        """Decided by the text alone: no other document of the corpus changes it."""
-        return int.from_bytes(self.digest[8:16], "big") % HELD_OUT == 0
+    def is_held_out(self, one_of: int) -> bool:
+        """Whether it is among the held-out ones, one of so many; the text alone decides."""
+        return int.from_bytes(self.digest[8:16], "big") % one_of == 0
 
 
 class Cleaner:

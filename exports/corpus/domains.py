@@ -36,11 +36,17 @@ class Domain:
 
     name: str
     role: Role
-    """`model`: models are trained on it; `predictor`: only predictors; `held_out`: nothing."""
+    """`model`: models are trained on it; `predictor`: only predictors; `held_out`: nothing,
+    unless a predictor is adapted to it on purpose."""
     limit: float
     """Most MB of UTF-8."""
     sources: tuple[Source, ...]
     script: str = "Latin"
+
+    @property
+    def held_out_one_of(self) -> int:
+        """One of so many documents is held out. Models need nearly all of their text."""
+        return 100 if self.role == "model" else 10
 
     @property
     def is_code(self) -> bool:

@@ -63,7 +63,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _recipe(domain: Domain, scale: float) -> str:
     """Digest of all that decides a domain's text, but for the packages."""
-    return hashlib.sha256(json.dumps([asdict(domain), scale]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([asdict(domain), domain.held_out_one_of, scale]).encode()
+    ).hexdigest()
 
 
 def _is_made(folder: Path, entry: dict[str, Any] | None, recipe: str) -> bool:
@@ -88,7 +90,7 @@ def _build(
             absent[str(source.package)] = str(error)
             unpacked.append(None)
     documents = _within(scale * domain.limit * 1e6, _documents(domain, unpacked))
-    held_out = [document for document in documents if document.is_held_out]
+    held_out = [document for document in documents if document.is_held_out(domain.held_out_one_of)]
     if not documents:
         without = "; ".join(absent.values()) or "its packages have other files than it expects"
         raise ValueError(f"domain {domain.name} has no text: {without}")

@@ -14,16 +14,17 @@ from exports.build import (
     build_text,
     main,
     on_this_machine,
-    other_kinds,
     train_settings,
 )
 from exports.corpus.domains import Domain, Source, read_domains
+from exports.corpus.evaluation import first_pieces
 from exports.corpus.packages import Package, Unpacked
 
 PACKAGE = Package(registry="npm", name="tiny", version="1.0.0")
 SOURCE = Source(package=PACKAGE, files=("*.txt",), licence="MIT")
 TABLE = {
     "prose": Domain(name="prose", role="model", limit=1, sources=(SOURCE,)),
+    "polish": Domain(name="polish", role="predictor", limit=1, sources=(SOURCE,)),
     "greek": Domain(name="greek", role="held_out", limit=1, sources=(SOURCE,)),
 }
 
@@ -85,8 +86,28 @@ def test_tokens_of_an_earlier_build_are_complete_without_its_text(tiny):
 
 def test_kinds_of_text_that_no_model_is_trained_on_lie_apart(tiny):
     build_text(replace(tiny, kinds=True), ["prose"])
-    assert (tiny.out / "kinds/greek.txt").is_file()
-    assert not (tiny.out / "text/greek.txt").exists()
+    assert (tiny.out / "held_out/greek.txt").is_file()
+    assert (tiny.out / "kinds/polish.txt").is_file()
+    assert [path.name for path in (tiny.out / "text").glob("*.txt")] == ["prose.txt"]
+
+
+def test_a_trace_of_the_evaluation_text_is_labelled_by_role_and_kind(tiny, tmp_path):
+    from trace.settings import CollectSettings
+    from trace.sources import read_texts
+
+    build_text(replace(tiny, kinds=True), ["prose"])
+    settings = CollectSettings(model="", dataset=[str(tiny.out / "evaluation")], out="")
+    assert {text.label for text in read_texts(settings)} == {
+        "model/prose",
+        "predictor/polish",
+        "held_out/greek",
+    }
+
+
+def test_evaluation_text_begins_with_the_first_piece_of_every_document():
+    long = "\n\n".join(f"Paragraph {i}. " + "word " * 100 for i in range(60))
+    first, second, *_ = first_pieces([long, "Short."])
+    assert first.startswith("Paragraph 0") and second == "Short."
 
 
 def test_another_training_time_can_be_asked_for(tiny):
@@ -119,11 +140,6 @@ def test_the_recipe_of_moe_16x64_has_the_published_models_shape(tmp_path):
     assert (config.num_experts_per_tok, config.num_key_value_heads) == (8, 7)
     assert (recipe.num_layers, recipe.vocab_size, recipe.context) == (16, 12288, 2048)
     assert config.norm_topk_prob and config.tie_word_embeddings
-
-
-def test_the_other_kinds_are_those_outside_of_a_recipe():
-    names = {domain.name for domain in other_kinds(read_domains().values(), ["en_prose"])}
-    assert "en_prose" not in names and {"ru", "el", "pt"} <= names
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -54,14 +54,14 @@ def test_pieces_of_a_long_text_end_between_paragraphs_and_lose_nothing():
 
 
 def test_about_one_document_of_a_hundred_is_held_out():
-    held_out = sum(document.is_held_out for document in documents(5000))
+    held_out = sum(document.is_held_out(100) for document in documents(5000))
     assert 25 < held_out < 100
 
 
 def test_other_documents_do_not_change_whether_one_is_held_out():
     few, many = documents(500), documents(700)
-    held_out = {document.text for document in many if document.is_held_out}
-    assert {d.text for d in few if d.is_held_out} == held_out & {d.text for d in few}
+    held_out = {document.text for document in many if document.is_held_out(100)}
+    assert {d.text for d in few if d.is_held_out(100)} == held_out & {d.text for d in few}
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS))
