@@ -1,7 +1,7 @@
 """Evaluation text: held-out pieces of every kind, in a folder whose labels tell the kind's role.
 
-`evaluation/ROLE/KIND.txt` becomes the label `ROLE/KIND` in a trace collected from the folder, so that
-every table by label tells kinds that something was trained on from `held_out` ones.
+`evaluation/ROLE/KIND.txt` becomes the label `ROLE/KIND` in a trace collected from the folder, so
+that every table by label tells kinds that something was trained on from `held_out` ones.
 """
 
 from __future__ import annotations
