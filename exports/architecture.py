@@ -21,7 +21,9 @@ class Architecture:
     num_layers: int = 8
     """Decoder layers, each with a mixture of experts."""
     num_heads: int = 4
-    """Attention heads; two share a key/value head."""
+    """Attention heads."""
+    kv_heads: int | None = None
+    """Key/value heads. Default: half as many as attention heads."""
     num_experts: int = 32
     """Experts a layer."""
     top_k: int = 4
@@ -30,6 +32,8 @@ class Architecture:
     """Width of an expert."""
     shared_expert_size: int = 0
     """Width of the shared expert, which every token uses; only for qwen2_moe."""
+    normalised: bool | None = None
+    """Whether the K weights of a token sum to 1. Default: as the architecture does."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that the architecture does not have, and routers that cannot learn."""
@@ -37,11 +41,27 @@ class Architecture:
             raise ValueError(
                 "qwen2_moe needs a --shared_expert_size, and no other architecture has one"
             )
-        if self.top_k == 1 and self.architecture == "qwen3_moe":
+        if self.top_k == 1 and self.is_normalised:
             raise ValueError(
-                "with --top_k 1 the normalised weight of qwen3_moe is always 1, and its routers "
-                "learn nothing from the text: take --architecture olmoe"
+                f"with --top_k 1 the normalised weight of {self.architecture} is always 1, and its "
+                "routers learn nothing from the text: take --architecture olmoe, not normalised"
             )
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value "
+                "heads evenly: give --kv_heads that divides --num_heads"
+            )
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether the K weights of a token sum to 1."""
+        by_default = self.architecture == "qwen3_moe"
+        return by_default if self.normalised is None else self.normalised
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of each layer."""
+        return self.num_heads // 2 if self.kv_heads is None else self.kv_heads
 
 
 def new_model(shape: Architecture, **text: Any) -> Any:
@@ -55,10 +75,10 @@ def new_model(shape: Architecture, **text: Any) -> Any:
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_heads // 2,
+        "num_key_value_heads": shape.num_kv_heads,
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.top_k,
-        "norm_topk_prob": shape.architecture == "qwen3_moe",
+        "norm_topk_prob": shape.is_normalised,
         "tie_word_embeddings": True,
         "bos_token_id": None,
     }

@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, Stage]] = {
         ),
     },
     "see all of it": {
+        "build": Stage("exports.build", "build a model of the published figures, from packages"),
         "demo": Stage("exports.demo", "run the whole pipeline on the embedded model, in minutes"),
     },
 }
