@@ -137,9 +137,9 @@ def test_a_checkpoint_with_nan_is_refused(checkpoint: Path, tmp_path: Path) -> N
 def test_a_training_that_diverges_says_so_in_one_line(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from predictor.training import module
+    from predictor.training import losses, module
 
-    original = module.total_loss
+    original = losses.total_loss
     calls = iter(range(10**6))
     monkeypatch.setattr(
         module, "total_loss", lambda losses: original(losses) * (1 if next(calls) < 60 else np.nan)
