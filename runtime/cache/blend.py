@@ -25,10 +25,10 @@ class LogOddsBlend:
     Agarwal and Kale 2007) with curvature fading by FADE, so that their loss over T steps exceeds
     that of the best *fixed* weights by O(n log T) without fading, and follows changing ones with
     it; a head of delay d learns d steps late, which multiplies the bound by at most d + 1 (Joulani,
-    György and Szepesvári 2013). Among those fixed weights are each advisor alone (w = a unit vector)
-    and each advisor recalibrated (its scale and shift). So neither a wrong forecast nor a
-    frequency that says nothing costs more than the steps in which that shows. The biases
-    are each expert's log-odds prior: steps of BIAS_RATE by an expert's own fading curvature.
+    György and Szepesvári 2013). Among those fixed weights is each advisor alone (a unit
+    vector), as it is or recalibrated (a scale and a shift). So neither a wrong forecast nor a
+    frequency that says nothing costs more than the steps in which that shows. The biases are each
+    expert's log-odds prior: steps of BIAS_RATE by the expert's own fading curvature.
 
     The bound is on the log-loss of the probabilities. It carries over to hits only as far as better
     probabilities order experts better; no bound on the hits themselves is claimed.

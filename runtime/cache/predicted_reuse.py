@@ -9,7 +9,6 @@ from runtime.cache.blend import LogOddsBlend
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
 
-
 UNSEEN = 0.12
 """Frequency of use that an expert is given before the first step, and for how many steps."""
 UNSEEN_STEPS = 0.5

@@ -31,7 +31,8 @@ class LayerMap:
             return forecast
         heads = self._spread(np.stack(forecast[:4]))
         remembered = forecast.remembered
-        return Forecast(*heads, None if remembered is None else self._spread(remembered))
+        remembered = None if remembered is None else self._spread(remembered)
+        return Forecast(*heads)._replace(remembered=remembered)
 
     def _spread(self, part_HLE: np.ndarray) -> np.ndarray:
         whole_HLE = np.zeros((len(part_HLE), *self._shape), np.float32)
