@@ -35,7 +35,7 @@ class LogOddsBlend:
     """
 
     FADE = 0.98
-    BIAS_RATE = 0.3
+    BIAS_RATE = 0.1
     BIAS_PRIOR = 10.0
     """Curvature that a bias starts with: some tens of uses or clear non-uses move it."""
     WEIGHT_PRIOR = 50.0

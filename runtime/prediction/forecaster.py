@@ -77,7 +77,7 @@ class Forecaster:
         """What followed the same tokens before, for any of the sequences; None for too many."""
         if token_ids_BT.shape[1] > 1 or self._running:  # the routes in between are not known
             self._places = [None] * len(token_ids_BT)
-        rows = np.flatnonzero(valid_B).tolist()
+        self._running, rows = {}, np.flatnonzero(valid_B).tolist()
         if not 0 < len(rows) <= MOST_SEQUENCES:
             return None
         self._running = {row: int(token_ids_BT[row, -1]) for row in rows}
