@@ -4,6 +4,7 @@ expert_cache     slots, their owners, and the choice of victims
 policy           the contract: one value for every expert
 policies         LRU, LFU, least stale; all policies by name
 predicted_reuse  probabilistic Belady; belady: the optimum, which knows the future
+blend            several forecasts in one, by weights that are learnt online
 forecast         probabilities of use, soon and later
 stats            hits, late, misses, bytes and times
 """
