@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -70,7 +70,8 @@ def hit_rates(policy: Callable[[], Policy], heads_T: list[Forecast | None]) -> n
 @cache
 def best_free_rule() -> np.ndarray:
     nothing: list[Forecast | None] = [None] * STEPS
-    return np.maximum(*(hit_rates(lambda rule=rule: rule(*SHAPE), nothing) for rule in (LRU, LFU)))
+    lru, lfu = (hit_rates(partial(rule, *SHAPE), nothing) for rule in (LRU, LFU))
+    return np.maximum(lru, lfu)
 
 
 def predicted_hit_rates(heads: Heads) -> np.ndarray:
@@ -133,7 +134,9 @@ def test_a_good_forecast_keeps_its_gain(quality: float) -> None:
 
 def test_what_is_remembered_helps_a_forecast_that_does_not() -> None:
     useless, remembered = np.full((4, *SHAPE), 0.5, np.float32), noisy(3.0).astype(np.float32)
-    forecasts: list[Forecast | None] = [Forecast(*useless, heads) for heads in remembered]
+    forecasts: list[Forecast | None] = [
+        Forecast(*useless)._replace(remembered=heads) for heads in remembered
+    ]
     rates = hit_rates(lambda: PredictedReuse(*SHAPE, horizon=HORIZON), forecasts)
     assert (rates > best_free_rule() + 0.02).all()
 
@@ -151,7 +154,7 @@ def test_whatever_is_forecast_the_values_are_finite_and_the_expectations_probabi
     for said, remembered, expert in steps:
         heads = np.full((2, 4, *SHAPE), said, np.float32)
         heads[1] = remembered
-        policy.begin_step(Forecast(*heads[0], heads[1]))
+        policy.begin_step(Forecast(*heads[0])._replace(remembered=heads[1]))
         for plane in policy.expected[:4]:
             assert ((plane > 0) & (plane < 1)).all()
         for layer in range(LAYERS):
