@@ -39,6 +39,8 @@ class LogOddsBlend:
     BIAS_PRIOR = 10.0
     """Curvature that a bias starts with: some tens of uses or clear non-uses move it."""
     WEIGHT_PRIOR = 50.0
+    EVERY_STEP, SELDOM = 200, 4
+    """Curvature hardly changes: after so many steps, it is followed in every fourth."""
     LARGEST = 4.0
     """Bound of a weight."""
 
@@ -85,29 +87,39 @@ class LogOddsBlend:
             if scored >= 0:
                 span = self._spans[head]
                 truth = used if span == 1 else self._last_use > self._step - span
-                self._learn_head(head, scored % (delay + 1), truth)
+                self._learn_head(head, scored, truth)
         self._step += 1
 
-    def _learn_head(self, head: int, entry: int, truth: np.ndarray) -> None:
+    def _learn_head(self, head: int, scored: int, truth: np.ndarray) -> None:
+        """Score what was said in the step `scored`."""
+        entry = scored % len(self._said[head])
         inputs, said = self._inputs[head][entry], self._said[head][entry]
+        if scored < self.EVERY_STEP:
+            self._follow_curvature(head, inputs, said, 1)
+        elif (scored + head) % self.SELDOM == 0:  # the heads take turns
+            self._follow_curvature(head, inputs, said, self.SELDOM)
         error = said - truth
-        slope = said * (1 - said)
-        curvature = self._curvature[head]
-        curvature *= self.FADE
-        curvature += (inputs * slope) @ inputs.T
         weights = self._weights[head]
         pull = inputs @ error + (weights - self._start[head])
         prior = self.WEIGHT_PRIOR * np.eye(len(weights))
-        weights -= np.linalg.solve(curvature + prior, pull).astype(np.float32)
+        weights -= np.linalg.solve(self._curvature[head] + prior, pull).astype(np.float32)
         np.clip(weights, -self.LARGEST, self.LARGEST, out=weights)
-        own = self._bias_curvature[head]
-        own -= self.BIAS_PRIOR
-        own *= self.FADE
-        own += slope
-        own += self.BIAS_PRIOR
         error *= self.BIAS_RATE
-        error /= own
+        error /= self._bias_curvature[head]
         self._biases[head] -= error
+
+    def _follow_curvature(
+        self, head: int, inputs: np.ndarray, said: np.ndarray, steps: int
+    ) -> None:
+        """Take these inputs for those of so many steps."""
+        fade, slope = self.FADE**steps, said * (1 - said)
+        slope *= steps
+        curvature, own = self._curvature[head], self._bias_curvature[head]
+        curvature *= fade
+        curvature += (inputs * slope) @ inputs.T
+        own *= fade
+        own += slope
+        own += self.BIAS_PRIOR * (1 - fade)
 
 
 def to_log_odds(probabilities: np.ndarray) -> np.ndarray:

@@ -137,10 +137,10 @@ class PredictedReuse(Policy):
         self.values[row] = now_E + (1 - probability_E) * self._after_LE[layer]
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
-        self._used[layer * self.num_experts + experts] = True
+        first = layer * self.num_experts
+        self._used[first + experts] = True
         self._has_run = True
-        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        self.values[row] = self._after_LE[layer]
+        self.values[first : first + self.num_experts] = self._after_LE[layer]
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         return self.values.copy(), self._after_LE.reshape(-1).astype(np.float64)
