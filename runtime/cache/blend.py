@@ -28,7 +28,8 @@ class LogOddsBlend:
     György and Szepesvári 2013). Among those fixed weights is each advisor alone (a unit
     vector), as it is or recalibrated (a scale and a shift). So neither a wrong forecast nor a
     frequency that says nothing costs more than the steps in which that shows. The biases are each
-    expert's log-odds prior: steps of BIAS_RATE by the expert's own fading curvature.
+    expert's log-odds prior: steps of BIAS_RATE by the expert's own fading curvature; they move
+    beside the weights, and the bound leaves them out.
 
     The bound is on the log-loss of the probabilities. It carries over to hits only as far as better
     probabilities order experts better; no bound on the hits themselves is claimed.
