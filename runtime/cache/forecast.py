@@ -18,3 +18,6 @@ class Forecast(NamedTuple):
     """At least once within the next H steps."""
     far_LE: np.ndarray
     """At least once within the next FAR * H steps."""
+    remembered: np.ndarray | None = None
+    """float32 [4, L, E]: the same four by what followed the same tokens earlier in this session;
+    None where nothing is remembered."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from routing.predictor_file.format import FAR
+from runtime.cache.blend import LogOddsBlend
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
+
+UNSEEN = 0.12
+"""Frequency of use that an expert is given before the first step, and for how many steps."""
+UNSEEN_STEPS = 0.5
 
 
 class PredictedReuse(Policy):
@@ -30,9 +35,15 @@ class PredictedReuse(Policy):
     stands what the cache has seen: q, an exponential mean of the uses over MEMORY, is the chance of
     use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
 
-    Without a forecast q stands for p, and r = q / (1 - (1 - q) * G). What becomes known while the
-    step runs (`reveal`: a look-ahead from a layer's router input) replaces p; it says nothing of
-    later steps, so that r stays.
+    No head is taken at its word. p and F are a `LogOddsBlend` of the forecast, of what followed the
+    same tokens earlier in the session (`Forecast.remembered`), and of how often an expert was used
+    lately, by a fast and a slow mean (RECENT, MEMORY). Its weights and its bias for each expert
+    follow the routes as they become known. So the log-loss of p and of each F is bounded against
+    the forecast alone, and against the frequencies that LFU orders by (see there).
+
+    Without a forecast the slow mean stands for it: 1 - (1 - q) ** h for a head of h steps. What
+    becomes known while the step runs (`reveal`: a look-ahead from a layer's router input) replaces
+    p; it says nothing of later steps, so that r stays.
 
     A common factor g^now drops out of every comparison, so that the values only change where a
     layer runs: two vectors over all keys, before and after, describe a whole step. Admission is a
@@ -43,13 +54,21 @@ class PredictedReuse(Policy):
 
     name = "predicted"
     needs_forecast = True
-    DISCOUNT = 0.85
+    DISCOUNT = 0.8
     MEMORY = 0.98
+    RECENT = 0.9
+    TRUST = 0.7, 0.3, 0.0, 0.0
+    """The weights to begin with: of the forecast, what followed, the fast and the slow mean."""
 
     def __init__(self, num_layers: int, num_experts: int, *, horizon: int) -> None:
         super().__init__(num_layers, num_experts)
-        self._used_LE = np.zeros((num_layers, num_experts), np.float32)
-        self._after_LE = np.zeros((num_layers, num_experts))
+        self._shape, self._horizon = (num_layers, num_experts), horizon
+        keys = num_layers * num_experts
+        self._blend = LogOddsBlend(self.TRUST, keys, horizon=horizon)
+        self._used, self._has_run = np.zeros(keys, bool), False
+        self._fades = np.array([[self.RECENT], [self.MEMORY]], np.float32)
+        self._uses, self._steps = np.zeros((2, keys), np.float32), np.zeros((2, 1), np.float32)
+        self._after_LE = np.zeros(self._shape)
         discount, far = self.DISCOUNT, FAR * horizon
         powers = discount ** np.arange(far, dtype=np.float32)
         near = powers[1:horizon].mean() if horizon > 1 else 1.0
@@ -60,20 +79,43 @@ class PredictedReuse(Policy):
         )
 
     def begin_step(self, forecast: Forecast | None) -> None:
-        self._used_LE *= self.MEMORY
+        if self._has_run:
+            self._learn()
         self.revise(forecast)
 
+    def _learn(self) -> None:
+        """The step that was touched is over."""
+        self._blend.learn(self._used)
+        self._uses *= self._fades
+        self._uses += (1 - self._fades) * self._used
+        self._steps *= self._fades
+        self._steps += 1 - self._fades
+        self._used.fill(False)
+        self._has_run = False
+
     def revise(self, forecast: Forecast | None) -> None:
-        seen_LE = np.minimum(self._used_LE * (1 - self.MEMORY), 1.0)
-        later_LE = seen_LE / (1 - (1 - seen_LE) * self.DISCOUNT)
-        now_LE = seen_LE if forecast is None else forecast.this_LE
-        if forecast is not None:
-            later_LE = self._later(forecast, later_LE)
+        seen = (self._uses + UNSEEN * UNSEEN_STEPS) / (self._steps + UNSEEN_STEPS)
+        self.expected = self._blended(forecast, seen)
+        slow_LE = seen[1].reshape(self._shape)
+        beyond_LE = slow_LE / (1 - (1 - slow_LE) * self.DISCOUNT)
+        now_LE, later_LE = self.expected.this_LE, self._later(self.expected, beyond_LE)
         after_LE = self._layer_discount_L1 * later_LE
         after_LE *= self.DISCOUNT
         before_LE = self._layer_discount_L1 * now_LE + (1 - now_LE) * after_LE
         self._after_LE = after_LE.astype(np.float64)
         self.values = before_LE.astype(np.float64).reshape(-1)
+
+    def _blended(self, forecast: Forecast | None, seen: np.ndarray) -> Forecast:
+        """The heads, blended; `seen` are the fast and the slow mean."""
+        recent, slow = seen
+        spans = np.array([[1], [1], [self._horizon], [FAR * self._horizon]], np.float32)
+        guess = said = 1 - (1 - slow) ** spans
+        if forecast is not None:
+            said = np.stack(forecast[:4]).reshape(4, -1)
+            if forecast.remembered is not None:
+                guess = forecast.remembered.reshape(4, -1)
+        mixed = self._blend.mix([said, guess, recent, slow])
+        return Forecast(*mixed.reshape(4, *self._shape))
 
     def _later(self, forecast: Forecast, beyond_LE: np.ndarray) -> np.ndarray:
         """The formula's r; the heads are made to grow with the horizon, as they ought to."""
@@ -95,9 +137,10 @@ class PredictedReuse(Policy):
         self.values[row] = now_E + (1 - probability_E) * self._after_LE[layer]
 
     def touch(self, layer: int, experts: np.ndarray) -> None:
-        self._used_LE[layer, experts] += 1.0
-        row = slice(layer * self.num_experts, (layer + 1) * self.num_experts)
-        self.values[row] = self._after_LE[layer]
+        first = layer * self.num_experts
+        self._used[first + experts] = True
+        self._has_run = True
+        self.values[first : first + self.num_experts] = self._after_LE[layer]
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         return self.values.copy(), self._after_LE.reshape(-1).astype(np.float64)

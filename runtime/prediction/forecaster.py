@@ -1,7 +1,8 @@
 """The forecaster: live prediction for one batch that starts and ends together.
 
 Between forward passes it keeps the predictor's past of the batch, and the true routes of each
-sequence's last token, which only the model's own pass reveals.
+sequence's last token, which only the model's own pass reveals. What they were is remembered beyond
+the batch (`session_memory`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from routing.predictor_file.format import PADDING
 from routing.predictor_file.reader import PredictorFile
 from routing.topology import NO_EXPERT
 from runtime.cache.forecast import Forecast
+from runtime.prediction.session_memory import (
+    MOST_SEQUENCES,
+    Place,
+    SessionMemory,
+    join_recalled,
+)
 
 
 class Forecaster:
@@ -24,16 +31,20 @@ class Forecaster:
         self.file = file
         self.this_BLE: np.ndarray | None = None
         """Logits of each sequence's last token in the last pass, for scoring the prediction."""
+        self.memory = SessionMemory(file.stack, file.horizon)
         self.reset(0)
 
     def reset(self, batch_size: int) -> None:
-        """Start `batch_size` new sequences and forget the others."""
+        """Start `batch_size` new sequences and forget the others, but for what the memory holds."""
         stack = self.file.stack
         self._past = Past(self.file, batch_size)
         self._prompt = np.zeros((2, batch_size, 0), np.int64)
         self._newest = np.zeros((2, batch_size, 0), np.int64)
         shape = (batch_size, stack.num_layers, stack.top_k)
         self._last_routes_BLK = np.full(shape, NO_EXPERT, np.int64)
+        self._places: list[Place] = [None] * batch_size
+        self._running: dict[int, int] = {}
+        """The last token of each sequence whose routes are not known yet."""
 
     @property
     def batch_size(self) -> int:
@@ -43,6 +54,9 @@ class Forecaster:
     def observe(self, routes_BLK: np.ndarray) -> None:
         """Take the true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
         self._last_routes_BLK = routes_BLK
+        for row, token in self._running.items():
+            self._places[row] = self.memory.add(self._places[row], token, routes_BLK[row])
+        self._running = {}
 
     def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
         """Predict for the tokens that run next (int64; position PADDING marks padding).
@@ -55,7 +69,21 @@ class Forecaster:
             unused_LE = unused_LE * _used_by_none(heads[0], valid_BT)
         self.this_BLE = heads[0][:, -1]
         later = [_used_by_none(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
-        return Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
+        used_later = (1.0 - unused for unused in later)
+        remembered = self._recall(token_ids_BT, positions_BT[:, -1] != PADDING)
+        return Forecast(1.0 - unused_LE, *used_later)._replace(remembered=remembered)
+
+    def _recall(self, token_ids_BT: np.ndarray, valid_B: np.ndarray) -> np.ndarray | None:
+        """What followed the same tokens before, for any of the sequences; None for too many."""
+        if token_ids_BT.shape[1] > 1 or self._running:  # the routes in between are not known
+            self._places = [None] * len(token_ids_BT)
+        self._running, rows = {}, np.flatnonzero(valid_B).tolist()
+        if not 0 < len(rows) <= MOST_SEQUENCES:
+            return None
+        self._running = {row: int(token_ids_BT[row, -1]) for row in rows}
+        return join_recalled(
+            [self.memory.recall(self._places[row], token) for row, token in self._running.items()]
+        )
 
     def _chunks(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray

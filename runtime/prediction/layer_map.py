@@ -29,10 +29,15 @@ class LayerMap:
         """Extend a forecast for the stack to all layers, with zeros elsewhere."""
         if len(self.rows) == self._shape[0]:
             return forecast
-        spread = [np.zeros(self._shape, np.float32) for _ in forecast]
-        for whole, part in zip(spread, forecast, strict=True):
-            whole[self.rows] = part
-        return Forecast(*spread)
+        heads = self._spread(np.stack(forecast[:4]))
+        remembered = forecast.remembered
+        remembered = None if remembered is None else self._spread(remembered)
+        return Forecast(*heads)._replace(remembered=remembered)
+
+    def _spread(self, part_HLE: np.ndarray) -> np.ndarray:
+        whole_HLE = np.zeros((len(part_HLE), *self._shape), np.float32)
+        whole_HLE[:, self.rows] = part_HLE
+        return whole_HLE
 
     def routes(self, experts: Mapping[int, np.ndarray], num_tokens: int) -> np.ndarray:
         """The stack's routes, int64 [T, L, K], from each layer's experts (index -> int [T, *]).

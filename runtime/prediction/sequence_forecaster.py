@@ -18,6 +18,12 @@ from routing.predictor_file.driver import Past, not_used, run_step, run_steps
 from routing.predictor_file.reader import PredictorFile
 from routing.topology import NO_EXPERT
 from runtime.cache.forecast import Forecast
+from runtime.prediction.session_memory import (
+    MOST_SEQUENCES,
+    Place,
+    SessionMemory,
+    join_recalled,
+)
 
 
 class SequenceForecast(NamedTuple):
@@ -31,10 +37,19 @@ class SequenceForecast(NamedTuple):
     """The last pending token's logits of use, for scoring the prediction."""
     mean_use_LE: np.ndarray
     """Mean probability that a token of this sequence's prompt uses the expert."""
+    token: int = -1
+    """The last pending token."""
+    place: Place = None
+    """Where the session memory keeps the token before it."""
+    recalled_HLE: np.ndarray | None = None
+    """Probabilities [4, L, E] that an expert IS used, by what followed the same tokens earlier."""
 
     def stale(self) -> SequenceForecast:
         """As a forecast for the token after the pending ones, whose id is not known yet."""
-        return self._replace(unused_LE=self.unused_later_HLE[0])
+        recalled_HLE = self.recalled_HLE
+        if recalled_HLE is not None:
+            recalled_HLE = recalled_HLE[[1, 1, 2, 3]]
+        return self._replace(unused_LE=self.unused_later_HLE[0], recalled_HLE=recalled_HLE)
 
     def brief(self) -> SequenceForecast:
         """The part that admission needs, in half precision, since many sequences may wait."""
@@ -56,6 +71,7 @@ class SequenceForecaster:
                 "predictor has none; export a causal one"
             )
         self.file = file
+        self.memory = SessionMemory(file.stack, file.horizon)
 
     def read_prompt(self, past: Past, token_ids: Sequence[int]) -> SequenceForecast:
         """Predict for a whole prompt, and add it to `past`."""
@@ -69,7 +85,11 @@ class SequenceForecaster:
             unused_LE = unused_LE * unused_TLE.prod(0)
             mean_use_LE = mean_use_LE + (1 - unused_TLE).sum(0) / len(token_ids)
         unused_later_HLE = not_used(np.stack([head[0, -1] for head in later]))
-        return SequenceForecast(unused_LE, unused_later_HLE, this[0, -1], mean_use_LE)
+        token = int(token_ids[-1])
+        recalled = self.memory.recall(None, token)
+        return SequenceForecast(
+            unused_LE, unused_later_HLE, this[0, -1], mean_use_LE, token, None, recalled
+        )
 
     def step(
         self,
@@ -84,15 +104,22 @@ class SequenceForecaster:
         """
         token_ids_B1 = np.array(token_ids, np.int64)[:, None]
         this, *later = run_steps(self.file, pasts, token_ids_B1, routes_BLK[:, None])
-        return [
-            SequenceForecast(
-                not_used(this[index, 0]),
-                not_used(np.stack([head[index, 0] for head in later])),
-                this[index, 0],
-                old.mean_use_LE,
+        recalls = len(pasts) <= MOST_SEQUENCES
+        forecasts = []
+        for index, (old, token) in enumerate(zip(before, token_ids, strict=True)):
+            place = self.memory.add(old.place, old.token, routes_BLK[index]) if recalls else None
+            forecasts.append(
+                SequenceForecast(
+                    not_used(this[index, 0]),
+                    not_used(np.stack([head[index, 0] for head in later])),
+                    this[index, 0],
+                    old.mean_use_LE,
+                    token,
+                    place,
+                    self.memory.recall(place, token) if recalls else None,
+                )
             )
-            for index, old in enumerate(before)
-        ]
+        return forecasts
 
     def _no_routes(self, shape: tuple[int, ...]) -> np.ndarray:
         stack = self.file.stack
@@ -105,4 +132,7 @@ def join(forecasts: Sequence[SequenceForecast]) -> Forecast | None:
         return None
     used_LE = 1 - np.prod([forecast.unused_LE for forecast in forecasts], axis=0)
     unused_later = np.prod([forecast.unused_later_HLE for forecast in forecasts], axis=0)
-    return Forecast(used_LE, *(1 - unused_later))
+    recalled = [f.recalled_HLE for f in forecasts if f.recalled_HLE is not None]
+    is_whole = len(recalled) == len(forecasts) <= MOST_SEQUENCES
+    remembered = join_recalled(recalled) if is_whole else None
+    return Forecast(used_LE, *(1 - unused_later))._replace(remembered=remembered)

@@ -180,7 +180,7 @@ class NearestMaps(Baseline):
         similarity_R = self._maps_RX @ _unit(self._map_X)
         nearest = np.argpartition(-similarity_R, min(self.NEIGHBOURS, len(similarity_R) - 1))
         votes_JLE = self._outcomes_RJLE[nearest[: self.NEIGHBOURS]].mean(0, dtype=np.float32)
-        prior = np.stack(self._base.forecast(token_id))
+        prior = np.stack(self._base.forecast(token_id)[:4])
         return Forecast(*((self.NEIGHBOURS * votes_JLE + prior) / (self.NEIGHBOURS + 1)))
 
     def observe(self, used_LE: np.ndarray) -> None:

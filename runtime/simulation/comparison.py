@@ -113,7 +113,9 @@ def predicting(
 ) -> Contender:
     """A contender that evicts by predicted reuse, with the recall of its forecasts."""
     used = [used_by(steps, shape[1]) for steps in documents]
-    heads = [np.stack([forecast[j] for forecast in forecasts]) for j in (0, 1)]
+    heads = [
+        np.stack(head) for head in zip(*((f.this_LE, f.next_LE) for f in forecasts), strict=True)
+    ]
     follows = np.concatenate([np.arange(len(u)) < len(u) - 1 for u in used])
     used_TLE = np.concatenate(used)
     return Contender(

@@ -65,7 +65,8 @@ class DeviceForecast:
         table = policy.table()
         assert table is not None
         self._device_cache.write_table(*table)
-        for chances_LE, tensor in zip(forecast, (self.likely, self._next_likely), strict=False):
+        chances = forecast.this_LE, forecast.next_LE
+        for chances_LE, tensor in zip(chances, (self.likely, self._next_likely), strict=True):
             tensor.copy_(torch.from_numpy(chances_LE.reshape(-1)), non_blocking=True)
 
     def publish(self, policy: Policy, forecast: Forecast) -> None:

@@ -180,7 +180,7 @@ def test_books_that_are_on_the_host_are_not_taken_from_the_device() -> None:
 
 def test_a_policy_that_computes_ahead_goes_to_the_device_as_a_table() -> None:
     policy = PredictedReuse(LAYERS, EXPERTS, horizon=2)
-    drawn = np.random.default_rng(0).random((len(Forecast._fields), LAYERS, EXPERTS), np.float32)
+    drawn = np.random.default_rng(0).random((4, LAYERS, EXPERTS), np.float32)
     policy.begin_step(Forecast(*drawn))
     device_cache = DeviceCache(ExpertCache(LAYERS, EXPERTS, 4, policy), LAYERS, torch.device("cpu"))
     device_cache.upload()

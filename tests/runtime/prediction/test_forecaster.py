@@ -167,10 +167,8 @@ def test_a_reset_forgets_the_tokens_and_the_routes(opened: Open) -> None:
     forecaster.observe(np.ones((2, L, K), np.int64))
     forecaster.reset(1)
     token_ids, positions = tokens(1, 1, 4), np.arange(4)[None]
-    for one, other in zip(
-        forecaster.forecast(token_ids, positions), fresh.forecast(token_ids, positions), strict=True
-    ):
-        assert np.array_equal(one, other)
+    ours, theirs = (one.forecast(token_ids, positions) for one in (forecaster, fresh))
+    assert np.array_equal(ours[:4], theirs[:4])
 
 
 # ---------------------------------------------------------------------- routes
@@ -230,7 +228,8 @@ def test_this_step_is_joined_over_batch_and_tokens_and_later_steps_over_the_last
     expected = counts(token_ids, positions, WINDOW)[positions != PADDING]
     np.testing.assert_allclose(forecast.this_LE, used_by_any(expected), atol=1e-6)
     np.testing.assert_allclose(forecast.next_LE, used_by_any(onehots(token_ids[:, -1])), atol=1e-6)
-    assert all(plane.shape == (L, E) for plane in forecast)
+    assert all(plane.shape == (L, E) for plane in forecast[:4])
+    assert forecast.remembered is not None and forecast.remembered.shape == (4, L, E)
 
 
 def test_a_padded_sequence_predicts_what_it_predicts_alone(opened: Open) -> None:
@@ -247,7 +246,9 @@ def test_a_sequence_of_padding_only_adds_nothing(opened: Open) -> None:
     positions = np.array([[0, 1, 2, 3], [PADDING] * 4])
     both = start(opened(), 2).forecast(token_ids, positions)
     alone = start(opened()).forecast(token_ids[:1], positions[:1])
-    for one, other in zip(both, alone, strict=True):
+    assert both.remembered is not None and alone.remembered is not None
+    np.testing.assert_allclose(both.remembered, alone.remembered, atol=1e-7)
+    for one, other in zip(both[:4], alone[:4], strict=True):
         np.testing.assert_allclose(one, other, atol=1e-7)
 
 
@@ -266,7 +267,7 @@ def test_a_predictor_that_answers_nan_and_infinities_still_gives_probabilities(
     opened: Open,
 ) -> None:
     forecaster = start(opened()._replace(session=Nonsense()))
-    for plane in forecaster.forecast(tokens(0, 1, 3), np.arange(3)[None]):
+    for plane in forecaster.forecast(tokens(0, 1, 3), np.arange(3)[None])[:4]:
         assert plane.tolist() == [[1, 0, 0, 0, 0]] * L
 
 

@@ -105,13 +105,13 @@ def test_a_predictor_and_a_look_ahead_together_beat_either_alone() -> None:
 
 
 @given(st.integers(0, 99), st.integers(0, NUM_LAYERS - 1))
-def test_revealing_the_forecast_itself_changes_no_value(seed: int, layer: int) -> None:
+def test_revealing_what_the_policy_expects_itself_changes_no_value(seed: int, layer: int) -> None:
     random = np.random.default_rng(seed)
     forecast = Forecast(*np.sort(random.random((4, *SHAPE)).astype(np.float32), axis=0))
     policy = PredictedReuse(*SHAPE, horizon=3)
     policy.begin_step(forecast)
     before = policy.values.copy()
-    policy.reveal(layer, forecast.this_LE[layer])
+    policy.reveal(layer, policy.expected.this_LE[layer])
     np.testing.assert_allclose(policy.values, before, rtol=1e-5)
 
 
