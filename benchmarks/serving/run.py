@@ -112,5 +112,6 @@ class ServingRun:
 
 def _forecast_bytes(sequence: ServedSequence) -> int:
     """Bytes of a request's forecast and of its past keys and values in the predictor."""
-    forecast = sum(array.nbytes for array in sequence.forecast or ())
+    parts = () if sequence.forecast is None else sequence.forecast
+    forecast = sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
     return forecast + (0 if sequence.predictor_past is None else sequence.predictor_past.nbytes)
