@@ -10,7 +10,7 @@ from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document
 from runtime.cache.belady import Belady
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import POLICIES
+from runtime.cache.policies import FREE_RULES, POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.comparison import decode_steps, file_forecasts
@@ -21,7 +21,7 @@ RESIDENCY = 0.125, 0.25, 0.5
 """Shares of the experts that are resident."""
 BEFORE, AFTER = "before", "after"
 """Names of predicted reuse with the one file and with the other."""
-RULES = "lru", "lfu"
+RULES = tuple(name for name in FREE_RULES if name in POLICIES)
 """The rules beside them that need no forecast."""
 
 HitRates = dict[str, list[float]]

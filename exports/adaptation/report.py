@@ -15,6 +15,8 @@ PARTS = {"new": "the new text", "old": "the replayed text"}
 POLICIES = {
     "lru": "LRU",
     "lfu": "LFU",
+    "class-lru": "ClassLRU",
+    "lfru": "LFRU",
     "before": "predicted, before",
     "after": "predicted, after",
     "belady": "Belady",
