@@ -1,8 +1,9 @@
 """Host time of a step of the cache's policy: `python -m benchmarks.cache.policy_cost`.
 
-A step is `begin_step` with a forecast and one `touch` per layer, without the cache's own search for
-victims. The table of a policy that a device evaluates from one is timed apart. The rules with a
-cache of their own are timed with their search, at a quarter of the experts.
+A step is `begin_step` with a forecast and one `touch` per layer, or the routes of all layers at
+once (captured and served steps), without the cache's own search for victims. The table of a policy
+that a device evaluates from one is timed apart. The rules with a cache of their own are timed with
+their search, at a quarter of the experts.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +57,7 @@ def routes_of(settings: CostSettings) -> Routes:
     ]
 
 
-def timed(step: Callable[[Sequence[np.ndarray]], object], routes: Routes, steps: int) -> str:
+def timed(step: Callable[[Any], object], routes: Sequence[Any], steps: int) -> str:
     """The median and the 90th percentile of the wall-clock time of a step."""
     taken = []
     for number in range(steps):
@@ -71,6 +73,12 @@ def advance(policy: Policy, forecast: Forecast | None, used: Sequence[np.ndarray
     policy.begin_step(forecast)
     for layer, experts in enumerate(used):
         policy.touch(layer, experts)
+
+
+def advance_at_once(policy: Policy, forecast: Forecast, used: np.ndarray) -> None:
+    """One step whose routes [L, K] become known together, as those of captured and served steps."""
+    policy.begin_step(forecast)
+    policy.touch_routes(used)
 
 
 def table_of(policy: Policy, used: Sequence[np.ndarray]) -> object:
@@ -95,6 +103,9 @@ def main(settings: CostSettings) -> None:
         "predicted, values alone:",
         timed(lambda _: reuse.begin_step(forecast), routes, settings.steps),
     )
+    step = partial(advance_at_once, reuse, forecast)
+    whole = [np.stack(used) for used in routes]
+    print("predicted, routes at once:", timed(step, whole, settings.steps))
     policies = [POLICIES[name](*shape) for name in FREE_RULES if name in POLICIES]
     for policy in (*policies, reuse):
         known = forecast if policy.needs_forecast else None

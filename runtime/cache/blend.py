@@ -54,6 +54,7 @@ class LogOddsBlend:
         self._start = self._weights.copy()
         self._biases = np.zeros((4, num_keys), np.float32)
         self._curvature = np.zeros((4, num_inputs, num_inputs))
+        self._prior = self.WEIGHT_PRIOR * np.eye(num_inputs)
         self._bias_curvature = np.full((4, num_keys), self.BIAS_PRIOR, np.float32)
         self._inputs = [np.ones((d + 1, num_inputs, num_keys), np.float32) for d in self._delays]
         self._said = [np.zeros((d + 1, num_keys), np.float32) for d in self._delays]
@@ -83,16 +84,22 @@ class LogOddsBlend:
     def learn(self, used: np.ndarray) -> None:
         """The step has run, and used these keys (bool [keys])."""
         self._last_use[used] = self._step
-        for head, delay in enumerate(self._delays):
-            scored = self._step - delay
-            if scored >= 0:
-                span = self._spans[head]
-                truth = used if span == 1 else self._last_use > self._step - span
-                self._learn_head(head, scored, truth)
+        num_heads = sum(delay <= self._step for delay in self._delays)
+        pulls = np.empty((num_heads, self._weights.shape[1], 1), np.float32)
+        for head in range(num_heads):
+            span = self._spans[head]
+            truth = used if span == 1 else self._last_use > self._step - span
+            pulls[head, :, 0] = self._score(head, self._step - self._delays[head], truth)
+        weights = self._weights[:num_heads]
+        curvature = self._curvature[:num_heads] + self._prior
+        weights -= np.linalg.solve(curvature, pulls)[..., 0].astype(np.float32)
+        np.clip(weights, -self.LARGEST, self.LARGEST, out=weights)
         self._step += 1
 
-    def _learn_head(self, head: int, scored: int, truth: np.ndarray) -> None:
-        """Score what was said in the step `scored`."""
+    def _score(self, head: int, scored: int, truth: np.ndarray) -> np.ndarray:
+        """Score what was said in the step `scored`: move the biases, and return the slope of the
+        loss in the weights.
+        """
         entry = scored % len(self._said[head])
         inputs, said = self._inputs[head][entry], self._said[head][entry]
         if scored < self.EVERY_STEP:
@@ -100,14 +107,11 @@ class LogOddsBlend:
         elif (scored + head) % self.SELDOM == 0:  # the heads take turns
             self._follow_curvature(head, inputs, said, self.SELDOM)
         error = said - truth
-        weights = self._weights[head]
-        pull = inputs @ error + (weights - self._start[head])
-        prior = self.WEIGHT_PRIOR * np.eye(len(weights))
-        weights -= np.linalg.solve(self._curvature[head] + prior, pull).astype(np.float32)
-        np.clip(weights, -self.LARGEST, self.LARGEST, out=weights)
+        slope: np.ndarray = inputs @ error + (self._weights[head] - self._start[head])
         error *= self.BIAS_RATE
         error /= self._bias_curvature[head]
         self._biases[head] -= error
+        return slope
 
     def _follow_curvature(
         self, head: int, inputs: np.ndarray, said: np.ndarray, steps: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from routing.predictor_file.format import FAR
@@ -68,6 +70,7 @@ class PredictedReuse(Policy):
         self._used, self._has_run = np.zeros(keys, bool), False
         self._fades = np.array([[self.RECENT], [self.MEMORY]], np.float32)
         self._uses, self._steps = np.zeros((2, keys), np.float32), np.zeros((2, 1), np.float32)
+        self._first_key_L1 = num_experts * np.arange(num_layers)[:, None]
         self._after_LE = np.zeros(self._shape)
         discount, far = self.DISCOUNT, FAR * horizon
         powers = discount ** np.arange(far, dtype=np.float32)
@@ -141,6 +144,15 @@ class PredictedReuse(Policy):
         self._used[first + experts] = True
         self._has_run = True
         self.values[first : first + self.num_experts] = self._after_LE[layer]
+
+    def touch_routes(self, routes: Iterable[np.ndarray]) -> None:
+        if not isinstance(routes, np.ndarray) or len(routes) != self._shape[0]:
+            super().touch_routes(routes)
+            return
+        keys = routes.reshape(len(routes), -1) + self._first_key_L1
+        self._used[keys[keys >= self._first_key_L1]] = True
+        self._has_run = True
+        self.values[:] = self._after_LE.reshape(-1)
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         return self.values.copy(), self._after_LE.reshape(-1).astype(np.float64)

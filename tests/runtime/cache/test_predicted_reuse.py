@@ -200,3 +200,21 @@ def test_a_step_that_used_nothing_teaches_nothing() -> None:
     for _ in range(10):
         policy.begin_step(forecast)
     assert np.array_equal(policy.values, before)
+
+
+def test_the_routes_of_a_whole_step_count_as_the_touches_of_its_layers() -> None:
+    """As captured and served steps tell them: [L, B, K], duplicates and NO_EXPERT among them."""
+    random = np.random.default_rng(5)
+    layers, experts, heads = 3, 7, 4
+    whole, single = (PredictedReuse(layers, experts, horizon=2) for _ in range(2))
+    for _ in range(12):
+        forecast = Forecast(*random.random((heads, layers, experts), np.float32))
+        routes_LBK = random.integers(-1, experts, (layers, 2, 3))
+        for policy in (whole, single):
+            policy.begin_step(forecast)
+        whole.touch_routes(routes_LBK)
+        single.touch_routes(list(routes_LBK))  # one layer after the other
+        assert np.array_equal(whole.values, single.values)
+    for policy in (whole, single):
+        policy.begin_step(None)
+    assert np.array_equal(whole.values, single.values)
