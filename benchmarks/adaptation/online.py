@@ -27,7 +27,7 @@ from runtime.cache.forecast import Forecast
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.baselines import answers, used_by
 from runtime.simulation.comparison import decode_steps, file_forecasts
-from runtime.simulation.replay import Simulation
+from runtime.simulation.replay import Simulation, slots_of
 from runtime.simulation.trace_steps import TraceStep, document_steps
 
 SURE = 1e-5
@@ -211,7 +211,7 @@ def hit_rate(
 ) -> float:
     """The hit rate of predicted reuse with these forecasts."""
     shape = file.stack.num_layers, file.stack.num_experts
-    slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
+    slots = slots_of(share, shape)
     simulation = Simulation(PredictedReuse(*shape, horizon=file.horizon), *shape, slots)
     for forecast, step in zip(forecasts, decode_steps(documents), strict=True):
         simulation.step(forecast, list(step.calls()))

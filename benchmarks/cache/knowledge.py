@@ -28,7 +28,7 @@ from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.baselines import answers, used_by
 from runtime.simulation.comparison import file_forecasts
-from runtime.simulation.replay import BypassSimulation, Simulation
+from runtime.simulation.replay import BypassSimulation, Simulation, slots_of
 from runtime.simulation.trace_steps import document_steps, sample_documents
 
 
@@ -101,7 +101,7 @@ def variants(
 def loads(variant: Variant, calls: Sequence[Calls], shape: tuple[int, int], share: float) -> int:
     """Experts loaded at one cache size."""
     kind = BypassSimulation if variant.bypass else Simulation
-    simulation = kind(variant.policy(), *shape, max(int(share * shape[0] * shape[1] + 1e-9), 1))
+    simulation = kind(variant.policy(), *shape, slots_of(share, shape))
     for forecast, called in zip(variant.forecasts, calls, strict=True):
         simulation.step(forecast, called)
     return simulation.loads

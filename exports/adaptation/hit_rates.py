@@ -14,7 +14,7 @@ from runtime.cache.policies import FREE_RULES, POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.comparison import decode_steps, file_forecasts
-from runtime.simulation.replay import Simulation
+from runtime.simulation.replay import Simulation, slots_of
 from runtime.simulation.trace_steps import TraceStep, document_steps
 
 RESIDENCY = 0.125, 0.25, 0.5
@@ -51,7 +51,7 @@ def _simulations(
 ) -> dict[str, Simulation]:
     stack = files[BEFORE].stack
     shape = stack.num_layers, stack.num_experts
-    slots = max(int(share * shape[0] * shape[1] + 1e-9), 1)
+    slots = slots_of(share, shape)
     calls = [call for step in decode_steps(steps) for call in step.calls()]
     policies: dict[str, Policy] = {name: POLICIES[name](*shape) for name in RULES}
     policies[Belady.name] = Belady(*shape, calls=calls)

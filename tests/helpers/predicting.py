@@ -7,6 +7,7 @@ so far tell it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from predictor.networks.causal import CausalPredictor, CausalSettings
 from predictor.networks.windows import Predictions, PredictorShape, Windows
 from routing.predictor_file.format import PADDING
-from routing.shards import GENERATED, PROMPT, Document
+from routing.shards import GENERATED, PROMPT, Document, TraceReader
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
 from routing.writer import TraceWriter
 
@@ -48,6 +49,18 @@ def random_document(generator: np.random.Generator, length: int, prompt: int = 1
     return Document(
         token_ids_T.astype(np.int32), routes_by_rule(token_ids_T, secret), phase_T, "rules"
     )
+
+
+def write_labelled(directory: Path, lengths: Sequence[int], prompt: int) -> TraceReader:
+    """A trace of documents of these lengths, each after `prompt` tokens, under two labels in
+    turn.
+    """
+    generator = np.random.default_rng(4)
+    with TraceWriter(directory, TOPOLOGY, provenance={"model": "rules"}) as writer:
+        for number, length in enumerate(lengths):
+            document = random_document(generator, length, prompt)
+            writer.add({"decoder": document._replace(label="even" if number % 2 else "odd")})
+    return TraceReader(directory)
 
 
 def write_trace(

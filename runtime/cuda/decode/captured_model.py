@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from runtime.cuda.decode.fused_norms import FusedForward
+from runtime.cuda.decode.fused_forward import FusedForward
 from runtime.cuda.decode.fused_top_k import FusedTopKPass
 from runtime.cuda.options import CudaOptions
 from runtime.kv.static_cache import Storage

@@ -31,7 +31,7 @@ from tests.helpers.foreign import (
     write_lines,
 )
 from tests.helpers.onnx_predictor import write_predictor
-from tests.helpers.predicting import NUM_EXPERTS, TOP_K, TOPOLOGY, random_document
+from tests.helpers.predicting import NUM_EXPERTS, TOP_K, TOPOLOGY, write_labelled
 from trace.formats.importing import import_trace
 from trace.formats.settings import ImportSettings
 
@@ -44,12 +44,7 @@ Edit = Callable[[dict[str, Any]], object]
 def ours(tmp_path_factory: pytest.TempPathFactory) -> TraceReader:
     """Documents of a prompt of five tokens and an answer, under two labels."""
     directory = tmp_path_factory.mktemp("ours") / "trace"
-    generator = np.random.default_rng(4)
-    with TraceWriter(directory, TOPOLOGY, provenance={"model": "rules"}) as writer:
-        for number in range(8):
-            document = random_document(generator, 12 + 3 * number, PROMPT_TOKENS)
-            writer.add({"decoder": document._replace(label="even" if number % 2 else "odd")})
-    return TraceReader(directory)
+    return write_labelled(directory, range(12, 36, 3), PROMPT_TOKENS)
 
 
 def imported(path: Path, name: Any, tmp_path: Path, **options: Any) -> TraceReader:

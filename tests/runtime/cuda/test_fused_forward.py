@@ -14,7 +14,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
-from runtime.cuda.decode.fused_norms import FusedForward, fused_norm
+from runtime.cuda.decode.fused_forward import FusedForward, fused_norm
 from tests.helpers import interpreter
 from tests.helpers.fake_cuda import fake_cuda
 
