@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class CapturedModel:
         self.forward: Any = None
         """The model's forward, compiled or with fused norms."""
         if options.compile:
-            self.forward = torch.compile(model.forward, dynamic=False, options=COMPILER)
+            self.forward = _compiled(model.forward, num_sizes=len(_buckets(self.batch)))
         else:
             self.forward = FusedForward(model)
         self.stream = torch.cuda.Stream(device)
@@ -59,6 +60,20 @@ class CapturedModel:
         """Free the key/value storage and the compiled forward."""
         self.storage = Storage(self.storage.batch, self.context)
         self.forward = None
+
+
+def _compiled(forward: Callable[..., Any], num_sizes: int) -> Callable[..., Any]:
+    """`forward`, compiled anew for every size of step, generated or served: torch's own limit is
+    eight, beyond which it would run uncompiled.
+    """
+    compiled = torch.compile(forward, dynamic=False, options=COMPILER)
+    limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def _buckets(batch: int) -> list[int]:

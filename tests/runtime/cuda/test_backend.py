@@ -78,6 +78,18 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     assert not counters["graph_break"]
 
 
+def test_every_size_of_step_is_compiled_whatever_torchs_limit(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    counters.clear()
+    want = [generate(model, rows) for rows in (1, 2)]
+    load_fake(model, memory=0.5, compile=True, batch=2)
+    assert all(torch.equal(generate(model, len(tokens)), tokens) for tokens in want)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_belady_replays_what_was_recorded_with_fewer_loads(model: Any, tmp_path: Path) -> None:
     want = generate(model, max_new_tokens=9)
     recording = load_fake(model, memory=0.25, record=tmp_path / "routes").expertflow
