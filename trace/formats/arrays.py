@@ -94,7 +94,10 @@ def load_numpy(source: Path | io.BytesIO, where: str) -> dict[str, np.ndarray]:
         with found:
             return {name: found[name] for name in found.files}
     except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
-        raise ValueError(f"{where} is no numpy file, or is cut ({error!r:.200})") from error
+        raise ValueError(
+            f"{where} is no numpy file, or is cut; save a plain array of integers with numpy.save "
+            "(arrays of objects are never read)"
+        ) from error
 
 
 def decode_base64(text: Any, where: str) -> bytes:

@@ -439,6 +439,18 @@ def test_a_malformed_llama_cpp_file_is_refused_in_one_sentence(
         imported(path, "llama.cpp", tmp_path)
 
 
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_file_of_objects_is_never_read_nor_recommended(pickled: bool, tmp_path: Path) -> None:
+    path = tmp_path / "routes.npy"
+    if pickled:
+        np.save(path, np.array([{"experts": 1}]), allow_pickle=True)
+    else:
+        path.write_text("# routes")
+    with pytest.raises(ValueError, match=r"routes.npy is no numpy file.* with numpy.save") as found:
+        imported(path, "npy", tmp_path)
+    assert "allow_pickle" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
