@@ -10,13 +10,12 @@ are decoded token by token. Hit rates do not depend on the machine. The tables a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.cache.page import by_kind
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from runtime.cache.belady import Calls
     from runtime.simulation.replay import ReplayResult
 
-MEAN = "mean"
 KEPT = ("policy", "residency", "slots", "requests", "loads")
 
 
@@ -61,7 +59,7 @@ def main(settings: KindsSettings) -> None:
     rows = json.loads(settings.json.read_text())["rows"]
     for share in dict.fromkeys(row["residency"] for row in rows):
         print(f"\n{share:.4g} of the experts resident\n")
-        print("\n".join(table([row for row in rows if row["residency"] == share])))
+        print("\n".join(by_kind([row for row in rows if row["residency"] == share])))
 
 
 def write(path: Path, commands: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -116,31 +114,6 @@ def _replay(
     shape = reader.stack.num_layers, num_experts
     sizes = settings.residency
     return simulate(steps[: settings.kind_tokens], shape, residency=sizes, predictor=file, fit=fit)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The lines of a Markdown table of one cache size: a row for each kind, then their mean."""
-    from runtime.simulation.gap import best_free_rule, gap_closed
-
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    by_kind: dict[str, dict[str, float]] = {}
-    for row in rows:
-        hit_rate = 1 - row["loads"] / row["requests"]
-        by_kind.setdefault(row["kind"], {})[row["policy"]] = hit_rate
-    by_kind[MEAN] = {p: fmean(rates[p] for rates in by_kind.values()) for p in policies}
-    predicts = "predicted" in policies
-    gaps = ["gap of LRU", "gap of best free"] if predicts else []
-    yield "| " + " | ".join(["kind", *policies, "best free", *gaps]) + " |"
-    yield "|" + " --- |" * (len(policies) + 2 + len(gaps))
-    for kind, rates in by_kind.items():
-        best = best_free_rule(rates)
-        assert best is not None
-        cells = [kind, *(f"{rates[policy]:.3f}" for policy in policies), best]
-        if predicts:
-            for floor in ("lru", best):
-                closed = gap_closed(rates["predicted"], rates[floor], rates["belady"])
-                cells.append("-" if math.isnan(closed) else f"{closed:.0%}")
-        yield "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
