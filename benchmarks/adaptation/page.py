@@ -6,15 +6,15 @@ python -m benchmarks.adaptation.page --results FILE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.markdown import Row, table
 from routing.cli import run
 
-Row = Sequence[str]
-Results = Sequence[dict[str, Any]]
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +28,43 @@ class PageSettings:
 def main(settings: PageSettings) -> None:
     """Print all tables, those of the runs that the file has."""
     document = json.loads(settings.results.read_text(encoding="utf-8"))
-    print("\n".join(page(document["results"])))
-    if adapted := document.get("adapted_with_blend"):
-        print("\n".join(["", *hits(adapted)]))
-    for name, results in document.get("online", {}).items():
-        print("\n".join(["", f"{name}:", "", *online(results)]))
+    tables = [learnt(document), hit_rates(document), forgotten(document)]
+    if "adapted_with_blend" in document:
+        tables.append(blended(document))
+    print("\n\n".join("\n".join(lines) for lines in tables))
+    for value in document.get("online", {}):
+        print("\n".join(["", f"{value}:", "", *online(document, value=value)]))
 
 
-def page(results: Results) -> Iterator[str]:
-    """The lines of the tables: recall and calibration, hit rates, and what became of old text."""
+def learnt(document: Document) -> Iterator[str]:
+    """Recall and calibration on the new text, before and after."""
     columns: Row = ("recall@K this", "next", "calibration error this", "next", "steps", "seconds")
-    yield from table(("kind", "tokens", *columns), (_learnt(result) for result in results))
-    yield ""
+    return table(("kind", "tokens", *columns), map(_learnt, document["results"]))
+
+
+def hit_rates(document: Document) -> Iterator[str]:
+    """Hit rates on the new text."""
     policies = ("lru", "lfu", "before", "after", "belady")
     columns = ("LRU", "LFU", "predicted, before", "after", "Belady")
-    yield from table(
+    return table(
         ("kind", "tokens", *columns),
-        ((*_name(result), *_rates(result, "new", policies)) for result in results),
+        ((*_name(one), *_rates(one, "new", policies)) for one in document["results"]),
     )
-    yield ""
+
+
+def forgotten(document: Document) -> Iterator[str]:
+    """Recall and hit rates on the old text, before and after."""
     columns = ("old text: recall@K this", "next", "hit rates before", "after")
-    replayed = [result for result in results if "old" in result["before"]]
-    yield from table(("kind", "tokens", *columns), (_kept(result) for result in replayed))
+    replayed = [one for one in document["results"] if "old" in one["before"]]
+    return table(("kind", "tokens", *columns), map(_kept, replayed))
 
 
-def hits(results: Results) -> Iterator[str]:
-    """The lines of a table of hit rates by kind and tokens; 0 tokens are the start."""
+def blended(document: Document) -> Iterator[str]:
+    """Hit rates of the adapted files with the online blend; 0 tokens are the start."""
+    results = document["adapted_with_blend"]
     rates = {(r["kind"], r["max_tokens"]): _joined(r["hit_rates"]) for r in results}
     tokens = sorted({number for _, number in rates})
-    yield from table(
+    return table(
         ("kind", *(f"{number:,} tokens" for number in tokens)),
         (
             (kind, *(rates.get((kind, number), "") for number in tokens))
@@ -65,25 +73,18 @@ def hits(results: Results) -> Iterator[str]:
     )
 
 
-def online(results: Results) -> Iterator[str]:
-    """The lines of a table of hit rates by label and correction."""
+def online(document: Document, *, value: str) -> Iterator[str]:
+    """Hit rates by label and correction, of one kind of predicted reuse."""
+    results = document["online"][value]
     rates = {(r["label"], r["correction"]): _joined(r["hit_rates"]) for r in results}
     corrections = list(dict.fromkeys(correction for _, correction in rates))
-    yield from table(
+    return table(
         ("kind", *corrections),
         (
             (label, *(rates[label, correction] for correction in corrections))
             for label in dict.fromkeys(label for label, _ in rates)
         ),
     )
-
-
-def table(head: Row, rows: Iterable[Row]) -> Iterator[str]:
-    """The lines of a table."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 def _name(result: dict[str, Any]) -> Row:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from benchmarks.adaptation import page as adaptation
 from benchmarks.cache import page as cache
+from benchmarks.encodings import page as encodings
+from benchmarks.kernels import page as kernels
+from benchmarks.pages import others
 from benchmarks.pages.blocks import Tables
+from benchmarks.rounding import page as rounding
 
 TABLES: Tables = {
+    "adaptation-learnt": adaptation.learnt,
+    "adaptation-hit-rates": adaptation.hit_rates,
+    "adaptation-forgotten": adaptation.forgotten,
+    "adaptation-blended": adaptation.blended,
+    "adaptation-online": adaptation.online,
+    "attention-repeats": others.attention_repeats,
+    "attention-times": others.attention_times,
+    "contenders": others.contenders,
+    "corpus": others.corpus,
+    "encodings": encodings.measured,
+    "encodings-llama-cpp": encodings.llama_cpp,
+    "kernels": kernels.encodings,
     "kinds-overview": cache.overview,
     "kinds-groups": cache.by_group,
     "kinds-leads": cache.leads,
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
+    "rounding-quality": rounding.quality,
+    "rounding-routes": rounding.routes,
 }
+"""The functions take the JSON objects of the files, then the options, all texts."""

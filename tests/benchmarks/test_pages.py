@@ -97,3 +97,14 @@ def test_means_of_groups_are_against_the_best_free_rule_of_each_kind() -> None:
 def test_groups_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match=r"no groups 'three' of kinds; there are two"):
         kinds_page.by_group(kinds_file(a=0.7), GROUPS, groups="three")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in documents() if p.name[:10] >= "2026-11-29" and p.name[:1] == "2"],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_a_table_is_made_of_a_file_or_says_why_it_is_written_by_hand(page: Path) -> None:
+    blocks = re.compile(r"^<!-- table: .*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
+    lines = ["", *blocks.sub("", page.read_text()).splitlines()]
+    heads = [i for i, line in enumerate(lines) if line.startswith("|") and lines[i - 1][:1] != "|"]
+    assert [lines[i] for i in heads if not re.match(r"<!-- by hand: .+ -->", lines[i - 1])] == []
