@@ -54,20 +54,30 @@ def by_group(
     policies: the columns, separated by commas; all policies where none is named.
     """
     found = _hit_rates(document["rows"])
-    ran = dict.fromkeys(row["policy"] for row in document["rows"])
-    shown = policies.split(",") if policies else list(ran)
-    gaps = ["gap of LRU", "gap of best free"] if "predicted" in ran else []
+    shown = policies.split(",") if policies else _policies(found)
     rows = []
     for title, members in _group(kinds, groups).items():
         for size in dict.fromkeys(size for _, size in found):
             cells = [found[kind, size] for kind in members if (kind, size) in found]
             if cells:
-                mean, best = _mean(cells), _mean_best(cells)
-                rates = [f"{mean[policy]:.3f}" for policy in shown]
-                closed = [_gap(mean, "lru"), percent(_gap_of_mean(cells))] if gaps else []
                 name = f"{title} ({len(cells)})"
-                rows.append([name, f"{size * 100:g} %", *rates, f"{best:.3f}", *closed])
-    return table(["kinds", "resident", *shown, "best free", *gaps], rows)
+                rows.append([name, f"{size * 100:g} %", *_means(cells, shown)])
+    return table(["kinds", "resident", *_columns(found, shown)], rows)
+
+
+def hit_rates(document: Document, *, policies: str = "") -> Iterator[str]:
+    """Hit rates of one run at each cache size.
+
+    document: what `runtime.simulate --json`, `benchmarks.cache.live` or the demo wrote.
+    policies: the columns, separated by commas; all policies where none is named.
+    """
+    rows = document["results"] if "results" in document else document["runs"]
+    found = _hit_rates([row | {"kind": ""} for row in rows])
+    shown = policies.split(",") if policies else _policies(found)
+    return table(
+        ["resident", *_columns(found, shown)],
+        ([f"{size * 100:g} %", *_means([rates], shown)] for (_, size), rates in found.items()),
+    )
 
 
 def overview(*documents: Document, groups: str, after: str) -> Iterator[str]:
@@ -123,8 +133,26 @@ def _hit_rates(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], HitRat
     found: dict[tuple[str, float], HitRates] = {}
     for row in sorted(rows, key=lambda row: row["residency"]):
         rates = found.setdefault((row["kind"], row["residency"]), {})
-        rates[row["policy"]] = 1 - row["loads"] / row["requests"]
+        hits = row["hit_rate"] if "hit_rate" in row else 1 - row["loads"] / row["requests"]
+        rates[row["policy"]] = hits
     return found
+
+
+def _policies(found: dict[tuple[str, float], HitRates]) -> list[str]:
+    return list(dict.fromkeys(policy for rates in found.values() for policy in rates))
+
+
+def _columns(found: dict[tuple[str, float], HitRates], shown: Sequence[str]) -> list[str]:
+    """The heads of the cells that `_means` makes."""
+    gaps = ["gap of LRU", "gap of best free"] if "predicted" in _policies(found) else []
+    return [*shown, "best free", *gaps]
+
+
+def _means(cells: Sequence[HitRates], shown: Sequence[str]) -> list[str]:
+    """Mean hit rates of the policies and of the best free rules, and the gaps closed."""
+    mean = _mean(cells)
+    gaps = [_gap(mean, "lru"), percent(_gap_of_mean(cells))] if "predicted" in mean else []
+    return [*(f"{mean[policy]:.3f}" for policy in shown), f"{_mean_best(cells):.3f}", *gaps]
 
 
 def _group(kinds: Document, name: str) -> dict[str, list[str]]:

@@ -30,7 +30,8 @@ BLOCK = re.compile(
 def filled(text: str, tables: Tables, results: Path) -> str:
     """The text of a document with every block made anew. results: the folder of the files."""
     blocks = list(BLOCK.finditer(text))
-    if len(blocks) != text.count(START) or any(START in block["body"] for block in blocks):
+    starts = re.findall(f"^{START}", text, re.MULTILINE)
+    if len(blocks) != len(starts) or any(START in block["body"] for block in blocks):
         raise ValueError(f"a block has no line {END!r}")
     return BLOCK.sub(lambda block: _block(block["words"], tables, results), text)
 

@@ -94,6 +94,14 @@ def test_means_of_groups_are_against_the_best_free_rule_of_each_kind() -> None:
     assert old == ["old (1)", "25 %", "0.400", "0.500", "0.700", "0.900", "0.500", "60%", "50%"]
 
 
+def test_one_run_is_a_row_for_each_cache_size() -> None:
+    rates = {"lru": 0.4, "lfu": 0.5, "predicted": 0.7, "belady": 0.9}
+    runs = [{"policy": p, "residency": 0.5, "hit_rate": rate} for p, rate in rates.items()]
+    head, row = cells(kinds_page.hit_rates({"runs": runs}, policies="lru,predicted"))
+    assert head == ["resident", "lru", "predicted", "best free", "gap of LRU", "gap of best free"]
+    assert row == ["50 %", "0.400", "0.700", "0.500", "60%", "50%"]
+
+
 def test_groups_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match=r"no groups 'three' of kinds; there are two"):
         kinds_page.by_group(kinds_file(a=0.7), GROUPS, groups="three")
