@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache import page as kinds_page
-from benchmarks.pages.__main__ import RESULTS, PagesSettings, documents, main, outdated
+from benchmarks.pages.__main__ import RESULTS, ROOT, PagesSettings, documents, main, outdated
 from benchmarks.pages.blocks import filled
 
 GROUPS = {"scripts": {"a": "Latin", "b": "Thai"}, "groups": {"two": {"old": ["a"], "new": ["b"]}}}
@@ -116,3 +116,23 @@ def test_a_table_is_made_of_a_file_or_says_why_it_is_written_by_hand(page: Path)
     lines = ["", *blocks.sub("", page.read_text()).splitlines()]
     heads = [i for i, line in enumerate(lines) if line.startswith("|") and lines[i - 1][:1] != "|"]
     assert [lines[i] for i in heads if not re.match(r"<!-- by hand: .+ -->", lines[i - 1])] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_their_files() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    runs = json.loads((RESULTS / "2026-11-29-demo.json").read_text())["runs"]
+    rates = {run["policy"]: f"{run['hit_rate']:.3f}" for run in runs}
+    assert f"(`make demo`) {rates['lru']}, {rates['predicted']}, {rates['belady']}" in readme
+    plain = coded_arm("olmoe-predicted", "olmoe-7b mxfp4 lru 1.0 trace")
+    compiled = coded_arm("olmoe-compiled", "olmoe-7b mxfp4 lru compile 1.0 trace")
+    speeds, memory = (
+        " / ".join(f"{row[key] / unit:{spec}}" for row in (plain, compiled))
+        for key, unit, spec in (("tokens_per_s", 1, ".0f"), ("peak_bytes", 2**30, ".1f"))
+    )
+    assert f"{memory} GiB | **{speeds}**" in readme
+
+
+def coded_arm(file: str, name: str) -> dict[str, Any]:
+    """The row of an arm of `benchmarks.encodings`."""
+    rows = json.loads((RESULTS / f"2026-11-29-encodings-{file}-h200.json").read_text())["rows"]
+    return next(row for row in rows if row["name"] == name)
