@@ -9,12 +9,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.common.markdown import Row, table
 from routing.cli import run
 
 Document = dict[str, Any]
+NONE = "none"
+"""The run without a correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,33 @@ def online(document: Document, *, value: str) -> Iterator[str]:
             for label in dict.fromkeys(label for label, _ in rates)
         ),
     )
+
+
+def corrections(document: Document, kinds: Document, *, groups: str) -> Iterator[str]:
+    """Mean change of the hit rates by each correction learnt online, in groups of kinds."""
+    titles = kinds["groups"][groups]
+    found = {
+        (value, result["correction"], result["label"]): result["hit_rates"]
+        for value, results in document["online"].items()
+        for result in results
+    }
+    names = dict.fromkeys((value, name) for value, name, _ in found if name != NONE)
+    return table(
+        ("value", "correction", *(f"{title} ({len(own)})" for title, own in titles.items())),
+        (
+            (value, name, *(_mean_change(found, value, name, own) for own in titles.values()))
+            for value, name in names
+        ),
+    )
+
+
+def _mean_change(
+    found: dict[tuple[str, str, str], list[float]], value: str, name: str, kinds: list[str]
+) -> str:
+    """The mean change of the hit rate at each cache size."""
+    pairs = ((found[value, name, kind], found[value, NONE, kind]) for kind in kinds)
+    changes = [[new - old for new, old in zip(*pair, strict=True)] for pair in pairs]
+    return " / ".join(f"{fmean(of_size):+.3f}" for of_size in zip(*changes, strict=True))
 
 
 def _name(result: dict[str, Any]) -> Row:

@@ -47,8 +47,10 @@ def _block(words: str, tables: Tables, results: Path) -> str:
         inspect.signature(tables[name]).bind(*documents, **options)
     except TypeError as error:
         raise ValueError(f"{words}: {error}") from None
-    lines = tables[name](*documents, **options)
-    return "\n".join([f"{START}{words} -->", *lines, END])
+    try:
+        return "\n".join([f"{START}{words} -->", *tables[name](*documents, **options), END])
+    except KeyError as error:
+        raise ValueError(f"{words}: the files have no {error}") from error
 
 
 def _documents(pattern: str, results: Path) -> Sequence[dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common.markdown import table
-from benchmarks.common.report import number
 
 Document = dict[str, Any]
 
@@ -24,30 +23,6 @@ def contenders(document: Document) -> Iterator[str]:
         (
             (name, *(_timed(found[name, size]) for size in sizes))
             for name in dict.fromkeys(name for name, _ in found)
-        ),
-    )
-
-
-def before_and_after(document: Document) -> Iterator[str]:
-    """The same arms of `benchmarks.decode` on two versions of the code."""
-    figures = {
-        "tok/s": ("tokens_per_s", 1, ".1f"),
-        "ms a step (median)": ("step_ms_median", 1, ".2f"),
-        "GPU memory, GiB": ("peak_bytes", 2**30, ".2f"),
-        "MB a token": ("bytes_per_token", 1e6, ".1f"),
-    }
-    pairs = zip(document["before"]["rows"], document["after"]["rows"], strict=True)
-    return table(
-        ("before / after", *figures),
-        (
-            (
-                after["name"],
-                *(
-                    " / ".join(number(row[key], spec, unit) for row in (before, after))
-                    for key, unit, spec in figures.values()
-                ),
-            )
-            for before, after in pairs
         ),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.adaptation import page as adaptation
 from benchmarks.cache import page as cache
+from benchmarks.decode import page as decode
 from benchmarks.encodings import page as encodings
 from benchmarks.kernels import page as kernels
 from benchmarks.pages import others
@@ -16,11 +17,13 @@ TABLES: Tables = {
     "adaptation-forgotten": adaptation.forgotten,
     "adaptation-blended": adaptation.blended,
     "adaptation-online": adaptation.online,
+    "adaptation-corrections": adaptation.corrections,
     "attention-repeats": others.attention_repeats,
     "attention-times": others.attention_times,
     "contenders": others.contenders,
     "corpus": others.corpus,
-    "before-and-after": others.before_and_after,
+    "decode": decode.arms,
+    "decode-before-and-after": decode.before_and_after,
     "encodings": encodings.measured,
     "encodings-llama-cpp": encodings.llama_cpp,
     "hit-rates": cache.hit_rates,

@@ -57,11 +57,13 @@ def test_a_block_is_replaced_and_the_prose_around_it_stays(tmp_path: Path) -> No
         ("<!-- table: names none.json -->\n<!-- end -->", "none.json is not there"),
         ("<!-- table: other -->\n<!-- end -->", "no table 'other'; there are names"),
         ("<!-- table: names size=1 -->\n<!-- end -->", "unexpected keyword argument 'size'"),
+        ("<!-- table: names one.json -->\n<!-- end -->", "the files have no 'x'"),
         ("<!-- table: names -->\n", "no line '<!-- end -->'"),
         ("<!-- table: names -->\n<!-- table: names -->\n<!-- end -->", "no line '<!-- end -->'"),
     ],
 )
 def test_a_block_that_cannot_be_made_is_refused(block: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text("{}")
     with pytest.raises(ValueError, match=re.escape(message)):
         filled(block, TABLES, tmp_path)
 
