@@ -2,6 +2,7 @@
 
     python -m benchmarks.cache.kinds --trace DIR --fit_trace OTHER --json kinds.json
     python -m benchmarks.cache.kinds --json kinds.json      # its tables once more
+    python -m benchmarks.cache.kinds --json kinds.json --parts one.json other.json    # joined
 
 Kinds are the trace's labels. Each starts with an empty cache, which its documents share; prompts
 are decoded token by token. Hit rates do not depend on the machine. The tables are Markdown.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from runtime.cache.belady import Calls
     from runtime.simulation.replay import ReplayResult
 
+KEYS = ("commands", "rows")
 KEPT = ("policy", "residency", "slots", "requests", "loads")
 
 
@@ -35,6 +37,8 @@ class KindsSettings:
     """File to write the results to; without --trace, to read them from."""
     trace: Path | None = None
     """Trace directory of a decoder-only model, with labels."""
+    parts: list[Path] = field(default_factory=list)
+    """Files of runs over other kinds or sizes of the same model, to join in --json."""
     predictor: Path | None = None
     """ONNX predictor; adds predicted reuse."""
     fit_trace: Path | None = None
@@ -48,7 +52,7 @@ class KindsSettings:
 
 
 def main(settings: KindsSettings) -> None:
-    """Replay where there is a trace, then print the tables."""
+    """Replay where there is a trace, or join the parts, then print the tables."""
     if settings.trace is not None:
         from benchmarks.common.machine import command
 
@@ -56,6 +60,9 @@ def main(settings: KindsSettings) -> None:
         for results in _results(settings):
             rows += results
             write(settings.json, [command("benchmarks.cache.kinds")], rows)
+    elif settings.parts:
+        parts = [json.loads(path.read_text()) for path in settings.parts]
+        write(settings.json, *([one for part in parts for one in part[key]] for key in KEYS))
     rows = json.loads(settings.json.read_text())["rows"]
     for share in dict.fromkeys(row["residency"] for row in rows):
         print(f"\n{share:.4g} of the experts resident\n")
