@@ -15,10 +15,12 @@ from runtime.weights.source import Source
 
 COMPILER: dict[str, Any] = {
     "coordinate_descent_tuning": True,
+    "deterministic": True,
     "post_grad_custom_pre_pass": FusedTopKPass(),
 }
 """Makes the products of one token reductions of the compiler's own, at the memory's bandwidth, and
-a router's choice one kernel."""
+a router's choice one kernel. No reduction is tuned by the clock: else two loads of a model would
+sum in different orders."""
 LARGEST_BATCH = 32
 """Most sequences of a step: with more, decode kernels would compute more than they load."""
 

@@ -36,9 +36,9 @@ class DeviceCache:
         keys = num_layers * cache.num_experts
         self.slot_of_key = torch.zeros(keys, dtype=torch.int32, device=device)
         self.key_of_slot = torch.zeros(cache.num_slots, dtype=torch.int32, device=device)
-        self.values, self.before, self.after = torch.zeros(
-            3, keys, dtype=torch.float64, device=device
-        )
+        self.values = torch.zeros(keys, dtype=torch.float64, device=device)
+        self.table = torch.zeros(2, keys, dtype=torch.float64, device=device)
+        self.before, self.after = self.table
         self.clock = torch.zeros(1, dtype=torch.float64, device=device)
         self.on_device = False
 

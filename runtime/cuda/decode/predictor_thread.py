@@ -50,7 +50,8 @@ class DeviceForecast:
     def __init__(self, device_cache: DeviceCache) -> None:
         device, keys = device_cache.clock.device, len(device_cache.before)
         self._device_cache = device_cache
-        self.likely, self._next_likely = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        self._chances = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        self.likely, self._next_likely = self._chances
         """In the running step, and in the one after it."""
         self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
         self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
@@ -76,13 +77,11 @@ class DeviceForecast:
         table = policy.table()
         assert table is not None
         self._sent.synchronize()  # the last copies have left the pinned memory
-        rows = *table, forecast.this_LE, forecast.next_LE
-        pinned = *self._values_host, *self._chances_host
-        device = self._device_cache.before, self._device_cache.after, self.likely, self._next_likely
+        self._values_host.numpy()[:] = table
+        self._chances_host.numpy()[:] = [row.reshape(-1) for row in forecast[:2]]
         with torch.cuda.stream(self._stream):
-            for row, host, tensor in zip(rows, pinned, device, strict=True):
-                host.copy_(torch.from_numpy(row.reshape(-1)))
-                tensor.copy_(host, non_blocking=True)
+            self._device_cache.table.copy_(self._values_host, non_blocking=True)
+            self._chances.copy_(self._chances_host, non_blocking=True)
         self._sent = self._stream.record_event()
 
 
@@ -144,31 +143,40 @@ class PredictorThread:
     def _answer(self, requests: list[PredictorRequest]) -> None:
         """Predict for all tokens of `requests` in one run: several where the model was faster.
 
-        Beside it the policy learns from the routes before: each takes a good part of a step.
+        The step runs meanwhile, so all that can wait does: the policy learns from the last routes
+        beside the predictor's run, and the last prediction is scored after this one was sent.
         """
         start = time.perf_counter()
         learned = self._learning.submit(self._learn, requests)
         tokens_BT = np.concatenate([request.token_ids_BT for request in requests], 1)
         positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
-        self._inform(requests[0], len(tokens_BT))
+        scored = self._inform(requests[0], len(tokens_BT))
         forecast = self._forecaster.forecast(tokens_BT, positions_BT)
         learned.result()
         if self.failure is None:  # it may have been given up meanwhile
             self._policy.begin_step(forecast)
             self.device_forecast.publish(self._policy, forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
+        if scored is not None:
+            self._stats.count_recall(*scored)
 
     def _learn(self, requests: Sequence[PredictorRequest]) -> None:
         for request in requests:
             if not request.is_new and request.routes_LBK is not None:
                 self._policy.touch_routes(request.routes_LBK)
 
-    def _inform(self, request: PredictorRequest, batch_size: int) -> None:
-        """Give the predictor the routes of the last step, and count its recall."""
+    def _inform(
+        self, request: PredictorRequest, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Give the predictor the routes of the last step.
+
+        Returns what was predicted for that step, logits [B, L, E], and the routes [B, L, K].
+        """
         if request.is_new or batch_size != self._forecaster.batch_size:
             self._forecaster.reset(batch_size)
         elif request.routes_LBK is not None and request.routes_LBK.shape[1] == batch_size:
             routes_BLK = np.ascontiguousarray(request.routes_LBK.swapaxes(0, 1))
             self._forecaster.observe(routes_BLK)
             if self._forecaster.this_BLE is not None and request.token_ids_BT.shape[1] == 1:
-                self._stats.count_recall(self._forecaster.this_BLE, routes_BLK)
+                return self._forecaster.this_BLE, routes_BLK
+        return None
