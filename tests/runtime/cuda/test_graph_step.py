@@ -50,8 +50,8 @@ def step_of(model: Any, storage: Storage, batch: int) -> DecodeStep:
     cache = SharedCache(storage, model.config.num_hidden_layers)
     stream: Any = Stream()
     return DecodeStep(
-        model.forward, model.config, cache, experts, batch=batch, context=storage.context,
-        dtype=model.dtype, device=torch.device("cpu"), stream=stream,
+        model, model.forward, cache, experts, batch=batch, context=storage.context,
+        device=torch.device("cpu"), stream=stream,
     )  # fmt: skip
 
 
