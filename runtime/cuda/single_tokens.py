@@ -76,8 +76,9 @@ class PaddedTokens(SingleTokens):
     def __init__(self, model: nn.Module, batch: int, context: int, device: torch.device) -> None:
         zeros_B = torch.zeros(batch, dtype=torch.int64, device=device)
         super().__init__(torch.arange(batch, device=device), zeros_B)
-        whole: Any = model.config
-        self._config, self._dtype = whole.get_text_config(decoder=True), model.dtype
+        whole: Any = model
+        self._config: Any = whole.config.get_text_config(decoder=True)
+        self._dtype: torch.dtype = whole.dtype
         self._real_BC = torch.ones(batch, context, dtype=torch.bool, device=device)
         self._columns_C = torch.arange(context, device=device)
         self._mask_of_kind: dict[str, Tensor] = {}

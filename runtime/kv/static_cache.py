@@ -112,8 +112,7 @@ class SharedCache(Cache):
     def __init__(self, storage: Storage, num_layers: int) -> None:
         self.step: StepTokens | None = None
         """The tokens of the step that runs; None: of a prompt, behind what is there."""
-        layers = [SharedLayer(self, storage, index) for index in range(num_layers)]
-        super().__init__(layers=layers)
+        super().__init__(layers=[SharedLayer(self, storage, index) for index in range(num_layers)])
 
     def set_length(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""

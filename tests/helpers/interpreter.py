@@ -1,6 +1,6 @@
 """Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers, cuts
-numbers off to bfloat16 instead of rounding them, and takes milliseconds for every call of a function
-within a kernel, to prepare the language once more.
+numbers off to bfloat16 instead of rounding them, and prepares the language anew, which takes
+milliseconds, for every call of a function within a kernel.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.prefetching import SERVING
 from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
-from runtime.kv.row_cache import Attention, RowCache
+from runtime.kv.own_attention import Attention
+from runtime.kv.row_cache import RowCache
 
 
 class TokensOfRows(SingleTokens):

@@ -56,8 +56,10 @@ def attend_blocks(
     D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr,
     IS_CAPPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """best, total [B, H, N], mixed [B, H, N, V]: of block n the highest score, and the sum of the
-    shares and of the values, relative to it. EACH: query heads of a program, M: with padding.
+    """Write of each block n the highest score to best [B, H, N] and, relative to it, the sums of the
+    shares to total [B, H, N], of the values to mixed [B, H, N, V].
+
+    EACH: query heads of a program; M: the same with padding.
     """
     token, tile = tl.program_id(0), tl.program_id(1)
     length, row = tl.load(positions + token) + 1, tl.load(rows + token)
@@ -107,6 +109,7 @@ def join_blocks(
     HEADS: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """Write to out [B, H, V] the values, each with its share of the whole row."""
     token, head = tl.program_id(0), tl.program_id(1)
     length, at_V = tl.load(positions + token) + 1, tl.arange(0, BLOCK_V)
     row = token * HEADS + head
@@ -148,6 +151,7 @@ def write_tokens(
     keys_R, keys_G, keys_C, values_R, values_G, values_C,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """One key head of one token a program."""
     token, group = tl.program_id(0), tl.program_id(1)
     row, position = tl.load(rows + token), tl.load(positions + token)
     at_D, at_V = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
