@@ -56,8 +56,8 @@ def attend_blocks(
     D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr,
     IS_CAPPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write of each block n the highest score to best [B, H, N] and, relative to it, the sums of the
-    shares to total [B, H, N], of the values to mixed [B, H, N, V].
+    """Write, of each block n, the highest score to best [B, H, N] and, relative to it, the sums of
+    the shares to total [B, H, N], of the values to mixed [B, H, N, V].
 
     EACH: query heads of a program; M: the same with padding.
     """
@@ -193,6 +193,7 @@ class Tile(NamedTuple):
     """Query heads."""
     rows: int
     """The same, padded to what the tensor cores take."""
+    warps: int = 4
 
     @classmethod
     def of(cls, group: int, width: int, dtype: torch.dtype) -> Tile:
@@ -213,18 +214,20 @@ def attend(
     sinks_H: Tensor | None = None,
     softcap: float | None = None,
     real_RC: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """[B, H, V]: token b at `positions_B` of row `rows_B`, whose own key is in the cache already.
 
     R rows of G key/value heads and C positions; every H / G query heads share one. window: the
     newest keys that are seen. sinks_H: a logit of every head that takes part in the softmax only.
-    softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees.
+    softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees. tile: of
+    another size than usual.
     """
     query_BHD, keys_RGCD, values_RGCV = map(_in_lines, (query_BHD, keys_RGCD, values_RGCV))
-    (num_tokens, heads, width), dtype = query_BHD.shape, query_BHD.dtype
+    num_tokens, heads, width = query_BHD.shape
     groups, context, value_width = values_RGCV.shape[1:]
     group = heads // groups
-    tile = Tile.of(group, max(width, value_width), dtype)
+    tile = tile or Tile.of(group, max(width, value_width), query_BHD.dtype)
     num_blocks = triton.cdiv(context, tile.keys)
     num_tiles = heads // tile.heads
     programs = min(num_blocks, triton.cdiv(PROGRAMS, num_tokens * num_tiles))
@@ -242,7 +245,7 @@ def attend(
         D=width, HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
         BLOCK_D=max(triton.next_power_of_2(width), least),
         BLOCK_V=max(triton.next_power_of_2(value_width), least), **shape,
-        num_warps=4, num_stages=1,
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     join_blocks[(num_tokens, heads)](
         best, total, mixed, out_BHV, positions_B, query_BHD if sinks_H is None else sinks_H,

@@ -126,5 +126,5 @@ def test_new_keys_and_values_go_to_their_rows_and_positions() -> None:
     ("width", "keys"), [(8, 64), (64, 64), (128, 64), (192, 32), (256, 32), (512, 16), (576, 16)]
 )
 def test_blocks_are_shorter_where_heads_are_wide(width: int, keys: int) -> None:
-    assert Tile.of(8, width, torch.bfloat16) == (keys, 8, 16)
-    assert Tile.of(1, width, torch.bfloat16) == Tile.of(8, width, torch.float32) == (keys, 1, 1)
+    assert Tile.of(8, width, torch.bfloat16) == (keys, 8, 16, 4)
+    assert Tile.of(1, width, torch.bfloat16) == Tile.of(8, width, torch.float32) == (keys, 1, 1, 4)

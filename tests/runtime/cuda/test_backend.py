@@ -76,6 +76,7 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     assert engine.decode_path == "graph"
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    assert all(step.has_own_attention for step in engine._backend.decoder.steps.values())
 
 
 def test_every_size_of_step_is_compiled_whatever_torchs_limit(
