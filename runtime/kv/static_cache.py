@@ -83,7 +83,7 @@ class SharedLayer(StaticLayer):
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         self.keys = self._storage.view(self._index, "keys", key_states, self.batch_size)
         self.values = self._storage.view(self._index, "values", value_states, self.batch_size)
-        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.cumulative_length = self._cache.lengths(self.device)[self._index]
         self.is_initialized = True
         self.reset()  # another batch size may have left numbers that are not finite
 
@@ -112,16 +112,17 @@ class SharedCache(Cache):
     def __init__(self, storage: Storage, num_layers: int) -> None:
         self.step: StepTokens | None = None
         """The tokens of the step that runs; None: of a prompt, behind what is there."""
+        self._num_layers = num_layers
+        self._lengths_L: Tensor | None = None
         super().__init__(layers=[SharedLayer(self, storage, index) for index in range(num_layers)])
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """Tokens in each layer, int64 [L]."""
+        if self._lengths_L is None:
+            self._lengths_L = torch.zeros(self._num_layers, dtype=torch.int64, device=device)
+        return self._lengths_L
 
     def set_length(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""
-        layers: list[Any] = self.layers
-        for layer in layers:
-            layer.cumulative_length.fill_(length)
-
-    def advance(self) -> None:
-        """Count one more token in every layer, which a step has written."""
-        layers: list[Any] = self.layers
-        own = [layer.cumulative_length for layer in layers if layer.is_initialized]
-        torch._foreach_add_(own, 1)
+        if self._lengths_L is not None:
+            self._lengths_L.fill_(length)

@@ -137,9 +137,8 @@ class DecodeStep(CapturedStep):
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        layers: list[Any] = self.cache.layers
-        lengths = (layer.cumulative_length for layer in layers)
-        return self.ids_B1, self._positions_B1, self._tokens.positions_B, *lengths
+        lengths_L = self.cache.lengths(self.ids_B1.device)
+        return self.ids_B1, self._positions_B1, self._tokens.positions_B, lengths_L
 
     @property
     def has_own_attention(self) -> bool:
@@ -189,4 +188,4 @@ class DecodeStep(CapturedStep):
         self.ids_B1.copy_(next_B[:, None])
         self._positions_B1.add_(1)
         self._tokens.positions_B.add_(1)
-        self.cache.advance()
+        self.cache.lengths(self.ids_B1.device).add_(1)
