@@ -1,1 +1,1 @@
-"""Tile sizes of the experts' kernels."""
+"""Tile sizes of the experts' and the attention's kernels."""

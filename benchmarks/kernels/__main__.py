@@ -1,13 +1,15 @@
-"""Kernels of the experts under several tile sizes, timed on one GPU without a link.
+"""Kernels of the experts, or of attention, under several tile sizes, on one GPU without a link.
 
     python -m benchmarks.kernels --shape olmoe-7b
+    python -m benchmarks.kernels --shape olmoe-7b --contexts 512 4096 --batches 1 8
     python -m benchmarks.kernels --shape gpt-oss-20b --encodings mxfp4 fp8 --batches 1 8 32
 
 One layer of random experts, all in slots, with random routes. Prompts run the grouped products,
 decode batches the kernels of a captured step; every candidate computes the same. Kernels are timed
 in CUDA graphs, so launches do not count. GB/s counts each used expert once, TFLOP/s two operations
 per weight and token. The last line is JSON. With encodings, all candidates are compiled first, side
-by side, and their results are compared with torch's.
+by side, and their results are compared with torch's. Attention is that of a captured step's tokens,
+each over a full cache, beside torch's with and without cuDNN.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ def main(settings: KernelsSettings) -> None:
 
     from benchmarks.common.machine import command, machine
     from benchmarks.common.report import print_facts, save, settings_json
+    from benchmarks.kernels.attention import AttentionBench
     from benchmarks.kernels.bench import Bench
 
     device = torch.device(settings.device)
@@ -41,6 +44,8 @@ def main(settings: KernelsSettings) -> None:
     rows = []
     if settings.encodings:
         benches = _coded(settings, device)
+    elif settings.contexts:
+        benches = iter([("", AttentionBench(settings.shape, device, settings.repeats))])
     else:
         benches = iter([("", Bench(settings.shape, device, settings.repeats))])
     for encoding, bench in benches:
@@ -79,6 +84,11 @@ def _coded(settings: KernelsSettings, device: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _measured(settings: KernelsSettings, bench: Any) -> Iterator[TimedKernel]:
+    if settings.contexts:
+        for context in settings.contexts:
+            for batch in settings.batches:
+                yield from bench.decode(context, batch)
+        return
     for prompt in settings.prompts:
         yield from bench.prefill(prompt)
     for batch in settings.batches:

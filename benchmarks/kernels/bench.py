@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks.common.shapes import empty_model, shape_named
 from benchmarks.kernels.candidates import blocks as block_candidates
 from benchmarks.kernels.candidates import blocks_text, tiles
+from benchmarks.kernels.clock import Clock, in_turn
 from benchmarks.kernels.report import TimedKernel
 from routing.layers import Routes, find_moe_layers
 from runtime.cache.expert_cache import ExpertCache
@@ -34,7 +32,7 @@ TURNS = 8
 """Sets of experts used in turn."""
 
 
-class Bench:
+class Bench(Clock):
     """One layer's experts at a model's size, all resident. repeats: launches timed together."""
 
     def __init__(self, shape: str, device: torch.device, repeats: int) -> None:
@@ -43,7 +41,8 @@ class Bench:
         specs = {name: Spec(p.shape[1:], p.dtype) for name, p in parameters.items()}
         layout = layout_of(layer, specs)
         assert isinstance(layout, KernelLayout)
-        self._layout, self._device, self._repeats = layout, device, repeats
+        super().__init__(device, repeats)
+        self._layout = layout
         self._num_experts, self._top_k = layer.num_experts, layer.top_k
         self._fill(stored_specs(specs, layout))
 
@@ -142,7 +141,7 @@ class Bench:
             for blocks in self._candidates(name, in_use) if matrices else [in_use]:
                 for call, *_ in calls:
                     call._blocks = blocks
-                seconds = self._seconds(_in_turn(launch, calls))
+                seconds = self._seconds(in_turn(launch, calls))
                 candidate = blocks_text(name, blocks) if matrices else "-"
                 yield self._timed(
                     name, batch, candidate, blocks == in_use, seconds, matrices, num_used
@@ -178,34 +177,6 @@ class Bench:
             batch, self._top_k, self._layout, self._block, self._slots_SN, host, device_cache
         )
 
-    # ------------------------------------------------------------------ timing
-
-    def _seconds(self, launch: Callable[[], Any]) -> float:
-        """Seconds of one launch; infinite if the kernel needs more resources than the GPU has."""
-        try:
-            launch()
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-        if self._device.type != "cuda":
-            start = time.perf_counter()
-            launch()
-            return time.perf_counter() - start
-        return self._graphed(launch)
-
-    def _graphed(self, launch: Callable[[], Any]) -> float:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            for _ in range(self._repeats):
-                launch()
-        graph.replay()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / self._repeats
-
     def _timed(
         self, kernel: str, tokens: int, candidate: str, in_use: bool, seconds: float,
         matrices: int, num_used: float,
@@ -218,9 +189,3 @@ class Bench:
             num_used * weights * self._layout.dtype.itemsize * ratio,
             2.0 * tokens * self._top_k * weights,
         )  # fmt: skip
-
-
-def _in_turn(launch: Callable[[Any], Any], arguments: Sequence[Any]) -> Callable[[], Any]:
-    """A function that launches with the next arguments at each call, round and round."""
-    turns = cycle(arguments)
-    return lambda: launch(next(turns))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsSettings:
-    """Time the experts' kernels under several tile sizes."""
+    """Time the experts' kernels under several tile sizes, or those of attention."""
 
     shape: str = "olmoe-7b"
     """Model shape: olmoe-7b, qwen3-30b-a3b, mixtral-8x7b, gpt-oss-20b, or tiny for a rehearsal."""
@@ -19,6 +19,8 @@ class KernelsSettings:
     """Tokens of a prompt."""
     batches: list[int] = field(default_factory=lambda: [1, 8])
     """Sequences that decode together."""
+    contexts: list[int] = field(default_factory=list)
+    """Tokens that attention is timed over, beside torch's; the experts' kernels are left out."""
     repeats: int = 20
     """Consecutive launches, timed together."""
     device: str = "cuda"

@@ -15,23 +15,17 @@ a place for the forecast. `StaticCache` has one length for all rows; `DynamicCac
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.kv.attention_kinds import require_rows
-from runtime.kv.private_configs import PrivateConfigs
-from runtime.kv.static_cache import Storage
-
-Attention = Callable[..., tuple[Tensor, Any]]
+from runtime.kv.own_attention import Attention, OwnAttention
+from runtime.kv.static_cache import StepTokens, Storage
 
 
 class Span(NamedTuple):
@@ -44,11 +38,8 @@ class Span(NamedTuple):
     """Tokens of this step."""
 
 
-class StepTokens(Protocol):
-    """The rows and positions of a step's tokens, and their attention."""
-
-    rows_T: Tensor
-    positions_T: Tensor
+class RaggedTokens(StepTokens, Protocol):
+    """The tokens of a step, of any rows, side by side: [1, T]."""
 
     def attend(
         self,
@@ -83,6 +74,11 @@ class TokenLayout:
         positions = [span.start + i for span in spans for i in range(span.num_tokens)]
         self.rows_T, self.positions_T = torch.tensor([rows, positions], device=device)
         self._masks: dict[tuple[Span, int | None], Tensor] = {}
+
+    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """Keys and values [1, heads, T, width] to the tokens' rows and positions."""
+        keys[self.rows_T, :, self.positions_T] = new_keys[0].transpose(0, 1)
+        values[self.rows_T, :, self.positions_T] = new_values[0].transpose(0, 1)
 
     def mask(self, span: Span, window: int | None) -> Tensor | None:
         """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
@@ -149,9 +145,7 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        layout = self._rows.layout
-        self.keys[layout.rows_T, :, layout.positions_T] = key_states[0].transpose(0, 1)
-        self.values[layout.rows_T, :, layout.positions_T] = value_states[0].transpose(0, 1)
+        self._rows.layout.write(self.keys, self.values, key_states, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -179,11 +173,9 @@ class RowCache(Cache):
         text = config.get_text_config()
         require_rows(text, context)
         self.num_rows, self.context, self.storage = num_rows, context, storage
-        self.layout: StepTokens
+        self.layout: RaggedTokens
         self._free = list(range(num_rows - 1, -1, -1))
-        self._name = f"expertflow-rows-{id(self)}"
-        self._configs = PrivateConfigs(model, self._name)
-        self._inner = text._attn_implementation
+        self._attention = OwnAttention(model, self._attend)
         super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
 
     @property
@@ -230,19 +222,11 @@ class RowCache(Cache):
         return self.storage is None or self.storage.claim(self)
 
     @contextmanager
-    def attending(self, layout: StepTokens) -> Iterator[None]:
-        """Within the block, the model's forward runs over the tokens of `layout`.
-
-        Its modules read copies of their configurations: other models, which other threads may be
-        running, can have the same ones.
-        """
+    def attending(self, layout: RaggedTokens) -> Iterator[None]:
+        """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
-        AttentionInterface.register(self._name, self._attend)
-        try:
-            with self._configs.in_use():
-                yield
-        finally:
-            del ALL_ATTENTION_FUNCTIONS._global_mapping[self._name]
+        with self._attention.in_use():
+            yield
 
     def _attend(
         self,
@@ -254,26 +238,5 @@ class RowCache(Cache):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention by the layout, which knows the masks."""
-        function = self._function(module)
+        function = self._attention.replaced(module)
         return self.layout.attend(function, module, query, key, value, **kwargs), None
-
-    def _function(self, module: nn.Module) -> Attention:
-        if self._inner != "eager":
-            return ALL_ATTENTION_FUNCTIONS[self._inner]
-        return partial(_eager, sys.modules[type(module).__module__].eager_attention_forward)
-
-
-def _eager(
-    function: Attention,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Any]:
-    """Eager attention adds its mask."""
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-    return function(module, query, key, value, mask, **kwargs)

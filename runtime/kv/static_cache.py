@@ -7,7 +7,7 @@ share one storage, as large as the largest batch needs.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,15 +60,22 @@ class Storage:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 
+class StepTokens(Protocol):
+    """The tokens of a step, each with its row and position in the cache."""
+
+    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+
+
 class SharedLayer(StaticLayer):
-    """A static layer whose keys and values are views of `storage`.
+    """A static layer whose keys and values are views of the storage of `cache`.
 
     Sliding windows are kept whole; the step's mask hides what is out of the window.
     """
 
-    def __init__(self, storage: Storage, index: int) -> None:
+    def __init__(self, cache: SharedCache, storage: Storage, index: int) -> None:
         super().__init__(max_cache_len=storage.context)
-        self._storage, self._index = storage, index
+        self._cache, self._storage, self._index = cache, storage, index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -76,9 +83,18 @@ class SharedLayer(StaticLayer):
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         self.keys = self._storage.view(self._index, "keys", key_states, self.batch_size)
         self.values = self._storage.view(self._index, "values", value_states, self.batch_size)
-        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.cumulative_length = self._cache.lengths(self.device)[self._index]
         self.is_initialized = True
         self.reset()  # another batch size may have left numbers that are not finite
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._cache.step is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.values is not None
+        self._cache.step.write(self.keys, self.values, key_states, value_states)
+        return self.keys, self.values
 
     def reset(self) -> None:
         """Start a new sequence. What the storage holds is masked out, but must be finite."""
@@ -94,10 +110,19 @@ class SharedCache(Cache):
     """The cache of one batch size."""
 
     def __init__(self, storage: Storage, num_layers: int) -> None:
-        super().__init__(layers=[SharedLayer(storage, index) for index in range(num_layers)])
+        self.step: StepTokens | None = None
+        """The tokens of the step that runs; None: of a prompt, behind what is there."""
+        self._num_layers = num_layers
+        self._lengths_L: Tensor | None = None
+        super().__init__(layers=[SharedLayer(self, storage, index) for index in range(num_layers)])
+
+    def lengths(self, device: torch.device) -> Tensor:
+        """Tokens in each layer, int64 [L]."""
+        if self._lengths_L is None:
+            self._lengths_L = torch.zeros(self._num_layers, dtype=torch.int64, device=device)
+        return self._lengths_L
 
     def set_length(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""
-        layers: list[Any] = self.layers
-        for layer in layers:
-            layer.cumulative_length.fill_(length)
+        if self._lengths_L is not None:
+            self._lengths_L.fill_(length)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.common import shapes
-from benchmarks.kernels import candidates
+from benchmarks.kernels import attention, candidates
 from benchmarks.kernels.__main__ import main
 from benchmarks.kernels.settings import KernelsSettings
 
@@ -51,3 +51,19 @@ def test_kernels_of_experts_in_codes_are_checked_before_they_are_timed(
 def test_an_unknown_encoding_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="encodings='mxfp3' is not one of mxfp4"):
         main(KernelsSettings(shape="tiny", encodings=["mxfp3"], device="cpu"))
+
+
+def test_attention_is_timed_beside_torchs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CANDIDATES", [(64, 4), (32, 2)])
+    settings = {"contexts": [40, 70], "batches": [1, 2], "device": "cpu", "repeats": 1}
+    main(KernelsSettings(shape="tiny-gpt-oss", **settings))  # type: ignore[arg-type]
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["kernel"], row["tokens"], row["candidate"], row["in_use"]) for row in rows] == [
+        (f"attend {context}", batch, candidate, candidate == "64 keys, 4 warps")
+        for context in (40, 70) for batch in (1, 2)
+        for candidate in ("64 keys, 4 warps", "32 keys, 2 warps", "torch")
+    ]  # fmt: skip
+    assert rows[0]["num_bytes"] == 2 * 2 * 40 * 32 * 2  # keys and values of 2 heads, bf16
+    assert all(row["seconds"] > 0 for row in rows)

@@ -38,7 +38,7 @@ from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
-from runtime.cuda.kernels.attention import attend
+from runtime.cuda.kernels.attention import attend, write
 from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
@@ -186,13 +186,19 @@ class Kernels:
             call(layer, x, torch.zeros(batch, size.top_k, dtype=torch.int64), weights)
 
     def attend(self, batch: int) -> None:
-        """One layer's attention in a step over rows."""
+        """One layer's attention, in a step over rows and behind padding."""
         size = self.size
         query = torch.zeros(batch, size.heads, size.head_dim, dtype=torch.bfloat16)
-        keys = torch.zeros(1, size.groups, 16, size.head_dim, dtype=torch.bfloat16)
+        keys = torch.zeros(1, size.groups, 4096, size.head_dim, dtype=torch.bfloat16)
+        new = torch.zeros(batch, size.groups, size.head_dim, dtype=torch.bfloat16)
         rows, positions = torch.zeros(2, batch, dtype=torch.int64)
+        write(new, new, keys, keys, rows, positions)
         sinks, window = (torch.zeros(size.heads), 128) if size.is_oss else (None, None)
-        attend(query, keys, keys, rows, positions, scale=0.1, window=window, sinks_H=sinks)
+        for real in (None, torch.ones(1, 4096, dtype=torch.bool)):
+            attend(
+                query, keys, keys, rows, positions, scale=0.1, window=window, sinks_H=sinks,
+                real_RC=real,
+            )  # fmt: skip
 
     def prefill(self) -> None:
         """One layer of many tokens, in tiles of every height."""

@@ -26,6 +26,9 @@ from runtime.loading import choose_policy
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import RouteLog
 from runtime.weights.source import from_module, from_path
+from tests.helpers import interpreter
+
+interpreter.mend()
 
 
 class Stream:

@@ -71,8 +71,8 @@ class BatchDecoder:
         model = self._decoder.model
         cache = SharedCache(model.storage, model.config.num_hidden_layers)
         return DecodeStep(
-            model.forward, model.config, cache, experts, batch=bucket, context=model.context,
-            dtype=model.dtype, device=model.device, stream=model.stream,
+            model.model, model.forward, cache, experts, batch=bucket, context=model.context,
+            device=model.device, stream=model.stream,
         )  # fmt: skip
 
     def run(

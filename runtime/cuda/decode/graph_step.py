@@ -1,8 +1,8 @@
 """One decode step of the model as one CUDA graph.
 
-The model's own forward runs between static tensors: token ids, positions, the attention mask over
-the whole cache. The graph also chooses the next token greedily, feeds it to itself, and advances
-position and mask, so that the host only has to replay it.
+The model's own forward runs between static tensors: token ids, positions, the keys that are padding
+and the masks made of them. The graph also chooses the next token greedily, feeds it to itself, and
+advances the position, so that the host only has to replay it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.single_tokens import PaddedTokens, UnknownAttention
 from runtime.cuda.streams import CUDNN_ATTENTION
-from runtime.kv.attention_kinds import attention_types
+from runtime.kv.own_attention import OwnAttention
 from runtime.kv.static_cache import SharedCache
 
 WARM_UPS = 2
@@ -63,7 +65,9 @@ class CapturedStep(ABC):
         self._graph.replay()
 
     def _capture(self) -> None:
-        """Capture the step, its attention not by cuDNN, whose bits differ from run to run."""
+        """Capture the step. Attention that is left to torch is not by cuDNN, whose bits differ from
+        run to run.
+        """
         CUDNN_ATTENTION.turn_off()
         try:
             self._warm_up_and_capture()
@@ -104,30 +108,28 @@ class CapturedStep(ABC):
 class DecodeStep(CapturedStep):
     """A captured decode step of `batch` sequences that go on together, each on its own tokens.
 
-    forward: the model's forward, compiled or not.
+    forward: the forward of `model`, compiled or not.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         forward: Callable[..., Any],
-        config: Any,
         cache: SharedCache,
         experts: ExpertsCall,
         *,
         batch: int,
         context: int,
-        dtype: torch.dtype,
         device: torch.device,
         stream: torch.cuda.Stream,
     ) -> None:
         super().__init__(experts, stream)
-        self._forward, self._config = forward, config
-        self.cache, self._dtype = cache, dtype
+        self._forward, self.cache = forward, cache
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._positions_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._length = torch.zeros(1, dtype=torch.int64, device=device)
-        self._real_BC = torch.ones(batch, context, dtype=torch.bool, device=device)
-        self._columns_C = torch.arange(context, device=device)
+        self._tokens = PaddedTokens(model, batch, context, device)
+        self._attention: OwnAttention | None = OwnAttention(model, self._tokens.attend)
+        """None: the model's own, with masks; it does what the kernels do not."""
 
     @property
     def batch(self) -> int:
@@ -135,9 +137,13 @@ class DecodeStep(CapturedStep):
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        layers: list[Any] = self.cache.layers
-        lengths = (layer.cumulative_length for layer in layers)
-        return self.ids_B1, self._positions_B1, self._length, *lengths
+        lengths_L = self.cache.lengths(self.ids_B1.device)
+        return self.ids_B1, self._positions_B1, self._tokens.positions_B, lengths_L
+
+    @property
+    def has_own_attention(self) -> bool:
+        """Whether the project's kernels do the attention, as far as is known yet."""
+        return self._attention is not None
 
     def twin(self, experts: ExpertsCall) -> DecodeStep:
         """The same step with other kernels for its experts: either may run next."""
@@ -147,43 +153,39 @@ class DecodeStep(CapturedStep):
 
     def start(self, length: int, positions_B: Tensor, real_BT: Tensor | None) -> None:
         """Take over after a prefill of `length` tokens a row; real_BT is False for padding."""
-        self._length.fill_(length)
         self._positions_B1.copy_(positions_B[:, None])
-        self._real_BC.fill_(True)
-        if real_BT is not None:
-            self._real_BC[:, : real_BT.shape[1]] = real_BT
+        self._tokens.start(length, real_BT)
         self.cache.set_length(length)
 
     def forward(self) -> Tensor:
-        output = self._forward(
-            input_ids=self.ids_B1,
-            position_ids=self._positions_B1,
-            attention_mask=self._masks(),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        try:
+            return self._logits()
+        except UnknownAttention:  # in the first of the runs that come before a capture
+            self._attention = None
+            self.experts.begin_step()
+            return self._logits()
+
+    def _logits(self) -> Tensor:
+        masks = self._tokens.masks()
+        own = nullcontext() if self._attention is None else self._attention.in_use()
+        self.cache.step = self._tokens
+        try:
+            with own:
+                output = self._forward(
+                    input_ids=self.ids_B1,
+                    position_ids=self._positions_B1,
+                    attention_mask=masks,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+        finally:
+            self.cache.step = None
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
     def advance(self, next_B: Tensor) -> None:
         self.ids_B1.copy_(next_B[:, None])
         self._positions_B1.add_(1)
-        self._length.add_(1)
-
-    def _masks(self) -> Tensor | dict[str, Tensor]:
-        """The mask of each row's new token, in the form its attention implementation takes."""
-        seen_BC = self._real_BC & (self._columns_C <= self._length)
-        types = attention_types(self._config)
-        if len(types) == 1:
-            return self._as_mask(seen_BC, *types)
-        return {kind: self._as_mask(seen_BC, kind) for kind in types}
-
-    def _as_mask(self, seen_BC: Tensor, kind: str) -> Tensor:
-        if kind == "sliding_attention":
-            seen_BC = seen_BC & (self._columns_C > self._length - self._config.sliding_window)
-        mask_B11C = seen_BC[:, None, None]
-        if self._config._attn_implementation == "eager":
-            lowest = torch.finfo(self._dtype).min
-            return torch.zeros_like(mask_B11C, dtype=self._dtype).masked_fill(~mask_B11C, lowest)
-        return mask_B11C
+        self._tokens.positions_B.add_(1)
+        self.cache.lengths(self.ids_B1.device).add_(1)

@@ -20,23 +20,21 @@ from runtime.cache.forecast import Forecast
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import CapturedStep
-from runtime.cuda.kernels.attention import attend
 from runtime.cuda.prefetching import SERVING
+from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
-from runtime.kv.row_cache import Attention, RowCache
+from runtime.kv.own_attention import Attention
+from runtime.kv.row_cache import RowCache
 
 
-class SingleTokens:
-    """Where the tokens of a captured step belong: static tensors that a graph reads."""
+class TokensOfRows(SingleTokens):
+    """Tokens of any rows, side by side."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
         """Token ids, rows, positions."""
-        self.ids_1B, self.rows_T, self.positions_T = (
-            self.inputs_3B[:1],
-            self.inputs_3B[1],
-            self.inputs_3B[2],
-        )
+        self.ids_1B = self.inputs_3B[:1]
+        super().__init__(self.inputs_3B[1], self.inputs_3B[2])
 
     def attend(
         self,
@@ -48,23 +46,7 @@ class SingleTokens:
         **kwargs: Any,
     ) -> Tensor:
         """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
-        return attend_singles(query, key, value, self.rows_T, self.positions_T, **kwargs)
-
-
-def attend_singles(
-    query: Tensor, key: Tensor, value: Tensor, rows_B: Tensor, positions_B: Tensor, **kwargs: Any
-) -> Tensor:
-    """Attention of B single tokens, in transformers' terms: see `Places.attend`."""
-    if kwargs.get("softcap") is not None:
-        raise ValueError("soft-capped attention is not captured")
-    scale = kwargs.get("scaling")
-    run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else attend
-    out_BHV: Tensor = run(
-        query[0].transpose(0, 1), key, value, rows_B, positions_B,
-        query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
-        kwargs.get("s_aux"),
-    )  # fmt: skip
-    return out_BHV[None]
+        return attend_singles(query, key, value, self.rows_B, self.positions_B, **kwargs)
 
 
 class RowStep(CapturedStep):
@@ -84,7 +66,7 @@ class RowStep(CapturedStep):
     ) -> None:
         super().__init__(experts, stream)
         self._forward, self._cache = forward, cache
-        self._tokens = SingleTokens(batch, device)
+        self._tokens = TokensOfRows(batch, device)
         self._pinned_3B = torch.zeros(3, batch, dtype=torch.int64).pin_memory()
 
     @property
@@ -105,7 +87,7 @@ class RowStep(CapturedStep):
         with self._cache.attending(self._tokens):
             output = self._forward(
                 input_ids=self._tokens.ids_1B,
-                position_ids=self._tokens.positions_T[None],
+                position_ids=self._tokens.positions_B[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,

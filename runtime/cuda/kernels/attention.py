@@ -1,64 +1,206 @@
 """Attention of single new tokens, each over its own row of a key/value cache and its own length.
 
-One program a token and query head runs down the row once (online softmax, as in FlashAttention), so
-that no row is gathered or masked, and what a token gets does not depend on who else is in the step.
+    write_tokens    the new keys and values, to the cache
+    attend_blocks   the softmax over one block of keys, for one token and the heads of one key head
+    join_blocks     the softmax over all blocks of one token and head
+
+Blocks start at multiples of a length that the width of a head decides, so that a long row keeps the
+whole GPU busy (as flash decoding does), and are joined in ascending order, `JOINED` at a time: the
+order of every sum follows from the token's position alone, whoever else is in the step and however
+many programs run.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
-"""Positions at a time."""
+TILE = 8192
+"""Keys of a block times the width of a head: 64 registers a thread for keys and values."""
+SHORTEST, LONGEST = 16, 64
+"""Keys of a block."""
+JOINED = 32
+"""Blocks that are joined at a time."""
+PROGRAMS = 2048
+"""About so many run at once at most: enough to fill a GPU several times over. With more blocks,
+each program takes several."""
 
 
-@triton.jit(do_not_specialize=["CONTEXT"], do_not_specialize_on_alignment=["rows", "positions"])
-def _attend(
-    query, keys, values, out, rows, positions, sinks, scale, CONTEXT, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+@triton.jit
+def _scores(query_MD, key_CD, IS_ONE: tl.constexpr):
+    """[M, C]; with one head in float32, with several by the tensor cores."""
+    if IS_ONE:
+        return tl.sum(key_CD.to(tl.float32) * query_MD.to(tl.float32), axis=1)[None, :]
+    return tl.dot(query_MD, tl.trans(key_CD))
+
+
+@triton.jit
+def _mixed(share_MC, value_CV, IS_ONE: tl.constexpr):
+    """[M, V], not normalised yet."""
+    if IS_ONE:
+        return tl.sum(tl.trans(share_MC) * value_CV.to(tl.float32), axis=0)[None, :]
+    return tl.dot(share_MC.to(value_CV.dtype), value_CV)
+
+
+@triton.jit(
+    do_not_specialize=["N", "real_R"], do_not_specialize_on_alignment=["rows", "positions", "real"]
+)
+def attend_blocks(
+    query, keys, values, real, rows, positions, best, total, mixed, scale, softcap, N,
+    query_T, query_H, keys_R, keys_G, keys_C, values_R, values_G, values_C, real_R,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr,
+    IS_CAPPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0), tl.program_id(1)
-    length = tl.load(positions + token) + 1
-    first = (tl.load(rows + token) * (HEADS // GROUP) + head // GROUP) * CONTEXT
-    at_D, at_V = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    at_query = (token * HEADS + head) * D
-    query_D = tl.load(query + at_query + at_D, mask=at_D < D, other=0.0).to(tl.float32)
-    best = tl.full([], float("-inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    mean_V = tl.zeros([BLOCK_V], tl.float32)
+    """Write, of each block n, the highest score to best [B, H, N] and, relative to it, the sums of
+    the shares to total [B, H, N], of the values to mixed [B, H, N, V].
+
+    EACH: query heads of a program; M: the same with padding.
+    """
+    token, tile = tl.program_id(0), tl.program_id(1)
+    length, row = tl.load(positions + token) + 1, tl.load(rows + token)
+    at_M, at_D, at_V = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    head_M, is_head_M = tile * EACH + at_M, at_M < EACH
+    group = tile * EACH // GROUP
+    keys += row * keys_R + group * keys_G
+    values += row * values_R + group * values_G
+    query_MD = tl.load(
+        query + token * query_T + head_M[:, None] * query_H + at_D[None, :],
+        mask=is_head_M[:, None] & (at_D < D)[None, :], other=0.0,
+    )  # fmt: skip
     start = tl.maximum(length - WINDOW, 0) if WINDOW else length * 0
-    while start < length:
-        at_C = start + tl.arange(0, BLOCK_C)
-        is_seen_C = at_C < length
+    block = start // BLOCK_C + tl.program_id(2)
+    while block * BLOCK_C < length:
+        at_C = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        is_seen_C = (at_C >= start) & (at_C < length)
         mask_CD = is_seen_C[:, None] & (at_D < D)[None, :]
         mask_CV = is_seen_C[:, None] & (at_V < V)[None, :]
-        key_CD = tl.load(
-            keys + (first + at_C)[:, None] * D + at_D[None, :], mask=mask_CD, other=0.0
-        )
+        key_CD = tl.load(keys + at_C[:, None] * keys_C + at_D[None, :], mask=mask_CD, other=0.0)
         value_CV = tl.load(
-            values + (first + at_C)[:, None] * V + at_V[None, :], mask=mask_CV, other=0.0
+            values + at_C[:, None] * values_C + at_V[None, :], mask=mask_CV, other=0.0
         )
-        score_C = tl.sum(key_CD.to(tl.float32) * query_D[None, :], axis=1) * scale
-        score_C = tl.where(is_seen_C, score_C, float("-inf"))
-        higher = tl.maximum(best, tl.max(score_C, axis=0))
-        share_C, faded = tl.exp(score_C - higher), tl.exp(best - higher)
-        total = total * faded + tl.sum(share_C, axis=0)
-        mean_V = mean_V * faded + tl.sum(share_C[:, None] * value_CV.to(tl.float32), axis=0)
-        best = higher
-        start += BLOCK_C
+        if HAS_REAL:
+            is_seen_C &= tl.load(real + row * real_R + at_C, mask=is_seen_C, other=0) != 0
+        score_MC = _scores(query_MD, key_CD, M == 1) * scale
+        if IS_CAPPED:  # by the hyperbolic tangent
+            score_MC = softcap * (2 * tl.sigmoid(2 * score_MC / softcap) - 1)
+        score_MC = tl.where(is_seen_C[None, :], score_MC, float("-inf"))
+        best_M = tl.max(score_MC, axis=1)
+        base_M = tl.where(best_M == float("-inf"), 0.0, best_M)  # where all of it is padding
+        share_MC = tl.exp(score_MC - base_M[:, None])
+        mixed_MV = _mixed(share_MC, value_CV, M == 1)
+        to_M = (token * HEADS + head_M) * N + block
+        tl.store(best + to_M, best_M, mask=is_head_M)
+        tl.store(total + to_M, tl.sum(share_MC, axis=1), mask=is_head_M)
+        tl.store(
+            mixed + to_M[:, None] * V + at_V[None, :], mixed_MV,
+            mask=is_head_M[:, None] & (at_V < V)[None, :],
+        )  # fmt: skip
+        block += tl.num_programs(2)
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["positions"])
+def join_blocks(
+    best, total, mixed, out, positions, sinks, N,
+    HEADS: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write to out [B, H, V] the values, each with its share of the whole row."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    length, at_V = tl.load(positions + token) + 1, tl.arange(0, BLOCK_V)
+    row = token * HEADS + head
+    highest = tl.full([], float("-inf"), tl.float32)
+    sum_all = tl.full([], 0.0, tl.float32)
+    mean_V = tl.zeros([BLOCK_V], tl.float32)
+    block = tl.maximum(length - WINDOW, 0) // BLOCK_C if WINDOW else length * 0
+    while block * BLOCK_C < length:
+        at_J = block + tl.arange(0, BLOCK_J)
+        is_used_J = at_J * BLOCK_C < length
+        from_J = row * N + at_J
+        best_J = tl.load(best + from_J, mask=is_used_J, other=float("-inf"))
+        total_J = tl.load(total + from_J, mask=is_used_J, other=0.0)
+        mixed_JV = tl.load(
+            mixed + from_J[:, None] * V + at_V[None, :],
+            mask=is_used_J[:, None] & (at_V < V)[None, :], other=0.0,
+        )  # fmt: skip
+        higher = tl.maximum(highest, tl.max(best_J, axis=0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight_J, faded = tl.exp(best_J - base), tl.exp(highest - base)
+        sum_all = sum_all * faded + tl.sum(total_J * weight_J, axis=0)
+        mean_V = mean_V * faded + tl.sum(mixed_JV * weight_J[:, None], axis=0)
+        highest = higher
+        block += BLOCK_J
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32)
-        higher = tl.maximum(best, sink)
-        faded = tl.exp(best - higher)
-        total = total * faded + tl.exp(sink - higher)
+        higher = tl.maximum(highest, sink)
+        faded = tl.exp(highest - higher)
+        sum_all = sum_all * faded + tl.exp(sink - higher)
         mean_V *= faded
-    at_out = (token * HEADS + head) * V
-    result_V = (mean_V / total).to(out.dtype.element_ty)
-    tl.store(out + at_out + at_V, result_V, mask=at_V < V)
+    result_V = (mean_V / sum_all).to(out.dtype.element_ty)
+    tl.store(out + row * V + at_V, result_V, mask=at_V < V)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+def write_tokens(
+    new_keys, new_values, keys, values, rows, positions,
+    new_keys_T, new_keys_G, new_values_T, new_values_G,
+    keys_R, keys_G, keys_C, values_R, values_G, values_C,
+    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One key head of one token a program."""
+    token, group = tl.program_id(0), tl.program_id(1)
+    row, position = tl.load(rows + token), tl.load(positions + token)
+    at_D, at_V = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    key_D = tl.load(new_keys + token * new_keys_T + group * new_keys_G + at_D, mask=at_D < D)
+    value_V = tl.load(
+        new_values + token * new_values_T + group * new_values_G + at_V, mask=at_V < V
+    )
+    tl.store(keys + row * keys_R + group * keys_G + position * keys_C + at_D, key_D, mask=at_D < D)
+    to_V = values + row * values_R + group * values_G + position * values_C + at_V
+    tl.store(to_V, value_V, mask=at_V < V)
+
+
+def write(
+    new_keys_BGD: Tensor,
+    new_values_BGV: Tensor,
+    keys_RGCD: Tensor,
+    values_RGCV: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+) -> None:
+    """Write the keys and values of B tokens to their rows and positions."""
+    new_keys_BGD, new_values_BGV = _in_lines(new_keys_BGD), _in_lines(new_values_BGV)
+    (num_tokens, groups, width), value_width = new_keys_BGD.shape, new_values_BGV.shape[-1]
+    assert keys_RGCD.stride(-1) == values_RGCV.stride(-1) == 1
+    write_tokens[(num_tokens, groups)](
+        new_keys_BGD, new_values_BGV, keys_RGCD, values_RGCV, rows_B, positions_B,
+        *new_keys_BGD.stride()[:2], *new_values_BGV.stride()[:2], *keys_RGCD.stride()[:3],
+        *values_RGCV.stride()[:3], D=width, V=value_width,
+        BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(value_width),
+        num_warps=1,
+    )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """What a program of `attend_blocks` takes at a time."""
+
+    keys: int
+    heads: int
+    """Query heads."""
+    rows: int
+    """The same, padded to what the tensor cores take."""
+    warps: int = 4
+
+    @classmethod
+    def of(cls, group: int, width: int, dtype: torch.dtype) -> Tile:
+        """group: query heads of a key head; width: of a head, the wider one of keys and values."""
+        keys = min(max(TILE // triton.next_power_of_2(width), SHORTEST), LONGEST)
+        heads = 1 if dtype == torch.float32 else group  # no tensor core has float32's precision
+        return cls(keys, heads, 1 if heads == 1 else max(16, triton.next_power_of_2(heads)))
 
 
 def attend(
@@ -70,25 +212,49 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    softcap: float | None = None,
+    real_RC: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """[B, H, V]: token b at `positions_B` of row `rows_B`, whose own key is in the cache already.
 
     R rows of G key/value heads and C positions; every H / G query heads share one. window: the
     newest keys that are seen. sinks_H: a logit of every head that takes part in the softmax only.
+    softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees. tile: of
+    another size than usual.
     """
+    query_BHD, keys_RGCD, values_RGCV = map(_in_lines, (query_BHD, keys_RGCD, values_RGCV))
     num_tokens, heads, width = query_BHD.shape
     groups, context, value_width = values_RGCV.shape[1:]
-    assert keys_RGCD.is_contiguous()
-    assert values_RGCV.is_contiguous()
-    out_BHV = torch.empty(
-        num_tokens, heads, value_width, dtype=query_BHD.dtype, device=query_BHD.device
-    )
-    query_BHD = query_BHD.contiguous()
-    _attend[(num_tokens, heads)](
-        query_BHD, keys_RGCD, values_RGCV, out_BHV, rows_B, positions_B,
-        query_BHD if sinks_H is None else sinks_H, scale, context, HEADS=heads,
-        GROUP=heads // groups, D=width, V=value_width, WINDOW=window or 0,
-        HAS_SINKS=sinks_H is not None, BLOCK_C=BLOCK, BLOCK_D=triton.next_power_of_2(width),
-        BLOCK_V=triton.next_power_of_2(value_width), num_warps=4,
+    group = heads // groups
+    tile = tile or Tile.of(group, max(width, value_width), query_BHD.dtype)
+    num_blocks = triton.cdiv(context, tile.keys)
+    num_tiles = heads // tile.heads
+    programs = min(num_blocks, triton.cdiv(PROGRAMS, num_tokens * num_tiles))
+    new = query_BHD.new_empty
+    best, total = new(2, num_tokens, heads, num_blocks, dtype=torch.float32)
+    mixed = new(num_tokens, heads, num_blocks, value_width, dtype=torch.float32)
+    out_BHV = new(num_tokens, heads, value_width)
+    shape = {"HEADS": heads, "V": value_width, "WINDOW": window or 0, "BLOCK_C": tile.keys}
+    least = 1 if tile.rows == 1 else 16
+    real = positions_B if real_RC is None else real_RC.view(torch.uint8)
+    attend_blocks[(num_tokens, num_tiles, programs)](
+        query_BHD, keys_RGCD, values_RGCV, real, rows_B, positions_B, best, total, mixed,
+        scale, softcap or 0.0, num_blocks, *query_BHD.stride()[:2], *keys_RGCD.stride()[:3],
+        *values_RGCV.stride()[:3], real.stride(0), GROUP=group, EACH=tile.heads, M=tile.rows,
+        D=width, HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
+        BLOCK_D=max(triton.next_power_of_2(width), least),
+        BLOCK_V=max(triton.next_power_of_2(value_width), least), **shape,
+        num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
+    join_blocks[(num_tokens, heads)](
+        best, total, mixed, out_BHV, positions_B, query_BHD if sinks_H is None else sinks_H,
+        num_blocks, HAS_SINKS=sinks_H is not None, BLOCK_J=JOINED,
+        BLOCK_V=triton.next_power_of_2(value_width), **shape, num_warps=4,
     )  # fmt: skip
     return out_BHV
+
+
+def _in_lines(tensor: Tensor) -> Tensor:
+    """The tensor, each line of its last axis in one piece."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

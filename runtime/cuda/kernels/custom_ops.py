@@ -44,11 +44,14 @@ def attend(
     scale: float,
     window: int | None,
     sinks_H: Tensor | None,
+    softcap: float | None,
+    real_RC: Tensor | None,
 ) -> Tensor:
     """`attention.attend`, as one operator."""
     return attend_kernel.attend(
-        query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H
-    )
+        query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H, softcap,
+        real_RC,
+    )  # fmt: skip
 
 
 @attend.register_fake

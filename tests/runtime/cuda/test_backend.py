@@ -76,6 +76,20 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     assert engine.decode_path == "graph"
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+    assert all(step.has_own_attention for step in engine._backend.decoder.steps.values())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_attention_that_no_kernel_has_is_the_models_own(model: Any, compile: bool) -> None:
+    """Compiled or not: found out in the first pass, whose experts have changed the cache."""
+    torch._dynamo.reset()
+    model.model.layers[-1].self_attn.sinks = torch.zeros(4)  # to be heeded, it seems
+    want = generate(model, 2)
+    engine = load_fake(model, memory=0.5, batch=2, compile=compile, prefetch=True).expertflow
+    assert torch.equal(generate(model, 2), want)
+    assert engine.decode_path == "graph"
+    assert not any(step.has_own_attention for step in engine._backend.decoder.steps.values())
+    engine.check_integrity()
 
 
 def test_every_size_of_step_is_compiled_whatever_torchs_limit(

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 NAMES = {
     "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
-    "combine", "_attend", "gather", "project", "gate_up_of_one",
+    "combine", "attend_blocks", "join_blocks", "write_tokens", "gather", "project",
+    "gate_up_of_one",
 }  # fmt: skip
 LEAST_SHARED = 99 << 10
 """Bytes of shared memory that a program may take on a consumer's GPU (8.6, 8.9, 12.0)."""
@@ -46,7 +47,8 @@ def test_every_kernel_compiles_and_fits_any_gpu(capability: int, name: str, tmp_
 def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     """Where a layer's entries lie in a shared tensor is no reason to compile anew."""
     counts = Counter(kernel["name"] for kernel in compiled(90, tmp_path, "olmoe-7b"))
-    assert counts["_attend"] == counts["fetch"] == counts["pick"] == 1
+    assert counts["join_blocks"] == counts["write_tokens"] == counts["fetch"] == counts["pick"] == 1
+    assert counts["attend_blocks"] == 2  # of served rows, and behind padding
     assert counts["plan"] == 3 + 3 + 1  # prefetching for batches 1, 8, 32; three rules; residents
     assert counts["gate_up"] == 8 + 1  # there and fetched, by batch; without prefetch; residents
     assert counts["gate_up_of_one"] == 3

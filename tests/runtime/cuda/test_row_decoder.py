@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -20,7 +18,6 @@ import runtime
 from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
 from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
-from runtime.cuda.kernels.attention import attend
 from runtime.serving.model_runner import CapturedRunner
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
@@ -50,55 +47,6 @@ def load(model: Any, folder: Path | None = None, **options: Any) -> Any:
     if folder is not None:
         predictor = write_predictor(folder / "predictor.onnx", topology_of(model))
     return load_fake(model, predictor, **{"memory": 0.75, "batch": 3} | options).expertflow
-
-
-# ---------------------------------------------------------------------- the kernel
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    groups=st.sampled_from([1, 2]),
-    shared=st.sampled_from([1, 3]),
-    width=st.sampled_from([8, 12]),
-    value_width=st.sampled_from([8, 5]),
-    window=st.sampled_from([None, 1, 5, 200]),
-    has_sinks=st.booleans(),
-    positions=st.lists(st.integers(0, 149), min_size=1, max_size=3),
-)
-def test_a_token_attends_to_its_own_row_up_to_itself(
-    groups: int, shared: int, width: int, value_width: int, window: int | None, has_sinks: bool,
-    positions: list[int],
-) -> None:  # fmt: skip
-    random = torch.Generator().manual_seed(groups + 2 * width)
-    heads, rows_B = groups * shared, torch.arange(len(positions)).flip(0) + 1
-    keys = torch.randn(5, groups, 150, width, generator=random)
-    values = torch.randn(5, groups, 150, value_width, generator=random)
-    query = torch.randn(len(positions), heads, width, generator=random)
-    sinks = torch.randn(heads, generator=random) if has_sinks else None
-    ours = attend(
-        query, keys, values, rows_B, torch.tensor(positions), scale=0.3, window=window,
-        sinks_H=sinks,
-    )  # fmt: skip
-    for token, (row, position) in enumerate(zip(rows_B.tolist(), positions, strict=True)):
-        seen = slice(max(position + 1 - (window or 200), 0), position + 1)
-        one = [tensor[row, :, seen].repeat_interleave(shared, 0) for tensor in (keys, values)]
-        theirs = reference(query[token], one[0], one[1], sinks)
-        torch.testing.assert_close(ours[token], theirs, rtol=1e-5, atol=1e-5)
-
-
-def reference(query_HD: Tensor, key_HCD: Tensor, value_HCV: Tensor, sinks_H: Any) -> Tensor:
-    scores_HC = torch.einsum("hd,hcd->hc", query_HD, key_HCD) * 0.3
-    if sinks_H is not None:
-        scores_HC = torch.cat([scores_HC, sinks_H[:, None]], 1)
-    shares_HC = scores_HC.softmax(-1)[:, : key_HCD.shape[1]]
-    return torch.einsum("hc,hcv->hv", shares_HC, value_HCV)
-
-
-def test_what_lies_beyond_a_row_is_never_read() -> None:
-    keys, values = torch.full((2, 2, 1, 9, 4), float("nan"))
-    keys[1, 0, :3], values[1, 0, :3] = 1.0, 2.0
-    out = attend(torch.ones(1, 1, 4), keys, values, torch.tensor([1]), torch.tensor([2]), scale=1.0)
-    assert torch.equal(out, torch.full((1, 1, 4), 2.0))
 
 
 # ---------------------------------------------------------------------- the steps

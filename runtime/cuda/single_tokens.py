@@ -1,0 +1,139 @@
+"""The tokens of a captured step: their rows and positions in the cache, and their attention.
+
+SingleTokens  one token of each of any rows
+PaddedTokens  the next token of every row, all at one position, behind rows with padding in them
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.cuda.kernels import attention as kernels
+from runtime.kv.attention_kinds import attention_types
+
+TAKEN = {"scaling", "sliding_window", "s_aux", "softcap", "is_causal"}
+"""What `attend_singles` heeds of what a layer gives to its attention."""
+OF_NO_MATTER = {
+    "position_ids", "cache_position", "use_cache", "past_key_values", "logits_to_keep",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+"""Meant for the forward pass, and handed through."""
+
+
+class SingleTokens:
+    """Where the tokens of a captured step belong: static tensors that a graph reads."""
+
+    def __init__(self, rows_B: Tensor, positions_B: Tensor) -> None:
+        self.rows_B, self.positions_B = rows_B, positions_B
+
+    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+        new_keys, new_values = _one_a_token(new_keys), _one_a_token(new_values)
+        if torch.compiler.is_compiling():  # which makes it one kernel with what comes before
+            keys[self.rows_B, :, self.positions_B] = new_keys
+            values[self.rows_B, :, self.positions_B] = new_values
+        else:
+            kernels.write(new_keys, new_values, keys, values, self.rows_B, self.positions_B)
+
+
+def attend_singles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    real_RC: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of B single tokens, in transformers' terms: from queries [1, heads, B, width] or
+    [B, heads, 1, width] and all rows of a layer to [1, B, heads, width] or [B, 1, heads, width].
+    """
+    scale = kwargs.get("scaling")
+    run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else kernels.attend
+    out_BHV: Tensor = run(
+        _one_a_token(query), key, value, rows_B, positions_B,
+        query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
+        kwargs.get("s_aux"), kwargs.get("softcap"), real_RC,
+    )  # fmt: skip
+    return out_BHV.view(len(query), -1, *out_BHV.shape[1:])
+
+
+def _one_a_token(states: Tensor) -> Tensor:
+    """[B, heads, width] of states [1, heads, B, width] or [B, heads, 1, width]."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+class UnknownAttention(Exception):
+    """A layer attends in a way that no kernel has."""
+
+
+class PaddedTokens(SingleTokens):
+    """The next token of each of the first `batch` rows, all at one position of the cache."""
+
+    def __init__(self, model: nn.Module, batch: int, context: int, device: torch.device) -> None:
+        zeros_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        super().__init__(torch.arange(batch, device=device), zeros_B)
+        whole: Any = model
+        self._config: Any = whole.config.get_text_config(decoder=True)
+        self._dtype: torch.dtype = whole.dtype
+        self._real_BC = torch.ones(batch, context, dtype=torch.bool, device=device)
+        self._columns_C = torch.arange(context, device=device)
+        self._mask_of_kind: dict[str, Tensor] = {}
+
+    def start(self, length: int, real_BT: Tensor | None) -> None:
+        """The rows have `length` tokens; real_BT is False for padding."""
+        self.positions_B.fill_(length)
+        self._real_BC.fill_(True)
+        if real_BT is not None:
+            self._real_BC[:, : real_BT.shape[1]] = real_BT
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention in transformers' terms; `attention_mask` says only of which kind it is."""
+        same = [kind for kind, mask in self._mask_of_kind.items() if mask is attention_mask]
+        if not same or not self._is_known(module, query, key, kwargs):
+            raise UnknownAttention
+        kwargs["sliding_window"] = self._window(*same)
+        places = self.rows_B, self.positions_B, self._real_BC
+        return attend_singles(query, key, value, *places, **kwargs), None
+
+    def _is_known(
+        self, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    ) -> bool:
+        given = {name for name, value in kwargs.items() if value is not None}
+        if kwargs.get("dropout"):
+            return False
+        if getattr(module, "sinks", None) is not None and "s_aux" not in given:
+            return False
+        fits = key.shape[::2] == self._real_BC.shape and not query.shape[1] % key.shape[1]
+        return fits and given <= TAKEN | OF_NO_MATTER | {"dropout"}
+
+    def _window(self, kind: str) -> int | None:
+        return self._config.sliding_window if kind == "sliding_attention" else None
+
+    def masks(self) -> Tensor | dict[str, Tensor]:
+        """The mask of each row's new token, in the form its attention implementation takes."""
+        seen_BC = self._real_BC & (self._columns_C <= self.positions_B[:, None])
+        kinds = attention_types(self._config)
+        self._mask_of_kind = {kind: self._as_mask(seen_BC, kind) for kind in kinds}
+        return self._mask_of_kind if len(kinds) > 1 else self._mask_of_kind[kinds.pop()]
+
+    def _as_mask(self, seen_BC: Tensor, kind: str) -> Tensor:
+        window = self._window(kind)
+        if window is not None:
+            seen_BC = seen_BC & (self._columns_C > self.positions_B[:, None] - window)
+        mask_B11C = seen_BC[:, None, None]
+        if self._config._attn_implementation == "eager":
+            lowest = torch.finfo(self._dtype).min
+            return torch.zeros_like(mask_B11C, dtype=self._dtype).masked_fill(~mask_B11C, lowest)
+        return mask_B11C
