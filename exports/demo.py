@@ -72,15 +72,16 @@ def main(settings: DemoSettings) -> None:
     os.environ |= ENVIRONMENT | os.environ
 
     from exports.demo_generation import generate
-    from exports.demo_report import draw, print_report
+    from exports.demo_report import draw, print_report, save
 
     onnx = settings.directory / "predictor.onnx"
     live = generate(MODEL, onnx, prompts, residency=RESIDENCY, new_tokens=settings.new_tokens)
     print_report(live, width=WIDTH)
     draw(live.runs, settings.directory / "policies.png")
+    save(live, settings.directory / "policies.json")
     pictures = ", ".join(sorted(path.name for path in settings.directory.glob("*.png")))
     minutes = (time.perf_counter() - start) / 60
-    print(f"{minutes:.1f} minutes in all; pictures in {settings.directory}: {pictures}")
+    print(f"{minutes:.1f} minutes in all; in {settings.directory}: {pictures}, policies.json")
     print_next_steps()
     if not all(result.identical for result in live.runs):
         raise SystemExit("the offloaded model generated other tokens than the model itself")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,6 +120,16 @@ def text_lines(live: LiveResult, width: int) -> Iterator[str]:
 
 def _one_line(text: str) -> str:
     return LINE_BREAK.join(text.split("\n"))
+
+
+def save(live: LiveResult, path: Path) -> None:
+    """Write the policies' results and the speeds as JSON; what was not measured is null."""
+    runs = [
+        {name: None if value != value else value for name, value in asdict(run).items()}
+        for run in live.runs
+    ]
+    result = {"new_tokens": live.new_tokens, "runs": runs, "speeds": live.speeds._asdict()}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:

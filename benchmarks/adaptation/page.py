@@ -6,15 +6,18 @@ python -m benchmarks.adaptation.page --results FILE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks.common.markdown import Row, table
 from routing.cli import run
 
-Row = Sequence[str]
-Results = Sequence[dict[str, Any]]
+Document = dict[str, Any]
+NONE = "none"
+"""The run without a correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +31,43 @@ class PageSettings:
 def main(settings: PageSettings) -> None:
     """Print all tables, those of the runs that the file has."""
     document = json.loads(settings.results.read_text(encoding="utf-8"))
-    print("\n".join(page(document["results"])))
-    if adapted := document.get("adapted_with_blend"):
-        print("\n".join(["", *hits(adapted)]))
-    for name, results in document.get("online", {}).items():
-        print("\n".join(["", f"{name}:", "", *online(results)]))
+    tables = [learnt(document), hit_rates(document), forgotten(document)]
+    if "adapted_with_blend" in document:
+        tables.append(blended(document))
+    print("\n\n".join("\n".join(lines) for lines in tables))
+    for value in document.get("online", {}):
+        print("\n".join(["", f"{value}:", "", *online(document, value=value)]))
 
 
-def page(results: Results) -> Iterator[str]:
-    """The lines of the tables: recall and calibration, hit rates, and what became of old text."""
+def learnt(document: Document) -> Iterator[str]:
+    """Recall and calibration on the new text, before and after."""
     columns: Row = ("recall@K this", "next", "calibration error this", "next", "steps", "seconds")
-    yield from table(("kind", "tokens", *columns), (_learnt(result) for result in results))
-    yield ""
+    return table(("kind", "tokens", *columns), map(_learnt, document["results"]))
+
+
+def hit_rates(document: Document) -> Iterator[str]:
+    """Hit rates on the new text."""
     policies = ("lru", "lfu", "before", "after", "belady")
     columns = ("LRU", "LFU", "predicted, before", "after", "Belady")
-    yield from table(
+    return table(
         ("kind", "tokens", *columns),
-        ((*_name(result), *_rates(result, "new", policies)) for result in results),
+        ((*_name(one), *_rates(one, "new", policies)) for one in document["results"]),
     )
-    yield ""
+
+
+def forgotten(document: Document) -> Iterator[str]:
+    """Recall and hit rates on the old text, before and after."""
     columns = ("old text: recall@K this", "next", "hit rates before", "after")
-    replayed = [result for result in results if "old" in result["before"]]
-    yield from table(("kind", "tokens", *columns), (_kept(result) for result in replayed))
+    replayed = [one for one in document["results"] if "old" in one["before"]]
+    return table(("kind", "tokens", *columns), map(_kept, replayed))
 
 
-def hits(results: Results) -> Iterator[str]:
-    """The lines of a table of hit rates by kind and tokens; 0 tokens are the start."""
+def blended(document: Document) -> Iterator[str]:
+    """Hit rates of the adapted files with the online blend; 0 tokens are the start."""
+    results = document["adapted_with_blend"]
     rates = {(r["kind"], r["max_tokens"]): _joined(r["hit_rates"]) for r in results}
     tokens = sorted({number for _, number in rates})
-    yield from table(
+    return table(
         ("kind", *(f"{number:,} tokens" for number in tokens)),
         (
             (kind, *(rates.get((kind, number), "") for number in tokens))
@@ -65,11 +76,12 @@ def hits(results: Results) -> Iterator[str]:
     )
 
 
-def online(results: Results) -> Iterator[str]:
-    """The lines of a table of hit rates by label and correction."""
+def online(document: Document, *, value: str) -> Iterator[str]:
+    """Hit rates by label and correction, of one kind of predicted reuse."""
+    results = document["online"][value]
     rates = {(r["label"], r["correction"]): _joined(r["hit_rates"]) for r in results}
     corrections = list(dict.fromkeys(correction for _, correction in rates))
-    yield from table(
+    return table(
         ("kind", *corrections),
         (
             (label, *(rates[label, correction] for correction in corrections))
@@ -78,12 +90,31 @@ def online(results: Results) -> Iterator[str]:
     )
 
 
-def table(head: Row, rows: Iterable[Row]) -> Iterator[str]:
-    """The lines of a table."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+def corrections(document: Document, kinds: Document, *, groups: str) -> Iterator[str]:
+    """Mean change of the hit rates by each correction learnt online, in groups of kinds."""
+    titles = kinds["groups"][groups]
+    found = {
+        (value, result["correction"], result["label"]): result["hit_rates"]
+        for value, results in document["online"].items()
+        for result in results
+    }
+    names = dict.fromkeys((value, name) for value, name, _ in found if name != NONE)
+    return table(
+        ("value", "correction", *(f"{title} ({len(own)})" for title, own in titles.items())),
+        (
+            (value, name, *(_mean_change(found, value, name, own) for own in titles.values()))
+            for value, name in names
+        ),
+    )
+
+
+def _mean_change(
+    found: dict[tuple[str, str, str], list[float]], value: str, name: str, kinds: list[str]
+) -> str:
+    """The mean change of the hit rate at each cache size."""
+    pairs = ((found[value, name, kind], found[value, NONE, kind]) for kind in kinds)
+    changes = [[new - old for new, old in zip(*pair, strict=True)] for pair in pairs]
+    return " / ".join(f"{fmean(of_size):+.3f}" for of_size in zip(*changes, strict=True))
 
 
 def _name(result: dict[str, Any]) -> Row:

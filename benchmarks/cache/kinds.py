@@ -3,6 +3,7 @@
     python -m benchmarks.cache.kinds --trace DIR --fit_trace OTHER --json kinds.json
     python -m benchmarks.cache.kinds --model DIR --text FOLDER --predictor FILE --json live.json
     python -m benchmarks.cache.kinds --json kinds.json      # its tables once more
+    python -m benchmarks.cache.kinds --json kinds.json --parts one.json other.json    # joined
 
 Kinds are the trace's labels, or the names of the text files. Each starts with an empty cache, which
 its documents share; prompts are decoded token by token. With --model the policies run live, and
@@ -13,14 +14,13 @@ Markdown.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cache.live_kinds import LiveKindsSettings, live_kinds
+from benchmarks.cache.page import by_kind
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from runtime.cache.belady import Calls
     from runtime.simulation.replay import ReplayResult
 
-MEAN = "mean"
+KEYS = ("commands", "rows")
 KEPT = ("policy", "residency", "slots", "requests", "loads")
 
 
@@ -41,6 +41,8 @@ class KindsSettings(LiveKindsSettings):
     """File to write the results to; without --trace and --model, to read them from."""
     trace: Path | None = None
     """Trace directory of a decoder-only model, with labels."""
+    parts: list[Path] = field(default_factory=list)
+    """Files of runs over other kinds or sizes of the same model, to join in --json."""
     predictor: Path | None = None
     """ONNX predictor; adds predicted reuse."""
     fit_trace: Path | None = None
@@ -58,7 +60,7 @@ class KindsSettings(LiveKindsSettings):
 
 
 def main(settings: KindsSettings) -> None:
-    """Run where there is a trace or a model, then print the tables."""
+    """Run where there is a trace or a model, or join the parts, then print the tables."""
     if settings.trace is not None or settings.model is not None:
         from benchmarks.common.machine import command
 
@@ -66,10 +68,13 @@ def main(settings: KindsSettings) -> None:
         for results in _results(settings) if settings.model is None else _live_results(settings):
             rows += results
             write(settings.json, [command("benchmarks.cache.kinds")], rows)
+    elif settings.parts:
+        parts = [json.loads(path.read_text()) for path in settings.parts]
+        write(settings.json, *([one for part in parts for one in part[key]] for key in KEYS))
     rows = json.loads(settings.json.read_text())["rows"]
     for share in dict.fromkeys(row["residency"] for row in rows):
         print(f"\n{share:.4g} of the experts resident\n")
-        print("\n".join(table([row for row in rows if row["residency"] == share])))
+        print("\n".join(by_kind([row for row in rows if row["residency"] == share])))
     if live := [row for row in rows if row.get("live")]:
         print(f"\n{agreement(live)}")
 
@@ -137,31 +142,6 @@ def _replay(
     shape = reader.stack.num_layers, num_experts
     sizes = settings.residency
     return simulate(steps[: settings.kind_tokens], shape, residency=sizes, predictor=file, fit=fit)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The lines of a Markdown table of one cache size: a row for each kind, then their mean."""
-    from runtime.simulation.gap import best_free_rule, gap_closed
-
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    by_kind: dict[str, dict[str, float]] = {}
-    for row in rows:
-        hit_rate = 1 - row["loads"] / row["requests"]
-        by_kind.setdefault(row["kind"], {})[row["policy"]] = hit_rate
-    by_kind[MEAN] = {p: fmean(rates[p] for rates in by_kind.values()) for p in policies}
-    predicts = "predicted" in policies
-    gaps = ["gap of LRU", "gap of best free"] if predicts else []
-    yield "| " + " | ".join(["kind", *policies, "best free", *gaps]) + " |"
-    yield "|" + " --- |" * (len(policies) + 2 + len(gaps))
-    for kind, rates in by_kind.items():
-        best = best_free_rule(rates)
-        assert best is not None
-        cells = [kind, *(f"{rates[policy]:.3f}" for policy in policies), best]
-        if predicts:
-            for floor in ("lru", best):
-                closed = gap_closed(rates["predicted"], rates[floor], rates["belady"])
-                cells.append("-" if math.isnan(closed) else f"{closed:.0%}")
-        yield "| " + " | ".join(cells) + " |"
 
 
 def agreement(live: Sequence[dict[str, Any]]) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.markdown import table
 from benchmarks.common.report import number
-from benchmarks.encodings.arms import CodedArm
 from routing.cli import run
 
 LLAMA_CPP = (
@@ -57,24 +57,30 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """Each run with its command and machine, and a table for each of its shapes."""
     lines = ["# Encodings at equal GPU memory", ""]
     for one in results:
-        lines += _run(one)
+        lines += [*measured(one), ""]
     rows = [row for one in results for row in one["rows"]]
     if any(row["shape"] == LLAMA_SHAPE for row in rows):
-        others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
-        head = f"{LLAMA_SHAPE} in llama.cpp", "on the GPU", "tok/s"
-        lines += [*_table(head, others), "", SOURCE, ""]
+        lines += [*llama_cpp(), ""]
     failed = [f"- {row['name']}: {row['error']}" for row in rows if row["error"] is not None]
     return "\n".join([*lines, *(["## Not run", "", *failed] if failed else [])]).rstrip() + "\n"
 
 
-def _run(one: dict[str, Any]) -> list[str]:
+def measured(one: dict[str, Any]) -> list[str]:
+    """A run: its command and machine, and a table for each of its shapes."""
     machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
-    lines = [f"    {one['command']}", "", f"{machine}; link {_link(one)}.", ""]
+    lines = [f"    {one['command']}", "", f"{machine}; link {_link(one)}."]
     for shape in dict.fromkeys(row["shape"] for row in one["rows"]):
         own = [row for row in one["rows"] if row["shape"] == shape and row["error"] is None]
         if own:
-            lines += [f"## {shape}", "", *_routes(own), "", *_table(HEAD, map(_cells, own)), ""]
+            lines += ["", f"{shape}; {_routes(own)}", "", *table(HEAD, map(_cells, own))]
     return lines
+
+
+def llama_cpp() -> list[str]:
+    """The speeds of llama.cpp, and where they are from."""
+    others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
+    head = f"{LLAMA_SHAPE} in llama.cpp", "on the GPU", "tok/s"
+    return [*table(head, others), "", SOURCE]
 
 
 def _link(one: dict[str, Any]) -> str:
@@ -82,10 +88,10 @@ def _link(one: dict[str, Any]) -> str:
     return "none" if link is None else f"{max(link.values()) / 1e9:.1f} GB/s"
 
 
-def _routes(rows: Iterable[dict[str, Any]]) -> list[str]:
+def _routes(rows: Iterable[dict[str, Any]]) -> str:
     """The routes behind each name, where they are drawn or replayed."""
     notes = {row["routes"]: row["note"] for row in rows}
-    return [f"Routes: {'; '.join(f'{name}: {note}' for name, note in notes.items())}."]
+    return f"routes: {'; '.join(f'{name}: {note}' for name, note in notes.items())}."
 
 
 def _cells(row: dict[str, Any]) -> Sequence[str]:
@@ -102,13 +108,8 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
         number(row["hit_rate"], ".3f"),
         number(row["bytes_per_token"], ".1f", 1e6),
         number(row["link_efficiency"], ".2f"),
-        row["logits"].get(CodedArm.system, "-"),
+        row["logits"].get(row["system"], "-"),
     )
-
-
-def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *cells]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 if __name__ == "__main__":

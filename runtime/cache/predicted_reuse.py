@@ -67,7 +67,7 @@ class PredictedReuse(Policy):
         self._shape, self._horizon = (num_layers, num_experts), horizon
         keys = num_layers * num_experts
         self._blend = LogOddsBlend(self.TRUST, keys, horizon=horizon)
-        self._used, self._has_run = np.zeros(keys, bool), False
+        self._used, self._has_run, self._has_mixed = np.zeros(keys, bool), False, False
         self._fades = np.array([[self.RECENT], [self.MEMORY]], np.float32)
         self._uses, self._steps = np.zeros((2, keys), np.float32), np.zeros((2, 1), np.float32)
         self._first_key_L1 = num_experts * np.arange(num_layers)[:, None]
@@ -94,7 +94,7 @@ class PredictedReuse(Policy):
         self._steps *= self._fades
         self._steps += 1 - self._fades
         self._used.fill(False)
-        self._has_run = False
+        self._has_run = self._has_mixed = False
 
     def revise(self, forecast: Forecast | None) -> None:
         seen = (self._uses + UNSEEN * UNSEEN_STEPS) / (self._steps + UNSEEN_STEPS)
@@ -118,6 +118,7 @@ class PredictedReuse(Policy):
             if forecast.remembered is not None:
                 guess = forecast.remembered.reshape(4, -1)
         mixed = self._blend.mix([said, guess, recent, slow])
+        self._has_mixed = True
         return Forecast(*mixed.reshape(4, *self._shape))
 
     def _later(self, forecast: Forecast, beyond_LE: np.ndarray) -> np.ndarray:
@@ -153,6 +154,8 @@ class PredictedReuse(Policy):
         self._used[keys[keys >= self._first_key_L1]] = True
         self._has_run = True
         self.values[:] = self._after_LE.reshape(-1)
+        if self._has_mixed:  # the step that was forecast is over: learn before the next is known
+            self._learn()
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         return self.values.copy(), self._after_LE.reshape(-1).astype(np.float64)

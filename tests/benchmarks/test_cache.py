@@ -81,6 +81,16 @@ def test_the_rules_on_every_kind_are_tables_that_their_file_gives_again(
         assert mean["best free"] in FREE_RULES
 
 
+def test_runs_over_other_kinds_or_sizes_are_joined_in_one_file(tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace", num_documents=4, seed=5)
+    parts = [tmp_path / "quarter.json", tmp_path / "half.json"]
+    for part, size in zip(parts, (0.25, 0.5), strict=True):
+        compare_kinds(KindsSettings(json=part, trace=trace, residency=[size]))
+    compare_kinds(KindsSettings(json=tmp_path / "all.json", parts=parts))
+    joined, *read = (json.loads(f.read_text()) for f in (tmp_path / "all.json", *parts))
+    assert joined == {key: [*read[0][key], *read[1][key]] for key in ("commands", "rows")}
+
+
 # ---------------------------------------------------------------------- live, by kind
 
 

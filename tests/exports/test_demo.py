@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from exports.comparison import Run
 from exports.demo import SEPARATOR, WIDTH, DemoSettings, hold_back, print_next_steps, wrapped
 from exports.demo_generation import LiveResult, Speeds
-from exports.demo_report import draw, print_report
+from exports.demo_report import draw, print_report, save
 
 ROOT = Path(__file__).parents[2]
 LOADS = {"lru": 1000, "lfu": 900, "predicted": 700, "belady": 500}
@@ -90,6 +91,15 @@ def test_a_report_without_loads_or_predictions_has_no_nan(
 def test_the_bars_are_drawn(tmp_path: Path) -> None:
     draw(live().runs, tmp_path / "policies.png")
     assert (tmp_path / "policies.png").stat().st_size > 5000
+
+
+def test_the_figures_are_kept_as_json_and_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    save(live(), file := tmp_path / "policies.json")
+    kept = json.loads(file.read_text())
+    assert {run["policy"]: run["loads"] for run in kept["runs"]} == LOADS
+    assert kept["new_tokens"] == 50 and kept["speeds"] == {"resident": 100.0, "offloaded": 25.0}
+    recalls = {run["policy"]: run["recall"] for run in kept["runs"]}
+    assert recalls["predicted"] == 0.75 and recalls["lru"] is None
 
 
 def test_a_wrapped_command_is_the_same_command() -> None:

@@ -10,6 +10,8 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -101,6 +103,7 @@ class PredictorThread:
         self.device_forecast = DeviceForecast(device_cache)
         self._requests: queue.SimpleQueue[PredictorRequest | None] = queue.SimpleQueue()
         self._deadline = math.inf
+        self._learning = ThreadPoolExecutor(1, "expertflow-learning")
         self._thread = threading.Thread(target=self._work, name="expertflow-predictor", daemon=True)
         self._thread.start()
 
@@ -115,6 +118,7 @@ class PredictorThread:
         """End the thread, unless it hangs."""
         self._requests.put(None)
         self._thread.join(SILENT_AFTER)
+        self._learning.shutdown(wait=False)
 
     def _work(self) -> None:
         while self.failure is None and (requests := self._take()):
@@ -140,20 +144,27 @@ class PredictorThread:
         return requests[starts[-1] :] if starts else requests
 
     def _answer(self, requests: list[PredictorRequest]) -> None:
-        """Predict for all tokens of `requests` in one run: several where the model was faster."""
+        """Predict for all tokens of `requests` in one run: several where the model was faster.
+
+        Beside it the policy learns from the routes before: each takes a good part of a step.
+        """
         start = time.perf_counter()
-        for request in requests:
-            if not request.is_new and request.routes_LBK is not None:
-                self._policy.touch_routes(request.routes_LBK)
+        learned = self._learning.submit(self._learn, requests)
         tokens_BT = np.concatenate([request.token_ids_BT for request in requests], 1)
         positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
         self._inform(requests[0], len(tokens_BT))
         forecast = self._forecaster.forecast(tokens_BT, positions_BT)
+        learned.result()
         if self.failure is None:  # it may have been given up meanwhile
             begun = requests[-1].has_begun
             (self._policy.revise if begun else self._policy.begin_step)(forecast)
             self.device_forecast.publish(self._policy, forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
+
+    def _learn(self, requests: Sequence[PredictorRequest]) -> None:
+        for request in requests:
+            if not request.is_new and request.routes_LBK is not None:
+                self._policy.touch_routes(request.routes_LBK)
 
     def _inform(self, request: PredictorRequest, batch_size: int) -> None:
         """Give the predictor the routes of the last step, and count its recall."""

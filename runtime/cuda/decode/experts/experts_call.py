@@ -30,8 +30,9 @@ FETCHERS = 64
 """Programs that fetch a layer's missing experts: enough to fill the link."""
 PREFETCHERS = 32
 """Programs of a prefetch."""
-THRESHOLD = 0.5
-"""Least probability of use for a prefetch."""
+THRESHOLD = 0.2
+"""Least probability of use for a prefetch. The link would be idle, and the victim is the expert of
+lowest value, so that a guess that is right once in five still pays."""
 
 
 class ExpertsCall:

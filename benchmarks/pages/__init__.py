@@ -1,0 +1,1 @@
+"""Tables of the documents, filled from the JSON files of docs/results."""
