@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from exports.comparison import Calls, RecordedRoutes
+    from routing.predictor_file.reader import PredictorFile
     from routing.topology import Topology
     from runtime.simulation.trace_steps import TraceStep
 
@@ -43,7 +44,10 @@ class LiveKindsSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveKinds:
-    """What runs on every kind of text."""
+    """What runs on every kind of text.
+
+    Raises ValueError if the predictor is of another model.
+    """
 
     model: Any
     topology: Topology
@@ -53,10 +57,19 @@ class LiveKinds:
     fit: Calls | None
     """Calls of other text, for the hot set."""
 
+    def __post_init__(self) -> None:
+        if (file := self._file()) is not None:
+            names = {"ours": "the model", "theirs": f"the predictor {self.predictor}"}
+            self.topology.require_match(file.topology, **names)
+
+    def _file(self) -> PredictorFile | None:
+        from routing.predictor_file.reader import open_predictor
+
+        return None if self.predictor is None else open_predictor(self.predictor)
+
     def rows(self, texts: Sequence[torch.Tensor]) -> list[Row]:
         """The results on some documents (int64 [1, T]), by cache size and policy."""
         from exports.comparison import record_routes, teacher_forced
-        from routing.predictor_file.reader import open_predictor
         from runtime.simulation.replay import simulate
 
         routes: RecordedRoutes = []
@@ -68,7 +81,7 @@ class LiveKinds:
             steps,
             (stack.num_layers, stack.num_experts),
             residency=self.residency,
-            predictor=None if self.predictor is None else open_predictor(self.predictor),
+            predictor=self._file(),
             fit=self.fit,
         )
         simulated = [

@@ -152,6 +152,14 @@ def test_live_runs_without_what_they_need_are_refused_before_anything_runs(
     assert not out.exists()
 
 
+def test_live_runs_with_a_predictor_of_another_model_are_refused(
+    live: dict[str, Any], tmp_path: Path
+) -> None:
+    options = live | {"predictor": write_predictor(tmp_path / "other.onnx", TOPOLOGY)}
+    with pytest.raises(ValueError, match=r"the predictor .*other\.onnx is for rules"):
+        compare_kinds(KindsSettings(json=tmp_path / "live.json", **options))
+
+
 def test_a_trace_and_a_model_are_not_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trace to simulate or --model to run live"):
         KindsSettings(json=tmp_path / "kinds.json", trace=tmp_path, model=tmp_path)
