@@ -21,7 +21,7 @@ from routing.cli import parse, run
 if TYPE_CHECKING:
     from exports.train_settings import TrainSettings
 
-Name = Literal["moe-16x64", "moe-8x32"]
+Name = Literal["moe-16x64", "moe-8x32", "shared-6x48", "switch-10x16"]
 Stage = Literal["text", "tokens", "model"]
 RECIPES = Path(__file__).parent / "corpus" / "recipes"
 CPU_MINUTES = 480.0
@@ -42,7 +42,8 @@ class BuildSettings:
     """
 
     model: Name
-    """Recipe: moe-16x64 (OLMoE, 16 layers of 64 experts, top-8) or moe-8x32 (the embedded one)."""
+    """Recipe: moe-16x64 (OLMoE, 16 layers of 64 experts, top-8), moe-8x32 (the embedded one),
+    shared-6x48 (Qwen2-MoE, top-6 and a shared expert) or switch-10x16 (OLMoE's classes, top-1)."""
     out: Path
     """Folder for text, tokens and model."""
     cache: Path | None = None

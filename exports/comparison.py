@@ -25,6 +25,8 @@ from routing.topology import NO_EXPERT
 Workload = Callable[[Any], list[list[int]]]
 Calls = list[tuple[int, np.ndarray]]
 """The experts calls of a workload in order: the layer, and the ids of the experts that it used."""
+RecordedRoutes = list[tuple[int, np.ndarray]]
+"""The same, with the experts of every token: int64 [T, K], NO_EXPERT where there is none."""
 
 POLICIES = ("lru", "lfu", "class-lru", "lfru", "predicted", "belady")
 
@@ -40,6 +42,8 @@ class Run:
     identical: bool
     """The tokens are those of the model without offloading."""
     hit_rate: float
+    requests: int
+    """Experts that calls needed; one is counted once a call."""
     loads: int
     """Experts loaded into a slot."""
     bytes_loaded: int
@@ -99,27 +103,36 @@ def compare(
     Returns the runs, and the seconds that the model took without offloading. Its experts calls were
     recorded meanwhile, for Belady's policy, which takes a part of that time.
     """
-    calls: Calls = []
+    routes: RecordedRoutes = []
     workload_start = time.perf_counter()
-    with record_calls(model, calls):
+    with record_routes(model, routes):
         expected = workload(model)
     stock_seconds = time.perf_counter() - workload_start
+    calls = calls_of(routes)
     runs = []
     for share in residency:
         for policy in policies:
-            run = _run(model, workload, expected, predictor, policy, share, calls)
+            run = run_offloaded(
+                model,
+                workload,
+                expected,
+                predictor=predictor,
+                policy=policy,
+                share=share,
+                replay=calls if policy == "belady" else None,
+            )
             runs.append(run)
             on_run(run)
     return runs, stock_seconds
 
 
 @contextmanager
-def record_calls(model: nn.Module, calls: Calls) -> Iterator[None]:
-    """Append every experts call within the context to `calls`, in the form of Belady's policy."""
+def record_routes(model: nn.Module, routes: RecordedRoutes) -> Iterator[None]:
+    """Append the routes of every experts call within the context to `routes`."""
     layers = find_moe_layers(model)
     hooks = [
         layer.module.register_forward_pre_hook(
-            partial(_record, calls, index, layer), with_kwargs=True
+            partial(_record, routes, index, layer), with_kwargs=True
         )
         for index, layer in enumerate(layers)
     ]
@@ -131,27 +144,37 @@ def record_calls(model: nn.Module, calls: Calls) -> Iterator[None]:
 
 
 def _record(
-    calls: Calls, index: int, layer: MoELayer, _: nn.Module, args: Any, kwargs: Any
+    routes: RecordedRoutes, index: int, layer: MoELayer, _: nn.Module, args: Any, kwargs: Any
 ) -> None:
-    experts = np.unique(read_routes(layer, args, kwargs).experts_TK.numpy())
-    calls.append((index, experts[experts != NO_EXPERT]))
+    routes.append((index, read_routes(layer, args, kwargs).experts_TK.numpy()))
 
 
-def _run(
+def calls_of(routes: RecordedRoutes) -> Calls:
+    """The experts calls of recorded routes, in the form of Belady's policy."""
+    used = ((layer, np.unique(experts_TK)) for layer, experts_TK in routes)
+    return [(layer, experts[experts != NO_EXPERT]) for layer, experts in used]
+
+
+def run_offloaded(
     model: nn.Module,
     workload: Workload,
     expected: list[list[int]],
-    predictor: str | Path,
+    *,
+    predictor: str | Path | None,
     policy: str,
     share: float,
-    calls: Calls,
+    replay: Calls | None = None,
 ) -> Run:
+    """Run `workload` under one policy at one residency; `expected` are its tokens without.
+
+    replay: for Belady's policy the calls to come, for the hot set those to count.
+    """
     offloaded = runtime.load(
         model,
         predictor if policy == "predicted" else None,
         memory=share,
         policy=policy,
-        replay=calls if policy == "belady" else None,
+        replay=replay,
     )
     with offloaded.expertflow as engine:
         start = time.perf_counter()
@@ -165,6 +188,7 @@ def _run(
         slots=stats.num_slots,
         identical=tokens == expected,
         hit_rate=stats.hit_rate,
+        requests=stats.hits + stats.misses,
         loads=stats.misses,
         bytes_loaded=stats.bytes_loaded,
         tokens=stats.tokens,

@@ -1,11 +1,14 @@
 """Every cache rule on a trace, kind of text by kind of text.
 
     python -m benchmarks.cache.kinds --trace DIR --fit_trace OTHER --json kinds.json
+    python -m benchmarks.cache.kinds --model DIR --text FOLDER --predictor FILE --json live.json
     python -m benchmarks.cache.kinds --json kinds.json      # its tables once more
     python -m benchmarks.cache.kinds --json kinds.json --parts one.json other.json    # joined
 
-Kinds are the trace's labels. Each starts with an empty cache, which its documents share; prompts
-are decoded token by token. Hit rates do not depend on the machine. The tables are Markdown.
+Kinds are the trace's labels, or the names of the text files. Each starts with an empty cache, which
+its documents share; prompts are decoded token by token. With --model the policies run live, and
+what cannot is simulated (`live_kinds`). Hit rates do not depend on the machine. The tables are
+Markdown.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.cache.live_kinds import LiveKindsSettings, live_kinds
 from benchmarks.cache.page import by_kind
 from routing.cli import run
 
@@ -30,11 +34,11 @@ KEPT = ("policy", "residency", "slots", "requests", "loads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KindsSettings:
-    """Simulate every cache rule on each kind of text of a trace."""
+class KindsSettings(LiveKindsSettings):
+    """Compare every cache rule on each kind of text: simulated on a trace, or live in a model."""
 
     json: Path
-    """File to write the results to; without --trace, to read them from."""
+    """File to write the results to; without --trace and --model, to read them from."""
     trace: Path | None = None
     """Trace directory of a decoder-only model, with labels."""
     parts: list[Path] = field(default_factory=list)
@@ -46,18 +50,22 @@ class KindsSettings:
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
     """Cache sizes, as fractions of all experts."""
     kinds: list[str] = field(default_factory=list)
-    """Labels to replay; all where none is named."""
+    """Kinds to run; all where none is named."""
     kind_tokens: int = 3_200
-    """Tokens to replay of each kind at most."""
+    """Tokens to run of each kind at most."""
+
+    def __post_init__(self) -> None:
+        if self.trace is not None and self.model is not None:
+            raise ValueError("give --trace to simulate or --model to run live, not both")
 
 
 def main(settings: KindsSettings) -> None:
-    """Replay where there is a trace, or join the parts, then print the tables."""
-    if settings.trace is not None:
+    """Run where there is a trace or a model, or join the parts, then print the tables."""
+    if settings.trace is not None or settings.model is not None:
         from benchmarks.common.machine import command
 
         rows: list[dict[str, Any]] = []
-        for results in _results(settings):
+        for results in _results(settings) if settings.model is None else _live_results(settings):
             rows += results
             write(settings.json, [command("benchmarks.cache.kinds")], rows)
     elif settings.parts:
@@ -67,12 +75,25 @@ def main(settings: KindsSettings) -> None:
     for share in dict.fromkeys(row["residency"] for row in rows):
         print(f"\n{share:.4g} of the experts resident\n")
         print("\n".join(by_kind([row for row in rows if row["residency"] == share])))
+    if live := [row for row in rows if row.get("live")]:
+        print(f"\n{agreement(live)}")
 
 
 def write(path: Path, commands: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
     """Write the commands and the rows that they gave, a row a line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"commands": {json.dumps(list(commands))}, "rows": [\n{lines}\n]}}\n')
+
+
+def _live_results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
+    return live_kinds(
+        settings,
+        kinds=settings.kinds,
+        kind_tokens=settings.kind_tokens,
+        predictor=settings.predictor,
+        residency=settings.residency,
+        fit_trace=settings.fit_trace,
+    )
 
 
 def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
@@ -121,6 +142,17 @@ def _replay(
     shape = reader.stack.num_layers, num_experts
     sizes = settings.residency
     return simulate(steps[: settings.kind_tokens], shape, residency=sizes, predictor=file, fit=fit)
+
+
+def agreement(live: Sequence[dict[str, Any]]) -> str:
+    """A sentence about live rows: how far they are from their simulation, and their tokens."""
+    apart = [abs(row["loads"] - row["simulated_loads"]) / row["requests"] for row in live]
+    same = sum(row["identical"] for row in live)
+    return (
+        f"{apart.count(0)} of {len(live)} live runs load exactly what their simulation loads, the "
+        f"others differ by at most {max(apart):.4f} of hit rate; the tokens of {same} are those of "
+        "the model without offloading."
+    )
 
 
 if __name__ == "__main__":

@@ -101,6 +101,18 @@ def overview(*documents: Document, groups: str, after: str) -> Iterator[str]:
     )
 
 
+def live_counts(*documents: Document, after: str) -> Iterator[str]:
+    """Live runs against the simulation of the same routes, a row for each document.
+
+    after: text in the names of the files that stands before what the table calls them.
+    """
+    head = ["model", "kinds", "live runs", "loads as simulated", "tokens as without offloading"]
+    return table(
+        head,
+        ([document["file"].partition(after)[2], *_agreeing(document)] for document in documents),
+    )
+
+
 def leads(document: Document, kinds: Document, *, groups: str) -> Iterator[str]:
     """Each kind's best free rule, predicted reuse and Belady, at each cache size."""
     found = _hit_rates(document["rows"])
@@ -174,6 +186,14 @@ def _judged(document: Document, members: Sequence[str], sizes: Sequence[float]) 
         f"{sum(value < -TOLERANCE for value in lead.values())} of {len(lead)}",
         f"{lead[least]:+.3f}, {kind} at {size * 100:g} %",
     ]
+
+
+def _agreeing(document: Document) -> list[str]:
+    """Kinds, live runs, and those that agree in loads and in tokens."""
+    live = [row for row in document["rows"] if row.get("live")]
+    loads = sum(row["loads"] == row["simulated_loads"] for row in live)
+    tokens = sum(row["identical"] for row in live)
+    return [str(n) for n in (len({row["kind"] for row in live}), len(live), loads, tokens)]
 
 
 def _gap_of_mean(cells: Sequence[HitRates]) -> float:

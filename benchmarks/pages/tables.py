@@ -31,6 +31,7 @@ TABLES: Tables = {
     "kinds-overview": cache.overview,
     "kinds-groups": cache.by_group,
     "kinds-leads": cache.leads,
+    "kinds-live": cache.live_counts,
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
     "rounding-quality": rounding.quality,

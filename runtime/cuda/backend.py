@@ -75,6 +75,8 @@ class CudaBackend:
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
         self._seconds_per_load: float | None = None
+        self._has_begun = False
+        """Whether the policy has begun the next pass, which is being predicted beside it."""
         groups = source.groups  # the store has no experts any more once the host tier is filled
         self._dense = HostDense(source.model, budget.host_bytes)
         try:
@@ -183,11 +185,15 @@ class CudaBackend:
     def predict_beside(self, inputs: StepInputs) -> bool:
         if self.decoder is None or self._generate is None or inputs.token_ids_BT is None:
             return False
+        if self.decoder.driver.thread is None:
+            return False
         is_new, rows = inputs.past_length == 0, slice(self.num_rows)
         routes = None if is_new else self._generate.batch_decoder.routes_LBK
         tokens_BT, positions_BT = inputs.token_ids_BT[rows], inputs.positions_BT[rows]
+        self._policy.begin_step(None)  # before the thread, which may answer at once
+        self._has_begun = True
         return self.decoder.driver.predict(
-            PredictorRequest(tokens_BT, positions_BT, routes, is_new=is_new)
+            PredictorRequest(tokens_BT, positions_BT, routes, is_new=is_new, has_begun=True)
         )
 
     def learn(self, routes_BLK: np.ndarray) -> bool:
@@ -214,7 +220,9 @@ class CudaBackend:
         CUDNN_ATTENTION.turn_back()
 
     def begin_step(self, forecast: Forecast | None) -> None:
-        self._policy.begin_step(forecast)
+        if not self._has_begun:
+            self._policy.begin_step(forecast)
+        self._has_begun = False
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         ahead, pool = self._look_ahead.after(index, hidden_TH), self._pools[index]

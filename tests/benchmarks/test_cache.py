@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,15 @@ from benchmarks.cache.kinds import KindsSettings
 from benchmarks.cache.kinds import main as compare_kinds
 from benchmarks.cache.knowledge import KnowledgeSettings
 from benchmarks.cache.knowledge import main as know
+from benchmarks.cache.live_kinds import documents
 from benchmarks.cache.policy_cost import CostSettings
 from benchmarks.cache.policy_cost import main as time_policy
+from routing.inspect_model import topology_of
+from routing.pretrained import read_tokenizer
 from runtime.cache.policies import FREE_RULES, QUEUE_CACHES
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import TOPOLOGY, write_trace
+from tests.helpers.tiny import save_tiny, tiny_model
 
 LIVE_RULES = [name for name in FREE_RULES if name not in QUEUE_CACHES]
 
@@ -84,3 +89,77 @@ def test_runs_over_other_kinds_or_sizes_are_joined_in_one_file(tmp_path: Path) -
     compare_kinds(KindsSettings(json=tmp_path / "all.json", parts=parts))
     joined, *read = (json.loads(f.read_text()) for f in (tmp_path / "all.json", *parts))
     assert joined == {key: [*read[0][key], *read[1][key]] for key in ("commands", "rows")}
+
+
+# ---------------------------------------------------------------------- live, by kind
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a live run of a tiny model on two kinds of text."""
+    folder = tmp_path_factory.mktemp("live")
+    model = save_tiny(folder / "model", "olmoe")
+    topology = topology_of(tiny_model("olmoe"), read_tokenizer(model))
+    text = folder / "text"
+    text.mkdir()
+    (text / "prose.txt").write_text("It was a dark night.\n<|endoftext|>\nThe rain fell.\n")
+    (text / "digits.txt").write_text("1 2 3 1 2 3 1 2 3 1 2 3\n")
+    predictor = write_predictor(folder / "predictor.onnx", topology, window=6)
+    return {"model": model, "text": text, "predictor": predictor, "kind_tokens": 24}
+
+
+def test_live_runs_by_kind_give_the_rows_and_the_tables_of_simulated_ones(
+    live: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, policies = tmp_path / "live.json", ["lru", "lfu", "predicted"]
+    compare_kinds(KindsSettings(json=out, residency=[0.25, 0.5], policies=policies, **live))
+    printed = capsys.readouterr().out
+    compare_kinds(KindsSettings(json=out))
+    assert capsys.readouterr().out == printed
+    assert "12 of 12 live runs load exactly what their simulation loads" in printed
+    rows = json.loads(out.read_text())["rows"]
+    ran = [row for row in rows if row["live"]]
+    assert {row["policy"] for row in ran} == set(policies)
+    assert {row["kind"] for row in ran} == {"prose", "digits"}
+    assert {*FREE_RULES, "belady"} - set(policies) <= {r["policy"] for r in rows if not r["live"]}
+    for row in ran:
+        assert row["identical"] and row["loads"] == row["simulated_loads"] > 0
+        assert row["slots"] == row["residency"] * 32 and row["requests"] == 24 * 4 * 2
+
+
+def test_live_runs_take_the_first_tokens_of_a_kinds_documents(live: dict[str, Any]) -> None:
+    tokenizer = read_tokenizer(live["model"])
+    texts = list(documents(live["text"] / "prose.txt", tokenizer, 8, 12))
+    assert [tokenizer.decode(ids[0]) for ids in texts] == ["It was a", "The "]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": None}, "give --text"),
+        ({"kinds": ["greek", "prose"]}, "no text of the kind greek"),
+        ({"predictor": None}, "predicted needs --predictor"),
+        ({"policies": ["hot-set"]}, "hot-set needs --fit_trace"),
+        ({"policies": ["arc"]}, "arc does not run live: take lru"),
+    ],
+)
+def test_live_runs_without_what_they_need_are_refused_before_anything_runs(
+    live: dict[str, Any], tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "live.json"
+    with pytest.raises(ValueError, match=message):
+        compare_kinds(KindsSettings(json=out, **(live | options)))
+    assert not out.exists()
+
+
+def test_live_runs_with_a_predictor_of_another_model_are_refused(
+    live: dict[str, Any], tmp_path: Path
+) -> None:
+    options = live | {"predictor": write_predictor(tmp_path / "other.onnx", TOPOLOGY)}
+    with pytest.raises(ValueError, match=r"the predictor .*other\.onnx is for rules"):
+        compare_kinds(KindsSettings(json=tmp_path / "live.json", **options))
+
+
+def test_a_trace_and_a_model_are_not_run_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--trace to simulate or --model to run live"):
+        KindsSettings(json=tmp_path / "kinds.json", trace=tmp_path, model=tmp_path)

@@ -104,6 +104,15 @@ def test_one_run_is_a_row_for_each_cache_size() -> None:
     assert row == ["50 %", "0.400", "0.700", "0.500", "60%", "50%"]
 
 
+def test_live_runs_are_counted_that_agree_with_their_simulation() -> None:
+    document = kinds_file(a=0.7, b=0.6)
+    predicted = [row for row in document["rows"] if row["policy"] == "predicted"]
+    for row, extra in zip(predicted, (0, 1), strict=True):
+        row |= {"live": True, "identical": True, "simulated_loads": row["loads"] + extra}
+    _, row = cells(kinds_page.live_counts(document, after="value-"))
+    assert row == ["moe", "2", "2", "1", "2"]
+
+
 def test_groups_that_are_not_there_are_named() -> None:
     with pytest.raises(ValueError, match=r"no groups 'three' of kinds; there are two"):
         kinds_page.by_group(kinds_file(a=0.7), GROUPS, groups="three")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ import exports.build
 from exports.architecture import Architecture, new_model
 from exports.build import (
     BuildSettings,
+    Name,
     build_text,
     main,
     on_this_machine,
@@ -125,7 +127,7 @@ def test_training_takes_the_recipes_minutes_on_a_gpu_and_hours_on_a_cpu(
 
 
 # ---------------------------------------------------------------------- the recipes as shipped
-@pytest.mark.parametrize("name", ["moe-16x64", "moe-8x32"])
+@pytest.mark.parametrize("name", get_args(Name))
 def test_a_recipe_trains_on_domains_of_the_table_that_nothing_holds_out(name, tmp_path):
     recipe = train_settings(BuildSettings(model=name, out=tmp_path))
     domains = read_domains()
@@ -140,6 +142,26 @@ def test_the_recipe_of_moe_16x64_has_the_published_models_shape(tmp_path):
     assert (config.num_experts_per_tok, config.num_key_value_heads) == (8, 7)
     assert (recipe.num_layers, recipe.vocab_size, recipe.context) == (16, 12288, 2048)
     assert config.norm_topk_prob and config.tie_word_embeddings
+
+
+def config_of(name, folder):
+    """The configuration that a recipe's model gets."""
+    recipe = train_settings(BuildSettings(model=name, out=folder))
+    return recipe, new_model(replace(recipe, num_layers=1), vocab_size=64).config
+
+
+def test_the_recipe_of_shared_6x48_is_a_qwen2_moe_with_a_shared_expert(tmp_path):
+    recipe, config = config_of("shared-6x48", tmp_path)
+    assert (config.model_type, recipe.num_layers, config.num_experts) == ("qwen2_moe", 6, 48)
+    assert (config.num_experts_per_tok, config.norm_topk_prob) == (6, False)
+    assert (config.moe_intermediate_size, config.shared_expert_intermediate_size) == (32, 64)
+
+
+def test_the_recipe_of_switch_10x16_weighs_one_expert_a_token_by_its_probability(tmp_path):
+    recipe, config = config_of("switch-10x16", tmp_path)
+    assert (config.model_type, recipe.num_layers, config.num_experts) == ("olmoe", 10, 16)
+    assert (config.num_experts_per_tok, config.norm_topk_prob) == (1, False)
+    assert (config.intermediate_size, config.num_key_value_heads) == (96, 2)
 
 
 # ---------------------------------------------------------------------- mistakes

@@ -29,6 +29,7 @@ def live(recall: float = 0.75, **loads: int) -> LiveResult:
             slots=64,
             identical=True,
             hit_rate=1 - count / 2000,
+            requests=2000,
             loads=count,
             bytes_loaded=count * 24 * 2**10,
             tokens=100,

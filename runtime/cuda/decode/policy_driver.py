@@ -4,8 +4,8 @@ The policy has to move on as routes become known, and its values have to reach t
 
     what runs              moves the policy on             values reach the device
     generated steps        the predictor thread            as its answers arrive, mid-step
-      without a predictor  `end_step`, under TABLE, STAMP  `begin_step`: a new table
-                           the device, under CLOCK, COUNT  (they are there)
+      without a predictor  `begin_step`, `end_step`        `begin_step`: a new table
+      CLOCK, COUNT         the device                      (they are there)
     served steps           `begin_served_step`, `revise`   the same calls
     other forward passes   the backend, and each touch     at the next captured step: `upload`
 
@@ -67,7 +67,8 @@ class PolicyDriver:
         """Bring the device's values up to the generated step that is about to run."""
         if self.thread is not None and self._predicts:
             self.thread.device_forecast.begin_step()
-        else:
+        elif self._is_from_host:
+            self._policy.begin_step(None)
             self._write_table()
 
     def predict(self, request: PredictorRequest) -> bool:
@@ -79,10 +80,8 @@ class PolicyDriver:
 
     def end_step(self, routes_LBK: np.ndarray) -> None:
         """A generated step used these experts; NO_EXPERT for none."""
-        if self._predicts or not self._is_from_host:
-            return
-        self._policy.touch_routes(routes_LBK)
-        self._policy.begin_step(None)
+        if self._is_from_host and not self._predicts:
+            self._policy.touch_routes(routes_LBK)
 
     # ------------------------------------------------------------------ served steps
 

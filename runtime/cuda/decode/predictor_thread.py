@@ -37,6 +37,8 @@ class PredictorRequest(NamedTuple):
     routes_LBK: np.ndarray | None
     is_new: bool
     """Whether new sequences start with these tokens."""
+    has_begun: bool = False
+    """Whether the policy has begun this step already: it is a pass outside of captured steps."""
 
     @property
     def num_rows(self) -> int:
@@ -154,7 +156,8 @@ class PredictorThread:
         forecast = self._forecaster.forecast(tokens_BT, positions_BT)
         learned.result()
         if self.failure is None:  # it may have been given up meanwhile
-            self._policy.begin_step(forecast)
+            begun = requests[-1].has_begun
+            (self._policy.revise if begun else self._policy.begin_step)(forecast)
             self.device_forecast.publish(self._policy, forecast)
         self._stats.add_time("predict", time.perf_counter() - start)
         if scored is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,23 @@ def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:
     assert torch.equal(generate(model), want)
     assert engine._backend.decoder.driver.thread.failure is None
     assert engine.stats().prediction_ms
+
+
+def test_a_prompt_is_one_step_of_the_policy_whenever_its_forecast_arrives(
+    model: Any, tmp_path: Path
+) -> None:
+    """Else the policy would learn from half a prompt that the other half was not used."""
+    predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
+    engine = load_fake(model, predictor, memory=0.25).expertflow
+    policy = engine._backend._policy
+    policy.begin_step = Mock(wraps=policy.begin_step)
+    policy.revise = Mock(wraps=policy.revise)
+    generate(model, max_new_tokens=1)
+    deadline = time.monotonic() + 30
+    while not engine.stats().prediction_ms and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [call.args for call in policy.begin_step.call_args_list] == [(None,)]
+    assert [call.args[0] is None for call in policy.revise.call_args_list] == [True, False]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
