@@ -59,8 +59,9 @@ class PredictedReuse(Policy):
     DISCOUNT = 0.8
     MEMORY = 0.98
     RECENT = 0.9
-    TRUST = 0.7, 0.3, 0.0, 0.0
-    """The weights to begin with: of the forecast, what followed, the fast and the slow mean."""
+    TRUST = 0.7, 0.3, 0.0, 0.0, 0.0
+    """The weights to begin with: of the forecast, of what followed the same tokens, and tokens
+    alike, of the fast and the slow mean."""
 
     def __init__(self, num_layers: int, num_experts: int, *, horizon: int) -> None:
         super().__init__(num_layers, num_experts)
@@ -112,12 +113,12 @@ class PredictedReuse(Policy):
         """The heads, blended; `seen` are the fast and the slow mean."""
         recent, slow = seen
         spans = np.array([[1], [1], [self._horizon], [FAR * self._horizon]], np.float32)
-        guess = said = 1 - (1 - slow) ** spans
+        said = same = alike = 1 - (1 - slow) ** spans
         if forecast is not None:
             said = np.stack(forecast[:4]).reshape(4, -1)
             if forecast.remembered is not None:
-                guess = forecast.remembered.reshape(4, -1)
-        mixed = self._blend.mix([said, guess, recent, slow])
+                same, alike = forecast.remembered.reshape(2, 4, -1)
+        mixed = self._blend.mix([said, same, alike, recent, slow])
         return Forecast(*mixed.reshape(4, *self._shape))
 
     def _later(self, forecast: Forecast, beyond_LE: np.ndarray) -> np.ndarray:
