@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -113,12 +113,13 @@ class PredictedReuse(Policy):
         """The heads, blended; `seen` are the fast and the slow mean."""
         recent, slow = seen
         spans = np.array([[1], [1], [self._horizon], [FAR * self._horizon]], np.float32)
-        said = same = alike = 1 - (1 - slow) ** spans
+        usual: Sequence[np.ndarray] = 1 - (1 - slow) ** spans
+        said = same = alike = usual
         if forecast is not None:
-            said = np.stack(forecast[:4]).reshape(4, -1)
+            said = [plane.reshape(-1) for plane in forecast[:4]]
             if forecast.remembered is not None:
                 same, alike = forecast.remembered.reshape(2, 4, -1)
-        mixed = self._blend.mix([said, same, alike, recent, slow])
+        mixed = self._blend.mix([said, same, alike], common=[recent, slow])
         return Forecast(*mixed.reshape(4, *self._shape))
 
     def _later(self, forecast: Forecast, beyond_LE: np.ndarray) -> np.ndarray:
