@@ -59,7 +59,7 @@ class PredictedReuse(Policy):
     DISCOUNT = 0.8
     MEMORY = 0.98
     RECENT = 0.9
-    TRUST = 0.7, 0.3, 0.0, 0.0, 0.0
+    TRUST = 0.6, 0.2, 0.2, 0.0, 0.0
     """The weights to begin with: of the forecast, of what followed the same tokens, and tokens
     alike, of the fast and the slow mean."""
 
