@@ -143,7 +143,7 @@ def to_log_odds(probabilities: np.ndarray, out: np.ndarray | None = None) -> np.
 
 @lru_cache(maxsize=8)
 def _bounds(shape: tuple[int, ...]) -> np.ndarray:
-    """SURE and 1 - SURE as arrays, with which numpy compares three times as fast as with scalars."""
+    """SURE and 1 - SURE as arrays: numpy compares with them three times as fast as with scalars."""
     return np.stack([np.full(shape, SURE, np.float32), np.full(shape, 1 - SURE, np.float32)])
 
 

@@ -38,10 +38,10 @@ class PredictedReuse(Policy):
     use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
 
     No head is taken at its word. p and F are a `LogOddsBlend` of the forecast, of what followed the
-    same tokens earlier in the session (`Forecast.remembered`), and of how often an expert was used
-    lately, by a fast and a slow mean (RECENT, MEMORY). Its weights and its bias for each expert
-    follow the routes as they become known. So the log-loss of p and of each F is bounded against
-    the forecast alone, and against the frequencies that LFU orders by (see there).
+    same tokens and tokens alike earlier in the session (`Forecast.remembered`), and of how often an
+    expert was used lately, by a fast and a slow mean (RECENT, MEMORY). Its weights and its bias for
+    each expert follow the routes as they become known. So the log-loss of p and of each F is
+    bounded against the forecast alone, and against the frequencies that LFU orders by (see there).
 
     Without a forecast the slow mean stands for it: 1 - (1 - q) ** h for a head of h steps. What
     becomes known while the step runs (`reveal`: a look-ahead from a layer's router input) replaces
