@@ -12,6 +12,9 @@ from routing.predictor_file.format import FAR
 SURE = 1e-4
 """Probabilities are kept this far from 0 and 1: one surprise must not outweigh a session."""
 
+Heads = Sequence[np.ndarray] | np.ndarray
+"""Float32 [keys] for each of the four heads."""
+
 
 class LogOddsBlend:
     """Mixes the probabilities of several advisors, and learns from what was used.
@@ -62,9 +65,7 @@ class LogOddsBlend:
         self._last_use = np.full(num_keys, -(10**6), np.int32)
         self._step = 0
 
-    def mix(
-        self, advice: Sequence[Sequence[np.ndarray]], common: Sequence[np.ndarray] = ()
-    ) -> np.ndarray:
+    def mix(self, advice: Sequence[Heads], common: Sequence[np.ndarray] = ()) -> np.ndarray:
         """Blended probabilities, float32 [4, keys], of the step about to run.
 
         advice: the four heads of each advisor's probabilities, float32 [keys] each. common: those

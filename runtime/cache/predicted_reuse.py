@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from routing.predictor_file.format import FAR
-from runtime.cache.blend import LogOddsBlend
+from runtime.cache.blend import Heads, LogOddsBlend
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
 
@@ -113,8 +113,8 @@ class PredictedReuse(Policy):
         """The heads, blended; `seen` are the fast and the slow mean."""
         recent, slow = seen
         spans = np.array([[1], [1], [self._horizon], [FAR * self._horizon]], np.float32)
-        usual: Sequence[np.ndarray] = 1 - (1 - slow) ** spans
-        said = same = alike = usual
+        said: Heads = 1 - (1 - slow) ** spans
+        same = alike = said
         if forecast is not None:
             said = [plane.reshape(-1) for plane in forecast[:4]]
             if forecast.remembered is not None:
