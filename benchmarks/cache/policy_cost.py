@@ -2,8 +2,8 @@
 
 A step is `begin_step` with a forecast and one `touch` per layer, or the routes of all layers at
 once (captured and served steps), without the cache's own search for victims. The table of a policy
-that a device evaluates from one is timed apart. The rules with a cache of their own are timed with
-their search, at a quarter of the experts.
+that a device evaluates from one is timed apart, and so is the session memory, which the forecast
+holds. The rules with a cache of their own are timed with their search, at a quarter of the experts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from routing.cli import run
+from routing.topology import Layer, Stack
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.rules.queue_cache import QueueCache
+from runtime.prediction.session_memory import Place, SessionMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,14 @@ def routes_of(settings: CostSettings) -> Routes:
     ]
 
 
+def forecasts_of(settings: CostSettings) -> Sequence[Forecast]:
+    """Random forecasts, with what a session memory might recall."""
+    generator = np.random.default_rng(0)
+    shape = settings.layers, settings.experts
+    planes = np.sort(generator.random((64, 3, 4, *shape), np.float32), axis=2)
+    return [Forecast(*heads[0])._replace(remembered=heads[1:]) for heads in planes]
+
+
 def timed(step: Callable[[Any], object], routes: Sequence[Any], steps: int) -> str:
     """The median and the 90th percentile of the wall-clock time of a step."""
     taken = []
@@ -75,10 +85,28 @@ def advance(policy: Policy, forecast: Forecast | None, used: Sequence[np.ndarray
         policy.touch(layer, experts)
 
 
-def advance_at_once(policy: Policy, forecast: Forecast, used: np.ndarray) -> None:
+def advance_at_once(policy: Policy, step: tuple[Forecast, np.ndarray]) -> None:
     """One step whose routes [L, K] become known together, as those of captured and served steps."""
+    forecast, used = step
     policy.begin_step(forecast)
     policy.touch_routes(used)
+
+
+def remembering(settings: CostSettings) -> Callable[[np.ndarray], None]:
+    """The session memory's part of a token: its cue, what it recalls, and its routes [L, K]."""
+    layer = Layer("", settings.experts, settings.top_k)
+    memory = SessionMemory(Stack(name="decoder", layers=(layer,) * settings.layers), horizon=4)
+    shape = settings.layers, settings.experts
+    logits_LE = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    place: Place = None
+
+    def step(used: np.ndarray) -> None:
+        nonlocal place
+        cue = memory.cue(place, int(used[0, 0]), logits_LE)
+        memory.recall(cue)
+        place = memory.add(cue, used)
+
+    return step
 
 
 def table_of(policy: Policy, used: Sequence[np.ndarray]) -> object:
@@ -95,17 +123,20 @@ def request(cache: QueueCache, used: Sequence[np.ndarray]) -> None:
 def main(settings: CostSettings) -> None:
     """Print the time of a step of every policy, and of its table."""
     shape = settings.layers, settings.experts
-    planes = np.sort(np.random.default_rng(0).random((4, *shape), np.float32), axis=0)
-    forecast, routes = Forecast(*planes), routes_of(settings)
+    forecasts, routes = forecasts_of(settings), routes_of(settings)
+    forecast = forecasts[0]
     print(f"{shape[0]} x {shape[1]}, {settings.top_k} experts a token")
     reuse = PredictedReuse(*shape, horizon=4)
     print(
         "predicted, values alone:",
         timed(lambda _: reuse.begin_step(forecast), routes, settings.steps),
     )
-    step = partial(advance_at_once, reuse, forecast)
     whole = [np.stack(used) for used in routes]
-    print("predicted, routes at once:", timed(step, whole, settings.steps))
+    steps = list(zip(forecasts, whole, strict=True))
+    print(
+        "predicted, routes at once:", timed(partial(advance_at_once, reuse), steps, settings.steps)
+    )
+    print("session memory:", timed(remembering(settings), whole, settings.steps))
     policies = [POLICIES[name](*shape) for name in FREE_RULES if name in POLICIES]
     for policy in (*policies, reuse):
         known = forecast if policy.needs_forecast else None

@@ -19,5 +19,5 @@ class Forecast(NamedTuple):
     far_LE: np.ndarray
     """At least once within the next FAR * H steps."""
     remembered: np.ndarray | None = None
-    """float32 [4, L, E]: the same four by what followed the same tokens earlier in this session;
-    None where nothing is remembered."""
+    """float32 [2, 4, L, E]: the same four by what followed the same tokens earlier in this session,
+    and by what followed tokens alike; None where nothing is remembered."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from routing.predictor_file.format import FAR
-from runtime.cache.blend import LogOddsBlend
+from runtime.cache.blend import Heads, LogOddsBlend
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
 
@@ -38,10 +38,10 @@ class PredictedReuse(Policy):
     use in each later step, so that t = G ** (FAR * H) * q / (1 - (1 - q) * G).
 
     No head is taken at its word. p and F are a `LogOddsBlend` of the forecast, of what followed the
-    same tokens earlier in the session (`Forecast.remembered`), and of how often an expert was used
-    lately, by a fast and a slow mean (RECENT, MEMORY). Its weights and its bias for each expert
-    follow the routes as they become known. So the log-loss of p and of each F is bounded against
-    the forecast alone, and against the frequencies that LFU orders by (see there).
+    same tokens and tokens alike earlier in the session (`Forecast.remembered`), and of how often an
+    expert was used lately, by a fast and a slow mean (RECENT, MEMORY). Its weights and its bias for
+    each expert follow the routes as they become known. So the log-loss of p and of each F is
+    bounded against the forecast alone, and against the frequencies that LFU orders by (see there).
 
     Without a forecast the slow mean stands for it: 1 - (1 - q) ** h for a head of h steps. What
     becomes known while the step runs (`reveal`: a look-ahead from a layer's router input) replaces
@@ -59,8 +59,9 @@ class PredictedReuse(Policy):
     DISCOUNT = 0.8
     MEMORY = 0.98
     RECENT = 0.9
-    TRUST = 0.7, 0.3, 0.0, 0.0
-    """The weights to begin with: of the forecast, what followed, the fast and the slow mean."""
+    TRUST = 0.6, 0.2, 0.2, 0.0, 0.0
+    """The weights to begin with: of the forecast, of what followed the same tokens, and tokens
+    alike, of the fast and the slow mean."""
 
     def __init__(self, num_layers: int, num_experts: int, *, horizon: int) -> None:
         super().__init__(num_layers, num_experts)
@@ -112,12 +113,13 @@ class PredictedReuse(Policy):
         """The heads, blended; `seen` are the fast and the slow mean."""
         recent, slow = seen
         spans = np.array([[1], [1], [self._horizon], [FAR * self._horizon]], np.float32)
-        guess = said = 1 - (1 - slow) ** spans
+        said: Heads = 1 - (1 - slow) ** spans
+        same = alike = said
         if forecast is not None:
-            said = np.stack(forecast[:4]).reshape(4, -1)
+            said = [plane.reshape(-1) for plane in forecast[:4]]
             if forecast.remembered is not None:
-                guess = forecast.remembered.reshape(4, -1)
-        mixed = self._blend.mix([said, guess, recent, slow])
+                same, alike = forecast.remembered.reshape(2, 4, -1)
+        mixed = self._blend.mix([said, same, alike], common=[recent, slow])
         self._has_mixed = True
         return Forecast(*mixed.reshape(4, *self._shape))
 

@@ -18,6 +18,7 @@ from routing.topology import NO_EXPERT
 from runtime.cache.forecast import Forecast
 from runtime.prediction.session_memory import (
     MOST_SEQUENCES,
+    Cue,
     Place,
     SessionMemory,
     join_recalled,
@@ -43,7 +44,7 @@ class Forecaster:
         shape = (batch_size, stack.num_layers, stack.top_k)
         self._last_routes_BLK = np.full(shape, NO_EXPERT, np.int64)
         self._places: list[Place] = [None] * batch_size
-        self._running: dict[int, int] = {}
+        self._running: dict[int, Cue] = {}
         """The last token of each sequence whose routes are not known yet."""
 
     @property
@@ -54,8 +55,8 @@ class Forecaster:
     def observe(self, routes_BLK: np.ndarray) -> None:
         """Take the true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
         self._last_routes_BLK = routes_BLK
-        for row, token in self._running.items():
-            self._places[row] = self.memory.add(self._places[row], token, routes_BLK[row])
+        for row, cue in self._running.items():
+            self._places[row] = self.memory.add(cue, routes_BLK[row])
         self._running = {}
 
     def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
@@ -70,20 +71,23 @@ class Forecaster:
         self.this_BLE = heads[0][:, -1]
         later = [_used_by_none(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
         used_later = (1.0 - unused for unused in later)
-        remembered = self._recall(token_ids_BT, positions_BT[:, -1] != PADDING)
+        remembered = self._recall(token_ids_BT, positions_BT[:, -1] != PADDING, heads[1][:, -1])
         return Forecast(1.0 - unused_LE, *used_later)._replace(remembered=remembered)
 
-    def _recall(self, token_ids_BT: np.ndarray, valid_B: np.ndarray) -> np.ndarray | None:
-        """What followed the same tokens before, for any of the sequences; None for too many."""
+    def _recall(
+        self, token_ids_BT: np.ndarray, valid_B: np.ndarray, next_BLE: np.ndarray
+    ) -> np.ndarray | None:
+        """What followed the like before, for any of the sequences; None for too many."""
         if token_ids_BT.shape[1] > 1 or self._running:  # the routes in between are not known
             self._places = [None] * len(token_ids_BT)
         self._running, rows = {}, np.flatnonzero(valid_B).tolist()
         if not 0 < len(rows) <= MOST_SEQUENCES:
             return None
-        self._running = {row: int(token_ids_BT[row, -1]) for row in rows}
-        return join_recalled(
-            [self.memory.recall(self._places[row], token) for row, token in self._running.items()]
-        )
+        self._running = {
+            row: self.memory.cue(self._places[row], int(token_ids_BT[row, -1]), next_BLE[row])
+            for row in rows
+        }
+        return join_recalled([self.memory.recall(cue) for cue in self._running.values()])
 
     def _chunks(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray

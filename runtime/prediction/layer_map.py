@@ -34,10 +34,11 @@ class LayerMap:
         remembered = None if remembered is None else self._spread(remembered)
         return Forecast(*heads)._replace(remembered=remembered)
 
-    def _spread(self, part_HLE: np.ndarray) -> np.ndarray:
-        whole_HLE = np.zeros((len(part_HLE), *self._shape), np.float32)
-        whole_HLE[:, self.rows] = part_HLE
-        return whole_HLE
+    def _spread(self, part: np.ndarray) -> np.ndarray:
+        """Extend [..., L, E] of the stack's layers."""
+        whole = np.zeros((*part.shape[:-2], *self._shape), np.float32)
+        whole[..., self.rows, :] = part
+        return whole
 
     def routes(self, experts: Mapping[int, np.ndarray], num_tokens: int) -> np.ndarray:
         """The stack's routes, int64 [T, L, K], from each layer's experts (index -> int [T, *]).

@@ -20,7 +20,7 @@ from routing.topology import NO_EXPERT
 from runtime.cache.forecast import Forecast
 from runtime.prediction.session_memory import (
     MOST_SEQUENCES,
-    Place,
+    Cue,
     SessionMemory,
     join_recalled,
 )
@@ -37,19 +37,17 @@ class SequenceForecast(NamedTuple):
     """The last pending token's logits of use, for scoring the prediction."""
     mean_use_LE: np.ndarray
     """Mean probability that a token of this sequence's prompt uses the expert."""
-    token: int = -1
-    """The last pending token."""
-    place: Place = None
-    """Where the session memory keeps the token before it."""
-    recalled_HLE: np.ndarray | None = None
-    """Probabilities [4, L, E] that an expert IS used, by what followed the same tokens earlier."""
+    cue: Cue | None = None
+    """The last pending token, as the session memory knows it."""
+    recalled_2HLE: np.ndarray | None = None
+    """Probabilities [2, 4, L, E] that an expert IS used, by what the session memory recalls."""
 
     def stale(self) -> SequenceForecast:
         """As a forecast for the token after the pending ones, whose id is not known yet."""
-        recalled_HLE = self.recalled_HLE
-        if recalled_HLE is not None:
-            recalled_HLE = recalled_HLE[[1, 1, 2, 3]]
-        return self._replace(unused_LE=self.unused_later_HLE[0], recalled_HLE=recalled_HLE)
+        recalled_2HLE = self.recalled_2HLE
+        if recalled_2HLE is not None:
+            recalled_2HLE = recalled_2HLE[:, [1, 1, 2, 3]]
+        return self._replace(unused_LE=self.unused_later_HLE[0], recalled_2HLE=recalled_2HLE)
 
     def brief(self) -> SequenceForecast:
         """The part that admission needs, in half precision, since many sequences may wait."""
@@ -85,10 +83,10 @@ class SequenceForecaster:
             unused_LE = unused_LE * unused_TLE.prod(0)
             mean_use_LE = mean_use_LE + (1 - unused_TLE).sum(0) / len(token_ids)
         unused_later_HLE = not_used(np.stack([head[0, -1] for head in later]))
-        token = int(token_ids[-1])
-        recalled = self.memory.recall(None, token)
+        cue = self.memory.cue(None, int(token_ids[-1]), later[0][0, -1])
+        recalled = self.memory.recall(cue)
         return SequenceForecast(
-            unused_LE, unused_later_HLE, this[0, -1], mean_use_LE, token, None, recalled
+            unused_LE, unused_later_HLE, this[0, -1], mean_use_LE, cue, recalled
         )
 
     def step(
@@ -107,19 +105,31 @@ class SequenceForecaster:
         recalls = len(pasts) <= MOST_SEQUENCES
         forecasts = []
         for index, (old, token) in enumerate(zip(before, token_ids, strict=True)):
-            place = self.memory.add(old.place, old.token, routes_BLK[index]) if recalls else None
+            cue = None
+            if recalls:
+                cue = self._next_cue(old, token, routes_BLK[index], later[0][index, 0])
             forecasts.append(
                 SequenceForecast(
                     not_used(this[index, 0]),
                     not_used(np.stack([head[index, 0] for head in later])),
                     this[index, 0],
                     old.mean_use_LE,
-                    token,
-                    place,
-                    self.memory.recall(place, token) if recalls else None,
+                    cue,
+                    None if cue is None else self.memory.recall(cue),
                 )
             )
         return forecasts
+
+    def _next_cue(
+        self,
+        old: SequenceForecast,
+        token: int,
+        routes_LK: np.ndarray,
+        next_logits_LE: np.ndarray,
+    ) -> Cue:
+        """Remember the last token's routes, and return the cue of the new one."""
+        place = None if old.cue is None else self.memory.add(old.cue, routes_LK)
+        return self.memory.cue(place, token, next_logits_LE)
 
     def _no_routes(self, shape: tuple[int, ...]) -> np.ndarray:
         stack = self.file.stack
@@ -132,7 +142,7 @@ def join(forecasts: Sequence[SequenceForecast]) -> Forecast | None:
         return None
     used_LE = 1 - np.prod([forecast.unused_LE for forecast in forecasts], axis=0)
     unused_later = np.prod([forecast.unused_later_HLE for forecast in forecasts], axis=0)
-    recalled = [f.recalled_HLE for f in forecasts if f.recalled_HLE is not None]
+    recalled = [f.recalled_2HLE for f in forecasts if f.recalled_2HLE is not None]
     is_whole = len(recalled) == len(forecasts) <= MOST_SEQUENCES
     remembered = join_recalled(recalled) if is_whole else None
     return Forecast(used_LE, *(1 - unused_later))._replace(remembered=remembered)

@@ -1,37 +1,43 @@
-"""The session memory: the experts that followed the same tokens earlier in this session.
+"""The session memory: what earlier moments of this session were followed by.
 
 A log of the newest tokens and their true routes, over all sequences. Each entry knows the entry
-before it and the one after it in its own sequence:
+before it in its own sequence, and, as the tokens after it run, what was used in its own step, in
+the next, in the next H and in the next FAR * H:
 
-    entry    token    routes       before    after
-    0        the      [L, K]       -         1
-    1        cache    [L, K]       0         2       <- "the cache" again: what followed 1, and how
-    2        evicts   [L, K]       1         -          often, says what may follow now
+    entry    token    before    used: this    next    H    FAR * H
+    0        the      -         ...           ...     ...  ...
+    1        cache    0         ...           ...     ...  ...
+    2        evicts   1         ...           ...     -    -        <- not known yet
 
-So a text, a format or a language that the predictor has never seen is known as soon as it
-repeats itself.
+An entry speaks for a token about to run where its tokens are the same ("the cache" again), or where
+its signature is alike (`signature`). So a text, a format or a language that the predictor has never
+seen is known as soon as it repeats itself, word by word or in kind.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from routing.predictor_file.format import FAR
 from routing.topology import NO_EXPERT, Stack
+from runtime.prediction.signature import SIZE, Signatures
 
 CAPACITY = 8192
-"""Tokens that are remembered: 4 * L * K bytes each."""
+"""Tokens that are remembered: L * E / 2 + 0.6 KB each."""
 MATCHES = 8
-"""Earlier places that are looked at: the newest of the same two tokens, and of the same one."""
-FAR_MATCHES = 2
-"""Of those, the best, where many steps after each are looked at."""
+"""Earlier places of the same token that are looked at: the newest."""
 AGREEMENT = np.array([1.0, 8.0, 64.0])
 """Weight of a place by how many tokens before it agree too."""
 AGEING = 0.9
 """Weight of a place beside the next newer one."""
+ALIKE = 16
+"""Earlier places that are looked at because their signatures are closest."""
+SHARPNESS, LIKENESS_WEIGHT = 14.0, 50.0
+"""A place of cosine c weighs LIKENESS_WEIGHT * exp(SHARPNESS * (c - 1))."""
 MEMORY = 0.98
 """Fading of the frequency of use, which counts as one more place."""
 
@@ -40,7 +46,17 @@ MOST_SEQUENCES = 8
 
 Place = int | None
 """Where the memory keeps a token; None if nowhere."""
-Index = dict[tuple[int, ...], deque[int]]
+NOWHERE = -1
+
+
+class Cue(NamedTuple):
+    """A token about to run, as the memory knows it."""
+
+    before: Place
+    """The place of the token before it; None where there is none, or it is not known."""
+    token: int
+    signature: np.ndarray
+    """float32 [SIZE], of length 1."""
 
 
 class SessionMemory:
@@ -48,133 +64,143 @@ class SessionMemory:
 
     def __init__(self, stack: Stack, horizon: int, capacity: int = CAPACITY) -> None:
         self._shape = stack.num_layers, stack.num_experts
-        self._capacity, self._nowhere = capacity, capacity
-        self._num_keys = stack.num_layers * stack.num_experts
+        self._capacity, self._num_keys = capacity, stack.num_layers * stack.num_experts
         self._first_key_L1 = np.arange(stack.num_layers)[:, None] * stack.num_experts
-        width = stack.num_layers * stack.top_k
-        self._keys = np.full((capacity + 1, width), self._num_keys, np.int32)
-        self._tokens = np.full(capacity + 1, -1, np.int64)
-        self._before = np.full(capacity + 1, self._nowhere)
-        self._after = np.full(capacity + 1, self._nowhere)
-        self._index: Index = {}
+        self._delays = 1, horizon, FAR * horizon
+        self._used = np.zeros((capacity, 4, -(-self._num_keys // 8)), np.uint8)
+        self._num_known = np.zeros(capacity, np.int64)
+        self._tokens = np.full(capacity, -1, np.int64)
+        self._before = np.full(capacity, NOWHERE)
+        self._signatures = np.zeros((capacity, SIZE), np.float32)
+        self._trails = np.zeros((capacity, SIZE), np.float32)
+        self._signer = Signatures(self._num_keys)
+        self._index: dict[tuple[int, ...], deque[int]] = {}
         self._index_keys: list[list[tuple[int, ...]]] = [[] for _ in range(capacity)]
         self._count = 0
-        self._uses = np.zeros(self._num_keys + 1, np.float32)
+        self._uses = np.zeros(self._num_keys, np.float32)
         self._num_faded = 0.0
-        self._spans = ((0, 1), (1, 2), (1, 1 + horizon), (1, 1 + FAR * horizon))
+        self._spans = np.array([[1], [1], [horizon], [FAR * horizon]], np.float32)
 
-    def add(self, before: Place, token: int, routes_LK: np.ndarray) -> Place:
-        """Remember the routes of a token, and return its place; None if they are unknown.
+    def cue(self, before: Place, token: int, next_logits_LE: np.ndarray) -> Cue:
+        """The cue of a token; next_logits_LE: the predictor's, of use by the token after it."""
+        previous = self._known(before)
+        trail = np.zeros(SIZE, np.float32)
+        if previous is not None:
+            trail = self._trails[previous % self._capacity]
+        return Cue(previous, token, self._signer.sign(trail, next_logits_LE))
 
-        before: the place of the token before it; None where there is none, or it is not known.
-        """
-        if (routes_LK == NO_EXPERT).all():
+    def add(self, cue: Cue, routes_LK: np.ndarray) -> Place:
+        """Remember the routes of a token, and return its place; None if they are unknown."""
+        used = np.zeros(self._num_keys, bool)
+        keys = (routes_LK + self._first_key_L1)[routes_LK != NO_EXPERT]
+        if not len(keys):
             return None
+        used[keys] = True
         place, self._count = self._count, self._count + 1
-        entry, previous = place % self._capacity, self._entry(before)
+        entry = place % self._capacity
         if place >= self._capacity:
             self._forget(entry)
-            previous = self._nowhere if previous == entry else previous
-        keys_LK = np.where(routes_LK == NO_EXPERT, self._num_keys, routes_LK + self._first_key_L1)
-        self._keys[entry] = keys_LK.reshape(-1)
-        self._tokens[entry] = token
-        self._before[entry], self._after[entry] = previous, self._nowhere
-        if previous != self._nowhere:
-            self._after[previous] = entry
-        self._index_keys[entry] = self._contexts(previous, token)
+        previous = self._known(cue.before)
+        self._tokens[entry] = cue.token
+        self._before[entry] = NOWHERE if previous is None else previous
+        self._signatures[entry] = cue.signature
+        trail = np.zeros(SIZE) if previous is None else self._trails[previous % self._capacity]
+        self._trails[entry] = self._signer.trail(trail, keys)
+        self._used[entry, 0], self._num_known[entry] = np.packbits(used), 1
+        self._complete(entry)
+        self._index_keys[entry] = self._contexts(previous, cue.token)
         for context in self._index_keys[entry]:
             self._index.setdefault(context, deque(maxlen=MATCHES)).append(place)
         self._uses *= MEMORY
-        self._uses[self._keys[entry]] += 1 - MEMORY
+        self._uses += np.float32(1 - MEMORY) * used
         self._num_faded = self._num_faded * MEMORY + 1 - MEMORY
         return place
 
-    def recall(self, before: Place, token: int) -> np.ndarray:
-        """Probabilities of use, float32 [4, L, E]: in the step of `token`, in the next, and in the
-        next H and FAR * H. `before` as in `add`.
+    def recall(self, cue: Cue) -> np.ndarray:
+        """Probabilities of use, float32 [2, 4, L, E], by places of the same token, and by places
+        alike: in the step of the token, in the next, and in the next H and FAR * H.
         """
-        previous = self._entry(before)
-        usual = (self._uses[:-1] + 0.06) / np.float32(self._num_faded + 0.5)
-        recalled = np.stack([_within(usual, end - start) for start, end in self._spans])
-        places = self._places(previous, token)
-        if places:
-            entries, weights = self._weighed(places, previous)
-            chain = self._chain(entries)
-            for row, (start, end) in zip(recalled, self._spans, strict=True):
-                self._count_uses(row, chain[start:end], weights)
-        return recalled.reshape(4, *self._shape)
+        once = (self._uses + 0.06) / np.float32(self._num_faded + 0.5)
+        usual = -np.expm1(self._spans * np.log1p(-once))
+        by_either = [self._same(cue), self._alike(cue)]
+        return np.stack([self._mean_use(usual, *places) for places in by_either]).reshape(
+            2, 4, *self._shape
+        )
 
-    def _entry(self, place: Place) -> int:
-        """The entry of a place; `_nowhere` if it is forgotten."""
-        if place is None or place < self._count - self._capacity:
-            return self._nowhere
-        return place % self._capacity
+    def _known(self, place: Place) -> Place:
+        """The place; None if it is forgotten."""
+        return None if place is None or place < self._count - self._capacity else place
 
-    def _contexts(self, previous: int, token: int) -> list[tuple[int, ...]]:
+    def _complete(self, entry: int) -> None:
+        """Tell the entries before this one, the newest, what was used within their heads' steps."""
+        chain = [entry]
+        while len(chain) <= self._delays[-1]:
+            previous = self._before[chain[-1]]
+            if previous == NOWHERE or previous < self._count - self._capacity:
+                break
+            chain.append(previous % self._capacity)
+        for head, delay in enumerate(self._delays, 1):
+            if delay < len(chain):
+                used = np.bitwise_or.reduce(self._used[chain[:delay], 0])
+                self._used[chain[delay], head] = used
+                self._num_known[chain[delay]] = head + 1
+
+    def _contexts(self, previous: Place, token: int) -> list[tuple[int, ...]]:
         """What an entry is found by: its token, and its last two tokens."""
-        if previous == self._nowhere:
+        if previous is None:
             return [(token,)]
-        return [(int(self._tokens[previous]), token), (token,)]
+        return [(int(self._tokens[previous % self._capacity]), token), (token,)]
 
-    def _places(self, previous: int, token: int) -> list[int]:
-        """Earlier places of the same context, each once, the newest first."""
-        found: set[int] = set()
-        for context in self._contexts(previous, token):
+    def _same(self, cue: Cue) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of the same token that say most, and their weights."""
+        previous, found = self._known(cue.before), set[int]()
+        for context in self._contexts(previous, cue.token):
             found.update(self._index.get(context, ()))
-        return sorted(found, reverse=True)
-
-    def _weighed(self, places: list[int], previous: int) -> tuple[np.ndarray, np.ndarray]:
-        """The entries that say most, and their weights, the heaviest first."""
-        entries = np.array(places) % self._capacity
+        entries = np.array(sorted(found, reverse=True), np.int64) % self._capacity
         agreed, agrees = np.zeros(len(entries), np.int64), np.ones(len(entries), bool)
-        theirs = entries
+        theirs, oldest = entries, self._count - self._capacity
+        ours = NOWHERE if previous is None else previous
         for _ in AGREEMENT[1:]:
-            theirs = self._before[theirs]
-            agrees &= (theirs != self._nowhere) & (self._tokens[theirs] == self._tokens[previous])
+            before = self._before[theirs]
+            agrees &= (before != NOWHERE) & (before >= oldest)
+            theirs = before % self._capacity
+            if ours == NOWHERE or ours < oldest:
+                break
+            agrees &= self._tokens[theirs] == self._tokens[ours % self._capacity]
             agreed += agrees
-            previous = self._before[previous]
+            ours = int(self._before[ours % self._capacity])
         weights = AGREEMENT[agreed] * AGEING ** np.arange(len(entries))
         best = np.argsort(-weights, kind="stable")[:MATCHES]
-        return entries[best], weights[best].astype(np.float32)
+        return entries[best], weights[best]
 
-    def _chain(self, entries: np.ndarray) -> np.ndarray:
-        """The entries and those after them, int [1 + FAR * H, N]."""
-        chain = np.empty((self._spans[-1][1], len(entries)), np.int64)
-        chain[0] = entries
-        for step in range(1, len(chain)):
-            chain[step] = self._after[chain[step - 1]]
-        return chain
+    def _alike(self, cue: Cue) -> tuple[np.ndarray, np.ndarray]:
+        """The entries whose signatures are closest, and their weights."""
+        cosines = self._signatures[: self._count] @ cue.signature
+        entries = np.arange(len(cosines))
+        if len(cosines) > ALIKE:
+            entries = np.argpartition(cosines, -ALIKE)[-ALIKE:]
+        weights = LIKENESS_WEIGHT * np.exp(SHARPNESS * (cosines[entries] - 1))
+        return entries, weights
 
-    def _count_uses(self, usual: np.ndarray, chain_SN: np.ndarray, weights_N: np.ndarray) -> None:
-        """Add to `usual` (one place's worth) the uses in the steps of `chain_SN`; in place."""
-        if len(chain_SN) > 1:
-            chain_SN, weights_N = chain_SN[:, :FAR_MATCHES], weights_N[:FAR_MATCHES]
-        complete = chain_SN[-1] != self._nowhere
-        chain_SN, weights_N = chain_SN[:, complete], weights_N[complete]
-        keys_SNK = self._keys[chain_SN]
-        if len(chain_SN) == 1:
-            each = np.repeat(weights_N, keys_SNK.shape[-1])
-            counts = np.bincount(keys_SNK.reshape(-1), each, self._num_keys + 1)[:-1]
-            usual += counts.astype(np.float32)
-        else:
-            used = np.zeros((len(weights_N), self._num_keys + 1), np.float32)
-            used[np.arange(len(weights_N))[:, None], keys_SNK] = 1.0
-            usual += weights_N @ used[:, :-1]
-        usual /= 1 + weights_N.sum()
+    def _mean_use(self, usual: np.ndarray, entries: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The weighted mean of what entries used, with `usual` [4, keys] as one more."""
+        used = np.unpackbits(self._used[entries], axis=-1, count=self._num_keys)
+        used_N4 = used.astype(np.float32)
+        mean = usual.copy()
+        for head, row in enumerate(mean):
+            known = (weights * (self._num_known[entries] > head)).astype(np.float32)
+            row += known @ used_N4[:, head]
+            row /= 1 + known.sum()
+        return mean
 
     def _forget(self, entry: int) -> None:
-        """Take the entry, the oldest, out of the index and out of its sequence."""
+        """Take the entry, the oldest, out of the index."""
         for context in self._index_keys[entry]:
             places = self._index[context]
             if places[0] % self._capacity == entry:
                 places.popleft()
             if not places:
                 del self._index[context]
-        before, after = self._before[entry], self._after[entry]
-        if before != self._nowhere:
-            self._after[before] = self._nowhere
-        if after != self._nowhere:
-            self._before[after] = self._nowhere
 
 
 def join_recalled(recalled: Sequence[np.ndarray]) -> np.ndarray:
@@ -183,10 +209,3 @@ def join_recalled(recalled: Sequence[np.ndarray]) -> np.ndarray:
         return recalled[0]
     joined: np.ndarray = 1 - np.prod([1 - one for one in recalled], axis=0)
     return joined
-
-
-def _within(once: np.ndarray, steps: int) -> np.ndarray:
-    """Probability of a use within so many steps, from that of one."""
-    if steps == 1:
-        return once
-    return -np.expm1(np.float32(steps) * np.log1p(-once))

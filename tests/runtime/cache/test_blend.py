@@ -73,7 +73,7 @@ def test_a_head_learns_nothing_before_its_steps_have_run() -> None:
 def test_before_anything_is_known_the_advice_is_mixed_by_the_weights_to_begin_with() -> None:
     blend = LogOddsBlend([1.0, 0.0], KEYS, horizon=HORIZON)
     sure, other = np.full((4, KEYS), 0.8, np.float32), np.full(KEYS, 0.1, np.float32)
-    np.testing.assert_allclose(blend.mix([sure, other]), 0.8, rtol=1e-5)
+    np.testing.assert_allclose(blend.mix([sure], common=[other]), 0.8, rtol=1e-5)
 
 
 def test_an_expert_whose_use_nobody_foresees_gets_a_prior_of_its_own() -> None:
@@ -94,7 +94,8 @@ def test_whatever_is_advised_the_blend_says_probabilities(
 ) -> None:
     blend = LogOddsBlend([0.7, 0.3], KEYS, horizon=HORIZON)
     for first, second, is_used in steps:
-        said = blend.mix([np.full((4, KEYS), first, np.float32), np.full(KEYS, second, np.float32)])
+        advice, common = np.full((4, KEYS), first, np.float32), np.full(KEYS, second, np.float32)
+        said = blend.mix([advice], common=[common])
         assert ((said > 0) & (said < 1)).all()
         blend.learn(np.arange(KEYS) % 2 == is_used)
 

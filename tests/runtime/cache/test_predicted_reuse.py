@@ -132,10 +132,16 @@ def test_a_good_forecast_keeps_its_gain(quality: float) -> None:
     assert (blended >= trusted - BELOW).all(), blended - trusted
 
 
-def test_what_is_remembered_helps_a_forecast_that_does_not() -> None:
+@pytest.mark.parametrize("by", ["the same tokens", "tokens alike"])
+def test_what_is_remembered_helps_a_forecast_that_does_not(by: str) -> None:
+    nothing = np.full((4, *SHAPE), 0.1, np.float32)
+
+    def advice(heads: np.ndarray) -> np.ndarray:
+        return np.stack([heads, nothing] if by == "the same tokens" else [nothing, heads])
+
     useless, remembered = np.full((4, *SHAPE), 0.5, np.float32), noisy(3.0).astype(np.float32)
     forecasts: list[Forecast | None] = [
-        Forecast(*useless)._replace(remembered=heads) for heads in remembered
+        Forecast(*useless)._replace(remembered=advice(heads)) for heads in remembered
     ]
     rates = hit_rates(lambda: PredictedReuse(*SHAPE, horizon=HORIZON), forecasts)
     assert (rates > best_free_rule() + 0.02).all()
@@ -152,9 +158,9 @@ def test_whatever_is_forecast_the_values_are_finite_and_the_expectations_probabi
 ) -> None:
     policy = PredictedReuse(*SHAPE, horizon=HORIZON)
     for said, remembered, expert in steps:
-        heads = np.full((2, 4, *SHAPE), said, np.float32)
-        heads[1] = remembered
-        policy.begin_step(Forecast(*heads[0])._replace(remembered=heads[1]))
+        heads = np.full((3, 4, *SHAPE), said, np.float32)
+        heads[1:] = remembered
+        policy.begin_step(Forecast(*heads[0])._replace(remembered=heads[1:]))
         for plane in policy.expected[:4]:
             assert ((plane > 0) & (plane < 1)).all()
         for layer in range(LAYERS):

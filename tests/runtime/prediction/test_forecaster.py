@@ -229,7 +229,7 @@ def test_this_step_is_joined_over_batch_and_tokens_and_later_steps_over_the_last
     np.testing.assert_allclose(forecast.this_LE, used_by_any(expected), atol=1e-6)
     np.testing.assert_allclose(forecast.next_LE, used_by_any(onehots(token_ids[:, -1])), atol=1e-6)
     assert all(plane.shape == (L, E) for plane in forecast[:4])
-    assert forecast.remembered is not None and forecast.remembered.shape == (4, L, E)
+    assert forecast.remembered is not None and forecast.remembered.shape == (2, 4, L, E)
 
 
 def test_a_padded_sequence_predicts_what_it_predicts_alone(opened: Open) -> None:
