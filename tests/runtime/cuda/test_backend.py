@@ -94,14 +94,14 @@ def test_attention_that_no_kernel_has_is_the_models_own(model: Any, compile: boo
 
 
 def test_every_size_of_step_is_compiled_whatever_torchs_limit(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any,
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     counters.clear()
     want = [generate(model, rows) for rows in (1, 2)]
-    load_fake(model, memory=0.5, compile=True, batch=2)
-    assert all(torch.equal(generate(model, len(tokens)), tokens) for tokens in want)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        load_fake(model, memory=0.5, compile=True, batch=2)
+        assert all(torch.equal(generate(model, len(tokens)), tokens) for tokens in want)
     assert counters["stats"]["unique_graphs"] == 2
 
 
