@@ -34,16 +34,20 @@ each program takes several."""
 def _scores(query_MD, key_CD, IS_ONE: tl.constexpr):
     """[M, C]; with one head in float32, with several by the tensor cores."""
     if IS_ONE:
-        return tl.sum(key_CD.to(tl.float32) * query_MD.to(tl.float32), axis=1)[None, :]
-    return tl.dot(query_MD, tl.trans(key_CD))
+        score_MC = tl.sum(key_CD.to(tl.float32) * query_MD.to(tl.float32), axis=1)[None, :]
+    else:  # never compiled otherwise: the tensor cores take no head below 16
+        score_MC = tl.dot(query_MD, tl.trans(key_CD))
+    return score_MC
 
 
 @triton.jit
 def _mixed(share_MC, value_CV, IS_ONE: tl.constexpr):
     """[M, V], not normalised yet."""
     if IS_ONE:
-        return tl.sum(tl.trans(share_MC) * value_CV.to(tl.float32), axis=0)[None, :]
-    return tl.dot(share_MC.to(value_CV.dtype), value_CV)
+        mixed_MV = tl.sum(tl.trans(share_MC) * value_CV.to(tl.float32), axis=0)[None, :]
+    else:
+        mixed_MV = tl.dot(share_MC.to(value_CV.dtype), value_CV)
+    return mixed_MV
 
 
 @triton.jit(
