@@ -231,6 +231,21 @@ def compile_coded(kernels: Kernels) -> None:
     unpack_blocks(kernels.expert_block, kernels.slots_SN, picked, workspace_RN)
 
 
+SMALL_HEADS = "small-heads"
+
+
+def compile_small_heads() -> None:
+    """Attention of heads below what the tensor cores take, as tiny models have, in any format."""
+    rows, positions = torch.zeros(2, 2, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16):
+        for width, value_width, groups in ((8, 8, 2), (12, 8, 4), (64, 64, 4)):
+            query = torch.zeros(2, 4, width, dtype=dtype)
+            keys = torch.zeros(2, groups, 48, width, dtype=dtype)
+            values = torch.zeros(2, groups, 48, value_width, dtype=dtype)
+            write(keys[:, :, 0], values[:, :, 0], keys, values, rows, positions)
+            attend(query, keys, values, rows, positions, scale=0.1, softcap=3.0)
+
+
 def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
     """What every kernel takes, at the named sizes."""
     compiler = Compiler(capability)
@@ -238,6 +253,9 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
         without_streams(patch)
         for name in names:
             size, _, encoding = name.partition(":")
+            if name == SMALL_HEADS:
+                compile_small_heads()
+                continue
             if encoding:
                 compile_coded(Kernels(SIZES[size], encoding))
                 continue

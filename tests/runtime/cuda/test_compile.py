@@ -55,6 +55,11 @@ def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     assert counts["down"] == 3
 
 
+def test_attention_of_small_heads_compiles_in_any_format(tmp_path: Path) -> None:
+    kernels = compiled(90, tmp_path, "small-heads")
+    assert {"attend_blocks", "join_blocks", "write_tokens"} == {k["name"] for k in kernels}
+
+
 CODED = {
     80: ["olmoe-7b:fp8", "olmoe-7b:int4-zeros", "olmoe-7b:nvfp4"],
     90: ["gpt-oss-20b:mxfp4", "olmoe-7b:int4", "olmoe-7b:mxfp8"],
