@@ -134,8 +134,8 @@ def test_the_figures_of_the_readme_are_those_of_their_files() -> None:
     runs = json.loads((RESULTS / "2026-11-29-demo.json").read_text())["runs"]
     rates = {run["policy"]: f"{run['hit_rate']:.3f}" for run in runs}
     assert f"(`make demo`) {rates['lru']}, {rates['predicted']}, {rates['belady']}" in readme
-    plain = coded_arm("olmoe-predicted", "olmoe-7b mxfp4 lru 1.0 trace")
-    compiled = coded_arm("olmoe-compiled", "olmoe-7b mxfp4 lru compile 1.0 trace")
+    plain = coded_arm("olmoe-attention", "olmoe-7b mxfp4 lru 1.0 trace")
+    compiled = coded_arm("olmoe-attention", "olmoe-7b mxfp4 lru compile 1.0 trace")
     speeds, memory = (
         " / ".join(f"{row[key] / unit:{spec}}" for row in (plain, compiled))
         for key, unit, spec in (("tokens_per_s", 1, ".0f"), ("peak_bytes", 2**30, ".1f"))
