@@ -199,6 +199,19 @@ def test_a_folder_laid_out_as_on_the_hub_is_read_by_its_split(
         texts(tmp_path, split="dev")
 
 
+def test_loose_texts_beside_the_folder_of_a_split_are_not_left_out_in_silence(
+    tmp_path: Path,
+) -> None:
+    """As `expertflow build` lays out its text: DOMAIN.txt and val/DOMAIN.txt."""
+    (tmp_path / "val").mkdir()
+    for name in ("de.txt", "val/de.txt"):
+        (tmp_path / name).write_text(name)
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"de.txt.* beside .*val.*name the files, {tmp_path}"):
+            texts(tmp_path, split=split)
+    assert [text for text, _ in texts(tmp_path / "val")] == ["val/de.txt"]
+
+
 def test_a_split_of_files_that_have_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for path in (tmp_path, tmp_path / "a.txt"):

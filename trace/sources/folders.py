@@ -32,7 +32,8 @@ def layout_of(folder: Path) -> Layout:
     """The layout of a folder: loose files, `datasets.save_to_disk`, or that of the Hub.
 
     The Hub's has a README.md with `configs`, a folder for each split, or files that are named after
-    their split (in `data/`, or `train-00000-of-00001.parquet`).
+    their split (in `data/`, or `train-00000-of-00001.parquet`). Raises ValueError for files of no
+    split beside the folders of splits: they would be left out in silence.
     """
     if (folder / "dataset_dict.json").is_file() or (
         (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
@@ -40,14 +41,28 @@ def layout_of(folder: Path) -> Layout:
         return "saved"
     inside = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     data = folder / "data"
+    if _has_configs(folder / ABOUT):
+        return "hub"
+    splits = [path.name for path in inside if path.is_dir() and SPLIT.fullmatch(path.name)]
+    loose = [path for path in inside if _is_of_no_split(path)]
+    if splits and loose:
+        raise ValueError(
+            f"{folder} has files of no split ({loose[0].name}) beside folders of splits "
+            f"({', '.join(splits)}): name the files, {folder}/*{loose[0].suffix}, or a folder"
+        )
     if (
-        _has_configs(folder / ABOUT)
-        or any(SPLIT.fullmatch(path.name) for path in inside if path.is_dir())
+        splits
         or any(SHARD.match(path.name) for path in inside)
         or (data.is_dir() and any(SPLIT.match(p.name) and is_known(p) for p in data.iterdir()))
     ):
         return "hub"
     return "files"
+
+
+def _is_of_no_split(path: Path) -> bool:
+    """Whether it is a file of documents whose name does not begin with that of a split."""
+    is_document = path.is_file() and is_known(path) and kind_of(path) in TEXT_KINDS
+    return is_document and path.suffix != ".md" and not SPLIT.match(path.name)
 
 
 def _has_configs(about: Path) -> bool:
