@@ -28,12 +28,18 @@ if TYPE_CHECKING:
     from routing.shards import Document, TraceReader
 
 TOPOLOGY = b"expertflow.topology"
+OTHER_FILES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".arrow", ".txt", ".npy", ".pq", ".gz"}
+"""Suffixes of files that somebody may hope for, and that are no names of folders."""
 ROW_TOKENS = 1 << 16
 """Tokens of a group of rows, about."""
 
 
 def export_trace(settings: ExportSettings) -> None:
-    """Write the table. Raises ValueError for a trace without documents, or an `out` that exists."""
+    """Write the table.
+
+    Raises ValueError for a trace without documents, an `out` that exists, or one named like a file
+    of another kind.
+    """
     from routing.shards import TraceReader
 
     reader = TraceReader(settings.trace, settings.stack)
@@ -41,6 +47,11 @@ def export_trace(settings: ExportSettings) -> None:
         raise ValueError(f"the trace {settings.trace} holds no documents")
     if settings.out.exists():
         raise ValueError(f"{settings.out} exists: name another --out, or delete it")
+    if settings.out.suffix in OTHER_FILES:
+        raise ValueError(
+            f"--out {settings.out}: no {settings.out.suffix} file is written; name a .parquet "
+            "file, or a folder for a data set"
+        )
     if settings.out.suffix == ".parquet":
         write_parquet(reader, settings.out, rows=settings.rows)
     else:

@@ -133,3 +133,12 @@ def test_an_export_neither_overwrites_nor_writes_nothing(
         pass
     with pytest.raises(ValueError, match="holds no documents"):
         export_trace(ExportSettings(trace=tmp_path / "empty", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["routes.csv", "routes.txt", "routes.pq"])
+def test_a_file_of_another_kind_is_refused_and_no_folder_made_of_its_name(
+    trace: TraceReader, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: no .* file is written; name a .parquet file"):
+        export_trace(ExportSettings(trace=trace.directory, out=tmp_path / name))
+    assert not (tmp_path / name).exists()
