@@ -153,8 +153,10 @@ class PredictorThread:
         tokens_BT = np.concatenate([request.token_ids_BT for request in requests], 1)
         positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
         scored = self._inform(requests[0], len(tokens_BT))
-        forecast = self._forecaster.forecast(tokens_BT, positions_BT)
-        learned.result()
+        try:
+            forecast = self._forecaster.forecast(tokens_BT, positions_BT)
+        finally:
+            learned.result()  # nobody else moves the policy before
         if self.failure is None:  # it may have been given up meanwhile
             begun = requests[-1].has_begun
             (self._policy.revise if begun else self._policy.begin_step)(forecast)
@@ -164,8 +166,10 @@ class PredictorThread:
             self._stats.count_recall(*scored)
 
     def _learn(self, requests: Sequence[PredictorRequest]) -> None:
+        """A pass that has begun learns from its own touches; the step before it is past."""
         for request in requests:
-            if not request.is_new and request.routes_LBK is not None:
+            is_over = request.is_new or request.has_begun
+            if not is_over and request.routes_LBK is not None:
                 self._policy.touch_routes(request.routes_LBK)
 
     def _inform(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 from routing.inspect_model import topology_of
 from runtime.cuda import prefetching as trial
 from runtime.cuda.decode.graph_step import CapturedStep, DecodeStep
+from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.prefill import look_ahead
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.onnx_predictor import write_predictor
@@ -238,6 +240,24 @@ def test_a_prompt_is_one_step_of_the_policy_whenever_its_forecast_arrives(
         time.sleep(0.01)
     assert [call.args for call in policy.begin_step.call_args_list] == [(None,)]
     assert [call.args[0] is None for call in policy.revise.call_args_list] == [True, False]
+
+
+def test_a_pass_that_has_begun_is_not_taught_the_routes_of_the_step_before(
+    model: Any, tmp_path: Path
+) -> None:
+    topology = topology_of(model)
+    predictor = write_predictor(tmp_path / "p.onnx", topology)
+    backend = load_fake(model, predictor, memory=0.25).expertflow._backend
+    policy, thread = backend._policy, backend.decoder.driver.thread
+    policy.touch_routes, policy.revise = Mock(), Mock(wraps=policy.revise)
+    one = np.zeros((1, 1), np.int64)
+    stack = topology.stack()
+    routes_LBK = np.zeros((stack.num_layers, 1, stack.top_k), np.int64)
+    thread._answer([PredictorRequest(one, one, routes_LBK, is_new=False, has_begun=True)])
+    assert not policy.touch_routes.called
+    assert policy.revise.call_count == 1
+    thread._answer([PredictorRequest(one, one, routes_LBK, is_new=False)])
+    assert policy.touch_routes.call_count == 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
