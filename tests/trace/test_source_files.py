@@ -199,15 +199,17 @@ def test_a_folder_laid_out_as_on_the_hub_is_read_by_its_split(
         texts(tmp_path, split="dev")
 
 
-def test_loose_texts_beside_the_folder_of_a_split_are_not_left_out_in_silence(
-    tmp_path: Path,
+@pytest.mark.parametrize("loose", ["de.txt", "de.jsonl", "de.csv", "de.txt.gz"])
+def test_loose_files_beside_the_folder_of_a_split_are_not_left_out_in_silence(
+    tmp_path: Path, loose: str
 ) -> None:
     """As `expertflow build` lays out its text: DOMAIN.txt and val/DOMAIN.txt."""
     (tmp_path / "val").mkdir()
-    for name in ("de.txt", "val/de.txt"):
+    for name in (loose, "dataset_infos.json", "val/de.txt"):
         (tmp_path / name).write_text(name)
+    refused = rf"{loose}.* beside .*val.*name the files, {tmp_path}"
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match=rf"de.txt.* beside .*val.*name the files, {tmp_path}"):
+        with pytest.raises(ValueError, match=refused):
             texts(tmp_path, split=split)
     assert [text for text, _ in texts(tmp_path / "val")] == ["val/de.txt"]
 

@@ -16,6 +16,8 @@ TEXT_KINDS = (".txt", ".md")
 KINDS = (*TEXT_KINDS, *READERS)
 ABOUT = "README.md"
 """Describes a data set, and is none of its documents."""
+ABOUT_KINDS = (".md", ".json")
+"""Beside folders of splits, files of these kinds are about them."""
 SPLIT = re.compile(r"(train|training|test|testing|validation|valid|val|dev|eval)(?![a-z])", re.I)
 SHARD = re.compile(rf"{SPLIT.pattern}-\d+-of-\d+\.", re.I)
 
@@ -61,8 +63,8 @@ def layout_of(folder: Path) -> Layout:
 
 def _is_of_no_split(path: Path) -> bool:
     """Whether it is a file of documents whose name does not begin with that of a split."""
-    is_document = path.is_file() and is_known(path) and kind_of(path) in TEXT_KINDS
-    return is_document and path.suffix != ".md" and not SPLIT.match(path.name)
+    is_document = is_known(path) and kind_of(path) not in ABOUT_KINDS and path.is_file()
+    return is_document and not SPLIT.match(path.name)
 
 
 def _has_configs(about: Path) -> bool:
