@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cache.live_kinds import LiveKindsSettings, live_kinds
-from benchmarks.cache.page import by_kind
+from benchmarks.cache.page import agreeing, by_kind
 from routing.cli import run
 
 if TYPE_CHECKING:
@@ -147,11 +147,11 @@ def _replay(
 def agreement(live: Sequence[dict[str, Any]]) -> str:
     """A sentence about live rows: how far they are from their simulation, and their tokens."""
     apart = [abs(row["loads"] - row["simulated_loads"]) / row["requests"] for row in live]
-    same = sum(row["identical"] for row in live)
+    loads, tokens = agreeing(live)
     return (
-        f"{apart.count(0)} of {len(live)} live runs load exactly what their simulation loads, the "
-        f"others differ by at most {max(apart):.4f} of hit rate; the tokens of {same} are those of "
-        "the model without offloading."
+        f"{loads} of {len(live)} live runs load exactly what their simulation loads, the "
+        f"others differ by at most {max(apart):.4f} of hit rate; the tokens of {tokens} are those "
+        "of the model without offloading."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,11 @@ class LiveKinds:
     """Calls of other text, for the hot set."""
 
     def __post_init__(self) -> None:
-        if (file := self._file()) is not None:
+        if (file := self._file) is not None:
             names = {"ours": "the model", "theirs": f"the predictor {self.predictor}"}
             self.topology.require_match(file.topology, **names)
 
+    @cached_property
     def _file(self) -> PredictorFile | None:
         from routing.predictor_file.reader import open_predictor
 
@@ -81,7 +83,7 @@ class LiveKinds:
             steps,
             (stack.num_layers, stack.num_experts),
             residency=self.residency,
-            predictor=self._file(),
+            predictor=self._file,
             fit=self.fit,
         )
         simulated = [

@@ -191,9 +191,15 @@ def _judged(document: Document, members: Sequence[str], sizes: Sequence[float]) 
 def _agreeing(document: Document) -> list[str]:
     """Kinds, live runs, and those that agree in loads and in tokens."""
     live = [row for row in document["rows"] if row.get("live")]
+    return [str(n) for n in (len({row["kind"] for row in live}), len(live), *agreeing(live))]
+
+
+def agreeing(live: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many live rows load what their simulation loads, and have the tokens of the model
+    without offloading.
+    """
     loads = sum(row["loads"] == row["simulated_loads"] for row in live)
-    tokens = sum(row["identical"] for row in live)
-    return [str(n) for n in (len({row["kind"] for row in live}), len(live), loads, tokens)]
+    return loads, sum(row["identical"] for row in live)
 
 
 def _gap_of_mean(cells: Sequence[HitRates]) -> float:

@@ -19,9 +19,8 @@ from torch import Tensor
 from benchmarks.replay.recorded_requests import Recorded
 from benchmarks.replay.text_replay import router_of
 from routing.layers import find_moe_layers
-from runtime.cuda.single_tokens import SingleTokens
 from runtime.engine.guards.changes import capturable
-from runtime.kv.row_cache import RowCache, TokenLayout
+from runtime.kv.row_cache import RowCache
 from runtime.serving.model_runner import ModelRunner, Part, Ran
 
 
@@ -70,13 +69,8 @@ class RowReplay:
     @capturable
     def _embed(self, own: Any, token_ids: Tensor) -> Tensor:
         assert self.cache is not None
-        tokens = self.cache.layout
-        if isinstance(tokens, SingleTokens):
-            rows_T, positions_T = tokens.rows_B, tokens.positions_B
-        else:
-            assert isinstance(tokens, TokenLayout)
-            rows_T, positions_T = tokens.rows_T, tokens.positions_T
-        at_T = self._start_R.index_select(0, rows_T) + positions_T
+        layout = self.cache.layout
+        at_T = self._start_R.index_select(0, layout.rows_T) + layout.positions_T
         step_TLK = self._experts_NLK.index_select(0, at_T)
         self._step_LTK = step_TLK.transpose(0, 1).long()
         embedded: Tensor = own(token_ids)

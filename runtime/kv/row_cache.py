@@ -41,6 +41,9 @@ class Span(NamedTuple):
 class RaggedTokens(StepTokens, Protocol):
     """The tokens of a step, of any rows, side by side: [1, T]."""
 
+    rows_T: Tensor
+    positions_T: Tensor
+
     def attend(
         self,
         function: Attention,

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cache.kinds import KindsSettings
+from benchmarks.cache.kinds import KindsSettings, agreement
 from benchmarks.cache.kinds import main as compare_kinds
 from benchmarks.cache.knowledge import KnowledgeSettings
 from benchmarks.cache.knowledge import main as know
 from benchmarks.cache.live_kinds import documents
+from benchmarks.cache.page import agreeing
 from benchmarks.cache.policy_cost import CostSettings
 from benchmarks.cache.policy_cost import main as time_policy
 from routing.inspect_model import topology_of
@@ -163,3 +164,11 @@ def test_live_runs_with_a_predictor_of_another_model_are_refused(
 def test_a_trace_and_a_model_are_not_run_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--trace to simulate or --model to run live"):
         KindsSettings(json=tmp_path / "kinds.json", trace=tmp_path, model=tmp_path)
+
+
+def test_a_live_run_that_loads_one_more_than_its_simulation_does_not_agree() -> None:
+    row = {"loads": 4, "simulated_loads": 4, "requests": 100, "identical": True}
+    live = [row, row | {"loads": 5}, row | {"loads": 3, "identical": False}]
+    assert agreeing(live) == (1, 2)
+    assert agreement(live).startswith("1 of 3 live runs load exactly")
+    assert "at most 0.0100 of hit rate; the tokens of 2 are" in agreement(live)

@@ -34,7 +34,8 @@ class TokensOfRows(SingleTokens):
         self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
         """Token ids, rows, positions."""
         self.ids_1B = self.inputs_3B[:1]
-        super().__init__(self.inputs_3B[1], self.inputs_3B[2])
+        self.rows_T, self.positions_T = self.inputs_3B[1:]
+        super().__init__(self.rows_T, self.positions_T)
 
     def attend(
         self,
