@@ -7,7 +7,7 @@ the batch (`session_memory`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -59,20 +59,30 @@ class Forecaster:
             self._places[row] = self.memory.add(cue, routes_BLK[row])
         self._running = {}
 
-    def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
+    def forecast(
+        self,
+        token_ids_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        announce: Callable[[Forecast], None] | None = None,
+    ) -> Forecast:
         """Predict for the tokens that run next (int64; position PADDING marks padding).
 
         Probabilities are joined over the batch and, for this step, over all its tokens:
         P(used by any) = 1 - product of (1 - p).
+
+        announce: called with the same forecast as soon as the predictor has answered, before
+        anything is recalled from memory.
         """
         unused_LE = np.ones((), np.float32)
         for heads, valid_BT in self._chunks(token_ids_BT, positions_BT):
             unused_LE = unused_LE * _used_by_none(heads[0], valid_BT)
         self.this_BLE = heads[0][:, -1]
         later = [_used_by_none(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
-        used_later = (1.0 - unused for unused in later)
+        forecast = Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
+        if announce is not None:
+            announce(forecast)
         remembered = self._recall(token_ids_BT, positions_BT[:, -1] != PADDING, heads[1][:, -1])
-        return Forecast(1.0 - unused_LE, *used_later)._replace(remembered=remembered)
+        return forecast._replace(remembered=remembered)
 
     def _recall(
         self, token_ids_BT: np.ndarray, valid_B: np.ndarray, next_BLE: np.ndarray

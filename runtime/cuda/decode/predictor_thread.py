@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
@@ -75,15 +76,26 @@ class DeviceForecast:
             tensor.copy_(torch.from_numpy(chances_LE.reshape(-1)), non_blocking=True)
 
     def publish(self, policy: Policy, forecast: Forecast) -> None:
-        """Send the values and probabilities, without waiting for the step that reads them."""
+        """Send the probabilities and values, without waiting for the step that reads them."""
+        self.publish_chances(forecast)
+        self.publish_values(policy)
+
+    def publish_chances(self, forecast: Forecast) -> None:
+        """Send the probabilities alone: what to prefetch is known before what to keep."""
+        self._sent.synchronize()  # the last copies have left the pinned memory
+        self._chances_host.numpy()[:] = [row.reshape(-1) for row in forecast[:2]]
+        self._send(self._chances, self._chances_host)
+
+    def publish_values(self, policy: Policy) -> None:
+        """Send the values alone."""
         table = policy.table()
         assert table is not None
-        self._sent.synchronize()  # the last copies have left the pinned memory
         self._values_host.numpy()[:] = table
-        self._chances_host.numpy()[:] = [row.reshape(-1) for row in forecast[:2]]
+        self._send(self._device_cache.table, self._values_host)
+
+    def _send(self, tensor: Tensor, host: Tensor) -> None:
         with torch.cuda.stream(self._stream):
-            self._device_cache.table.copy_(self._values_host, non_blocking=True)
-            self._chances.copy_(self._chances_host, non_blocking=True)
+            tensor.copy_(host, non_blocking=True)
         self._sent = self._stream.record_event()
 
 
@@ -154,16 +166,21 @@ class PredictorThread:
         positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
         scored = self._inform(requests[0], len(tokens_BT))
         try:
-            forecast = self._forecaster.forecast(tokens_BT, positions_BT)
+            forecast = self._forecaster.forecast(tokens_BT, positions_BT, self._announce)
         finally:
             learned.result()  # nobody else moves the policy before
         if self.failure is None:  # it may have been given up meanwhile
             begun = requests[-1].has_begun
             (self._policy.revise if begun else self._policy.begin_step)(forecast)
-            self.device_forecast.publish(self._policy, forecast)
+            self.device_forecast.publish_values(self._policy)
         self._stats.add_time("predict", time.perf_counter() - start)
         if scored is not None:
             self._stats.count_recall(*scored)
+
+    def _announce(self, forecast: Forecast) -> None:
+        """Send what the graph says at once: prefetching need not wait for memory and policy."""
+        if self.failure is None:
+            self.device_forecast.publish_chances(forecast)
 
     def _learn(self, requests: Sequence[PredictorRequest]) -> None:
         """A pass that has begun learns from its own touches; the step before it is past."""

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from routing.predictor_file.format import PADDING
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
+from runtime.cache.forecast import Forecast
 from runtime.prediction.forecaster import Forecaster
+from runtime.prediction.session_memory import Cue
 from tests.helpers.onnx_predictor import write_predictor
 
 L, E, K = 2, 5, 2
@@ -149,6 +151,30 @@ def test_token_by_token_predicts_what_one_pass_predicts(opened: Open) -> None:
         stepwise.forecast(token_ids[:, t : t + 1], positions[:, t : t + 1])
     assert whole.this_BLE is not None and stepwise.this_BLE is not None
     assert np.array_equal(whole.this_BLE, stepwise.this_BLE)
+
+
+def test_a_forecast_is_announced_before_anything_is_recalled(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    announced: list[Forecast] = []
+    forecaster = start(opened())
+    recall = forecaster.memory.recall
+
+    def spied_recall(cue: Cue) -> np.ndarray:
+        events.append("recalled")
+        return recall(cue)
+
+    def announce(forecast: Forecast) -> None:
+        events.append("announced")
+        announced.append(forecast)
+
+    monkeypatch.setattr(forecaster.memory, "recall", spied_recall)
+    forecast = forecaster.forecast(tokens(0, 1, 1), np.zeros((1, 1), np.int64), announce)
+    assert events == ["announced", "recalled"]
+    assert announced[0].remembered is None and forecast.remembered is not None
+    for ours, theirs in zip(announced[0][:4], forecast[:4], strict=True):
+        assert np.array_equal(ours, theirs)
 
 
 def test_the_history_is_never_longer_than_the_window(opened: Open) -> None:
