@@ -7,7 +7,7 @@ the batch (`session_memory`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,19 +33,26 @@ class Forecaster:
         self.this_BLE: np.ndarray | None = None
         """Logits of each sequence's last token in the last pass, for scoring the prediction."""
         self.memory = SessionMemory(file.stack, file.horizon)
+        self._observed_BLK: np.ndarray | None = None
+        """Routes that the memory does not know yet."""
+        self._running: dict[int, Cue] = {}
+        """The last token of each sequence whose routes are not known yet."""
+        self._places: list[Place] = []
         self.reset(0)
 
     def reset(self, batch_size: int) -> None:
         """Start `batch_size` new sequences and forget the others, but for what the memory holds."""
+        self._remember()
         stack = self.file.stack
         self._past = Past(self.file, batch_size)
         self._prompt = np.zeros((2, batch_size, 0), np.int64)
         self._newest = np.zeros((2, batch_size, 0), np.int64)
         shape = (batch_size, stack.num_layers, stack.top_k)
         self._last_routes_BLK = np.full(shape, NO_EXPERT, np.int64)
-        self._places: list[Place] = [None] * batch_size
-        self._running: dict[int, Cue] = {}
-        """The last token of each sequence whose routes are not known yet."""
+        self._places = [None] * batch_size
+        self._running = {}
+        self._recalled: dict[int, np.ndarray] | None = None
+        """By sequence, what the places of the same token say; None: not looked up yet."""
 
     @property
     def batch_size(self) -> int:
@@ -54,50 +61,66 @@ class Forecaster:
 
     def observe(self, routes_BLK: np.ndarray) -> None:
         """Take the true routes of each sequence's last token, int64, NO_EXPERT where unknown."""
-        self._last_routes_BLK = routes_BLK
-        for row, cue in self._running.items():
-            self._places[row] = self.memory.add(cue, routes_BLK[row])
-        self._running = {}
+        self._remember()
+        self._last_routes_BLK = self._observed_BLK = routes_BLK
 
-    def forecast(
-        self,
-        token_ids_BT: np.ndarray,
-        positions_BT: np.ndarray,
-        announce: Callable[[Forecast], None] | None = None,
-    ) -> Forecast:
-        """Predict for the tokens that run next (int64; position PADDING marks padding).
+    def forecast(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
+        """Predict for the tokens that run next (int64; position PADDING marks padding)."""
+        self.look_up(token_ids_BT, positions_BT)
+        forecast = self.predict(token_ids_BT, positions_BT)
+        return forecast._replace(remembered=self.recall())
+
+    def predict(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> Forecast:
+        """The first half of `forecast`: what the predictor says.
 
         Probabilities are joined over the batch and, for this step, over all its tokens:
         P(used by any) = 1 - product of (1 - p).
-
-        announce: called with the same forecast as soon as the predictor has answered, before
-        anything is recalled from memory.
         """
         unused_LE = np.ones((), np.float32)
         for heads, valid_BT in self._chunks(token_ids_BT, positions_BT):
             unused_LE = unused_LE * _used_by_none(heads[0], valid_BT)
-        self.this_BLE = heads[0][:, -1]
+        self.this_BLE, self._next_BLE = heads[0][:, -1], heads[1][:, -1]
         later = [_used_by_none(head[:, -1:], valid_BT[:, -1:]) for head in heads[1:]]
-        forecast = Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
-        if announce is not None:
-            announce(forecast)
-        remembered = self._recall(token_ids_BT, positions_BT[:, -1] != PADDING, heads[1][:, -1])
-        return forecast._replace(remembered=remembered)
+        return Forecast(1.0 - unused_LE, *(1.0 - unused for unused in later))
 
-    def _recall(
-        self, token_ids_BT: np.ndarray, valid_B: np.ndarray, next_BLE: np.ndarray
-    ) -> np.ndarray | None:
-        """What followed the like before, for any of the sequences; None for too many."""
+    def look_up(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray) -> None:
+        """What of the memory's work needs no prediction: it may be done beside `predict`."""
+        self._remember()
         if token_ids_BT.shape[1] > 1 or self._running:  # the routes in between are not known
             self._places = [None] * len(token_ids_BT)
-        self._running, rows = {}, np.flatnonzero(valid_B).tolist()
-        if not 0 < len(rows) <= MOST_SEQUENCES:
-            return None
+        self._running = {}
+        self._tokens_B = token_ids_BT[:, -1].tolist()
+        rows = np.flatnonzero(positions_BT[:, -1] != PADDING).tolist()
+        self._recalled = {
+            row: self.memory.recall_same(self._places[row], self._tokens_B[row])
+            for row in rows if len(rows) <= MOST_SEQUENCES
+        }  # fmt: skip
+
+    def recall(self) -> np.ndarray | None:
+        """The second half of `forecast`, after `predict` and `look_up`: what followed the like
+        before, for any of the sequences; None for too many.
+        """
+        assert self._recalled is not None
+        recalled, self._recalled = self._recalled, None
         self._running = {
-            row: self.memory.cue(self._places[row], int(token_ids_BT[row, -1]), next_BLE[row])
-            for row in rows
+            row: self.memory.cue(self._places[row], self._tokens_B[row], self._next_BLE[row])
+            for row in recalled
         }
-        return join_recalled([self.memory.recall(cue) for cue in self._running.values()])
+        if not recalled:
+            return None
+        return join_recalled(
+            [
+                np.stack([same, self.memory.recall_alike(self._running[row])])
+                for row, same in recalled.items()
+            ]
+        )
+
+    def _remember(self) -> None:
+        """Put the observed routes into the memory."""
+        if self._observed_BLK is not None:
+            for row, cue in self._running.items():
+                self._places[row] = self.memory.add(cue, self._observed_BLK[row])
+            self._running, self._observed_BLK = {}, None
 
     def _chunks(
         self, token_ids_BT: np.ndarray, positions_BT: np.ndarray

@@ -79,6 +79,7 @@ class SessionMemory:
         self._count = 0
         self._uses = np.zeros(self._num_keys, np.float32)
         self._num_faded = 0.0
+        self._usual: np.ndarray | None = None
         self._spans = np.array([[1], [1], [horizon], [FAR * horizon]], np.float32)
 
     def cue(self, before: Place, token: int, next_logits_LE: np.ndarray) -> Cue:
@@ -114,18 +115,29 @@ class SessionMemory:
         self._uses *= MEMORY
         self._uses += np.float32(1 - MEMORY) * used
         self._num_faded = self._num_faded * MEMORY + 1 - MEMORY
+        self._usual = None
         return place
 
     def recall(self, cue: Cue) -> np.ndarray:
         """Probabilities of use, float32 [2, 4, L, E], by places of the same token, and by places
         alike: in the step of the token, in the next, and in the next H and FAR * H.
         """
-        once = (self._uses + 0.06) / np.float32(self._num_faded + 0.5)
-        usual = -np.expm1(self._spans * np.log1p(-once))
-        by_either = [self._same(cue), self._alike(cue)]
-        return np.stack([self._mean_use(usual, *places) for places in by_either]).reshape(
-            2, 4, *self._shape
-        )
+        return np.stack([self.recall_same(cue.before, cue.token), self.recall_alike(cue)])
+
+    def recall_same(self, before: Place, token: int) -> np.ndarray:
+        """By places of the same token alone, [4, L, E]; it needs no prediction."""
+        return self._mean_use(*self._same(before, token))
+
+    def recall_alike(self, cue: Cue) -> np.ndarray:
+        """By places alike, [4, L, E]."""
+        return self._mean_use(*self._alike(cue))
+
+    def _usual_use(self) -> np.ndarray:
+        """What is usual, [4, keys]: each key's fading frequency of use, over each head's steps."""
+        if self._usual is None:
+            once = (self._uses + 0.06) / np.float32(self._num_faded + 0.5)
+            self._usual = -np.expm1(self._spans * np.log1p(-once))
+        return self._usual
 
     def _known(self, place: Place) -> Place:
         """The place; None if it is forgotten."""
@@ -151,19 +163,19 @@ class SessionMemory:
             return [(token,)]
         return [(int(self._tokens[previous % self._capacity]), token), (token,)]
 
-    def _same(self, cue: Cue) -> tuple[np.ndarray, np.ndarray]:
+    def _same(self, before: Place, token: int) -> tuple[np.ndarray, np.ndarray]:
         """Entries of the same token that say most, and their weights."""
-        previous, found = self._known(cue.before), set[int]()
-        for context in self._contexts(previous, cue.token):
+        previous, found = self._known(before), set[int]()
+        for context in self._contexts(previous, token):
             found.update(self._index.get(context, ()))
         entries = np.array(sorted(found, reverse=True), np.int64) % self._capacity
         agreed, agrees = np.zeros(len(entries), np.int64), np.ones(len(entries), bool)
         theirs, oldest = entries, self._count - self._capacity
         ours = NOWHERE if previous is None else previous
         for _ in AGREEMENT[1:]:
-            before = self._before[theirs]
-            agrees &= (before != NOWHERE) & (before >= oldest)
-            theirs = before % self._capacity
+            earlier = self._before[theirs]
+            agrees &= (earlier != NOWHERE) & (earlier >= oldest)
+            theirs = earlier % self._capacity
             if ours == NOWHERE or ours < oldest:
                 break
             agrees &= self._tokens[theirs] == self._tokens[ours % self._capacity]
@@ -182,16 +194,16 @@ class SessionMemory:
         weights = LIKENESS_WEIGHT * np.exp(SHARPNESS * (cosines[entries] - 1))
         return entries, weights
 
-    def _mean_use(self, usual: np.ndarray, entries: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """The weighted mean of what entries used, with `usual` [4, keys] as one more."""
+    def _mean_use(self, entries: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The weighted mean [4, L, E] of what entries used, with what is usual as one more."""
         used = np.unpackbits(self._used[entries], axis=-1, count=self._num_keys)
         used_N4 = used.astype(np.float32)
-        mean = usual.copy()
+        mean = self._usual_use().copy()
         for head, row in enumerate(mean):
             known = (weights * (self._num_known[entries] > head)).astype(np.float32)
             row += known @ used_N4[:, head]
             row /= 1 + known.sum()
-        return mean
+        return mean.reshape(4, *self._shape)
 
     def _forget(self, entry: int) -> None:
         """Take the entry, the oldest, out of the index."""

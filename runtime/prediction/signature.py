@@ -30,8 +30,9 @@ class Signatures:
 
     def __init__(self, num_keys: int) -> None:
         random = np.random.default_rng(0)
-        self._padding = -num_keys % SIZE
-        signs = random.choice(np.array([-1, 1], np.float32), (2, num_keys + self._padding))
+        padded = num_keys + -num_keys % SIZE
+        signs = random.choice(np.array([-1, 1], np.float32), (2, padded))
+        self._logits, self._num_keys = np.zeros(padded, np.float32), num_keys
         self._logit_signs = signs[0].reshape(-1, SIZE)
         self._route_signs = signs[1]
         self._expected, self._trails = _Centred(), _Centred()
@@ -44,9 +45,10 @@ class Signatures:
 
     def sign(self, trail: np.ndarray, next_logits_LE: np.ndarray) -> np.ndarray:
         """The signature [SIZE] of a token: its trail, and the logits of use by the next one."""
-        bounded = np.fmin(np.fmax(next_logits_LE, -LARGEST_LOGIT), LARGEST_LOGIT)  # drops NaN
-        padded = np.pad(bounded.reshape(-1), (0, self._padding)).reshape(-1, SIZE)
-        expected = np.einsum("rs,rs->s", padded, self._logit_signs)
+        bounded = self._logits[: self._num_keys]
+        np.fmax(next_logits_LE.reshape(-1), np.float32(-LARGEST_LOGIT), out=bounded)  # drops NaN
+        np.fmin(bounded, np.float32(LARGEST_LOGIT), out=bounded)
+        expected = np.einsum("rs,rs->s", self._logits.reshape(-1, SIZE), self._logit_signs)
         joined = self._expected.scaled(expected) + TRAIL_WEIGHT * self._trails.scaled(trail)
         signature: np.ndarray = joined / (np.linalg.norm(joined) + np.float32(1e-6))
         return signature

@@ -157,7 +157,9 @@ def test_long_prompts_go_on_with_the_librarys_tokens(
 ) -> None:
     expected = [continued(tiny_model(kind, **overrides), batch) for batch in (1, 3)]
     torch._dynamo.reset()
-    with offloaded(tiny_model(kind, **overrides), context=200, compile=compile) as model:
+    with offloaded(
+        tiny_model(kind, **overrides), context=200, memory=0.75, compile=compile
+    ) as model:
         for batch, tokens in zip((1, 3), expected, strict=True):
             assert torch.equal(continued(model, batch), tokens)
         assert model.expertflow.decode_path == "graph"

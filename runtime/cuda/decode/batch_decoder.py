@@ -89,9 +89,7 @@ class BatchDecoder:
         if more and self._decoder.driver.runs_ahead:
             self._launch(step, num_rows, None)
         flight = self._flying.popleft()
-        chosen = self._account(flight)
-        if more:
-            self._announce()
+        chosen = self._account(flight, more)
         seconds = time.perf_counter() - start
         self._decoder.stats.add_time("step", seconds)
         prefetched = flight.step.experts.prefetches
@@ -121,16 +119,21 @@ class BatchDecoder:
         if self._decoder.driver.predict(request):
             self.positions_B = self.positions_B + 1
 
-    def _account(self, flight: StepInFlight) -> ChosenTokens:
-        """Wait for a step, and tell the route log and the policy of it."""
-        result = self._decoder.finish(flight)
+    def _account(self, flight: StepInFlight, more: bool) -> ChosenTokens:
+        """Wait for a step. Its tokens and routes go to the predictor first: the next step runs
+        already, and waits for nothing else.
+        """
+        decoder, before_B = self._decoder, self._tokens_B
+        result = decoder.finish(flight)
         if np.isnan(result.best_B).any():
             raise FloatingPointError(NOT_FINITE)
-        self.routes_LBK = result.routes_LBK
+        self._tokens_B, self.routes_LBK = result.tokens_B, result.routes_LBK
+        decoder.driver.end_step(result.routes_LBK)
+        if more:
+            self._announce()
+        decoder.count(flight, result.ledger)
         if self._route_log is not None and self._route_log.num_begun == self._logged:
-            self._route_log.follow(self._tokens_B, result.routes_LBK.swapaxes(0, 1))
-        self._tokens_B = result.tokens_B
-        self._decoder.driver.end_step(result.routes_LBK)
+            self._route_log.follow(before_B, result.routes_LBK.swapaxes(0, 1))
         assert flight.step.logits_BV is not None
         return ChosenTokens(result.tokens_B.tolist(), flight.step.logits_BV[: flight.num_rows])
 

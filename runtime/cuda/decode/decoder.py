@@ -50,6 +50,8 @@ class StepResult(NamedTuple):
     """int64, the greedy choice."""
     routes_LBK: np.ndarray
     """int64, NO_EXPERT for none."""
+    ledger: Ledger
+    """What the experts calls did, for `Decoder.count`."""
 
 
 class Decoder:
@@ -135,18 +137,18 @@ class Decoder:
         return StepInFlight(step, num_rows, pinned, torch.cuda.current_stream().record_event())
 
     def finish(self, flight: StepInFlight) -> StepResult:
-        """Wait for a step, and count what it did."""
+        """Wait for a step."""
         step, num_rows = flight.step, flight.num_rows
         flight.arrival.synchronize()
         outcome = flight.outcome.numpy().copy()
         self._spare[step.batch].append(flight.outcome)
         ledger = step.experts.read(outcome[2 * step.batch :])
-        self._count(ledger, num_rows, prefetched=step.experts.prefetches)
         routes_LBK = ledger.routes_LBK[:, :num_rows].astype(np.int64)
         return StepResult(
             outcome[:num_rows].view(np.float32),
             outcome[step.batch : step.batch + num_rows].astype(np.int64),
             np.where(routes_LBK < self._device_cache.num_experts, routes_LBK, NO_EXPERT),
+            ledger,
         )
 
     def _replay(self, step: CapturedStep) -> None:
@@ -163,7 +165,9 @@ class Decoder:
         finally:
             self._running = None
 
-    def _count(self, ledger: Ledger, num_rows: int, *, prefetched: bool) -> None:
+    def count(self, flight: StepInFlight, ledger: Ledger) -> None:
+        """Count what a finished step did."""
+        num_rows, prefetched = flight.num_rows, flight.step.experts.prefetches
         was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
         num_missed_L = ledger.num_fetched_L - was_early_L
         link_bytes = self._host.link_bytes(0)

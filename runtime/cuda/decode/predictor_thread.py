@@ -129,7 +129,7 @@ class PredictorThread:
         """End the thread, unless it hangs."""
         self._requests.put(None)
         self._thread.join(SILENT_AFTER)
-        self._learning.shutdown(wait=False)
+        self._learning.shutdown(wait=not self._thread.is_alive())
 
     def _work(self) -> None:
         while self.failure is None and (requests := self._take()):
@@ -157,19 +157,23 @@ class PredictorThread:
     def _answer(self, requests: list[PredictorRequest]) -> None:
         """Predict for all tokens of `requests` in one run: several where the model was faster.
 
-        The step runs meanwhile, so all that can wait does: the policy learns from the last routes
-        beside the predictor's run, and the last prediction is scored after this one was sent.
+        The step runs meanwhile, so all that can wait does: the policy and the memory learn from the
+        last routes beside the predictor's run, and the last prediction is scored after this one
+        was sent. Its probabilities are sent first: prefetching needs neither memory nor policy.
         """
         start = time.perf_counter()
-        learned = self._learning.submit(self._learn, requests)
         tokens_BT = np.concatenate([request.token_ids_BT for request in requests], 1)
         positions_BT = np.concatenate([request.positions_BT for request in requests], 1)
         scored = self._inform(requests[0], len(tokens_BT))
+        learned = self._learning.submit(self._learn, requests, tokens_BT, positions_BT)
         try:
-            forecast = self._forecaster.forecast(tokens_BT, positions_BT, self._announce)
+            forecast = self._forecaster.predict(tokens_BT, positions_BT)
+            if self.failure is None:  # it may have been given up meanwhile
+                self.device_forecast.publish_chances(forecast)
         finally:
             learned.result()  # nobody else moves the policy before
-        if self.failure is None:  # it may have been given up meanwhile
+        forecast = forecast._replace(remembered=self._forecaster.recall())
+        if self.failure is None:
             begun = requests[-1].has_begun
             (self._policy.revise if begun else self._policy.begin_step)(forecast)
             self.device_forecast.publish_values(self._policy)
@@ -177,17 +181,18 @@ class PredictorThread:
         if scored is not None:
             self._stats.count_recall(*scored)
 
-    def _announce(self, forecast: Forecast) -> None:
-        """Send what the graph says at once: prefetching need not wait for memory and policy."""
-        if self.failure is None:
-            self.device_forecast.publish_chances(forecast)
-
-    def _learn(self, requests: Sequence[PredictorRequest]) -> None:
+    def _learn(
+        self,
+        requests: Sequence[PredictorRequest],
+        tokens_BT: np.ndarray,
+        positions_BT: np.ndarray,
+    ) -> None:
         """A pass that has begun learns from its own touches; the step before it is past."""
         for request in requests:
             is_over = request.is_new or request.has_begun
             if not is_over and request.routes_LBK is not None:
                 self._policy.touch_routes(request.routes_LBK)
+        self._forecaster.look_up(tokens_BT, positions_BT)
 
     def _inform(
         self, request: PredictorRequest, batch_size: int

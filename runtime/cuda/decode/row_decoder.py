@@ -160,6 +160,7 @@ class RowDecoder:
         """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
         decoder, flight = self._decoder, run.flight
         result = decoder.finish(flight)
+        decoder.count(flight, result.ledger)
         decoder.driver.end_served_step(result.routes_LBK)
         seconds = time.perf_counter() - run.start
         decoder.stats.add_time("step", seconds)

@@ -265,7 +265,7 @@ def test_a_predictor_that_fails_costs_no_token(model: Any, tmp_path: Path) -> No
     want = generate(model)
     predictor = write_predictor(tmp_path / "p.onnx", topology_of(model))
     engine = load_fake(model, predictor, memory=0.25).expertflow
-    engine._backend.decoder.driver.thread._forecaster.forecast = lambda *_: 1 / 0
+    engine._backend.decoder.driver.thread._forecaster.predict = lambda *_: 1 / 0
     assert torch.equal(generate(model), want)
     assert torch.equal(generate(model), want)
     assert "ZeroDivisionError" in engine._backend.decoder.driver.thread.failure

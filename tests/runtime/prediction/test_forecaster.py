@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from routing.predictor_file.format import PADDING
 from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.topology import NO_EXPERT, Layer, Stack, Topology
-from runtime.cache.forecast import Forecast
 from runtime.prediction.forecaster import Forecaster
-from runtime.prediction.session_memory import Cue
 from tests.helpers.onnx_predictor import write_predictor
 
 L, E, K = 2, 5, 2
@@ -153,28 +151,34 @@ def test_token_by_token_predicts_what_one_pass_predicts(opened: Open) -> None:
     assert np.array_equal(whole.this_BLE, stepwise.this_BLE)
 
 
-def test_a_forecast_is_announced_before_anything_is_recalled(
-    opened: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    announced: list[Forecast] = []
+def test_the_memorys_look_up_may_run_before_or_after_the_predictor(opened: Open) -> None:
+    forecasters = start(opened()), start(opened())
+    rng = np.random.default_rng(0)
+    for t, token in enumerate([3, 5, 3, 5, 7, 3, 5]):
+        given = np.array([[token]]), np.array([[t]])
+        routes_BLK = rng.integers(0, E, (1, L, K))
+        forecasts = []
+        for forecaster, looks_up_first in zip(forecasters, (True, False), strict=True):
+            if looks_up_first:
+                forecaster.look_up(*given)
+            forecast = forecaster.predict(*given)
+            if not looks_up_first:
+                forecaster.look_up(*given)
+            forecasts.append(forecast._replace(remembered=forecaster.recall()))
+            forecaster.observe(routes_BLK)
+        for ours, theirs in zip(*forecasts, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_routes_that_were_observed_are_remembered_across_a_reset(opened: Open) -> None:
     forecaster = start(opened())
-    recall = forecaster.memory.recall
-
-    def spied_recall(cue: Cue) -> np.ndarray:
-        events.append("recalled")
-        return recall(cue)
-
-    def announce(forecast: Forecast) -> None:
-        events.append("announced")
-        announced.append(forecast)
-
-    monkeypatch.setattr(forecaster.memory, "recall", spied_recall)
-    forecast = forecaster.forecast(tokens(0, 1, 1), np.zeros((1, 1), np.int64), announce)
-    assert events == ["announced", "recalled"]
-    assert announced[0].remembered is None and forecast.remembered is not None
-    for ours, theirs in zip(announced[0][:4], forecast[:4], strict=True):
-        assert np.array_equal(ours, theirs)
+    forecaster.forecast(np.array([[3]]), np.array([[0]]))
+    forecaster.observe(np.array([[[1, 3]] * L]))
+    forecaster.reset(1)
+    before = start(opened()).forecast(np.array([[3]]), np.array([[0]])).remembered
+    after = forecaster.forecast(np.array([[3]]), np.array([[0]])).remembered
+    assert before is not None and after is not None
+    assert (after[0, 0][:, [1, 3]] > before[0, 0][:, [1, 3]] + 0.1).all()
 
 
 def test_the_history_is_never_longer_than_the_window(opened: Open) -> None:
