@@ -118,18 +118,18 @@ def test_a_predictor_that_hangs_is_given_up_and_never_waited_for(
         session.go_on.set()
 
 
-def test_the_predictors_thread_ends_with_the_engine() -> None:
-    def running() -> list[str]:
-        return [
-            thread.name for thread in threading.enumerate() if thread.name.startswith("expertf")
-        ]
+def test_the_predictors_threads_end_with_the_engine() -> None:
+    def running() -> set[threading.Thread]:
+        threads = threading.enumerate()
+        return {thread for thread in threads if thread.name.startswith("expertflow-")}
 
-    before = len(running())
+    before = running()
     with offloaded(MOE_8X32, predictor=PREDICTOR) as model:
         generate(model)
-        assert len(running()) == before + 1
+        names = {thread.name for thread in running() - before}
+        assert names == {"expertflow-predictor", "expertflow-learning_0"}
     time.sleep(0.1)
-    assert len(running()) == before
+    assert running() == before
 
 
 # ---------------------------------------------------------------------- the model
