@@ -38,3 +38,29 @@ def _times(rows: list[dict[str, Any]], kernel: str, tokens: int) -> str:
     in_use = [row["seconds"] for row in timed if row["in_use"]]
     best = min(row["seconds"] for row in timed)
     return ", ".join(f"{seconds * 1e6:.1f}" for seconds in dict.fromkeys([*in_use, best]))
+
+
+def attention(document: dict[str, Any]) -> Iterator[str]:
+    """Microseconds of attention of one token a sequence: ours, the best tile tried, and torch's."""
+    rows = document["rows"]
+    return table(
+        ("shape", "keys", "sequences", "tile in use then", "best tile", "torch", "torch, cuDNN"),
+        (
+            (
+                document["settings"]["shape"],
+                kernel.removeprefix("attend "),
+                str(tokens),
+                *_candidates([r for r in _of(rows, kernel) if r["tokens"] == tokens]),
+            )
+            for kernel, tokens in dict.fromkeys((row["kernel"], row["tokens"]) for row in rows)
+        ),
+    )
+
+
+def _candidates(timed: list[dict[str, Any]]) -> Iterator[str]:
+    tiles = [row for row in timed if not row["candidate"].startswith("torch")]
+    in_use = next(row for row in tiles if row["in_use"])
+    for tile in (in_use, min(tiles, key=lambda row: row["seconds"])):
+        yield f"{tile['candidate']}: {tile['seconds'] * 1e6:.1f}"
+    for name in ("torch", "torch, cuDNN"):
+        yield next(f"{row['seconds'] * 1e6:.1f}" for row in timed if row["candidate"] == name)

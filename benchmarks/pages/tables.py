@@ -28,6 +28,7 @@ TABLES: Tables = {
     "encodings-llama-cpp": encodings.llama_cpp,
     "hit-rates": cache.hit_rates,
     "kernels": kernels.encodings,
+    "kernels-attention": kernels.attention,
     "kinds-overview": cache.overview,
     "kinds-groups": cache.by_group,
     "kinds-leads": cache.leads,
