@@ -28,7 +28,7 @@ Calls = list[tuple[int, np.ndarray]]
 RecordedRoutes = list[tuple[int, np.ndarray]]
 """The same, with the experts of every token: int64 [T, K], NO_EXPERT where there is none."""
 
-POLICIES = ("lru", "lfu", "class-lru", "lfru", "predicted", "belady")
+POLICIES = ("lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ NAMES = {
     "lfu": "LFU",
     "class-lru": "ClassLRU",
     "lfru": "LFRU",
+    "reuse": "reuse",
     "predicted": "ExpertFlow",
     "belady": "Belady",
 }

@@ -75,8 +75,8 @@ def load(
         bfloat16 experts stay packed, so a third more of them fit, and slots hold the checkpoint's
         own codes where kernels run them (`model.expertflow.decode_path` says "graph", or why not);
         elsewhere they hold decoded weights, of two to four times the bytes.
-    policy: "lru", "lfu", "class-lru", "lfru", "hot-set", "predicted" or "belady"; by default
-        "predicted" with a predictor, else "lru".
+    policy: "lru", "lfu", "class-lru", "lfru", "reuse", "hot-set", "predicted" or "belady"; by
+        default "predicted" with a predictor, else "lru".
     device: where the model computes ("cuda", "cuda:1", 1, "cpu"); by default a GPU for a path, if
         there is one, and a module's own device.
     dtype: of a model loaded from a path; "auto" is the checkpoint's.

@@ -55,7 +55,7 @@ class LiveCacheSettings:
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25])
     """Cache sizes, as fractions of all experts."""
     policies: list[str] = field(
-        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "predicted", "belady"]
+        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady"]
     )
     """Cache policies to run; all are held against LRU and the best free rule among them."""
     document_tokens: int = 128

@@ -34,7 +34,7 @@ class LiveKindsSettings:
     text: Path | None = None
     """Folder with a KIND.txt for each kind; lines `<|endoftext|>` divide documents."""
     policies: list[str] = field(
-        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "predicted"]
+        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted"]
     )
     """Policies to run live; everything else is simulated on the same routes."""
     document_tokens: int = 200

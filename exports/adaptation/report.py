@@ -17,6 +17,7 @@ POLICIES = {
     "lfu": "LFU",
     "class-lru": "ClassLRU",
     "lfru": "LFRU",
+    "reuse": "reuse",
     "before": "predicted, before",
     "after": "predicted, after",
     "belady": "Belady",

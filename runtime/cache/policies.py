@@ -13,11 +13,12 @@ from runtime.cache.rules.layer_lfru import LayerLFRU
 from runtime.cache.rules.lfru import LFRU
 from runtime.cache.rules.queue_cache import QueueCache
 from runtime.cache.rules.recency import LRU, LeastStale
+from runtime.cache.rules.reuse import Reuse
 from runtime.cache.rules.s3_fifo import S3FIFO
 
 __all__ = ["FREE_RULES", "LFU", "LRU", "POLICIES", "QUEUE_CACHES", "LeastStale"]
 
-_FREE: tuple[type[Policy], ...] = (LRU, LFU, ClassLRU, LFRU)
+_FREE: tuple[type[Policy], ...] = (LRU, LFU, ClassLRU, LFRU, Reuse)
 _LIVE: tuple[type[Policy], ...] = (*_FREE, HotSet, PredictedReuse, Belady)
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _LIVE}
 """The policies that run live."""

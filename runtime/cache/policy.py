@@ -9,6 +9,7 @@ device can evaluate any of them: by a rule of its own, or from a table that the 
     COUNT        uses, fading by `fade` a step               at every touch and step
     TABLE        `table()`: before and after each layer ran  when the host writes a new table
     STAMP        `table()`: as it is, and once it is used    at every touch; at a new table
+    CYCLE        two means of uses, and when layers run      at every touch
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class DeviceRule(Enum):
     COUNT = "count"
     TABLE = "table"
     STAMP = "stamp"
+    CYCLE = "cycle"
 
     @property
     def is_from_host(self) -> bool:
@@ -74,8 +76,10 @@ class Policy(ABC):
             used = np.unique(experts)
             self.touch(layer, used[used != NO_EXPERT])
 
-    def resume(self, values: np.ndarray, clock: int) -> None:
-        """Take over `values` and `clock` as a device left them; tables are the host's anyway."""
+    def resume(self, values: np.ndarray, clock: int, table: np.ndarray) -> None:
+        """Take over what a device left: `values`, `clock` and, under CYCLE, `table()`; the other
+        tables are the host's anyway.
+        """
         if not self.rule.is_from_host:
             self.values[:] = values
             self.clock = clock
@@ -83,6 +87,6 @@ class Policy(ABC):
     def table(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The step about to run as two vectors, float64 [L * E]: the values of each layer's
         experts before that layer has run, and after; under STAMP as they are, and of those that are
-        used. None for policies that follow their touches.
+        used; under CYCLE the means of uses. None for policies that need none.
         """
         return None

@@ -118,7 +118,7 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
 def _style(policy: str) -> dict[str, Any]:
     """The line of a policy: a colour of its own, or thin and grey among the other free rules."""
     if policy in FREE_RULES and policy not in COLORS:
-        markers = dict(zip(FREE_RULES, "ov^<>sD", strict=True))
+        markers = dict(zip(FREE_RULES, "ov^<>sDP", strict=True))
         return {"color": FREE_COLOR, "linewidth": 1, "marker": markers[policy], "markersize": 4,
                 "label": policy}  # fmt: skip
     dashed = policy.startswith("belady") or "+" in policy

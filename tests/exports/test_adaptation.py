@@ -23,7 +23,7 @@ from tests.helpers.starting import int8_start, start_file
 
 SHIPPED_MODEL = Path(exports.__file__).parent / "moe-8x32"
 PREDICTORS = Path(exports.__file__).parent / "predictors"
-RULES = {"lru", "lfu", "class-lru", "lfru", "belady"}
+RULES = {"lru", "lfu", "class-lru", "lfru", "reuse", "belady"}
 
 
 @pytest.fixture(scope="module")

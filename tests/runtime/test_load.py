@@ -300,8 +300,8 @@ def test_the_number_format_can_be_chosen(tiny_directory: Directory) -> None:
 def test_an_unknown_policy_is_refused_with_those_there_are() -> None:
     message = refused(tiny_model("olmoe"), policy="fifo")
     assert (
-        message
-        == "policy='fifo' is not one of lru, lfu, class-lru, lfru, hot-set, predicted, belady"
+        message == "policy='fifo' is not one of "
+        "lru, lfu, class-lru, lfru, reuse, hot-set, predicted, belady"
     )
 
 

@@ -31,7 +31,7 @@ from trace.settings import CollectSettings
 ROOT = Path(__file__).parents[2]
 CAUSAL = [kind for kind in KINDS if kind != "switch_transformers"]
 POLICIES = ["lru", "lfu", "predicted", "belady"]
-MORE_RULES = ["class-lru", "lfru", "hot-set"]
+MORE_RULES = ["class-lru", "lfru", "reuse", "hot-set"]
 SIMULATED_ONLY = ["arc", "s3-fifo", "lfru-layers"]
 RESIDENCY = [0.125, 0.25, 0.5, 1.0]
 NEW_TOKENS = 10
@@ -266,13 +266,13 @@ def test_the_command_prints_a_table_and_writes_json_and_a_plot(
         cwd=ROOT,
         check=True,
     )
-    shown = [*POLICIES, "class-lru", "lfru", *SIMULATED_ONLY, "belady+bypass"]
+    shown = [*POLICIES, "class-lru", "lfru", "reuse", *SIMULATED_ONLY, "belady+bypass"]
     for text in (*shown, "share of", "25 %", "50 %", "62 tokens of 4"):
         assert text in result.stdout
     for text in ("best free rule", "gap closed, LRU", "gap closed, best free rule"):
         assert text in result.stdout
     written = json.loads((tmp_path / "results.json").read_text())
-    assert [r["residency"] for r in written["results"]] == [0.25] * 11 + [0.5] * 11
+    assert [r["residency"] for r in written["results"]] == [0.25] * 12 + [0.5] * 12
     for row in written["results"]:
         assert row["hit_rate"] == pytest.approx(1 - row["loads"] / row["requests"])
         assert row["loads_per_token"] == pytest.approx(row["loads"] / 62)

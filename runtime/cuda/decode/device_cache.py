@@ -3,7 +3,8 @@
     host (ExpertCache, Policy)           device (DeviceCache)
     slot_of_key, key_of_slot  int64      int32
     policy.values, .clock     float64    values, clock      rule CLOCK, COUNT
-    policy.table()            float64    before, after      rule TABLE, STAMP
+    policy.table()            float64    before, after      rule TABLE, STAMP, CYCLE
+    layer_discounts           float64    values             rule CYCLE
 
 One side holds the truth at a time: `upload` before a captured step, `download` before a forward
 pass outside of them.
@@ -16,13 +17,15 @@ import torch
 
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policy import DeviceRule
-from runtime.cuda.kernels.plan import CLOCK, COUNT, STAMP, TABLE
+from runtime.cache.rules.reuse import layer_discounts
+from runtime.cuda.kernels.plan import CLOCK, COUNT, CYCLE, STAMP, TABLE
 
 RULES = {
     DeviceRule.CLOCK: CLOCK,
     DeviceRule.COUNT: COUNT,
     DeviceRule.TABLE: TABLE,
     DeviceRule.STAMP: STAMP,
+    DeviceRule.CYCLE: CYCLE,
 }
 """The planning kernel's constant of each rule."""
 
@@ -44,7 +47,7 @@ class DeviceCache:
 
     @property
     def rule(self) -> int:
-        """How the planning kernel values residents: CLOCK, COUNT, TABLE or STAMP."""
+        """How the planning kernel values residents: CLOCK, COUNT, TABLE, STAMP or CYCLE."""
         return int(RULES[self._cache.policy.rule].value)
 
     def begin_step(self) -> None:
@@ -57,7 +60,10 @@ class DeviceCache:
         policy = self._cache.policy
         self.slot_of_key.copy_(torch.from_numpy(self._cache.slot_of_key))
         self.key_of_slot.copy_(torch.from_numpy(self._cache.key_of_slot))
-        self.values.copy_(torch.from_numpy(policy.values))
+        values = policy.values
+        if self.rule == CYCLE.value:
+            values = layer_discounts(self.num_layers, self.num_experts)
+        self.values.copy_(torch.from_numpy(values))
         self.clock.fill_(policy.clock)
         table = policy.table()
         if table is not None:
@@ -74,7 +80,8 @@ class DeviceCache:
         if not self.on_device:
             return
         self._cache.adopt(self.key_of_slot.cpu().numpy())
-        self._cache.policy.resume(self.values.cpu().numpy(), int(self.clock))
+        table = self.table.cpu().numpy()
+        self._cache.policy.resume(self.values.cpu().numpy(), int(self.clock), table)
         self.on_device = False
 
     def check_integrity(self) -> None:

@@ -5,7 +5,7 @@ The policy has to move on as routes become known, and its values have to reach t
     what runs              moves the policy on             values reach the device
     generated steps        the predictor thread            as its answers arrive, mid-step
       without a predictor  `begin_step`, `end_step`        `begin_step`: a new table
-      CLOCK, COUNT         the device                      (they are there)
+      CLOCK, COUNT, CYCLE  the device                      (they are there)
     served steps           `begin_served_step`, `revise`   the same calls
     other forward passes   the backend, and each touch     at the next captured step: `upload`
 
@@ -105,7 +105,7 @@ class PolicyDriver:
             self._policy.touch_routes(routes_LBK)
 
     def _write_table(self) -> None:
-        table = self._policy.table()
+        table = self._policy.table() if self._is_from_host else None
         if table is not None:
             self._device_cache.write_table(*table)
 

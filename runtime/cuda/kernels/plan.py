@@ -2,13 +2,15 @@
 
 One program a layer. It keeps the slot table on the device and does to it what `ExpertCache` does
 on the host: touch, then give each missing expert the slot of lowest value that this call does
-not need. The values come from one of four rules:
+not need. The values come from one of five rules:
 
     rule    value of a resident key (layer, expert)
     CLOCK   when it was last used (LRU)
     COUNT   how often it was used, fading (LFU)
     TABLE   before[key] where its layer of this step is still to run, else after[key]
     STAMP   before[key], which becomes after[key] when it is used
+    CYCLE   the expected next use (`Reuse`): by before[key] and after[key], means of its uses, and
+            values[key], its layer's discount
 
 TABLE is any policy that can be computed ahead: predicted reuse, Belady. STAMP is one whose values
 only change with a use: ClassLRU, LFRU.
@@ -19,7 +21,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CLOCK, COUNT, TABLE, STAMP = (tl.constexpr(rule) for rule in range(4))
+from runtime.cache.rules import reuse
+
+CLOCK, COUNT, TABLE, STAMP, CYCLE = (tl.constexpr(rule) for rule in range(5))
+DISCOUNT = tl.constexpr(reuse.DISCOUNT)
+RECENT, USUAL = tl.constexpr(reuse.RECENT), tl.constexpr(1 - reuse.RECENT)
+RECENT_FADE, USUAL_FADE = (tl.constexpr(fade) for fade in reuse.FADES)
 FREE = tl.constexpr(-1)
 TRUST_DECAY = tl.constexpr(0.98)
 
@@ -34,6 +41,11 @@ def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.
         worth_S = tl.where(ran, tl.load(after + safe_S), tl.load(before + safe_S))
     elif RULE == STAMP:
         worth_S = tl.load(before + safe_S)
+    elif RULE == CYCLE:
+        chance_S = RECENT * tl.load(before + safe_S) + USUAL * tl.load(after + safe_S)
+        expected_S = chance_S / (1.0 - (1.0 - chance_S) * DISCOUNT)
+        turn_S = tl.where(safe_S // E <= layer, DISCOUNT, 1.0)
+        worth_S = expected_S * tl.load(values + safe_S) * turn_S
     else:
         worth_S = tl.load(values + safe_S)
     return tl.where(is_free, float("-inf"), worth_S)
@@ -44,7 +56,10 @@ def touch(
     experts_N, used_N, rank_N, num_used, values, before, after, clock, layer, E: tl.constexpr,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """Tell the rule which of the experts this layer uses, in the order of their ranks."""
+    """Tell the rule which of the experts this layer uses, in the order of their ranks.
+
+    CYCLE wants to know of all experts (`follow_uses`); without evictions, of none.
+    """
     if RULE == CLOCK:
         now = tl.load(clock)
         tl.store(values + layer * E + experts_N, now + rank_N, mask=used_N)
@@ -55,6 +70,17 @@ def touch(
     if RULE == STAMP:
         stamps_N = tl.load(after + layer * E + experts_N, mask=used_N, other=0.0)
         tl.store(before + layer * E + experts_N, stamps_N, mask=used_N)
+
+
+@triton.jit
+def follow_uses(experts_E, used_E, before, after, layer, E: tl.constexpr):
+    """Under CYCLE: move the means of all the layer's experts."""
+    at_E, is_expert = layer * E + experts_E, experts_E < E
+    uses_E = used_E.to(tl.float64)
+    recent_E = tl.load(before + at_E, mask=is_expert, other=0.0) * RECENT_FADE
+    usual_E = tl.load(after + at_E, mask=is_expert, other=0.0) * USUAL_FADE
+    tl.store(before + at_E, recent_E + uses_E * (1.0 - RECENT_FADE), mask=is_expert)
+    tl.store(after + at_E, usual_E + uses_E * (1.0 - USUAL_FADE), mask=is_expert)
 
 
 @triton.jit
@@ -138,6 +164,8 @@ def plan(
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
     num_used = tl.sum(used_E.to(tl.int32), 0)
     touch(experts_E, used_E, rank_E, num_used, values, before, after, clock, layer, E, RULE)
+    if RULE == CYCLE:
+        follow_uses(experts_E, used_E, before, after, layer, E)
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
     dropped_slot = FREE

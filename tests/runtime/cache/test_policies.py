@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.belady import link_next_uses as link
+from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import LFU, LRU, POLICIES
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.reuse import Reuse
 from runtime.simulation.replay import BypassSimulation, Simulation
 from tests.helpers.policies import (
     HORIZON,
@@ -124,6 +126,51 @@ def test_lfu_forgets_old_uses_by_a_factor_a_step() -> None:
     expected = [sum(LFU.fade ** (79 - step) for step in uses[expert]) for expert in (0, 1)]
     np.testing.assert_allclose(policy.values[:2], expected)
     assert order(policy.values, 0, 1) == [0, 1], "three old uses are worth less than a recent one"
+
+
+# ---------------------------------------------------------------------- reuse
+
+
+def test_reuse_prefers_what_was_used_just_now_and_what_is_used_often() -> None:
+    policy = Reuse(*SHAPE)
+    for step in range(40):
+        policy.begin_step(None)
+        policy.touch(0, ids(0) if step % 2 else ids(0, 1))
+    policy.begin_step(None)
+    policy.touch(0, ids(2))
+    assert order(policy.values, 0, 1, 2, 3) == [3, 2, 1, 0]
+
+
+def test_reuse_evicts_the_layers_that_ran_before_those_that_come() -> None:
+    policy = Reuse(*SHAPE)
+    for _ in range(3):
+        policy.begin_step(None)
+        for layer in range(LAYERS):
+            policy.touch(layer, np.arange(NUM_EXPERTS))
+    policy.begin_step(None)
+    policy.touch(0, np.arange(NUM_EXPERTS))
+    policy.touch(1, np.arange(NUM_EXPERTS))
+    first, second, third = policy.values.reshape(SHAPE)
+    assert second.max() < first.min() < third.min()
+
+
+@pytest.mark.parametrize(("name", "least"), [("reuse", 0.9), ("lru", 0.0)])
+def test_passes_over_all_experts_hit_what_fits_beside_the_running_layer(
+    name: str, least: float
+) -> None:
+    """Of 12 layers of 6 experts half fit; a layer's 6 are needed at once."""
+    num_layers, slots = 12, 36
+    cache = ExpertCache(num_layers, NUM_EXPERTS, slots, POLICIES[name](num_layers, NUM_EXPERTS))
+    hits = 0
+    for step in range(20):
+        cache.policy.begin_step(None)
+        for layer in range(num_layers):
+            (lookup,) = cache.waves(layer, np.arange(NUM_EXPERTS))
+            hits += 0 if step < 10 else int((~lookup.missed).sum())
+    possible = (slots - NUM_EXPERTS) / (num_layers * NUM_EXPERTS - NUM_EXPERTS)
+    share = hits / (10 * num_layers * NUM_EXPERTS)
+    assert share >= least * possible
+    assert name != "lru" or share == 0
 
 
 # ---------------------------------------------------------------------- predicted reuse

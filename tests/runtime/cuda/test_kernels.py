@@ -21,6 +21,7 @@ from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.rules.class_lru import ClassLRU
 from runtime.cache.rules.lfru import LFRU
+from runtime.cache.rules.reuse import Reuse
 from runtime.cuda.decode.experts import experts_call as experts
 from tests.helpers.device_twins import Twin, routes
 
@@ -81,10 +82,12 @@ def make_policy(name: str, calls: list[list[Tensor]]) -> Policy:
         return Belady(LAYERS, EXPERTS, calls=flat)
     if name == "predicted":
         return PredictedReuse(LAYERS, EXPERTS, horizon=4)
-    rules: dict[str, type[Policy]] = {rule.name: rule for rule in (LRU, LFU, ClassLRU, LFRU)}
+    rules: dict[str, type[Policy]] = {rule.name: rule for rule in (LRU, LFU, ClassLRU, LFRU, Reuse)}
     policy = rules[name](LAYERS, EXPERTS)
     if name == "lfu":  # so that no two values are ever equal
         policy.values[:] = np.random.default_rng(7).random(LAYERS * EXPERTS) * 1e-3
+    if isinstance(policy, Reuse):
+        policy._means[:] += np.random.default_rng(7).random(LAYERS * EXPERTS) * 1e-3
     if isinstance(policy, LFRU):
         policy._uses[:] = np.random.default_rng(7).random(LAYERS * EXPERTS)
     return policy
@@ -97,7 +100,9 @@ def forecast(rng: np.random.Generator, policy: Policy) -> Forecast | None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["lru", "lfu", "class-lru", "lfru", "predicted", "belady"])
+@pytest.mark.parametrize(
+    "name", ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady"]
+)
 def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, batch: int) -> None:
     calls = random_calls(3, batch, num_steps=12)
     policy = make_policy(name, calls)
@@ -107,7 +112,7 @@ def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, b
     for step in calls:
         policy.begin_step(forecast(rng, policy))
         twin.call.begin_step()
-        table = policy.table()
+        table = policy.table() if policy.rule.is_from_host else None
         if table is not None:
             twin.device_cache.write_table(*table)
         for layer, ids in enumerate(step):
@@ -121,7 +126,7 @@ def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, b
             twin.device_cache.check_integrity()
 
 
-@pytest.mark.parametrize("name", ["lru", "lfu"])
+@pytest.mark.parametrize("name", ["lru", "lfu", "reuse"])
 def test_books_that_come_back_from_the_device_go_on_as_if_they_had_never_left(name: str) -> None:
     calls = random_calls(4, 1, num_steps=6)
     twin = Twin(make_policy(name, calls), num_slots=6)

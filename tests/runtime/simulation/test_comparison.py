@@ -190,7 +190,7 @@ def test_all_puts_every_contender_on_the_same_tokens(compared, capsys) -> None:
     out, arguments = compared
     run(main, SimulateSettings, arguments, prog="python -m runtime.simulate")
     printed, rows = capsys.readouterr().out, json.loads(out.read_text())["results"]
-    names = ["lru", "lfu", "class-lru", "lfru", "least-stale", "hot-set", "belady"]
+    names = ["lru", "lfu", "class-lru", "lfru", "reuse", "least-stale", "hot-set", "belady"]
     names += ["uses seen", "static hot set"]
     names += ["previous token", "token table", "nearest maps", "ours"]
     assert [row["name"] for row in rows] == 2 * names
