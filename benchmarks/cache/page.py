@@ -113,19 +113,20 @@ def live_counts(*documents: Document, after: str) -> Iterator[str]:
     )
 
 
-def leads(document: Document, kinds: Document, *, groups: str) -> Iterator[str]:
-    """Each kind's best free rule, predicted reuse and Belady, at each cache size."""
+def leads(document: Document, kinds: Document, *, groups: str, only: str = "") -> Iterator[str]:
+    """Each kind's best free rule, predicted reuse and Belady, at each cache size.
+
+    only: the title of one group, whose kinds alone are shown; all kinds where none is named.
+    """
     found = _hit_rates(document["rows"])
     titles = {kind: title for title, own in _group(kinds, groups).items() for kind in own}
     sizes = sorted({size for _, size in found})
-    return table(
-        ["kind", "text", "script", *(f"{size * 100:g} %" for size in sizes)],
-        (
-            [kind, titles[kind], kinds["scripts"][kind]]
-            + [_lead(found[kind, size]) for size in sizes]
-            for kind in sorted({kind for kind, _ in found})
-        ),
-    )
+    shown = [kind for kind in sorted({kind for kind, _ in found}) if only in ("", titles[kind])]
+    columns = {"kind": shown, "script": [kinds["scripts"][kind] for kind in shown]}
+    if not only:
+        columns = {"kind": shown, "text": [titles[kind] for kind in shown]} | columns
+    cells = {f"{size * 100:g} %": [_lead(found[kind, size]) for kind in shown] for size in sizes}
+    return table([*columns, *cells], zip(*columns.values(), *cells.values(), strict=True))
 
 
 def winners(document: Document) -> Iterator[str]:

@@ -44,6 +44,33 @@ def corpus(document: Document, *, role: str) -> Iterator[str]:
     )
 
 
+def recall(*documents: Document, head: str, after: str) -> Iterator[str]:
+    """Recall and calibration of the predictors of `predictor.evaluate`, means over the layers.
+
+    head: `this`, `next`, `horizon` or `far`.
+    after: text in the names of the files that stands before what the table calls their text.
+    """
+    figures = ("recall", "recall_1_5k", "calibration_error")
+    return table(
+        ("text", "predictor", "recall@K", "recall@1.5K", "calibration error"),
+        (
+            (
+                document["file"].partition(after)[2].replace("-", " "),
+                _contender(one),
+                *(f"{one['heads'][head][figure]['mean']:.3f}" for figure in figures),
+            )
+            for document in documents
+            for one in document["predictors"]
+        ),
+    )
+
+
+def _contender(one: Document) -> str:
+    """A predictor's name, and whether it knew the routes before, if it reads any."""
+    name, history = str(one["name"]), one["history"]
+    return name if history == "unused" else f"{name}, history {history}"
+
+
 def attention_repeats(document: Document) -> Iterator[str]:
     """Repeats of the same steps whose logits differ from the first run's."""
     return table(

@@ -35,6 +35,7 @@ TABLES: Tables = {
     "kinds-live": cache.live_counts,
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
+    "recall": others.recall,
     "rounding-quality": rounding.quality,
     "rounding-routes": rounding.routes,
 }

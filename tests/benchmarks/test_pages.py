@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache import page as kinds_page
+from benchmarks.pages import others
 from benchmarks.pages.__main__ import RESULTS, ROOT, PagesSettings, documents, main, outdated
 from benchmarks.pages.blocks import filled
 
@@ -111,6 +112,26 @@ def test_live_runs_are_counted_that_agree_with_their_simulation() -> None:
         row |= {"live": True, "identical": True, "simulated_loads": row["loads"] + extra}
     _, row = cells(kinds_page.live_counts(document, after="value-"))
     assert row == ["moe", "2", "2", "1", "2"]
+
+
+def test_the_kinds_of_one_group_stand_apart() -> None:
+    document = kinds_file(a=0.7, b=0.5)
+    leads = cells(kinds_page.leads(document, GROUPS, groups="two", only="new"))
+    assert leads == [["kind", "script", "25 %"], ["b", "Thai", "0.500 (lfu), 0.500, 0.900"]]
+    head, *rows = cells(kinds_page.leads(document, GROUPS, groups="two"))
+    assert head == ["kind", "text", "script", "25 %"]
+    assert [row[:3] for row in rows] == [["a", "old", "Latin"], ["b", "new", "Thai"]]
+
+
+def test_predictors_are_listed_with_and_without_history_for_each_text() -> None:
+    figures = {"recall": 0.9, "recall_1_5k": 0.95, "calibration_error": 0.01}
+    heads = {"this": {name: {"mean": value} for name, value in figures.items()}}
+    histories = {"token-id table": "unused", "p.onnx": "known"}
+    found = [{"name": name, "history": how, "heads": heads} for name, how in histories.items()]
+    document = {"file": "recall-held-out", "predictors": found}
+    _, table, ours = cells(others.recall(document, head="this", after="recall-"))
+    assert table == ["held out", "token-id table", "0.900", "0.950", "0.010"]
+    assert ours[1] == "p.onnx, history known"
 
 
 def test_groups_that_are_not_there_are_named() -> None:

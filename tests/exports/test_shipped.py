@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from runtime.serving.chat import render_chat
 
 HERE = Path(exports.__file__).parent
 MODEL = HERE / "moe-8x32"
+PREDICTOR = HERE / "predictors" / "moe-8x32.onnx"
 SAMPLE = HERE / "sample"
 CARD = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))["held_out"]
 DOMAINS = sorted(path.stem for path in SAMPLE.glob("*.txt"))
@@ -129,11 +131,26 @@ def test_the_embedded_model_chats_in_the_form_of_its_training_dialogues(tokenize
 
 
 def test_the_predictor_is_of_the_tokenizer_that_has_the_template(model, tokenizer):
-    predictor = open_predictor(HERE / "predictors" / "moe-8x32.onnx")
+    predictor = open_predictor(PREDICTOR)
     topology_of(model, tokenizer).require_match(
         predictor.topology, ours="the model", theirs="its predictor"
     )
     assert predictor.topology.tokenizer == tokenizer_fingerprint(tokenizer)
+
+
+def test_the_predictor_was_trained_on_no_kind_of_text_that_its_card_calls_held_out():
+    kinds = json.loads((HERE.parent / "docs" / "results" / "kinds.json").read_text())["groups"]
+    entries = {p.key: p.value for p in onnx.load(PREDICTOR).metadata_props}
+    (trace,) = json.loads(entries["expertflow"])["provenance"]["traces"]
+    trained_on = {Path(file).stem for file in trace["dataset"]}
+    assert len(trained_on) == 35
+    assert trained_on >= set(kinds["corpus"]["in the corpus"])
+    assert not trained_on & set(kinds["corpus"]["held out"])
+
+
+def test_the_size_on_the_card_is_that_of_the_predictor():
+    card = (PREDICTOR.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{PREDICTOR.stat().st_size / 2**20:.1f} MiB" in card
 
 
 def test_unseen_text_costs_what_the_card_says(figures):
