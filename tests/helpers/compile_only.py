@@ -36,6 +36,8 @@ from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
+from runtime.cache.rules.class_lru import ClassLRU
+from runtime.cache.rules.reuse import Reuse
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.kernels.attention import attend, write
@@ -264,7 +266,7 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
                 kernels.decode(batch, PredictedReuse, prefetch=True)
                 kernels.attend(batch)
                 kernels.dense(batch)
-            for policy in (LRU, LFU, PredictedReuse):
+            for policy in (LRU, LFU, PredictedReuse, ClassLRU, Reuse):
                 kernels.decode(1, policy)
                 kernels.decode(1, policy, resident=True)
             kernels.decode(8, LRU, resident=True)

@@ -49,9 +49,9 @@ def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     counts = Counter(kernel["name"] for kernel in compiled(90, tmp_path, "olmoe-7b"))
     assert counts["join_blocks"] == counts["write_tokens"] == counts["fetch"] == counts["pick"] == 1
     assert counts["attend_blocks"] == 2  # of served rows, and behind padding
-    assert counts["plan"] == 3 + 3 + 1  # prefetching for batches 1, 8, 32; three rules; residents
+    assert counts["plan"] == 3 + 5 + 1  # prefetching for batches 1, 8, 32; five rules; residents
     assert counts["gate_up"] == 8 + 1  # there and fetched, by batch; without prefetch; residents
-    assert counts["gate_up_of_one"] == 3
+    assert counts["gate_up_of_one"] == 5
     assert counts["down"] == 3
 
 
