@@ -137,7 +137,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw the expert loads of each policy as bars."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.6, 3.2), layout="constrained")
     axes = figure.add_subplot()
     colors = [COLORS.get(run.policy, FREE_COLOR) for run in runs]
     names = [NAMES.get(run.policy, run.policy) for run in runs]
