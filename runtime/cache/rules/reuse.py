@@ -32,7 +32,7 @@ class Reuse(Policy):
     the layers that ran last go first, and what is needed soonest stays; least recently used would
     drop each layer just before its turn.
 
-    The constants are sums of few powers of two, so that a GPU's arithmetic has the same bits.
+    The constants are exact in float32, as which a kernel's constants are compiled.
     """
 
     name = "reuse"
