@@ -1,4 +1,4 @@
-"""The policy driver without a predictor: the host's values reach the device step by step."""
+"""The policy driver without a predictor: whoever has the values, evictions are the same."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from runtime.cache.policies import POLICIES
 from runtime.cache.policy import DeviceRule, Policy
 from runtime.cache.rules.hot_set import HotSet
 from runtime.cache.rules.lfru import LFRU
+from runtime.cache.rules.reuse import Reuse
 from runtime.cuda.decode.experts import experts_call as experts
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from tests.helpers.device_twins import Twin
@@ -31,6 +32,8 @@ def made(kind: type[Policy]) -> Policy:
         hot_set.values[:] = np.random.default_rng(1).random(LAYERS * EXPERTS)
         return hot_set
     policy = kind(LAYERS, EXPERTS)
+    if isinstance(policy, Reuse):
+        policy._means[:] += np.random.default_rng(1).random(LAYERS * EXPERTS) * 1e-3
     if isinstance(policy, LFRU):
         policy._uses[:] = np.random.default_rng(1).random(LAYERS * EXPERTS)
         policy._revalue()
@@ -58,21 +61,23 @@ def residents(key_of_slot: Any) -> set[int]:
     return set(key_of_slot.tolist()) - {-1}
 
 
+@pytest.mark.parametrize("is_served", [False, True], ids=["generated", "served"])
 @pytest.mark.parametrize(
     "kind",
-    [HotSet, *(p for p in POLICIES.values() if p.rule is DeviceRule.STAMP)],
+    [HotSet, Reuse, *(p for p in POLICIES.values() if p.rule is DeviceRule.STAMP)],
     ids=lambda p: p.name,
 )
-def test_generations_under_a_rule_of_the_hosts_evict_what_the_host_would(
-    kind: type[Policy], monkeypatch: pytest.MonkeyPatch
+def test_captured_steps_evict_what_the_host_would(
+    kind: type[Policy], is_served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each a prompt on the host and captured steps after it."""
+    """Each time a prompt on the host, and captured steps after it."""
     monkeypatch.setattr(experts, "FETCHERS", 2)
     twin = Twin(made(kind), num_slots=SLOTS)
     unread: Any = None
     driver = PolicyDriver(twin.cache.policy, twin.device_cache, unread, None)
     host, random = ExpertCache(LAYERS, EXPERTS, SLOTS, made(kind)), np.random.default_rng(2)
-    assert not driver.runs_ahead, "a step needs the routes of the last one"
+    from_host = twin.cache.policy.rule.is_from_host
+    assert driver.runs_ahead != from_host, "the host's values need the routes of the last step"
     for _ in range(3):
         twin.device_cache.download()
         prompt_LBK = draw(random, 2)
@@ -81,10 +86,10 @@ def test_generations_under_a_rule_of_the_hosts_evict_what_the_host_would(
         twin.device_cache.upload()
         for _ in range(6):
             routes_LBK = draw(random, 1)
-            driver.begin_step()
+            driver.begin_served_step(None) if is_served else driver.begin_step()
             twin.call.begin_step()
             for layer, ids in enumerate(routes_LBK):
                 twin.call._run_plan(layer, torch.from_numpy(ids))
-            driver.end_step(routes_LBK)
+            (driver.end_served_step if is_served else driver.end_step)(routes_LBK)
             run_on_host(host, routes_LBK)
             assert residents(twin.device_cache.key_of_slot) == residents(host.key_of_slot)
