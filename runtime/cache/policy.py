@@ -15,7 +15,7 @@ device can evaluate any of them: by a rule of its own, or from a table that the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import ClassVar
 
@@ -76,9 +76,15 @@ class Policy(ABC):
             used = np.unique(experts)
             self.touch(layer, used[used != NO_EXPERT])
 
+    def device_state(self) -> tuple[np.ndarray, Sequence[np.ndarray] | None]:
+        """What a device starts from beside `clock`: a vector and, under rules that have them, two
+        more, float64 [L * E].
+        """
+        return self.values, self.table()
+
     def resume(self, values: np.ndarray, clock: int, table: np.ndarray) -> None:
-        """Take over what a device left: `values`, `clock` and, under CYCLE, `table()`; the other
-        tables are the host's anyway.
+        """Take over `device_state` and `clock` as a device left them; tables that the host computes
+        are here anyway.
         """
         if not self.rule.is_from_host:
             self.values[:] = values
@@ -87,6 +93,6 @@ class Policy(ABC):
     def table(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The step about to run as two vectors, float64 [L * E]: the values of each layer's
         experts before that layer has run, and after; under STAMP as they are, and of those that are
-        used; under CYCLE the means of uses. None for policies that need none.
+        used. None for policies that follow their touches.
         """
         return None

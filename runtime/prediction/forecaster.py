@@ -93,8 +93,8 @@ class Forecaster:
         rows = np.flatnonzero(positions_BT[:, -1] != PADDING).tolist()
         self._recalled = {
             row: self.memory.recall_same(self._places[row], self._tokens_B[row])
-            for row in rows if len(rows) <= MOST_SEQUENCES
-        }  # fmt: skip
+            for row in (rows if len(rows) <= MOST_SEQUENCES else ())
+        }
 
     def recall(self) -> np.ndarray | None:
         """The second half of `forecast`, after `predict` and `look_up`: what followed the like

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from runtime.cache.forecast import Forecast
@@ -42,7 +44,8 @@ class Reuse(Policy):
         super().__init__(num_layers, num_experts)
         self._means = np.full((2, len(self.values)), UNSEEN)
         self._fades = np.array(FADES)[:, None]
-        self._discounts = layer_discounts(num_layers, num_experts)
+        layers = np.repeat(np.arange(num_layers), num_experts)
+        self._discounts: np.ndarray = np.power(DISCOUNT, layers / num_layers)
         self._revalue(slice(None), 1.0)
 
     def begin_step(self, forecast: Forecast | None) -> None:
@@ -61,17 +64,9 @@ class Reuse(Policy):
         expected = chance / (1 - (1 - chance) * DISCOUNT)
         self.values[keys] = expected * self._discounts[keys] * discount
 
+    def device_state(self) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+        return self._discounts, tuple(self._means)
+
     def resume(self, values: np.ndarray, clock: int, table: np.ndarray) -> None:
         self._means[:] = table
         self._revalue(slice(None), DISCOUNT)
-
-    def table(self) -> tuple[np.ndarray, np.ndarray]:
-        recent, usual = self._means.copy()
-        return recent, usual
-
-
-def layer_discounts(num_layers: int, num_experts: int) -> np.ndarray:
-    """g^l of every key, float64 [L * E]."""
-    layers = np.repeat(np.arange(num_layers), num_experts)
-    discounts: np.ndarray = np.power(DISCOUNT, layers / num_layers)
-    return discounts

@@ -2,9 +2,9 @@
 
     host (ExpertCache, Policy)           device (DeviceCache)
     slot_of_key, key_of_slot  int64      int32
-    policy.values, .clock     float64    values, clock      rule CLOCK, COUNT
-    policy.table()            float64    before, after      rule TABLE, STAMP, CYCLE
-    layer_discounts           float64    values             rule CYCLE
+    policy.device_state()     float64    values             rule CLOCK, COUNT, CYCLE
+                                         before, after      rule TABLE, STAMP, CYCLE
+    policy.clock              int        clock, float64     rule CLOCK
 
 One side holds the truth at a time: `upload` before a captured step, `download` before a forward
 pass outside of them.
@@ -17,7 +17,6 @@ import torch
 
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policy import DeviceRule
-from runtime.cache.rules.reuse import layer_discounts
 from runtime.cuda.kernels.plan import CLOCK, COUNT, CYCLE, STAMP, TABLE
 
 RULES = {
@@ -60,12 +59,9 @@ class DeviceCache:
         policy = self._cache.policy
         self.slot_of_key.copy_(torch.from_numpy(self._cache.slot_of_key))
         self.key_of_slot.copy_(torch.from_numpy(self._cache.key_of_slot))
-        values = policy.values
-        if self.rule == CYCLE.value:
-            values = layer_discounts(self.num_layers, self.num_experts)
+        values, table = policy.device_state()
         self.values.copy_(torch.from_numpy(values))
         self.clock.fill_(policy.clock)
-        table = policy.table()
         if table is not None:
             self.write_table(*table)
         self.on_device = True

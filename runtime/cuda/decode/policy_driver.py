@@ -105,7 +105,7 @@ class PolicyDriver:
             self._policy.touch_routes(routes_LBK)
 
     def _write_table(self) -> None:
-        table = self._policy.table() if self._is_from_host else None
+        table = self._policy.table()
         if table is not None:
             self._device_cache.write_table(*table)
 

@@ -112,7 +112,7 @@ def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, b
     for step in calls:
         policy.begin_step(forecast(rng, policy))
         twin.call.begin_step()
-        table = policy.table() if policy.rule.is_from_host else None
+        table = policy.table()
         if table is not None:
             twin.device_cache.write_table(*table)
         for layer, ids in enumerate(step):
