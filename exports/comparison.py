@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import runtime
 from routing.layers import MoELayer, find_moe_layers, read_routes
 from routing.topology import NO_EXPERT
+from runtime.cache.policies import LIVE_FREE_RULES
 
 Workload = Callable[[Any], list[list[int]]]
 Calls = list[tuple[int, np.ndarray]]
@@ -28,7 +29,7 @@ Calls = list[tuple[int, np.ndarray]]
 RecordedRoutes = list[tuple[int, np.ndarray]]
 """The same, with the experts of every token: int64 [T, K], NO_EXPERT where there is none."""
 
-POLICIES = ("lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady")
+POLICIES = (*LIVE_FREE_RULES, "predicted", "belady")
 
 
 @dataclass(frozen=True, kw_only=True)

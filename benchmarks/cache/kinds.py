@@ -43,16 +43,6 @@ class KindsSettings(LiveKindsSettings):
     """Trace directory of a decoder-only model, with labels."""
     parts: list[Path] = field(default_factory=list)
     """Files of runs over other kinds or sizes of the same model, to join in --json."""
-    predictor: Path | None = None
-    """ONNX predictor; adds predicted reuse."""
-    fit_trace: Path | None = None
-    """Trace of other text; makes the hot set."""
-    residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
-    """Cache sizes, as fractions of all experts."""
-    kinds: list[str] = field(default_factory=list)
-    """Kinds to run; all where none is named."""
-    kind_tokens: int = 3_200
-    """Tokens to run of each kind at most."""
 
     def __post_init__(self) -> None:
         if self.trace is not None and self.model is not None:
@@ -65,7 +55,7 @@ def main(settings: KindsSettings) -> None:
         from benchmarks.common.machine import command
 
         rows: list[dict[str, Any]] = []
-        for results in _results(settings) if settings.model is None else _live_results(settings):
+        for results in _results(settings) if settings.model is None else live_kinds(settings):
             rows += results
             write(settings.json, [command("benchmarks.cache.kinds")], rows)
     elif settings.parts:
@@ -83,17 +73,6 @@ def write(path: Path, commands: Sequence[str], rows: Sequence[dict[str, Any]]) -
     """Write the commands and the rows that they gave, a row a line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     path.write_text(f'{{"commands": {json.dumps(list(commands))}, "rows": [\n{lines}\n]}}\n')
-
-
-def _live_results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:
-    return live_kinds(
-        settings,
-        kinds=settings.kinds,
-        kind_tokens=settings.kind_tokens,
-        predictor=settings.predictor,
-        residency=settings.residency,
-        fit_trace=settings.fit_trace,
-    )
 
 
 def _results(settings: KindsSettings) -> Iterator[list[dict[str, Any]]]:

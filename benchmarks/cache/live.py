@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from routing.cli import run
+from runtime.cache.policies import LIVE_FREE_RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +55,7 @@ class LiveCacheSettings:
     """Text files, or folders of .txt files; lines `<|endoftext|>` separate documents."""
     residency: list[float] = field(default_factory=lambda: [0.125, 0.25])
     """Cache sizes, as fractions of all experts."""
-    policies: list[str] = field(
-        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady"]
-    )
+    policies: list[str] = field(default_factory=lambda: [*LIVE_FREE_RULES, "predicted", "belady"])
     """Cache policies to run; all are held against LRU and the best free rule among them."""
     document_tokens: int = 128
     """Tokens to decode of one document; each file gives one document."""

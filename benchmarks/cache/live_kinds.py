@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.cache.policies import LIVE_FREE_RULES
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,20 +29,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LiveKindsSettings:
-    """Settings of live runs."""
+    """Settings of live runs, most of which a simulation has too."""
 
     model: Path | None = None
     """Model directory: the rules run live in it, on --text instead of a trace."""
     text: Path | None = None
     """Folder with a KIND.txt for each kind; lines `<|endoftext|>` divide documents."""
-    policies: list[str] = field(
-        default_factory=lambda: ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted"]
-    )
+    policies: list[str] = field(default_factory=lambda: [*LIVE_FREE_RULES, "predicted"])
     """Policies to run live; everything else is simulated on the same routes."""
     document_tokens: int = 200
     """Tokens to decode of each document at most, in live runs."""
     dtype: str = "auto"
     """Number format of the model; `auto` is the stored one."""
+    predictor: Path | None = None
+    """ONNX predictor; adds predicted reuse."""
+    fit_trace: Path | None = None
+    """Trace of other text; makes the hot set."""
+    residency: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
+    """Cache sizes, as fractions of all experts."""
+    kinds: list[str] = field(default_factory=list)
+    """Kinds to run; all where none is named."""
+    kind_tokens: int = 3_200
+    """Tokens to run of each kind at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +126,7 @@ class LiveKinds:
         return row | measured | more
 
 
-def live_kinds(
-    settings: LiveKindsSettings,
-    *,
-    kinds: Sequence[str],
-    kind_tokens: int,
-    predictor: Path | None,
-    residency: Sequence[float],
-    fit_trace: Path | None,
-) -> Iterator[list[Row]]:
+def live_kinds(settings: LiveKindsSettings) -> Iterator[list[Row]]:
     """The rows of each kind, as its runs end."""
     import transformers
 
@@ -133,8 +135,8 @@ def live_kinds(
     from runtime.simulation.trace_steps import trace_calls
 
     assert settings.model is not None
-    files = kind_files(settings, kinds)
-    refuse_unready(settings.policies, predictor, fit_trace)
+    files, fit_trace = kind_files(settings), settings.fit_trace
+    refuse_unready(settings)
     transformers.utils.logging.set_verbosity_error()
     tokenizer = read_tokenizer(settings.model)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -144,40 +146,40 @@ def live_kinds(
     live = LiveKinds(
         model=model,
         topology=topology,
-        predictor=predictor,
-        residency=residency,
+        predictor=settings.predictor,
+        residency=settings.residency,
         policies=settings.policies,
         fit=None if fit_trace is None else trace_calls(fit_trace, topology, decode_all=True),
     )
     for file in files:
-        texts = list(documents(file, tokenizer, settings.document_tokens, kind_tokens))
+        texts = list(documents(file, tokenizer, settings.document_tokens, settings.kind_tokens))
         yield [{"kind": file.stem} | row for row in live.rows(texts)]
         print(f"{file.stem}: done", file=sys.stderr)
 
 
-def kind_files(settings: LiveKindsSettings, kinds: Sequence[str]) -> list[Path]:
+def kind_files(settings: LiveKindsSettings) -> list[Path]:
     """The text file of each kind. Raises ValueError if one is missing."""
     if settings.text is None:
         raise ValueError("live runs need text: give --text, a folder with a KIND.txt for each kind")
     files = {path.stem: path for path in sorted(settings.text.glob("*.txt"))}
     if not files:
         raise ValueError(f"there are no .txt files in {settings.text}")
-    if unknown := sorted(set(kinds) - set(files)):
+    if unknown := sorted(set(settings.kinds) - set(files)):
         raise ValueError(f"{settings.text} has no text of the kind {', '.join(unknown)}")
-    return [files[kind] for kind in kinds or files]
+    return [files[kind] for kind in settings.kinds or files]
 
 
-def refuse_unready(policies: Sequence[str], predictor: Path | None, fit_trace: Path | None) -> None:
+def refuse_unready(settings: LiveKindsSettings) -> None:
     """Raise ValueError for a policy that does not exist, or lacks what it has to know."""
     from runtime.cache.policies import POLICIES
 
-    if unknown := sorted(set(policies) - set(POLICIES)):
+    if unknown := sorted(set(settings.policies) - set(POLICIES)):
         raise ValueError(f"{', '.join(unknown)} does not run live: take {', '.join(POLICIES)}")
     for policy, given, option in (
-        ("predicted", predictor, "--predictor"),
-        ("hot-set", fit_trace, "--fit_trace"),
+        ("predicted", settings.predictor, "--predictor"),
+        ("hot-set", settings.fit_trace, "--fit_trace"),
     ):
-        if policy in policies and given is None:
+        if policy in settings.policies and given is None:
             raise ValueError(f"the policy {policy} needs {option}, or leave it out of --policies")
 
 

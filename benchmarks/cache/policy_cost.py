@@ -20,7 +20,7 @@ import numpy as np
 from routing.cli import run
 from routing.topology import Layer, Stack
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
+from runtime.cache.policies import LIVE_FREE_RULES, POLICIES, QUEUE_CACHES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.rules.queue_cache import QueueCache
@@ -137,7 +137,7 @@ def main(settings: CostSettings) -> None:
         "predicted, routes at once:", timed(partial(advance_at_once, reuse), steps, settings.steps)
     )
     print("session memory:", timed(remembering(settings), whole, settings.steps))
-    policies = [POLICIES[name](*shape) for name in FREE_RULES if name in POLICIES]
+    policies = [POLICIES[name](*shape) for name in LIVE_FREE_RULES]
     for policy in (*policies, reuse):
         known = forecast if policy.needs_forecast else None
         step = partial(advance, policy, known)

@@ -10,7 +10,7 @@ from routing.predictor_file.reader import PredictorFile, open_predictor
 from routing.shards import Document
 from runtime.cache.belady import Belady
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import FREE_RULES, POLICIES
+from runtime.cache.policies import LIVE_FREE_RULES, POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.simulation.comparison import decode_steps, file_forecasts
@@ -21,8 +21,6 @@ RESIDENCY = 0.125, 0.25, 0.5
 """Shares of the experts that are resident."""
 BEFORE, AFTER = "before", "after"
 """Names of predicted reuse with the one file and with the other."""
-RULES = tuple(name for name in FREE_RULES if name in POLICIES)
-"""The rules beside them that need no forecast."""
 
 HitRates = dict[str, list[float]]
 """Policy -> hit rate for each of RESIDENCY."""
@@ -53,7 +51,7 @@ def _simulations(
     shape = stack.num_layers, stack.num_experts
     slots = slots_of(share, shape)
     calls = [call for step in decode_steps(steps) for call in step.calls()]
-    policies: dict[str, Policy] = {name: POLICIES[name](*shape) for name in RULES}
+    policies: dict[str, Policy] = {name: POLICIES[name](*shape) for name in LIVE_FREE_RULES}
     policies[Belady.name] = Belady(*shape, calls=calls)
     for name, file in files.items():
         policies[name] = PredictedReuse(*shape, horizon=file.horizon)

@@ -5,22 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from exports.adaptation.hit_rates import RESIDENCY, HitRates
+from exports.demo_report import NAMES
 from predictor.adaptation.candidate import Candidate
 from routing.names import print_whole
+from runtime.cache.policies import LIVE_FREE_RULES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 PARTS = {"new": "the new text", "old": "the replayed text"}
-POLICIES = {
-    "lru": "LRU",
-    "lfu": "LFU",
-    "class-lru": "ClassLRU",
-    "lfru": "LFRU",
-    "reuse": "reuse",
+POLICIES = {rule: NAMES[rule] for rule in LIVE_FREE_RULES} | {
     "before": "predicted, before",
     "after": "predicted, after",
-    "belady": "Belady",
+    "belady": NAMES["belady"],
 }
 FIGURES = {
     "recall@K, this token": ("this", "recall"),

@@ -16,7 +16,9 @@ from runtime.cache.rules.recency import LRU, LeastStale
 from runtime.cache.rules.reuse import Reuse
 from runtime.cache.rules.s3_fifo import S3FIFO
 
-__all__ = ["FREE_RULES", "LFU", "LRU", "POLICIES", "QUEUE_CACHES", "LeastStale"]
+__all__ = [
+    "FREE_RULES", "LFU", "LIVE_FREE_RULES", "LRU", "POLICIES", "QUEUE_CACHES", "LeastStale",
+]  # fmt: skip
 
 _FREE: tuple[type[Policy], ...] = (LRU, LFU, ClassLRU, LFRU, Reuse)
 _LIVE: tuple[type[Policy], ...] = (*_FREE, HotSet, PredictedReuse, Belady)
@@ -26,5 +28,7 @@ QUEUE_CACHES: dict[str, type[QueueCache]] = {
     cache.name: cache for cache in (ARC, S3FIFO, LayerLFRU)
 }
 """The rules that are simulated only."""
-FREE_RULES = (*(policy.name for policy in _FREE), *QUEUE_CACHES)
-"""The names of all rules that need neither a predictor, nor a trace, nor the future."""
+LIVE_FREE_RULES = tuple(policy.name for policy in _FREE)
+"""The names of the live rules that need neither a predictor, nor a trace, nor the future."""
+FREE_RULES = (*LIVE_FREE_RULES, *QUEUE_CACHES)
+"""The same, with those that are simulated only."""

@@ -15,7 +15,7 @@ import numpy as np
 from routing.predictor_file.reader import PredictorFile
 from runtime.cache.belady import Belady, Calls
 from runtime.cache.forecast import Forecast
-from runtime.cache.policies import FREE_RULES, LRU, POLICIES, QUEUE_CACHES, LeastStale
+from runtime.cache.policies import LIVE_FREE_RULES, LRU, POLICIES, QUEUE_CACHES, LeastStale
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.rules.hot_set import HotSet
@@ -144,7 +144,7 @@ def without_forecast(
     """
     nothing: list[Forecast | None] = [None] * num_steps
     policies: dict[str, Callable[[], Policy]] = {
-        name: partial(POLICIES[name], *shape) for name in FREE_RULES if name in POLICIES
+        name: partial(POLICIES[name], *shape) for name in LIVE_FREE_RULES
     }
     policies[LeastStale.name] = partial(LeastStale, *shape)
     policies[HotSet.name] = partial(HotSet, *shape, calls=counted)

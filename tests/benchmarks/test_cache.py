@@ -19,12 +19,10 @@ from benchmarks.cache.policy_cost import CostSettings
 from benchmarks.cache.policy_cost import main as time_policy
 from routing.inspect_model import topology_of
 from routing.pretrained import read_tokenizer
-from runtime.cache.policies import FREE_RULES, QUEUE_CACHES
+from runtime.cache.policies import FREE_RULES, LIVE_FREE_RULES, QUEUE_CACHES
 from tests.helpers.onnx_predictor import write_predictor
 from tests.helpers.predicting import TOPOLOGY, write_trace
 from tests.helpers.tiny import save_tiny, tiny_model
-
-LIVE_RULES = [name for name in FREE_RULES if name not in QUEUE_CACHES]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def test_the_cost_of_every_policy_that_needs_no_future_is_timed(capsys) -> None:
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "3 x 8, 2 experts a token" and all("median" in line for line in lines)
     timed = {line.partition(":")[0] for line in lines}
-    assert {"predicted, values alone", "predicted", "class-lru, table", *LIVE_RULES} <= timed
+    assert {"predicted, values alone", "predicted", "class-lru, table", *LIVE_FREE_RULES} <= timed
     assert {f"{name}, with its search" for name in QUEUE_CACHES} <= timed
 
 
