@@ -105,7 +105,8 @@ def test_however_spiteful_the_ordering_the_first_of_every_group_gets_its_turn(
     waiting: list[ServedSequence] = []
     active: dict[ServedSequence, int] = {}
     number = 0
-    for came in (*arrivals, *[[]] * 400):
+    total = sum(map(len, arrivals))
+    for came in (*arrivals, *[[]] * (-(-total // rows) * life)):
         for group in came:
             waiting.append(sequence(number, group=group))
             number += 1
