@@ -27,7 +27,7 @@ QUESTIONS = ("What", "Who", "Whose", "How", "Which", "Whether", "Where", "When",
 
 FLOORS = (
     ("weights", "kv"),
-    ("sizing",),
+    ("sizing", "cpu"),
     ("cache",),
     ("prediction",),
     ("engine", "simulation"),

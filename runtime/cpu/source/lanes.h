@@ -1,0 +1,212 @@
+/* Vectors of lanes: as wide as the machine's, and no wider than the fewest lanes of a sum. */
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if !defined(__FMA__) && !defined(__aarch64__) && !defined(__FP_FAST_FMAF)
+#error "this processor has no fused multiply-add"
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && FEWEST_LANES >= 16
+#define VEC 16
+#elif defined(__AVX2__) && FEWEST_LANES >= 8
+#define VEC 8
+#else
+#define VEC 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * VEC)));
+typedef uint32_t words __attribute__((vector_size(4 * VEC)));
+typedef int32_t ints __attribute__((vector_size(4 * VEC)));
+typedef uint16_t halves __attribute__((vector_size(2 * VEC)));
+typedef uint8_t bytes __attribute__((vector_size(VEC)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec splat(float x) { return x - (vec){}; }
+
+INLINE words splat_word(uint32_t x) { return x - (words){}; }
+
+/* a * b + c, rounded once. */
+INLINE vec fused(vec a, vec b, vec c) {
+#if VEC == 16
+  return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VEC == 8
+  return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FMA__)
+  return (vec)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#else
+  vec sum;
+  for (int i = 0; i < VEC; i++) sum[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return sum;
+#endif
+}
+
+/* `many` bytes into a whole vector, zeros behind them. */
+#define LOAD(TYPE, from, many)                              \
+  ({                                                        \
+    TYPE loaded = {};                                       \
+    if ((many) >= (long)sizeof(TYPE))                       \
+      memcpy(&loaded, (from), sizeof(TYPE));                \
+    else if ((many) > 0)                                    \
+      memcpy(&loaded, (from), (size_t)(many));              \
+    loaded;                                                 \
+  })
+
+INLINE vec load_floats(const float *from) {
+  vec loaded;
+  memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+
+/* Element i of the result is element from[i] of low and high side by side. */
+INLINE words picked(words low, words high, words from) {
+#if defined(__clang__)
+  words result;
+  for (int i = 0; i < VEC; i++) result[i] = from[i] < VEC ? low[from[i]] : high[from[i] - VEC];
+  return result;
+#else
+  return __builtin_shuffle(low, high, from);
+#endif
+}
+
+#if VEC == 16
+#define INDICES {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#elif VEC == 8
+#define INDICES {0, 1, 2, 3, 4, 5, 6, 7}
+#else
+#define INDICES {0, 1, 2, 3}
+#endif
+
+/* Of groups of `group` elements, every other one: the first of each two, or the second. */
+INLINE words every_other(words low, words high, uint32_t group, uint32_t second) {
+  const words i = INDICES;
+  return picked(low, high, i / group * (2 * group) + i % group + second * group);
+}
+
+/* Each element repeated so many times, from element `first` on. */
+INLINE vec repeated(vec x, uint32_t times, uint32_t first) {
+  const words i = INDICES;
+  return (vec)picked((words)x, (words)x, i / times + first);
+}
+
+/* The entry of a table at the low four bits of each index; entry 8 + i is entry i negated. */
+INLINE vec looked_up(const float *table, words index) {
+#if VEC == 16
+  return (vec)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#elif VEC == 8
+  vec found = (vec)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  return (vec)((words)found | (index << 28 & 0x80000000));
+#else
+  vec found;
+  for (int i = 0; i < VEC; i++) found[i] = table[index[i] & 15];
+  return found;
+#endif
+}
+
+/* Rounded to float16, to the nearest, ties to even. */
+INLINE vec rounded_to_float16(vec x) {
+#if VEC == 16
+  return (vec)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif VEC == 8 && defined(__F16C__)
+  return (vec)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VEC; i++) x[i] = (float)(_Float16)x[i];
+  return x;
+#endif
+}
+
+/* Rounded to bfloat16, to the nearest, ties to even. A NaN must not have its low bits set. */
+INLINE vec rounded(vec x) {
+  words bits = (words)x;
+  return (vec)((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+}
+
+INLINE vec widened(halves x) { return (vec)(__builtin_convertvector(x, words) << 16); }
+
+INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+INLINE float of_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
+
+INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7FFF;
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float of_float16(uint16_t bits) {
+  uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7FFF;
+  if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+  return float_of(sign | (uint32_t)rest << 13) * 0x1p112f; /* exact */
+}
+
+INLINE float of_e4m3(uint8_t code) {
+  if ((code & 0x7F) == 0x7F) return float_of(0x7FC00000);
+  return float_of((uint32_t)(code & 0x80) << 24 | (uint32_t)(code & 0x7F) << 20) * 0x1p120f;
+}
+
+INLINE float of_e8m0(uint8_t code) {
+  uint32_t bits = (uint32_t)code << 23;
+  return float_of(bits < 0x00400000 ? 0x00400000 : bits);
+}
+
+/* Half of it, which is finite for 255 too. */
+INLINE float half_of_e8m0(uint8_t code) {
+  return code > 1 ? float_of((uint32_t)(code - 1) << 23) : float_of(code ? 0x00400000 : 0x00200000);
+}
+
+/* One step of a sum over lanes: groups of `count` vectors' elements at distance `stride`, both
+ * powers of two, are replaced by ((a0 + a1) + a2) + ... `sums` has room for max(vectors, count). */
+INLINE int folded(vec *sums, int vectors, int stride, int count) {
+  if (stride >= VEC) {
+    int apart = stride / VEC, left = 0;
+#pragma GCC unroll 64
+    for (int at = 0; at < vectors; at += apart * count) {
+#pragma GCC unroll 64
+      for (int i = 0; i < apart; i++) {
+        vec sum = sums[at + i];
+#pragma GCC unroll 16
+        for (int k = 1; k < count; k++) sum += sums[at + i + k * apart];
+        sums[left++] = sum;
+      }
+    }
+    return left;
+  }
+#pragma GCC unroll 16
+  for (int i = vectors; i < count; i++) sums[i] = (vec){};
+  vectors = vectors > count ? vectors : count;
+#pragma GCC unroll 64
+  for (int at = 0; at < vectors; at += count) {
+    /* parts[q * width + v]: vector v of the groups whose number is q modulo `have` */
+    words parts[16], next[16];
+#pragma GCC unroll 16
+    for (int k = 0; k < count; k++) parts[k] = (words)sums[at + k];
+#pragma GCC unroll 4
+    for (int have = 1; have < count; have *= 2) {
+      int half = count / have / 2;
+#pragma GCC unroll 16
+      for (int q = 0; q < have; q++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < half; v++) {
+          words low = parts[(q * half + v) * 2], high = parts[(q * half + v) * 2 + 1];
+          next[q * half + v] = every_other(low, high, (uint32_t)stride, 0);
+          next[(q + have) * half + v] = every_other(low, high, (uint32_t)stride, 1);
+        }
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < count; k++) parts[k] = next[k];
+    }
+    vec sum = (vec)parts[0];
+#pragma GCC unroll 16
+    for (int k = 1; k < count; k++) sum += (vec)parts[k];
+    sums[at / count] = sum;
+  }
+  return vectors / count;
+}
