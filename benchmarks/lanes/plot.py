@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -42,7 +43,7 @@ COLORS = {
 UNNAMED = "#5d3a9b"
 """Of CPU times that have no colour of their own."""
 LANE_COLORS = {"link": COLORS[FETCHED], "CPU": COLORS[HOST_WORK], "GPU": COLORS[EXPERTS]}
-HATCH = {"hatch": "////", "edgecolor": "#a9b8c6"}
+HATCH: dict[str, Any] = {"hatch": "////", "edgecolor": "#a9b8c6"}
 WIDEST_TEXT = 0.04
 """Share of the time from which a span has room for its number."""
 DPI = 150

@@ -23,6 +23,7 @@ from benchmarks.decode.plot import plot_bytes, plot_speed
 from benchmarks.decode.report import ratios
 from benchmarks.decode.settings import DecodeSettings
 from benchmarks.prefill import __main__ as prefill
+from benchmarks.prefill.row import PrefillRow
 from benchmarks.prefill.settings import PrefillSettings
 from benchmarks.replay.text_replay import CHOSEN_LOGIT
 from benchmarks.systems.arm import Arm
@@ -193,6 +194,30 @@ def test_plots_are_drawn_from_few_rows_and_from_none(tmp_path: Path) -> None:
         plot_speed(chosen, "title", tmp_path / f"speed{index}.png")
         plot_bytes(chosen, "title", tmp_path / f"bytes{index}.png")
     assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_bounds_are_drawn_where_they_are_known_and_older_files_as_far_as_they_go(
+    tmp_path: Path,
+) -> None:
+    known: dict[str, Any] = {"least_ms": {"link": 4.0, "CPU": 0.3, "GPU": 2.0}, "of_bound": 0.5}
+    step = row("lru", "0.25", 0.25, tokens_per_s=125.0, step_ms=8.0, **known)
+    prompt = PrefillRow(arm=step.arm, prompt=8, milliseconds=8.0, **known)
+    for one, settings in ((step, {"shape": "a"}), (prompt, {"shape": "a", "prompts": [8]})):
+        values = one.to_json()
+        result = {"title": "title", "settings": settings, "rows": [values]}
+        (tmp_path / "new.json").write_text(json.dumps(result | {"lanes": {}}))
+        old = {
+            name: value for name, value in values.items() if name not in ("not_recorded", *known)
+        }
+        (tmp_path / "old.json").write_text(json.dumps(result | {"rows": [old], "timelines": {}}))
+        for name in ("new", "old"):
+            file = tmp_path / f"{name}.json"
+            draw.main(draw.DrawSettings(results=file, plots=tmp_path / name))
+    old_plots = {"a-speed.png", "a-bytes.png", "a-prefill.png"}
+    assert {path.name for path in (tmp_path / "old").iterdir()} == old_plots
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "a-bounds.png", "a-prefill-bounds.png", *old_plots,
+    }  # fmt: skip
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
