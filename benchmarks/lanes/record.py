@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.lanes.kinds import GPU
 from benchmarks.lanes.lanes import Fetches, Lanes, build_lanes
 from benchmarks.lanes.profile import Profile
 from benchmarks.lanes.recorder import Mark, Recorder
@@ -31,7 +32,7 @@ def record_step(
     """Lanes of the decode step of median time, out of the second half of those recorded.
 
     bandwidth: of the link, in bytes a second; None without a link.
-    Raises ValueError where `generate` gives fewer than two tokens.
+    Raises ValueError where `generate` gives fewer than two tokens, or the profile lacks them.
     """
     recorder = Recorder(stats, device)
     with recorder.recording():
@@ -47,6 +48,7 @@ def record_prompt(
     """Lanes of one prompt, from the call of `generate` to the first token.
 
     warm_up: runs another prompt first, since what is profiled for the first time is slow.
+    Raises ValueError where the profile lacks the prompt.
     """
     recorder = Recorder(stats, device)
     with recorder.recording():
@@ -88,7 +90,10 @@ def _lanes(recorder: Recorder, step: Step, device: torch.device, bandwidth: floa
         fetched = step.after.fetched_bytes - step.before.fetched_bytes
         missed_L = (step.after.missed_L - step.before.missed_L).tolist()
         fetches = Fetches(fetched / bandwidth * 1e6, missed_L)
-    return build_lanes(
-        recorder.profile, recorder.times, step.start, step.end,
-        fetches=fetches, on_gpu=device.type == "cuda",
-    )  # fmt: skip
+    on_gpu = device.type == "cuda"
+    lanes = build_lanes(
+        recorder.profile, recorder.times, step.start, step.end, fetches=fetches, on_gpu=on_gpu
+    )
+    if on_gpu and not (lanes.busy_us[GPU] and recorder.profile.waits):
+        raise ValueError("the profile holds no GPU work, or no wait of the host, of that time")
+    return lanes

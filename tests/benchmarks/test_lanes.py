@@ -333,15 +333,30 @@ def test_only_waits_of_the_thread_that_launches_are_the_hosts() -> None:
     assert max(span.length for span in waits) < 9999.0
 
 
+def run_a_while(on_token: Callable[[], None]) -> None:
+    """Generate one token, in about the time of a prompt."""
+    time.sleep(0.06)
+    on_token()
+
+
+@pytest.mark.parametrize("what", ["kernel", "cuda_runtime"])
+def test_a_profile_without_work_or_without_waits_gives_no_lanes(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def trace_of(start: float) -> dict[str, Any]:
+        trace = prompt_trace(start, [4] * LAYERS)[0].json()
+        kept = [event for event in trace["traceEvents"] if event.get("cat") == what]
+        return trace | {"traceEvents": kept}
+
+    profiled_by(monkeypatch, trace_of)
+    with pytest.raises(ValueError, match="no GPU work, or no wait"):
+        record_prompt(lambda: None, run_a_while, CountingStats(), CUDA)
+
+
 def test_a_prompts_copies_last_as_long_as_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = CountingStats()
     profiled_by(monkeypatch, lambda start: prompt_trace(start, [4] * LAYERS)[0].json())
-
-    def generate(on_token: Callable[[], None]) -> None:
-        time.sleep(0.06)
-        on_token()
-
-    lanes = record_prompt(lambda: None, generate, stats, CUDA)
+    lanes = record_prompt(lambda: None, run_a_while, stats, CUDA)
     copies = 4 * LAYERS * EXPERT_BYTES / BANDWIDTH * 1e6
     assert lanes.busy_us[LINK][COPIED] == pytest.approx(copies, rel=0.01)
     assert lanes.busy_us[GPU][EXPERTS] == pytest.approx(LAYERS * 310, rel=0.01)
