@@ -29,7 +29,7 @@ def main(settings: DrawSettings) -> None:
 
     try:
         result = json.loads(settings.results.read_text())
-        draw = decode_plot.draw if "timelines" in result else prefill_plot.draw
+        draw = prefill_plot.draw if "prompts" in result["settings"] else decode_plot.draw
         draw(result, settings.plots)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{settings.results} is not of a benchmark: {error!r}") from error

@@ -5,7 +5,8 @@
 The model has a published shape and random weights, drawn on the device. Its routes are its own
 router's, or are replayed from a trace of the same topology. Every arm is fed the same tokens; the
 routers, the predictor and all bookkeeping run in every step and count. Rows are printed as they
-come; the last line is JSON. Results are in docs/results/.
+come, then the lanes of a step of each of ExpertFlow's arms (link, CPU, GPU) and their bounds; the
+last line is JSON. Results are in docs/results/.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main(settings: DecodeSettings) -> None:
     from benchmarks.decode.arms import decode_arms, usable_policies
     from benchmarks.decode.report import print_rows, ratios
     from benchmarks.decode.runner import DecodeRunner
+    from benchmarks.lanes.page import print_lanes
     from benchmarks.systems.subject import Subject
 
     transformers.utils.logging.set_verbosity_error()
@@ -60,11 +62,12 @@ def main(settings: DecodeSettings) -> None:
     def results(rows: list[Row]) -> dict[str, Any]:
         return facts | {
             "rows": [row.to_json() for row in rows],
-            "timelines": runner.timelines,
+            "lanes": runner.lanes,
         }
 
     rows = runner.run_all(arms, lambda rows: save(results(rows), settings.out))
     print_rows(rows, title)
+    print_lanes(rows, title)
     leading = usable_policies(settings)[0]
     facts["ratios"] = ratios(rows, leading, settings.compare_at)
     print(f"{leading} at {settings.compare_at}: {facts['ratios']}")

@@ -1,4 +1,4 @@
-"""Plots of decode results: speed over residency, bytes by policy, the timeline of a step."""
+"""Plots of decode results: speed over residency, bytes by policy, lanes of a step, bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.decode.timeline import KINDS, OTHER, GpuEvent
+from benchmarks.lanes.lanes import read_lanes
+from benchmarks.lanes.plot import caption, plot_bounds, plot_lanes
 from benchmarks.systems.row import Row, read_row
 
 COLORS = {
@@ -23,22 +24,32 @@ COLORS = {
 BAR = 0.17
 LABEL_RATIO = 1.3
 """Other systems of nearly the same speed share a label."""
-KIND_COLORS = dict(
-    zip([*KINDS, OTHER], ["#d9822b", "#8b5fbf", "#1f5fa8", "#2e8b57", "#c0587e", "#b0b0b0"],
-        strict=True)
-)  # fmt: skip
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Draw all plots of a decode result: speed, bytes, and the steps that were profiled."""
+    """Draw all plots of a decode result: speed, bytes, bounds, and the lanes of recorded steps.
+
+    Steps in a file of before there were lanes are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [read_row(values, Row) for values in result["rows"]]
     title, name = result["title"], result["settings"]["shape"]
     plot_speed(rows, title, folder / f"{name}-speed.png")
     plot_bytes(rows, title, folder / f"{name}-bytes.png")
-    for arm, events in result["timelines"].items():
-        file = folder / f"{name}-step-{arm.replace(' ', '-')}.png"
-        plot_timeline([GpuEvent(*event) for event in events], f"{title}: a step of {arm}", file)
+    bounded = [
+        (row.arm.name.removeprefix("expertflow "), row, row.step_ms)
+        for row in rows
+        if row.of_bound and row.step_ms
+    ]
+    if bounded:
+        plot_bounds(bounded, title, folder / f"{name}-bounds.png")
+    recorded = result.get("lanes", {})
+    for row in rows:
+        if row.arm.name in recorded:
+            file = folder / f"{name}-lanes-{row.arm.name.replace(' ', '-')}.png"
+            about = caption(f"a step of {row.arm.name}", row, row.step_ms)
+            lanes = read_lanes(recorded[row.arm.name])
+            plot_lanes(lanes, f"{title}\n{about}", row.least_ms, file)
 
 
 def plot_speed(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -95,24 +106,6 @@ def _bar(axes: Axes, x: float, row: Row) -> None:
     axes.bar(x, (row.bytes_per_token or 0) / 1e6, BAR, color=COLORS[_policy(row)])
     if row.wasted_per_token:
         axes.bar(x, row.wasted_per_token / 1e6, BAR, fill=False, hatch="///")
-
-
-def plot_timeline(events: Sequence[GpuEvent], title: str, path: Path) -> None:
-    """Kernels of one step, one row per stream, coloured by kind."""
-    streams = list(dict.fromkeys(event.stream for event in events))
-    figure, axes = _figure(title, (12, 1.6 + 0.6 * len(streams)))
-    for kind, color in KIND_COLORS.items():
-        chosen = [event for event in events if event.kind == kind]
-        for stream in {event.stream for event in chosen}:
-            spans = [(e.start_us, e.duration_us) for e in chosen if e.stream == stream]
-            axes.broken_barh(spans, (streams.index(stream) - 0.4, 0.8), color=color)
-        if chosen:
-            busy = sum(event.duration_us for event in chosen)
-            axes.bar([0], [0], color=color, label=f"{kind} {busy:.0f} us")
-    axes.set_yticks(range(len(streams)), [f"stream {stream}" for stream in streams])
-    axes.set(xlabel="us since the step began")
-    axes.set_ylim(-0.6, len(streams) - 0.4)
-    _save(figure, path)
 
 
 def _plain(rows: Sequence[Row]) -> list[Row]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from benchmarks.decode.arms import usable_policies
 from benchmarks.decode.report import print_row
 from benchmarks.decode.settings import DecodeSettings
-from benchmarks.decode.timeline import GpuEvent, busy_us, profile_step
+from benchmarks.lanes.bound import Measured, set_bounds
+from benchmarks.lanes.record import record_step
 from benchmarks.replay.text_replay import TextReplay
 from benchmarks.systems.arm import Arm
 from benchmarks.systems.logits import compare_logits
@@ -21,7 +22,7 @@ from benchmarks.systems.subject import Pass, Subject
 from benchmarks.systems.workload import Timings, Workload
 
 WARM_UP_STEPS = 6
-PROFILED_STEPS = 4
+RECORDED_TOKENS = 16
 SLOW = ("accelerate", "policylang")
 SLOW_CHECK_STEPS = 2
 
@@ -31,15 +32,17 @@ class DecodeRunner:
 
     def __init__(self, settings: DecodeSettings, subject: Subject) -> None:
         self.settings, self.subject = settings, subject
-        self.timelines: dict[str, list[GpuEvent]] = {}
+        self.lanes: dict[str, dict[str, Any]] = {}
+        """By arm, the lanes of one step as JSON."""
         self._start = time.perf_counter()
         self._references: dict[tuple[str, int], Tensor] = {}
 
     def run_all(self, arms: list[Arm], on_row: Callable[[list[Row]], None]) -> list[Row]:
-        """A row for each arm. `on_row` gets all rows so far after each arm."""
+        """A row for each arm. `on_row` gets all rows so far, with their bounds, after each arm."""
         rows: list[Row] = []
         for arm in arms:
             rows.append(self.run(arm))
+            set_bounds(rows, _measured)
             on_row(rows)
         return rows
 
@@ -105,8 +108,8 @@ class DecodeRunner:
             if not timings.step_s or time.perf_counter() - start < settings.arm_seconds:
                 workload.run(model, one.passages, timings)
         fill_speed(row, timings, self.subject.bandwidth)
-        if self._is_drawn(arm):
-            self._profile(arm, workload, timed[0], row)
+        if running.stats is not None:
+            self._record(running.stats, workload, timed[0], row)
 
     def _compare(self, arm: Arm, logits: Tensor, row: Row) -> None:
         """Compare with the first arm of this batch of the same system, transformers and float32."""
@@ -120,23 +123,19 @@ class DecodeRunner:
                 row.logits[system] = compare_logits(logits[:steps], reference[:steps])
         self._references.setdefault((own, arm.batch), logits)
 
-    def _is_drawn(self, arm: Arm) -> bool:
-        settings = self.settings
-        return (
-            self.subject.device.type == "cuda"
-            and arm.system == "expertflow"
-            and arm.policy == usable_policies(settings)[0]
-            and arm.residency == settings.compare_at
-            and arm.batch == 1
-        )
+    def _record(self, stats: Any, workload: Workload, one: Pass, row: Row) -> None:
+        def generate(on_token: Callable[[], None]) -> None:
+            tokens = min(RECORDED_TOKENS, one.new_tokens)
+            workload.follow(self.subject.model, one.passages, tokens, on_token)
 
-    def _profile(self, arm: Arm, workload: Workload, one: Pass, row: Row) -> None:
         try:
-            events = profile_step(
-                lambda: workload.warm_up(self.subject.model, one.passages, PROFILED_STEPS)
-            )
+            lanes = record_step(generate, stats, self.subject.device, self.subject.bandwidth)
         except ValueError as error:
-            row.extra["timeline"] = str(error)
+            row.not_recorded = str(error)
             return
-        self.timelines[arm.name] = events
-        row.extra["busy_us"] = busy_us(events) | {"kernels": len(events)}
+        self.lanes[row.arm.name] = lanes.to_json()
+        row.recorded_ms, row.busy_ms = lanes.us / 1e3, lanes.busy_ms()
+
+
+def _measured(row: Row) -> Measured:
+    return Measured(row.step_ms, row.floor_ms, (row.arm.compile, row.arm.batch))

@@ -7,6 +7,7 @@ from benchmarks.cache import page as cache
 from benchmarks.decode import page as decode
 from benchmarks.encodings import page as encodings
 from benchmarks.kernels import page as kernels
+from benchmarks.lanes import page as lanes
 from benchmarks.pages import others
 from benchmarks.pages.blocks import Tables
 from benchmarks.rounding import page as rounding
@@ -35,6 +36,7 @@ TABLES: Tables = {
     "kinds-live": cache.live_counts,
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
+    "lanes": lanes.lanes,
     "recall": others.recall,
     "rounding-quality": rounding.quality,
     "rounding-routes": rounding.routes,

@@ -4,8 +4,9 @@
 
 The bounds are the link (bytes of missing experts / measured bandwidth) and the computation alone
 (the same prompt with every expert resident, in the same run). A prefill that overlaps both
-perfectly takes the larger. Model, text and routes are as in `benchmarks.decode`. The last line is
-JSON.
+perfectly takes the larger. Beside them stand the lanes of one prompt of each of ExpertFlow's arms
+(link, CPU, GPU) and the bound that they set (benchmarks/lanes/bound.py). Model, text and routes are
+as in `benchmarks.decode`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def main(settings: PrefillSettings) -> None:
 
     from benchmarks.common.machine import command, machine
     from benchmarks.common.report import print_facts, require_matplotlib, save, settings_json
+    from benchmarks.lanes.page import print_lanes
     from benchmarks.prefill.arms import prefill_arms
     from benchmarks.prefill.report import print_rows
     from benchmarks.prefill.runner import PrefillRunner
@@ -43,11 +45,13 @@ def main(settings: PrefillSettings) -> None:
     }
     print_facts(facts)
     runner = PrefillRunner(settings, subject)
-    rows = [row for arm in arms for row in runner.run(arm)]
+    rows = runner.run_all(arms)
     print_rows(rows, title)
+    print_lanes(rows, title)
     result = facts | {
         "settings": settings_json(settings),
         "rows": [row.to_json() for row in rows],
+        "lanes": runner.lanes,
     }
     if settings.plots is not None:
         from benchmarks.prefill.plot import draw

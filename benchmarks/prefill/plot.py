@@ -1,4 +1,4 @@
-"""Plot of prefill results: time over prompt length, with its bounds."""
+"""Plots of prefill results: time over prompt length with its bounds, and the lanes of prompts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.lanes.lanes import read_lanes
+from benchmarks.lanes.plot import caption, plot_bounds, plot_lanes
 from benchmarks.prefill.row import PrefillRow
 from benchmarks.systems.row import read_row
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
-    """Draw the plot of a prefill result."""
+    """Draw all plots of a prefill result."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [read_row(values, PrefillRow) for values in result["rows"]]
-    file = folder / f"{result['settings']['shape']}-prefill.png"
-    plot_prefill(rows, result["title"], file)
+    title, name = result["title"], f"{result['settings']['shape']}-prefill"
+    plot_prefill(rows, title, folder / f"{name}.png")
+    bounded = [
+        (row.recording.removeprefix("expertflow "), row, row.milliseconds)
+        for row in rows
+        if row.of_bound and row.milliseconds
+    ]
+    if bounded:
+        plot_bounds(bounded, title, folder / f"{name}-bounds.png")
+    recordings = result.get("lanes", {})
+    for row in rows:
+        if row.recording in recordings:
+            file = folder / f"{name}-lanes-{row.arm.name.replace(' ', '-')}-{row.prompt}.png"
+            lanes = read_lanes(recordings[row.recording])
+            about = caption(row.recording, row, row.milliseconds)
+            plot_lanes(lanes, f"{title}\n{about}", row.least_ms, file)
 
 
 def plot_prefill(rows: Sequence[PrefillRow], title: str, path: Path) -> None:

@@ -26,3 +26,8 @@ class PrefillRow(ArmRow):
     """Milliseconds for the same prompts with every expert resident."""
     ratio: float | None = None
     """Time / the larger of link_ms and compute_ms."""
+
+    @property
+    def recording(self) -> str:
+        """The name of its lanes in the result file."""
+        return f"{self.arm.name}, prompt {self.prompt}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from benchmarks.lanes.bound import Measured, set_bounds
+from benchmarks.lanes.record import record_prompt
 from benchmarks.prefill.report import print_row
 from benchmarks.prefill.row import PrefillRow
 from benchmarks.prefill.settings import PrefillSettings
@@ -27,6 +31,14 @@ class PrefillRunner:
         self.settings, self.subject = settings, subject
         self._start = time.perf_counter()
         self._compute_ms: dict[int, float] = {}
+        self.lanes: dict[str, dict[str, Any]] = {}
+        """By arm and prompt length (`PrefillRow.recording`), the lanes of one prompt as JSON."""
+
+    def run_all(self, arms: list[Arm]) -> list[PrefillRow]:
+        """The rows of every arm, with their bounds."""
+        rows = [row for arm in arms for row in self.run(arm)]
+        set_bounds(rows, _measured)
+        return rows
 
     def run(self, arm: Arm) -> list[PrefillRow]:
         """A row for each prompt length, printed when the arm has ended."""
@@ -87,6 +99,26 @@ class PrefillRunner:
         for one in timed:
             workload.run(self.subject.model, one.passages, timings)
         self._note(arm, row, timings)
+        if running.stats is not None:
+            self._record(running.stats, workload, timed, row)
+
+    def _record(self, stats: Any, workload: Workload, passes: list[Pass], row: PrefillRow) -> None:
+        """Record the last prompt after the first."""
+        model, first, last = self.subject.model, passes[0], passes[-1]
+
+        def generate(on_token: Callable[[], None]) -> None:
+            workload.follow(model, last.passages, 1, on_token)
+
+        def warm_up() -> None:
+            workload.warm_up(model, first.passages, 1)
+
+        try:
+            lanes = record_prompt(warm_up, generate, stats, self.subject.device)
+        except ValueError as error:
+            row.not_recorded = str(error)
+            return
+        self.lanes[row.recording] = lanes.to_json()
+        row.recorded_ms, row.busy_ms = lanes.us / 1e3, lanes.busy_ms()
 
     def _note(self, arm: Arm, row: PrefillRow, timings: Timings) -> None:
         row.milliseconds = statistics.median(timings.first_token_s) * 1e3
@@ -107,3 +139,7 @@ class PrefillRunner:
         bounds = [bound for bound in (row.link_ms, row.compute_ms) if bound is not None]
         if bounds and row.milliseconds is not None:
             row.ratio = row.milliseconds / max(bounds)
+
+
+def _measured(row: PrefillRow) -> Measured:
+    return Measured(row.milliseconds, row.link_ms, row.prompt)

@@ -26,10 +26,11 @@ class Clock(BaseStreamer):
         self,
         *,
         on_first: Callable[[], None] = lambda: None,
+        on_token: Callable[[], None] = lambda: None,
         max_tokens: int | None = None,
         max_seconds: float = float("inf"),
     ) -> None:
-        self._on_first = on_first
+        self._on_first, self._on_token = on_first, on_token
         self._max_tokens, self._max_seconds = max_tokens, max_seconds
         self._has_prompt = False
         self.seconds: list[float] = []
@@ -45,6 +46,7 @@ class Clock(BaseStreamer):
             self._has_prompt = True
             return
         self.seconds.append(time.perf_counter())
+        self._on_token()
         if len(self.seconds) == 1:
             self._on_first()
             self.on_first_s = time.perf_counter() - self.seconds[0]

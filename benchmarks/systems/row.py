@@ -15,6 +15,18 @@ class ArmRow:
     arm: Arm
     error: str | None = None
     """The reason why there are no results."""
+    recorded_ms: float | None = None
+    """Time of the step or prompt that was recorded, under the profiler."""
+    not_recorded: str | None = None
+    """The reason why no step could be recorded."""
+    busy_ms: dict[str, float] = field(default_factory=dict)
+    """In it, the time in which the link, each thread of the CPU, and the GPU worked; waiting is no
+    work (benchmarks/lanes/lanes.py)."""
+    least_ms: dict[str, float] = field(default_factory=dict)
+    """Least time of a step or prompt that link, CPU and GPU allow; the largest is the bound
+    (benchmarks/lanes/bound.py)."""
+    of_bound: float | None = None
+    """The bound / the time: 1 is as fast as it can be with these misses."""
 
     def to_json(self) -> dict[str, Any]:
         """The arm's name, its fields and the row's own, side by side."""
@@ -69,7 +81,7 @@ Kind = TypeVar("Kind", bound=ArmRow)
 
 
 def read_row(values: dict[str, Any], kind: type[Kind]) -> Kind:
-    """Inverse of `to_json`."""
+    """Inverse of `to_json`. Of an older file, which lacks fields, these are at their defaults."""
     arm = Arm(**{f.name: values[f.name] for f in fields(Arm)})
-    own = {f.name: values[f.name] for f in fields(kind) if f.name != "arm"}
+    own = {f.name: values[f.name] for f in fields(kind) if f.name != "arm" and f.name in values}
     return kind(arm=arm, **own)

@@ -24,6 +24,8 @@ class Running(NamedTuple):
 
     options: dict[str, Any]
     """Further arguments of generate."""
+    stats: Any = None
+    """The engine's `Stats`; None for other systems."""
     counts: Callable[[], Counts] = lambda: NOTHING
     reset: Callable[[], None] = lambda: None
     """Reset the counters, after the warm-up."""
@@ -65,6 +67,7 @@ def of_engine(engine: Any) -> Running:
     """A model that this engine runs."""
     return Running(
         {},
+        stats=engine.stats(),
         counts=lambda: read_counts(engine.stats()),
         reset=lambda: engine.stats().reset(),
         finish=lambda row: _finish(engine, row),

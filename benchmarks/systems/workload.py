@@ -72,6 +72,12 @@ class Workload:
         self._generate(model, passages, Clock(max_tokens=tokens))
         return time.perf_counter() - start
 
+    def follow(
+        self, model: Any, passages: Passages, tokens: int, on_token: Callable[[], None]
+    ) -> None:
+        """Run a few steps, untimed; `on_token` is called as each token arrives."""
+        self._generate(model, passages, Clock(max_tokens=tokens, on_token=on_token))
+
     def _generate(self, model: Any, passages: Passages, clock: Clock, **options: Any) -> None:
         if self.replay is not None:
             self.replay.start(passages)

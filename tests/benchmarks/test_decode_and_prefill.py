@@ -19,11 +19,11 @@ from benchmarks.common.link import best, link_efficiency, measure_link
 from benchmarks.common.shapes import TINY, build_model, shape_named, weight_bytes
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode.arms import decode_arms
-from benchmarks.decode.plot import plot_bytes, plot_speed, plot_timeline
+from benchmarks.decode.plot import plot_bytes, plot_speed
 from benchmarks.decode.report import ratios
 from benchmarks.decode.settings import DecodeSettings
-from benchmarks.decode.timeline import busy_us, last_graph
 from benchmarks.prefill import __main__ as prefill
+from benchmarks.prefill.row import PrefillRow
 from benchmarks.prefill.settings import PrefillSettings
 from benchmarks.replay.text_replay import CHOSEN_LOGIT
 from benchmarks.systems.arm import Arm
@@ -183,33 +183,6 @@ def test_residencies_become_memory_for_the_runtime() -> None:
     assert not subject.replays
 
 
-def launch(correlation: int) -> dict[str, Any]:
-    return {"name": "cudaGraphLaunch", "args": {"correlation": correlation}}
-
-
-def kernel(name: str, correlation: int, start: float, stream: int = 7) -> dict[str, Any]:
-    category = "gpu_memcpy" if name.startswith("Memcpy") else "kernel"
-    args = {"correlation": correlation, "stream": stream}
-    return {"name": name, "cat": category, "ts": start, "dur": 2.0, "args": args}
-
-
-def test_a_step_is_what_the_last_graph_launch_ran() -> None:
-    events = [
-        launch(1), launch(2), launch(3),  # the last one's kernels are not in the profile
-        kernel("plan", 1, 5.0), kernel("down", 2, 14.0), kernel("gate_up", 2, 12.0),
-        kernel("Memcpy HtoD", 2, 13.0, stream=9), kernel("argmax", 99, 20.0),
-    ]  # fmt: skip
-    step = last_graph(events)
-    assert [(e.name, e.kind, e.stream, e.start_us) for e in step] == [
-        ("gate_up", "experts", 7, 0.0),
-        ("Memcpy HtoD", "transfer", 9, 1.0),
-        ("down", "experts", 7, 2.0),
-    ]
-    assert busy_us(step) == {"experts": 4.0, "transfer": 2.0}
-    with pytest.raises(ValueError, match="no CUDA graph"):
-        last_graph([launch(1), kernel("plan", 99, 5.0)])
-
-
 def test_plots_are_drawn_from_few_rows_and_from_none(tmp_path: Path) -> None:
     rows = [
         row("lru", "0.25", 0.25, tokens_per_s=50.0, floor_ms=18.0, bytes_per_token=1e9),
@@ -217,12 +190,34 @@ def test_plots_are_drawn_from_few_rows_and_from_none(tmp_path: Path) -> None:
         Row(arm=Arm(system="accelerate"), tokens_per_s=0.6),
         Row(arm=Arm(system="compiled"), error="OutOfMemoryError: no"),
     ]
-    step = last_graph([launch(1), kernel("plan", 1, 5.0)])
     for index, chosen in enumerate((rows, [])):
         plot_speed(chosen, "title", tmp_path / f"speed{index}.png")
         plot_bytes(chosen, "title", tmp_path / f"bytes{index}.png")
-    plot_timeline(step, "title", tmp_path / "step.png")
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_bounds_are_drawn_where_they_are_known_and_older_files_as_far_as_they_go(
+    tmp_path: Path,
+) -> None:
+    known: dict[str, Any] = {"least_ms": {"link": 4.0, "CPU": 0.3, "GPU": 2.0}, "of_bound": 0.5}
+    step = row("lru", "0.25", 0.25, tokens_per_s=125.0, step_ms=8.0, **known)
+    prompt = PrefillRow(arm=step.arm, prompt=8, milliseconds=8.0, **known)
+    for one, settings in ((step, {"shape": "a"}), (prompt, {"shape": "a", "prompts": [8]})):
+        values = one.to_json()
+        result = {"title": "title", "settings": settings, "rows": [values]}
+        (tmp_path / "new.json").write_text(json.dumps(result | {"lanes": {}}))
+        old = {
+            name: value for name, value in values.items() if name not in ("not_recorded", *known)
+        }
+        (tmp_path / "old.json").write_text(json.dumps(result | {"rows": [old], "timelines": {}}))
+        for name in ("new", "old"):
+            file = tmp_path / f"{name}.json"
+            draw.main(draw.DrawSettings(results=file, plots=tmp_path / name))
+    old_plots = {"a-speed.png", "a-bytes.png", "a-prefill.png"}
+    assert {path.name for path in (tmp_path / "old").iterdir()} == old_plots
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "a-bounds.png", "a-prefill-bounds.png", *old_plots,
+    }  # fmt: skip
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -250,7 +245,16 @@ def test_decode_prints_a_row_for_every_arm_and_json_last(
     assert rows["transformers grouped_mm 1.0"]["tokens_per_s"] > 0
     assert rows["expertflow predicted 0.25"]["error"] == "ValueError: predicted needs a predictor"
     assert rows["accelerate 0.0"]["error"] == "ValueError: accelerate needs a CUDA device"
-    assert {path.name for path in plots.iterdir()} == {"tiny-speed.png", "tiny-bytes.png"}
+    assert {arm for arm in rows if rows[arm]["recorded_ms"]} == result["lanes"].keys()
+    assert result["lanes"].keys() == {arm for arm in rows if arm.startswith("expertflow lru")}
+    lanes = result["lanes"]["expertflow lru 0.25"]
+    assert list(lanes["rows"]) == ["link", "host"]
+    assert offloading["busy_ms"]["link"] > 0 and offloading["busy_ms"]["host"] > 0
+    assert sum(offloading["busy_ms"].values()) == pytest.approx(offloading["recorded_ms"])
+    assert {path.name for path in plots.iterdir()} == {
+        "tiny-speed.png", "tiny-bytes.png",
+        *(f"tiny-lanes-{arm.replace(' ', '-')}.png" for arm in result["lanes"]),
+    }  # fmt: skip
     again = tmp_path / "again"
     run(draw.main, draw.DrawSettings, ["--results", str(out), "--plots", str(again)], prog="draw")
     for path in plots.iterdir():
@@ -280,7 +284,8 @@ def test_prefill_prints_a_row_for_every_length_with_its_bounds(
         f"--systems expertflow transformers --plots {tmp_path}"
     )
     run(prefill.main, PrefillSettings, argv.split(), prog="prefill")
-    rows = last_line(capsys)["rows"]
+    result = last_line(capsys)
+    rows = result["rows"]
     assert [(row["system"], row["residency"], row["prompt"]) for row in rows] == [
         (system, residency, prompt)
         for system, residency in (
@@ -290,4 +295,14 @@ def test_prefill_prints_a_row_for_every_length_with_its_bounds(
     ]  # fmt: skip
     assert all(row["error"] is None and row["milliseconds"] > 0 for row in rows)
     assert rows[1]["ratio"] == 1.0 and rows[3]["missing_bytes"] > 0
-    assert (tmp_path / "tiny-prefill.png").is_file()
+    assert list(result["lanes"]) == [
+        f"expertflow lru {residency}, prompt {prompt}"
+        for residency in ("1.0", "0.25")
+        for prompt in (8, 24)
+    ]
+    assert rows[3]["busy_ms"]["link"] > 0 and rows[5]["recorded_ms"] is None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tiny-prefill.png",
+        *(f"tiny-prefill-lanes-expertflow-lru-{arm}.png"
+          for arm in ("1.0-8", "1.0-24", "0.25-8", "0.25-24")),
+    }  # fmt: skip
