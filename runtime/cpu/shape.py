@@ -32,10 +32,16 @@ EIGHT = 8
 PATCH_LANES = 128
 FEWEST_LANES = 4
 MOST_IN_A_STEP = 16
+WIDEST = 16
+"""Lanes of the widest vectors."""
+NO_SECOND = (0, 1)
+"""Stride and count where a step has only one."""
 
-Steps = tuple[tuple[int, int], ...]
+Step = tuple[int, int] | tuple[int, int, int, int]
+Steps = tuple[Step, ...]
 """(stride, count) of each step of a sum over lanes: groups of `count` lanes at distance `stride`
-are replaced by ((a0 + a1) + a2) + ..., until one is left.
+are replaced by ((a0 + a1) + a2) + ..., until one is left. (stride, count, stride2, count2): `count`
+lanes, then those at distance `stride2`, ..., all in one such chain.
 """
 
 
@@ -115,8 +121,10 @@ def reason_against(shape: ExpertShape) -> str | None:
             return f"sums over {lanes} lanes are too narrow for the CPU kernels"
         if (shape.packing or shape.encodings) and width % EIGHT:
             return f"rows of {width} are no whole eights, as the CPU kernels take them"
-        if any(count > MOST_IN_A_STEP for _, count in order.steps):
-            return f"the CPU kernels sum at most {MOST_IN_A_STEP} lanes in a step"
+        for steps, of in ((order.steps, lanes), (order.patch_steps, PATCH_LANES)):
+            for _, count, apart, times in _in_place(steps, of):
+                if max(count, times) > MOST_IN_A_STEP or 0 < apart < WIDEST * count:
+                    return f"the CPU kernels have no sum in steps {steps}"
     if len({encoding.name for encoding in shape.encodings or ()}) > 1:
         return "the matrices of an expert are in different encodings"
     return None
@@ -172,16 +180,26 @@ def _codes(encoding: Encoding) -> dict[str, object]:
 
 
 def _steps(steps: Steps, lanes: int) -> str:
-    """Steps as C has them: with strides among the sums that are left."""
-    assert prod(count for _, count in steps) == lanes, (
-        f"{steps} leave more or less than one of {lanes}"
+    """Steps as C has them."""
+    return " ".join(f"STEP({', '.join(map(str, step))})" for step in _in_place(steps, lanes))
+
+
+def _in_place(steps: Steps, lanes: int) -> list[tuple[int, int, int, int]]:
+    """Steps with strides among the sums that are left, instead of among all lanes."""
+    ordered = [*sorted(pair for step in steps for pair in _pairs(step)), (lanes, 1)]
+    assert all(a * count == b for (a, count), (b, _) in pairwise([(1, 1), *ordered])), (
+        f"{steps} are no sum over {lanes} lanes"
     )
-    strides = sorted(steps)
-    assert all(a * count == b for (a, count), (b, _) in pairwise([*strides, (lanes, 1)]))
-    done: Steps = ()
-    words = []
-    for stride, count in steps:
-        left = stride // prod(of for at, of in done if at < stride)
-        words.append(f"STEP({left}, {count})")
-        done += ((stride, count),)
-    return " ".join(words)
+    done: list[tuple[int, int]] = []
+    found = []
+    for step in steps:
+        near, far = (*_pairs(step), NO_SECOND)[:2]
+        strides = [stride // prod(n for at, n in done if at < stride) for stride, _ in (near, far)]
+        found.append((strides[0], near[1], strides[1], far[1]))
+        done += _pairs(step)
+    return found
+
+
+def _pairs(step: Step) -> list[tuple[int, int]]:
+    """The strides and counts of a step."""
+    return list(zip(step[::2], step[1::2], strict=True))

@@ -47,10 +47,14 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 def folded(lanes_NL: Array, steps: Steps) -> Array:
     """The sum over lanes, [N], step by step."""
     sums = {lane: lanes_NL[:, lane] for lane in range(lanes_NL.shape[1])}
-    for stride, count in steps:
-        for lane in [lane for lane in sums if lane // stride % count == 0]:
-            for k in range(1, count):
-                sums[lane] = sums[lane] + sums.pop(lane + k * stride)
+    for step in steps:
+        stride, count, stride2, count2 = step if len(step) == 4 else (*step, 0, 1)
+        in_chain = [k * stride + k2 * stride2 for k2 in range(count2) for k in range(count)]
+        for lane in [lane for lane in sums if not lane // stride % count]:
+            if stride2 and lane // stride2 % count2:
+                continue
+            for k in in_chain[1:]:
+                sums[lane] = sums[lane] + sums.pop(lane + k)
     assert list(sums) == [0]
     return sums[0]
 

@@ -84,6 +84,11 @@ INLINE vec NAME(coded)(vec sums, const uint8_t *codes, const float *scales, long
 #elif KIND == NVFP4
 #define ADD(element) \
   sums = fused(NAME(weight)(looked_up(E2M1, eight >> 4 * element), scale), X(element), sums);
+#elif VEC == 16 && (ONE_SCALE || WORDS_OF_SCALE % VEC == 0) /* a scale has but 16 weights */
+  const vec zero = OF(ZEROS) ? NAME(spread)(scales + PADDED, word) : splat(8.f);
+  const words sixteen = INDICES;
+  const vec weights = NAME(weight)(__builtin_convertvector((ints)sixteen, vec) - zero, scale);
+#define ADD(element) sums = fused(taken(weights, eight >> 4 * element), X(element), sums);
 #else
   const vec zero = OF(ZEROS) ? NAME(spread)(scales + PADDED, word) : splat(8.f);
 #define ADD(element) \

@@ -23,6 +23,7 @@ typedef uint32_t words __attribute__((vector_size(4 * VEC)));
 typedef int32_t ints __attribute__((vector_size(4 * VEC)));
 typedef uint16_t halves __attribute__((vector_size(2 * VEC)));
 typedef uint8_t bytes __attribute__((vector_size(VEC)));
+#define MOST_IN_A_STEP 16
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vec splat(float x) { return x - (vec){}; }
@@ -106,6 +107,19 @@ INLINE vec looked_up(const float *table, words index) {
 #endif
 }
 
+#if VEC == 16
+/* The element of a vector at the low four bits of each index. */
+INLINE vec taken(vec elements, words index) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)elements);
+#else
+  vec found;
+  for (int i = 0; i < VEC; i++) found[i] = elements[index[i] & 15];
+  return found;
+#endif
+}
+#endif
+
 /* Rounded to float16, to the nearest, ties to even. */
 INLINE vec rounded_to_float16(vec x) {
 #if VEC == 16
@@ -162,51 +176,58 @@ INLINE float half_of_e8m0(uint8_t code) {
   return code > 1 ? float_of((uint32_t)(code - 1) << 23) : float_of(code ? 0x00400000 : 0x00200000);
 }
 
-/* One step of a sum over lanes: groups of `count` vectors' elements at distance `stride`, both
- * powers of two, are replaced by ((a0 + a1) + a2) + ... `sums` has room for max(vectors, count). */
-INLINE int folded(vec *sums, int vectors, int stride, int count) {
-  if (stride >= VEC) {
-    int apart = stride / VEC, left = 0;
-#pragma GCC unroll 64
-    for (int at = 0; at < vectors; at += apart * count) {
-#pragma GCC unroll 64
-      for (int i = 0; i < apart; i++) {
-        vec sum = sums[at + i];
+/* Groups of elements, `stride` each, in `count` vectors (both powers of two, stride < VEC): vector k
+ * of the result has every count-th group, from the k-th on. */
+INLINE void dealt(words *groups, int stride, int count) {
+  /* groups[q * width + v]: vector v of the groups whose number is q modulo `have` */
+#pragma GCC unroll 4
+  for (int have = 1; have < count; have *= 2) {
+    const int half = count / have / 2;
+    words next[MOST_IN_A_STEP];
 #pragma GCC unroll 16
-        for (int k = 1; k < count; k++) sum += sums[at + i + k * apart];
-        sums[left++] = sum;
+    for (int q = 0; q < have; q++) {
+#pragma GCC unroll 16
+      for (int v = 0; v < half; v++) {
+        words low = groups[(q * half + v) * 2], high = groups[(q * half + v) * 2 + 1];
+        next[q * half + v] = every_other(low, high, (uint32_t)stride, 0);
+        next[(q + have) * half + v] = every_other(low, high, (uint32_t)stride, 1);
       }
     }
-    return left;
+#pragma GCC unroll 16
+    for (int k = 0; k < count; k++) groups[k] = next[k];
   }
+}
+
+/* One step of a sum over lanes: elements at distance `stride`, `count` of them, and then those at
+ * distance `stride2`, `count2` times, are replaced by ((a0 + a1) + a2) + ... All are powers of two;
+ * stride2 is 0 or whole vectors. `sums` has room for max(vectors, count). */
+INLINE int folded(vec *sums, int vectors, int stride, int count, int stride2, int count2) {
+  const int apart = stride < VEC ? 1 : stride / VEC;
 #pragma GCC unroll 16
   for (int i = vectors; i < count; i++) sums[i] = (vec){};
   vectors = vectors > count ? vectors : count;
+  const int apart2 = stride2 ? stride2 / VEC : vectors, width = apart * count;
+  int left = 0;
 #pragma GCC unroll 64
-  for (int at = 0; at < vectors; at += count) {
-    /* parts[q * width + v]: vector v of the groups whose number is q modulo `have` */
-    words parts[16], next[16];
+  for (int far = 0; far < vectors; far += apart2 * count2) {
+#pragma GCC unroll 64
+    for (int near = 0; near < apart2; near += width) {
+#pragma GCC unroll 64
+      for (int i = 0; i < apart; i++) {
+        vec sum = {};
 #pragma GCC unroll 16
-    for (int k = 0; k < count; k++) parts[k] = (words)sums[at + k];
-#pragma GCC unroll 4
-    for (int have = 1; have < count; have *= 2) {
-      int half = count / have / 2;
+        for (int k2 = 0; k2 < count2; k2++) {
+          words parts[MOST_IN_A_STEP];
 #pragma GCC unroll 16
-      for (int q = 0; q < have; q++) {
+          for (int k = 0; k < count; k++)
+            parts[k] = (words)sums[far + k2 * apart2 + near + k * apart + i];
+          if (stride < VEC) dealt(parts, stride, count);
 #pragma GCC unroll 16
-        for (int v = 0; v < half; v++) {
-          words low = parts[(q * half + v) * 2], high = parts[(q * half + v) * 2 + 1];
-          next[q * half + v] = every_other(low, high, (uint32_t)stride, 0);
-          next[(q + have) * half + v] = every_other(low, high, (uint32_t)stride, 1);
+          for (int k = 0; k < count; k++) sum = k + k2 ? sum + (vec)parts[k] : (vec)parts[0];
         }
+        sums[left++] = sum;
       }
-#pragma GCC unroll 16
-      for (int k = 0; k < count; k++) parts[k] = next[k];
     }
-    vec sum = (vec)parts[0];
-#pragma GCC unroll 16
-    for (int k = 1; k < count; k++) sum += (vec)parts[k];
-    sums[at / count] = sum;
   }
-  return vectors / count;
+  return left;
 }

@@ -113,7 +113,7 @@ INLINE float NAME(row_sum)(struct matrix m, const float *x, long row) {
     for (int i = 0; i < TOGETHER; i++) sums[first + i] = some[i];
   }
   int left = VECTORS;
-#define STEP(stride, count) left = folded(sums, left, stride, count);
+#define STEP(...) left = folded(sums, left, __VA_ARGS__);
   OF(STEPS)
 #undef STEP
   return sums[0][0];
@@ -124,7 +124,7 @@ static float NAME(patch_sum)(const float *lanes) {
   vec sums[PATCH_LANES / VEC < 16 ? 16 : PATCH_LANES / VEC];
   for (int i = 0; i < PATCH_LANES / VEC; i++) sums[i] = load_floats(lanes + i * VEC);
   int left = PATCH_LANES / VEC;
-#define STEP(stride, count) left = folded(sums, left, stride, count);
+#define STEP(...) left = folded(sums, left, __VA_ARGS__);
   OF(PATCH_STEPS)
 #undef STEP
   return sums[0][0];

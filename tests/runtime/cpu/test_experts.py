@@ -2,255 +2,46 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from runtime.cpu import CpuExperts, ExpertShape, ExpertTable, Packing, SumOrder, load_library
-from runtime.cpu.service import MatrixParts
-from runtime.cpu.shape import Steps, halving
-from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.weights.arena import Spec
-from runtime.weights.encodings.coded import CodedMatrix, part_name
+pytest.importorskip("triton")
+
+from runtime.cpu import CpuExperts, SumOrder, load_library
+from runtime.cpu.shape import halving
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
 from runtime.weights.encodings.nvfp4 import NVFP4
-from tests.helpers import written_order as reference
+from tests.helpers.cpu_experts import (
+    CHAINED,
+    FINITE,
+    IN_THREADS,
+    NARROW,
+    SPECIAL,
+    Case,
+    packed_case,
+    shape_of,
+)  # fmt: skip
 
-IN_THREADS: Steps = ((1, 4), (64, 2), (32, 2), (16, 2), (8, 2), (4, 2))
-"""128 lanes as a GPU's threads may have them."""
-NARROW: Steps = ((2, 4), (16, 2), (8, 2), (1, 2))
-"""32 lanes, pairs of which are left to the end."""
-SPECIAL = (0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x0001, 0x807F, 0x0080, 0x7149, 0xF149)
-"""bfloat16: zeros, infinities, a NaN, subnormals, the smallest normal number, +-1e30."""
-
-
-def cleared() -> None:
-    torch.manual_seed(0)
-
-
-class Case:
-    """A shape, blocks of experts of it, and the reference's products with one expert's matrices."""
-
-    def __init__(self, shape: ExpertShape, special: tuple[int, ...] = (), patches: int = 0) -> None:
-        self.shape, self.special = shape, special
-        self.specs = {
-            "gate_up_proj": Spec((2 * shape.width, shape.hidden), torch.bfloat16),
-            "down_proj": Spec((shape.hidden, shape.width), torch.bfloat16),
-        }
-        if shape.has_bias:
-            self.specs |= {
-                "gate_up_proj_bias": Spec((2 * shape.width,), torch.bfloat16),
-                "down_proj_bias": Spec((shape.hidden,), torch.bfloat16),
-            }
-        encodings = shape.encodings
-        coding = {
-            name: CodedMatrix(encoding, self.specs[name].shape, False)  # type: ignore[arg-type]
-            for name, encoding in zip(("gate_up_proj", "down_proj"), encodings or (), strict=False)
-        }
-        self.block = ExpertBlock(self.specs, patches, coding)
-
-    def sprinkled(self, values: Tensor, share: float = 0.002) -> Tensor:
-        """The values, bfloat16, with special ones among them."""
-        if self.special:
-            chosen = torch.tensor(self.special, dtype=torch.int32).to(torch.int16)
-            where = torch.rand(values.shape) < share
-            drawn = chosen[torch.randint(len(chosen), values.shape)]
-            values.view(torch.int16)[where] = drawn[where]
-        return values
-
-    def blocks(self, experts: int) -> Tensor:
-        """Stored blocks, int16 [E, *]."""
-        return torch.stack([self.stored() for _ in range(experts)])
-
-    def stored(self) -> Tensor:
-        if self.shape.encodings:
-            stored = torch.zeros(self.block.stored_units, dtype=torch.int16)
-            for name, view in self.block.stored_views(stored).items():
-                self.fill(name, view)
-            return stored
-        units = torch.zeros(self.block.units, dtype=torch.int16)
-        for view in self.block.views(units).values():
-            view.copy_(self.sprinkled((torch.randn(view.shape) * 0.05).bfloat16()))
-        stored = self.block.store(units)
-        assert stored is not None
-        return stored
-
-    def fill(self, name: str, view: Tensor) -> None:
-        """Draw a part of a coded expert."""
-        if name.endswith("bias"):
-            view.copy_((torch.randn(view.shape) * 0.05).bfloat16())
-        elif name.endswith("codes"):
-            view.view(torch.uint8).random_(0, 256)
-            if view.dtype == torch.float8_e4m3fn and not self.special:
-                view.copy_((torch.randn(view.shape) * 40).clamp(-448, 448))
-        elif view.dtype == torch.uint8:
-            view.random_(
-                *((0, 256) if self.special else (110, 125) if "scale" in name else (4, 12))
-            )
-        else:
-            view.copy_(torch.rand(view.shape) * 0.01 + 0.001)
-
-    def table(self, blocks: Tensor) -> ExpertTable:
-        names = ("gate_up_proj", "down_proj")
-        bias = [2 * self.block.start_stored(f"{name}_bias") for name in names]
-        if self.shape.encodings:
-            fields = self.block.stored_fields
-            parts = []
-            for name, of_bias, encoding in zip(names, bias, self.shape.encodings, strict=True):
-                own = [
-                    2 * fields[part_name(name, p)].start
-                    for p in encoding.parts(self.specs[name].shape)
-                ]  # type: ignore[arg-type]
-                parts.append(MatrixParts(*own, *[0] * (3 - len(own)), of_bias))
-        elif self.shape.packing:
-            packing = self.shape.packing
-            parts = [
-                MatrixParts.packed(packing, first, of_bias)
-                for first, of_bias in zip((packing.gate_up, packing.down), bias, strict=True)
-            ]
-        else:
-            starts = [2 * self.block.start(name) for name in names]
-            parts = [MatrixParts(codes=s, bias=b) for s, b in zip(starts, bias, strict=True)]
-        return ExpertTable.of_blocks(
-            [blocks.data_ptr()], 2 * self.block.stored_units, parts[0], parts[1], len(blocks)
-        )
-
-    def expected(self, stored: Tensor, x_H: Tensor) -> np.ndarray:
-        """The reference's output of the expert in a block."""
-        shape = self.shape
-        names = ("gate_up_proj", "down_proj")
-        run = [
-            partial(self.products, stored, name, order, first)
-            for name, order, first in zip(names, (shape.gate_up, shape.down), (0, 1), strict=True)
-        ]
-        return reference.expert_output(shape, run[0], run[1], x_H)
-
-    def products(
-        self, stored: Tensor, name: str, order: SumOrder, number: int, x_K: np.ndarray
-    ) -> np.ndarray:
-        shape = self.shape
-        if shape.encodings:
-            encoding = shape.encodings[number]
-            views = self.block.stored_views(stored)
-            parts = {p: views[part_name(name, p)] for p in encoding.parts(self.specs[name].shape)}  # type: ignore[arg-type]
-            if encoding.name == "mxfp4":
-                sums = reference.mxfp4_sums(parts, x_K, order)
-            else:
-                weights = encoding.decode(parts, torch.bfloat16).float().numpy()
-                sums = reference.row_sums(weights, x_K, order, reference.ORDERS[encoding.name])
-        elif shape.packing:
-            sums = self.packed_products(stored, name, order, number, x_K)
-        else:
-            weights = self.block.views(stored)[name].float().numpy()
-            sums = reference.row_sums(weights, x_K, order, (0,))
-        if shape.has_bias:
-            start = self.block.start_stored(f"{name}_bias")
-            bias = stored[start:][: len(sums)].view(torch.bfloat16).float().numpy()
-            with np.errstate(all="ignore"):
-                sums = sums + bias
-        return sums
-
-    def packed_products(
-        self, stored: Tensor, name: str, order: SumOrder, number: int, x_K: np.ndarray
-    ) -> np.ndarray:
-        from runtime.cuda.memory.packing import unpack
-
-        packing = self.shape.packing
-        assert packing is not None
-        size = packing.matrices * 3 // 2 + packing.matrices // CHUNK * 4 * packing.patches
-        packed = stored.view(torch.uint8)[:size]
-        units = unpack(packed, CHUNK, packing.patches).reshape(-1).view(torch.uint16).numpy()
-        entries = packed[packing.matrices * 3 // 2 :].view(torch.int32).view(-1, packing.patches)
-        first = (packing.gate_up, packing.down)[number]
-        base = int(entries[first // CHUNK, 0])
-        is_patch = np.zeros(packing.matrices, bool)
-        for chunk, of_chunk in enumerate(entries[:, 1:].numpy()):
-            is_patch[chunk * CHUNK + (of_chunk[of_chunk != 0] >> 16)] = True
-        rows, width = self.specs[name].shape
-        span = slice(first, first + rows * width)
-        return reference.packed_sums(
-            units[span].reshape(rows, width), x_K, order, base, is_patch[span].reshape(rows, width),
-            first, self.programs(number, order), CHUNK, packing.patches,
-        )  # fmt: skip
-
-    def programs(self, number: int, order: SumOrder) -> np.ndarray:
-        """The first row of the program that each row belongs to."""
-        shape = self.shape
-        if number:
-            return np.arange(shape.hidden) // order.rows * order.rows
-        first = np.arange(shape.width) // order.rows * order.rows
-        if shape.alternating:
-            return np.repeat(2 * first, 2)
-        return np.concatenate([first, shape.width + first])
-
-
-def compare(case: Case, x_H: Tensor, experts: int = 3) -> None:
-    """C, with the help of two threads, gives the reference's bits; NaN where it has NaN."""
-    library = load_library(case.shape)
-    assert not isinstance(library, str), library
-    blocks = case.blocks(experts)
-    with CpuExperts(library, case.shape, case.table(blocks), experts, cores=(-1, -1)) as service:
-        ids = list(reversed(range(experts)))
-        answer = service.ask(0, ids, x_H).clone().numpy()
-    for row, expert in enumerate(ids):
-        expected = case.expected(blocks[expert], x_H)
-        np.testing.assert_array_equal(np.isnan(answer[row]), np.isnan(expected))
-        kept = ~np.isnan(expected)
-        np.testing.assert_array_equal(
-            answer[row][kept].view(np.int32), expected[kept].view(np.int32)
-        )
-
-
-def shape_of(
-    hidden: int, width: int, gate_up: SumOrder, down: SumOrder, **rest: Any
-) -> ExpertShape:
-    return ExpertShape(
-        hidden=hidden, width=width, gate_up=gate_up, down=down, **{"activation": "silu"} | rest
-    )
-
-
-def packed_case(
-    hidden: int, width: int, special: tuple[int, ...] = (), patches: int = 16, **rest: Any
-) -> Case:
-    up = -(-2 * width * hidden // CHUNK) * CHUNK
-    packing = Packing(
-        matrices=up + -(-width * hidden // CHUNK) * CHUNK,
-        chunk=CHUNK,
-        patches=patches,
-        gate_up=0,
-        down=up,
-    )
-    orders = rest.pop("orders", (
-        SumOrder(columns=1024, steps=IN_THREADS + ((1, 1),) * 0, rows=8, patch_steps=PATCH_STEPS),
-        SumOrder(columns=256, steps=NARROW, rows=4, patch_steps=PATCH_STEPS),
-    ))  # fmt: skip
-    shape = shape_of(hidden, width, *orders, packing=packing, **rest)
-    return Case(shape, special, patches)
-
-
-PATCH_STEPS: Steps = ((1, 4), (64, 2), (32, 2), (16, 2), (8, 2), (4, 2))
-
-ENCODINGS: dict[str, tuple[Encoding, Encoding]] = {
-    "mxfp4": (MXFP4(), MXFP4()),
-    "int4 by 32": (Int4Group(columns=32), Int4Group(columns=32)),
-    "int4 by 128, zeros": (Int4Group(columns=128, zeros=True), Int4Group(columns=64, zeros=True)),
-    "int4 in float16": (
-        Int4Group(columns=64, scale=torch.float16),
-        Int4Group(columns=32, scale=torch.float16),
+ENCODINGS: dict[str, tuple[int, Encoding, Encoding]] = {
+    "mxfp4": (1440, MXFP4(), MXFP4()),
+    "int4 by 32": (1440, Int4Group(columns=32), Int4Group(columns=48)),
+    "int4 by 128, zeros": (
+        1408,
+        Int4Group(columns=128, zeros=True),
+        Int4Group(columns=64, zeros=True),
     ),
-    "int4 by rows": (Int4Group(columns=1 << 40, scale=torch.float32),) * 2,
-    "fp8 in blocks": (FP8Block(rows=32, columns=128), FP8Block(rows=32, columns=128)),
-    "fp8 by rows": (FP8Block(columns=1 << 40, scale=torch.bfloat16),) * 2,
-    "fp8 by powers of two": (FP8Block(columns=32, scale=torch.uint8),) * 2,
-    "nvfp4": (NVFP4(rows=32), NVFP4(rows=16)),
-    "nvfp4 that divides": (NVFP4(rows=32, divides=True), NVFP4(rows=16, divides=True)),
+    "int4 in float16": (1440, *[Int4Group(columns=32, scale=torch.float16)] * 2),
+    "int4 by rows": (1440, *[Int4Group(columns=n, scale=torch.float32) for n in (1440, 384)]),
+    "fp8 in blocks": (1440, *[FP8Block(rows=32, columns=128)] * 2),
+    "fp8 by rows": (1408, *[FP8Block(columns=1 << 40, scale=torch.bfloat16)] * 2),
+    "fp8 by powers of two": (1440, *[FP8Block(columns=32, scale=torch.uint8)] * 2),
+    "nvfp4": (1440, NVFP4(rows=32), NVFP4(rows=16)),
+    "nvfp4 that divides": (1440, NVFP4(rows=32, divides=True), NVFP4(rows=16, divides=True)),
 }
 
 
@@ -259,35 +50,93 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def vector(case: Case, hidden: int) -> Tensor:
-    return case.sprinkled(torch.randn(hidden).bfloat16(), 0.02)
+def compare(case: Case, x_H: Tensor, least: float = 0.9) -> None:
+    """C, with the help of two threads, gives the reference's bits; NaN where it has NaN.
+
+    least: share of the outputs that must be finite, or there is little to compare.
+    """
+    library = load_library(case.shape)
+    assert not isinstance(library, str), library
+    blocks, ids = case.blocks(2), [1]
+    with CpuExperts(library, case.shape, case.table(blocks), 2, cores=(-1, -1)) as service:
+        answer_KH = service.ask(0, ids, x_H).clone().numpy()
+    expected_KH = np.stack([case.expected(blocks[expert], x_H) for expert in ids])
+    np.testing.assert_array_equal(np.isnan(answer_KH), np.isnan(expected_KH))
+    kept_KH = ~np.isnan(expected_KH)
+    assert np.isfinite(expected_KH).mean() >= least
+    np.testing.assert_array_equal(
+        answer_KH[kept_KH].view(np.int32), expected_KH[kept_KH].view(np.int32)
+    )
+
+
+def compare_all(case: Case) -> None:
+    """With a usual vector, tiny and large ones, one with zeros and subnormals, and one of +-1e30,
+    of which little remains finite.
+    """
+    usual = torch.randn(case.shape.hidden).bfloat16()
+    compare(case, usual)
+    compare(case, (usual * 1e-37).bfloat16())
+    compare(case, (usual * 1e7).bfloat16())
+    compare(case, case.sprinkled(usual.clone(), 0.02, FINITE[:-2]))
+    compare(case, case.sprinkled(usual.clone(), 0.02, FINITE[-2:]), least=0)
 
 
 @pytest.mark.parametrize(
-    "special", [(), SPECIAL[:2] + SPECIAL[5:], SPECIAL], ids=("usual", "extreme", "infinite")
+    "rest", [{}, {"alternating": True, "has_bias": True}], ids=("plain", "biased")
 )
-@pytest.mark.parametrize(("hidden", "width"), [(256, 128), (360, 88)])
-def test_plain_experts(hidden: int, width: int, special: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "clamped_swiglu"])
+def test_plain_experts(activation: str, rest: dict[str, bool]) -> None:
     orders = SumOrder(columns=128, steps=IN_THREADS), SumOrder(columns=64, steps=halving(64))
-    case = Case(shape_of(hidden, width, *orders), special)
-    compare(case, vector(case, hidden))
+    case = Case(shape_of(360, 88, *orders, activation=activation, **rest))
+    compare_all(case)
 
 
+def test_lanes_summed_in_one_chain() -> None:
+    orders = SumOrder(columns=1024, steps=CHAINED), SumOrder(columns=32, steps=NARROW)
+    case = Case(shape_of(2880, 72, *orders))
+    compare_all(case)
+
+
+@pytest.mark.parametrize("special", [(), FINITE[:-2]], ids=("usual", "extreme"))
 @pytest.mark.parametrize(
-    "special", [(), SPECIAL[:2] + SPECIAL[5:], SPECIAL], ids=("usual", "extreme", "infinite")
+    ("hidden", "width", "rest"),
+    [(2048, 256, {}), (2880, 72, {"alternating": True, "has_bias": True, "activation": "relu"})],
 )
-@pytest.mark.parametrize(("hidden", "width"), [(2048, 256), (2880, 72)])
-def test_packed_experts(hidden: int, width: int, special: tuple[int, ...]) -> None:
-    case = packed_case(hidden, width, special, patches=64)
-    compare(case, vector(case, hidden), experts=2)
+def test_packed_experts(
+    hidden: int, width: int, rest: dict[str, bool], special: tuple[int, ...]
+) -> None:
+    case = packed_case(hidden, width, special, patches=64, **rest)
+    compare_all(case)
 
 
-@pytest.mark.parametrize("encodings", ENCODINGS.values(), ids=ENCODINGS)
-@pytest.mark.parametrize("hidden", [1024, 1408])
-def test_coded_experts(encodings: tuple[Encoding, Encoding], hidden: int) -> None:
+def test_packed_experts_with_many_patches_in_a_row() -> None:
+    case = packed_case(2048, 256, patches=64)
+    case.outliers = {500 + i: 0x4380 + i for i in range(50)}
+    compare(case, torch.randn(case.shape.hidden).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_infinities_and_nan_stay_in_their_rows(name: str) -> None:
+    orders = SumOrder(columns=128, steps=IN_THREADS), SumOrder(columns=64, steps=halving(64))
+    case = Case(shape_of(360, 88, *orders)) if name == "plain" else packed_case(2048, 256)
+    start, width = case.block.fields["down_proj"].start, case.shape.width
+    special = enumerate([0x7F80, 0xFF80, 0x7FC0, 0xFFFF])
+    case.outliers = {start + (9 * i + 3) * width + 7 * i: bits for i, bits in special}
+    compare(case, torch.randn(case.shape.hidden).bfloat16())
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_coded_experts(name: str) -> None:
+    hidden, *encodings = ENCODINGS[name]
     orders = SumOrder(columns=1024, steps=IN_THREADS), SumOrder(columns=256, steps=NARROW)
-    if encodings[0].columns > hidden and encodings[0].name == "int4-group":
-        whole = (hidden, 384)
-        encodings = tuple(Int4Group(columns=n, scale=torch.float32) for n in whole)  # type: ignore[assignment]
-    case = Case(shape_of(hidden, 384, *orders, encodings=encodings))
-    compare(case, vector(case, hidden), experts=2)
+    case = Case(shape_of(hidden, 384, *orders, encodings=tuple(encodings)))
+    compare_all(case)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8 in blocks", "fp8 by powers of two"])
+def test_coded_experts_of_any_bits(name: str) -> None:
+    """Every code and every scale that there is, NaN among them."""
+    hidden, *encodings = ENCODINGS[name]
+    orders = SumOrder(columns=1024, steps=IN_THREADS), SumOrder(columns=256, steps=NARROW)
+    case = Case(shape_of(hidden, 384, *orders, encodings=tuple(encodings)), SPECIAL)
+    compare(case, torch.randn(hidden).bfloat16(), least=0)
