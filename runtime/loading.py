@@ -55,6 +55,7 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     prefetch: bool | str | None = None,
+    cpu_share: bool | str | None = None,
     compile: bool | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
@@ -101,6 +102,9 @@ def load(
     prefetch: fetch likely experts of the next layer while the link is idle, in decode steps and in
         prompts. "auto", the default, tries it in decode steps for some three hundred steps in turns
         with steps without it, keeps the faster way and says so (`model.expertflow.prefetching`).
+    cpu_share: let the CPU compute some of the experts that a single sequence's step misses, where
+        they lie, with the same bits. "auto", the default, prepares it in the background, tries it
+        by the clock and says what it found (`model.expertflow.cpu_share`).
     compile: fuse the model's own operations with torch.compile (off by default); the first token of
         each batch size then waits for the compiler, tens of seconds for a large model.
 
@@ -114,7 +118,10 @@ def load(
     if isinstance(model, nn.Module):
         model = base_model(model)
     budget, target = parse_memory(memory), target_device(device, model)
-    given = {"context": context, "batch": batch, "prefetch": prefetch, "compile": compile}
+    given = {
+        "context": context, "batch": batch, "prefetch": prefetch, "cpu_share": cpu_share,
+        "compile": compile,
+    }  # fmt: skip
     options = _cuda_options(given, target)
     file = None if predictor is None else open_predictor(predictor)
 

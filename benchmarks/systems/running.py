@@ -83,6 +83,8 @@ def _finish(engine: Any, row: Row) -> None:
     row.extra["resident_share"] = stats.num_slots / stats.total_experts
     row.extra["packing"] = stats.packing
     row.extra["prefetching"] = engine.prefetching
+    row.extra["cpu_share"] = engine.cpu_share
+    row.extra["computed_on_cpu"] = stats.computed_on_cpu
     if row.link_efficiency is not None:
         row.delivered = row.link_efficiency / stats.packing
 

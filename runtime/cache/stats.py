@@ -51,6 +51,7 @@ class Stats:
         self.misses_L = np.zeros(self.num_layers, np.int64)
         self.evictions = 0
         self.bytes_loaded = 0
+        self.computed_on_cpu = 0
         self.prefetches, self.prefetches_used = 0, 0
         self.bytes_prefetched, self.bytes_wasted = 0, 0
         self.steps = 0
@@ -84,7 +85,7 @@ class Stats:
 
     @property
     def misses(self) -> int:
-        """Expert loads: each miss copies one expert into a slot."""
+        """Requests of experts that were not resident: copied to a slot, or computed on the CPU."""
         return int(self.misses_L.sum())
 
     @property
@@ -117,12 +118,21 @@ class Stats:
         self.bytes_loaded += num_missed * slot_bytes
 
     def count_step(
-        self, num_used_L: np.ndarray, num_missed_L: np.ndarray, slot_bytes: int, num_tokens: int
+        self,
+        num_used_L: np.ndarray,
+        num_brought_L: np.ndarray,
+        slot_bytes: int,
+        num_tokens: int,
+        num_away_L: np.ndarray | int = 0,
     ) -> None:
-        """Count one captured step of `num_tokens` tokens."""
+        """Count one captured step of `num_tokens` tokens: experts used in each layer, and of the
+        missed ones those that came over the link and those that the CPU computed (away).
+        """
+        num_missed_L = num_brought_L + num_away_L
         self.misses_L += num_missed_L
         self.hits_L += num_used_L - num_missed_L
-        self.bytes_loaded += int(num_missed_L.sum()) * slot_bytes
+        self.bytes_loaded += int(num_brought_L.sum()) * slot_bytes
+        self.computed_on_cpu += int(np.sum(num_away_L))
         self.steps += 1
         self.tokens += num_tokens
 
@@ -182,8 +192,8 @@ class Stats:
             name: getattr(self, name)
             for name in (
                 "policy", "encoding", "loss", "num_slots", "total_experts", "steps", "tokens",
-                "hits", "late", "misses", "evictions", "bytes_loaded", "prefetches",
-                "prefetches_used", "bytes_prefetched", "bytes_wasted",
+                "hits", "late", "misses", "evictions", "bytes_loaded", "computed_on_cpu",
+                "prefetches", "prefetches_used", "bytes_prefetched", "bytes_wasted",
             )
         }  # fmt: skip
         rates = {
@@ -215,8 +225,10 @@ class Stats:
         if self.hits + self.late + self.misses:
             line += (
                 f", hit rate {self.hit_rate:.1%}, "
-                f"{self.misses} loads ({format_bytes(self.bytes_loaded)})"
+                f"{self.misses - self.computed_on_cpu} loads ({format_bytes(self.bytes_loaded)})"
             )
+            if self.computed_on_cpu:
+                line += f", {self.computed_on_cpu} experts computed on the CPU"
         if self._predicted:
             line += f", recall {self.recall:.1%}"
         if self.prediction_ms:

@@ -87,6 +87,7 @@ class CpuExperts:
         self._library, self._pid = library, os.getpid()
         self._num_experts = table.num_experts
         self._bases_LP = np.ascontiguousarray(table.bases_LP, np.uint64)
+        self._ends = bell.bell, bell.done
         layout = Layout(
             DoorbellOffsets(bell.bell, bell.order, bell.x, bell.answer, bell.done),
             len(self._bases_LP), table.num_experts, top_k, table.strides_P,
@@ -132,6 +133,17 @@ class CpuExperts:
             reason = "refused the order" if answered else f"did not answer in {patience} s"
             raise RuntimeError(f"the threads that compute experts on the CPU {reason}")
         return self.answer_KH[: len(ids)]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a ring has no answer yet."""
+        bell, done = (int(self._view(at, 1, torch.int32)) for at in self._ends)
+        return bell != done
+
+    def help(self) -> None:
+        """Take part in the rings that are under way, in this thread, wherever it runs."""
+        if self._service is not None:
+            self._library.service_help(self._service)
 
     @property
     def help_address(self) -> tuple[int, int]:

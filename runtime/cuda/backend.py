@@ -37,6 +37,7 @@ from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.grouped_experts import run_grouped
 from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
 from runtime.engine.experts import run_experts
 from runtime.engine.step_inputs import StepInputs
@@ -72,6 +73,7 @@ class CudaBackend:
         self._pools: list[StreamingPool] = []
         self._streams = StreamOrder(device)
         self.decoder: Decoder | None = None
+        self._share: CpuShare | None = None
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
         self._seconds_per_load: float | None = None
@@ -98,9 +100,15 @@ class CudaBackend:
                 model = CapturedModel(source, options, device)
                 device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
                 driver = PolicyDriver(policy, device_cache, self.stats, forecaster)
+                if options.cpu_share is not False and not self.stats.all_fit:
+                    self._share = CpuShare(
+                        self._layout, self._host, model.top_k, device, asked=options.cpu_share,
+                        has_predictor=forecaster is not None,
+                        seconds_per_load=self.seconds_per_load,
+                    )  # fmt: skip
                 self.decoder = Decoder(
                     model, self._layout, self._pools[0], self._host, device_cache, driver,
-                    self.prefetches, self.stats, routers,
+                    self.prefetches, self.stats, routers, self._share,
                 )  # fmt: skip
                 self._device_cache = device_cache
                 self._generate = CapturedGenerate(source.model, self.decoder, route_log)
@@ -154,6 +162,15 @@ class CudaBackend:
         if self.decoder is None:
             return "prefetching is off: no steps are captured"
         return self.prefetches.verdict
+
+    @property
+    def cpu_share(self) -> str:
+        if self._share is not None:
+            return self._share.verdict
+        if self.decoder is None:
+            return "the CPU computes no experts: no steps are captured"
+        why = "every expert has a slot" if self.stats.all_fit else "as asked for"
+        return f"the CPU computes no experts: {why}"
 
     @property
     def num_rows(self) -> int | None:

@@ -19,12 +19,17 @@ class CudaOptions:
     """The most sequences that are decoded together as captured steps."""
     prefetch: bool | str = AUTO
     """Whether to fetch likely experts while the link is idle; "auto" finds out by the clock."""
+    cpu_share: bool | str = AUTO
+    """Whether the CPU computes some of the experts that a single sequence's step misses; "auto"
+    finds out by the clock."""
     compile: bool = False
     """Whether to fuse the model's own operations with torch.compile."""
 
     def __post_init__(self) -> None:
-        if self.prefetch not in (True, False, AUTO):
-            raise ValueError(f"prefetch={self.prefetch!r} is not one of True, False, 'auto'")
+        for name in ("prefetch", "cpu_share"):
+            asked: Any = getattr(self, name)
+            if asked not in (True, False, AUTO):
+                raise ValueError(f"{name}={asked!r} is not one of True, False, 'auto'")
         for name in ("context", "batch"):
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

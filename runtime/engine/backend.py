@@ -128,6 +128,10 @@ class Backend(Protocol):
     def prefetching(self) -> str:
         """Whether experts are prefetched, and why, in a sentence."""
 
+    @property
+    def cpu_share(self) -> str:
+        """Whether the CPU computes missed experts beside a GPU, and why, in a sentence."""
+
     def check_integrity(self) -> None:
         """Assert that every slot has one owner and that resident + free = capacity."""
 

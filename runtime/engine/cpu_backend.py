@@ -39,6 +39,7 @@ class CpuBackend:
     key_value_storage = None
     decode_path = NOT_ON_A_GPU
     prefetching = f"prefetching is off: {NOT_ON_A_GPU}"
+    cpu_share = f"no experts are computed beside a GPU: {NOT_ON_A_GPU}"
 
     def __init__(
         self, source: Source, budget: SlotBudget, device: torch.device, policy: Policy

@@ -1,8 +1,7 @@
 """The engine: attached to an unmodified Hugging Face model, it runs the experts out of slots.
 
-Each forward pass of the model is one step: predict, schedule (the cache's policy), run, account.
-Nothing of the model's own code changes: the experts containers and the model get an instance-level
-`forward`, the model a `generate`. Where and how the experts run is the backend's business.
+Each forward pass is one step: predict, schedule (the cache's policy), run, account. No model code
+changes: experts containers and model get an instance-level `forward`, the model a `generate`.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ if TYPE_CHECKING:
 class Engine:
     """The offloading of one model, at `model.expertflow`. Also a context manager that ends it.
 
-    Threads take turns: a forward pass, a generation or a step of `serve` has the slots and the
-    predictor's state to itself, and whoever comes meanwhile waits.
+    Threads take turns: each pass, generation or step of `serve` has slots and predictor to itself.
     """
 
     def __init__(
@@ -142,6 +140,11 @@ class Engine:
     def prefetching(self) -> str:
         """Whether experts are prefetched; under prefetch="auto" with the times that decided it."""
         return self._backend.prefetching
+
+    @property
+    def cpu_share(self) -> str:
+        """Whether the CPU computes missed experts beside a GPU, and why."""
+        return self._backend.cpu_share
 
     def detach(self) -> nn.Module:
         """Restore and return the original model, all experts in memory. Idempotent.
@@ -288,8 +291,7 @@ class Engine:
 
     def _disable_compile(self) -> None:
         """Keep generate from compiling the step: it would only break at every experts call."""
-        config = getattr(self.model, "generation_config", None)
-        if config is not None:
+        if (config := getattr(self.model, "generation_config", None)) is not None:
             self._attachment.keep(config, "disable_compile")
             config.disable_compile = True
 

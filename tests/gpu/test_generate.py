@@ -145,6 +145,8 @@ RESIDENT = {"memory": 1.0, "policy": "lru"}
 WAYS: dict[str, dict[str, Any]] = {
     "a quarter": {"memory": 0.25, "policy": "lru"},
     "a quarter, lfu": {"memory": 0.25, "policy": "lfu"},
+    "a quarter, reuse": {"memory": 0.25, "policy": "reuse"},
+    "a quarter, reuse and prefetching": {"memory": 0.25, "policy": "reuse", "prefetch": True},
     "a quarter, prefetching": {"memory": 0.25, "policy": "lru", "prefetch": True},
     "a quarter, predicted": {"memory": 0.25, "predictor": PREDICTOR},
     "a quarter, predicted and prefetching": {

@@ -92,7 +92,7 @@ def load_fake(
     folder = options.pop("record", None)
     route_log = None if folder is None else RouteLog(folder, source.topology)
     host_bytes = options.pop("host_bytes", 0)
-    settings = CudaOptions(**({"context": 48, "prefetch": False} | options))
+    settings = CudaOptions(**({"context": 48, "prefetch": False, "cpu_share": False} | options))
     budget = device_budget(source, memory, context=settings.context, batch=settings.batch)
     budget = budget._replace(host_bytes=host_bytes or budget.host_bytes)
     cpu = torch.device("cpu")

@@ -91,9 +91,7 @@ class BatchDecoder:
         flight = self._flying.popleft()
         chosen = self._account(flight, more)
         seconds = time.perf_counter() - start
-        self._decoder.stats.add_time("step", seconds)
-        prefetched = flight.step.experts.prefetches
-        self._decoder.prefetching.count_step(GENERATING, prefetched, seconds)
+        self._decoder.count_time(flight, GENERATING, seconds)
         return chosen
 
     def _launch(self, step: DecodeStep, num_rows: int, tokens_B: Tensor | None) -> None:
@@ -140,4 +138,4 @@ class BatchDecoder:
     def drain(self) -> None:
         """Wait for steps in flight whose results nobody wants any more."""
         while self._flying:
-            self._flying.pop().arrival.synchronize()
+            self._decoder.forget(self._flying.pop())

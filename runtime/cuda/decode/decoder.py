@@ -27,6 +27,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.streaming_pool import StreamingPool
+from runtime.cuda.share.cpu_share import CpuShare
 from runtime.engine.guards.changes import fingerprint, uncapturable
 
 
@@ -57,7 +58,8 @@ class StepResult(NamedTuple):
 class Decoder:
     """Runs captured steps of `model` over the slots of `pool`.
 
-    routers: of each layer, to look one layer ahead; None where none was found.
+    routers: of each layer, to look one layer ahead; None where none was found. share: the CPU's of
+    missed experts, None for none.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Decoder:
         prefetching: Prefetching,
         stats: Stats,
         routers: list[nn.Module | None],
+        share: CpuShare | None = None,
     ) -> None:
         self.model, self.driver, self.prefetching, self.stats = model, driver, prefetching, stats
+        self._share = share
         self._layout, self._pool, self._host = layout, pool, host
         self._device_cache, self._routers = device_cache, routers
         self.steps: dict[Hashable, CapturedStep] = {}
@@ -111,6 +115,7 @@ class Decoder:
             bucket, self.model.top_k, self._layout, pool.expert_block, pool.slots_SN, self._host,
             self._device_cache, prefetch=prefetch, resident=self.stats.all_fit,
             routers=self._routers, forecast=self.driver.likely,
+            order=None if self._share is None else self._share.order,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ a step
@@ -129,6 +134,8 @@ class Decoder:
 
     def enqueue(self, step: CapturedStep, num_rows: int) -> StepInFlight:
         """Enqueue a step, whose values are on the device, and the copy of its outcome to here."""
+        if self._share is not None and step.batch == 1:
+            self._share.begin_step(step.experts)
         self._replay(step)
         assert step.outcome is not None
         spares = self._spare[step.batch]
@@ -151,6 +158,19 @@ class Decoder:
             ledger,
         )
 
+    def count_time(self, flight: StepInFlight, kind: str, seconds: float) -> None:
+        """Note how long a step of a kind (of `prefetching`) took."""
+        self.stats.add_time("step", seconds)
+        self.prefetching.count_step(kind, flight.step.experts.prefetches, seconds)
+        if self._share is not None and flight.step.batch == 1:
+            self._share.count_step(seconds)
+
+    def forget(self, flight: StepInFlight) -> None:
+        """Wait for a step whose result nobody wants any more."""
+        flight.arrival.synchronize()
+        if self._share is not None:
+            self._share.forget()
+
     def _replay(self, step: CapturedStep) -> None:
         self._running = step.experts
         try:
@@ -169,12 +189,14 @@ class Decoder:
         """Count what a finished step did."""
         num_rows, prefetched = flight.num_rows, flight.step.experts.prefetches
         was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
-        num_missed_L = ledger.num_fetched_L - was_early_L
+        num_brought_L = ledger.num_fetched_L - was_early_L
         link_bytes = self._host.link_bytes(0)
-        num_missed = int(num_missed_L.sum())
-        self.stats.evictions += max(num_missed - self._num_free, 0)
-        self._num_free = max(self._num_free - num_missed, 0)
-        self.stats.count_step(ledger.num_used_L, num_missed_L, link_bytes, num_rows)
+        num_brought = int(num_brought_L.sum())
+        self.stats.evictions += max(num_brought - self._num_free, 0)
+        self._num_free = max(self._num_free - num_brought, 0)
+        self.stats.count_step(
+            ledger.num_used_L, num_brought_L, link_bytes, num_rows, ledger.num_away_L
+        )
         if prefetched:
             share_L = ledger.chunks_L / self._pool.expert_block.num_chunks
             chosen_L = ledger.prefetched_L >= 0
@@ -202,6 +224,8 @@ class Decoder:
         """Free graphs and buffers, and end the predictor's thread."""
         self.driver.close()
         self.steps.clear()
+        if self._share is not None:
+            self._share.close()
         self.model.close()
 
 

@@ -163,8 +163,7 @@ class RowDecoder:
         decoder.count(flight, result.ledger)
         decoder.driver.end_served_step(result.routes_LBK)
         seconds = time.perf_counter() - run.start
-        decoder.stats.add_time("step", seconds)
-        decoder.prefetching.count_step(SERVING, flight.step.experts.prefetches, seconds)
+        decoder.count_time(flight, SERVING, seconds)
         logits_BV = flight.step.logits_BV
         assert logits_BV is not None
         greedy_B = np.where(np.isnan(result.best_B), -1, result.tokens_B).tolist()

@@ -8,54 +8,89 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded.products import coded_rows_of, weighted_sum_of_one
-from runtime.cuda.kernels.packed import UP_AGAIN, add_products, packed_rows_of, patched_one
-from runtime.cuda.kernels.unpacked import add_unpacked, record_elements, rows_of
+from runtime.cuda.kernels.coded.products import coded_rows_of, reads_ahead, weighted_sum_of_one
+from runtime.cuda.kernels.packed import packed_rows_of
+from runtime.cuda.kernels.unpacked import record_elements, rows_of
+
+
+@triton.jit
+def product_of(
+    h_of_expert, slots, units, slot, num_tokens, first_row, row_N, mask_N,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of what the expert in `slot` adds for each token, unweighted: [M, N] in float32."""
+    block = slots + slot * record_elements(slots, STORED)
+    if PATCHES > 0:
+        product_MN = packed_rows_of(
+            h_of_expert, units + slot * STORED, first_row, row_N, mask_N, num_tokens, DOWN, W,
+            MATRICES, CHUNK, PATCHES, BLOCK_N, M, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
+    elif CODE is not None:
+        product_MN = coded_rows_of(
+            h_of_expert, units + slot * STORED, row_N, mask_N, num_tokens, W, CODE, M, BLOCK_N,
+            BLOCK_I,
+        )  # fmt: skip
+    else:
+        product_MN = rows_of(
+            h_of_expert, block + DOWN, row_N, mask_N, num_tokens, W, M, BLOCK_N, BLOCK_I
+        )
+    if HAS_BIAS:
+        bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
+        product_MN += bias_N.to(tl.float32)[None, :]
+    return product_MN
+
+
+@triton.jit
+def weight_of(experts_U, at, ids_MK, weights_MK):
+    """The weight of a single token's expert number `at`."""
+    return tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
 
 
 @triton.jit
 def sum_of_one(
-    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N, mask_N,
-    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
-    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, first_row, row_N,
+    mask_N, STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
+    MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a single token's weighted sum over its experts: [1, N] in float32."""
-    LANES: tl.constexpr = BLOCK_I // 8 if PATCHES > 0 else BLOCK_I
-    sums_NI = tl.zeros([BLOCK_N, LANES], tl.float32)
-    rest_N = tl.zeros([BLOCK_N], tl.float32)
-    for at in tl.static_range(K):
-        if at < num_used:
+    """Some rows of a single token's weighted sum over its experts: [1, N] in float32.
+
+    Each expert's row is summed by itself, wherever it is computed; then the weighted are added.
+    """
+    y_MN = tl.zeros([1, BLOCK_N], tl.float32)
+    if CODE is not None and reads_ahead(K, W, BLOCK_I):
+        start: tl.constexpr = DOWN_BIAS if HAS_BIAS else None
+        y_MN = weighted_sum_of_one(
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, row_N,
+            mask_N, STORED, H, W, CODE, start, K, SHARE, BLOCK_N, BLOCK_I,
+        )[None, :]  # fmt: skip
+    elif CODE is not None:
+        for at in range(num_used):
             slot = tl.load(slots_U + at).to(tl.int64)
-            block = slots + slot * record_elements(slots, STORED)
-            weight = tl.sum(tl.where(ids_MK == tl.load(experts_U + at), weights_MK, 0.0))
-            if PATCHES > 0:
-                packed = units + slot * STORED
-                sums_NI = add_products(
-                    sums_NI, h + at * W, weight, packed, row_N, mask_N, DOWN, W, MATRICES, CHUNK,
-                    PATCHES, BLOCK_I,
+            if SHARE and slot < 0:
+                product_MN = tl.load(answers + at * H + row_N, mask=mask_N, other=0.0)[None, :]
+            else:
+                product_MN = product_of(
+                    h + at * W, slots, units, slot, 1, first_row, row_N, mask_N, STORED, DOWN,
+                    DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, 1, BLOCK_N, BLOCK_I,
                 )  # fmt: skip
-                rest_N += weight * patched_one(
-                    h + at * W, packed, first_row, row_N, DOWN, W, MATRICES, CHUNK, PATCHES,
-                    BLOCK_N, BLOCK_N,
-                )  # fmt: skip
-            elif CODE is None:
-                sums_NI = add_unpacked(
-                    sums_NI, h + at * W, weight, block + DOWN, row_N, mask_N, W, BLOCK_I
-                )
-            if HAS_BIAS:
-                bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
-                rest_N += weight * bias_N.to(tl.float32)
-    if CODE is None:
-        sum_N = tl.sum(sums_NI, axis=1)
+            y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * product_MN
     else:
-        sum_N = weighted_sum_of_one(
-            h, ids_MK, weights_MK, units, experts_U, slots_U, num_used, row_N, mask_N, STORED, W,
-            CODE, K, BLOCK_N, BLOCK_I,
-        )  # fmt: skip
-    if PATCHES > 0:
-        sum_N *= UP_AGAIN
-    return (sum_N + rest_N)[None, :]
+        for at in tl.static_range(K):
+            if at < num_used:
+                slot = tl.load(slots_U + at).to(tl.int64)
+                if SHARE and slot < 0:
+                    product_MN = tl.load(answers + at * H + row_N, mask=mask_N, other=0.0)[None, :]
+                else:
+                    product_MN = product_of(
+                        h + at * W, slots, units, slot, 1, first_row, row_N, mask_N, STORED, DOWN,
+                        DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, 1, BLOCK_N, BLOCK_I,
+                    )  # fmt: skip
+                y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * product_MN
+    return y_MN
 
 
 @triton.jit
@@ -77,27 +112,13 @@ def sum_of_part(
     end = tl.minimum(end, num_used)
     while at < end:
         slot = tl.load(slots_U + at).to(tl.int64)
-        block = slots + slot * record_elements(slots, STORED)
         expert = tl.load(experts_U + at)
         weight_M = tl.sum(tl.where(ids_MK == expert, weights_MK, 0.0), axis=1)
-        h_of_expert = h + at * num_tokens * W
-        if PATCHES > 0:
-            product_MN = packed_rows_of(
-                h_of_expert, units + slot * STORED, first_row, row_N, mask_N, num_tokens, DOWN, W,
-                MATRICES, CHUNK, PATCHES, BLOCK_N, M, BLOCK_N, BLOCK_I,
-            )  # fmt: skip
-        elif CODE is not None:
-            product_MN = coded_rows_of(
-                h_of_expert, units + slot * STORED, row_N, mask_N, num_tokens, W, CODE, M, BLOCK_N,
-                BLOCK_I,
-            )  # fmt: skip
-        else:
-            product_MN = rows_of(
-                h_of_expert, block + DOWN, row_N, mask_N, num_tokens, W, M, BLOCK_N, BLOCK_I
-            )
-        if HAS_BIAS:
-            expert_bias_N = tl.load(block + DOWN_BIAS + row_N, mask=mask_N, other=0.0)
-            product_MN += expert_bias_N.to(tl.float32)[None, :]
+        product_MN = product_of(
+            h + at * num_tokens * W, slots, units, slot, num_tokens, first_row, row_N, mask_N,
+            STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, M, BLOCK_N,
+            BLOCK_I,
+        )  # fmt: skip
         weighted_MN = weight_M[:, None] * product_MN
         y_MN += tl.where((weight_M != 0.0)[:, None], weighted_MN, 0.0)  # no others' NaN
         at += 1
@@ -109,17 +130,19 @@ def sum_of_part(
     do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
 )
 def down(
-    h, y, ids, weights, slots, units, experts_U, slots_U, counts, num_tokens,
+    h, y, ids, weights, slots, units, experts_U, slots_U, answers, counts, num_tokens,
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
     MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    SHARE: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H, PARTS).
 
     PARTS > 1: over the experts of each part, float32 [PARTS, B, H], for `join`. A part is a range
     of experts, whoever uses them: a token's sum does not depend on who shares the batch.
+    SHARE: of a single token, an expert without a slot was computed on the CPU; its row is in
+    `answers`, float32 [U, H].
     """
     first_row = tl.program_id(0) * BLOCK_N
     row_N = first_row + tl.arange(0, BLOCK_N)
@@ -134,9 +157,9 @@ def down(
     part = tl.program_id(1)
     if M == 1:
         y_MN = sum_of_one(
-            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, num_used, first_row, row_N,
-            mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, K, HAS_BIAS,
-            BLOCK_N, BLOCK_I,
+            h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, first_row,
+            row_N, mask_N, STORED, DOWN, DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, H, W, K,
+            HAS_BIAS, SHARE, BLOCK_N, BLOCK_I,
         )  # fmt: skip
     else:
         y_MN = sum_of_part(

@@ -29,19 +29,39 @@ SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
 
 
 @triton.jit
+def sigmoid(z):
+    """1 / (1 + exp(-z)) in float32, in operations that a CPU has too: `runtime.cpu` does the same
+    ones, and the bits agree.
+
+    exp(t) is 2^n times a polynomial in r = t - n ln 2 (the coefficients of Cephes' expf).
+    """
+    t = tl.minimum(tl.maximum(-z, -87.0), 88.0)
+    n = tl.fma(t, 1.44269504, 12582912.0) - 12582912.0  # rounded to an integer
+    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, t))
+    p = tl.fma(r, 1.9875691500e-4, 1.3981999507e-3)
+    p = tl.fma(p, r, 8.3334519073e-3)
+    p = tl.fma(p, r, 4.1665795894e-2)
+    p = tl.fma(p, r, 1.6666665459e-1)
+    p = tl.fma(p, r, 5.0000001201e-1)
+    p = tl.fma(p, r * r, r) + 1.0
+    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(z == z, tl.div_rn(1.0, 1.0 + p * power), z)
+
+
+@triton.jit
 def activate(gate, up, ACT: tl.constexpr):
     """The gated activation, in float32."""
     if ACT == CLAMPED_SWIGLU:
         gate = tl.minimum(gate, SWIGLU_LIMIT)
         up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT) + 1.0
-        return gate * tl.sigmoid(gate * SWIGLU_ALPHA) * up
+        return gate * sigmoid(gate * SWIGLU_ALPHA) * up
     if ACT == SILU:
-        return gate * tl.sigmoid(gate) * up
+        return gate * sigmoid(gate) * up
     if ACT == GELU:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     if ACT == GELU_TANH:
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(inner) * up
+        inner = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
+        return gate * sigmoid(inner) * up
     return tl.maximum(gate, 0.0) * up
 
 
@@ -114,7 +134,7 @@ def gate_up(
     x, h, slots, units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress,
     num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
     MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
-    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr, RESIDENT: tl.constexpr,
+    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr, RESIDENT: tl.constexpr, SHARE: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +143,7 @@ def gate_up(
     slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], expert
     blocks of STORED int16 each, with the projections at elements UP (of the unpacked block) and
     UP_BIAS. PATCHES: 0 where blocks are not packed. CODE: of a matrix in codes, or None.
-    RESIDENT: nothing can be missing.
+    RESIDENT: nothing can be missing. SHARE: the last experts of the order are the CPU's.
     Grid (FETCHERS + blocks of W * most distinct experts,).
     """
     program = tl.program_id(0)
@@ -137,6 +157,8 @@ def gate_up(
     turn = (program - FETCHERS) // num_blocks
     num_used = tl.load(counts)
     num_missed = tl.load(counts + 1)
+    if SHARE:
+        num_used -= tl.load(counts + 2)
     if FETCHERS > 0 or RESIDENT:
         turn += num_missed
         if turn >= num_used:

@@ -192,14 +192,14 @@ def add_word(sums_NK, word_NK, first_K, second_K):
 
 @triton.jit
 def add_products(
-    sums_NK, x, scale, block, rows_N, mask_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    sums_NK, x, block, rows_N, mask_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, CHUNK: tl.constexpr, PATCHES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of some rows with scale * x to the sums [N, BLOCK_K / 8].
+    """Add the products of some rows with x to the sums [N, BLOCK_K / 8].
 
     Patches are left out, and all values are 1 / UP_AGAIN of the true ones.
     """
-    scale *= scale_of(base_at(block, FIRST, MATRICES, CHUNK, PATCHES))
+    scale = scale_of(base_at(block, FIRST, MATRICES, CHUNK, PATCHES))
     for start in tl.static_range(0, WIDTH, BLOCK_K):
         eight_K = start // 8 + tl.arange(0, BLOCK_K // 8)
         low, codes = packed_tile(block, rows_N, mask_N, eight_K, FIRST, WIDTH, MATRICES)
@@ -233,7 +233,7 @@ def packed_rows_of(
     if M == 1:
         sums_NK = tl.zeros([N, BLOCK_K // 8], tl.float32)
         sums_NK = add_products(
-            sums_NK, x, 1.0, block, rows_N, mask_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, BLOCK_K
+            sums_NK, x, block, rows_N, mask_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, BLOCK_K
         )  # fmt: skip
         patched_N = patched_one(
             x, block, row, rows_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, SPAN, N

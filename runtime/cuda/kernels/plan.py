@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from runtime.cache.rules import reuse
+from runtime.cuda.kernels.doorbell import ring
 
 CLOCK, COUNT, TABLE, STAMP, CYCLE = (tl.constexpr(rule) for rule in range(5))
 DISCOUNT = tl.constexpr(reuse.DISCOUNT)
@@ -49,6 +50,32 @@ def slot_values(keys_S, values, before, after, layer, E: tl.constexpr, RULE: tl.
     else:
         worth_S = tl.load(values + safe_S)
     return tl.where(is_free, float("-inf"), worth_S)
+
+
+@triton.jit
+def next_values(experts_E, values, before, after, layer, E: tl.constexpr, RULE: tl.constexpr):
+    """What the layer's experts will be worth after this step, as far as the rule knows before."""
+    at_E, is_expert = layer * E + experts_E, experts_E < E
+    if (RULE == TABLE) | (RULE == STAMP):
+        worth_E = tl.load(after + at_E, mask=is_expert, other=0.0)
+    elif RULE == CYCLE:
+        worth_E = RECENT * tl.load(before + at_E, mask=is_expert, other=0.0)
+        worth_E += USUAL * tl.load(after + at_E, mask=is_expert, other=0.0)
+    else:
+        worth_E = tl.load(values + at_E, mask=is_expert, other=0.0)
+    return worth_E
+
+
+@triton.jit
+def least_worth(candidates_E, worth_E, count, experts_E):
+    """The `count` candidates of least value."""
+    chosen_E = experts_E < 0
+    i = 0
+    while i < count:
+        left_E = tl.where(candidates_E & (chosen_E == 0), worth_E, float("inf"))
+        chosen_E = chosen_E | (experts_E == tl.argmin(left_E, axis=0))
+        i += 1
+    return chosen_E
 
 
 @triton.jit
@@ -142,18 +169,23 @@ def plan(
     ids, experts_U, slots_U, order_U, counts,
     slot_of_key, key_of_slot, values, before, after, clock,
     routes, prefetched, prefetched_slot, used_prefetch, first_choices, trust, stop, step,
+    x, doorbell, bell, share, away_U,
     layer, num_pairs, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    SHARE: tl.constexpr, ORDER: tl.constexpr, X: tl.constexpr, H: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Plan one expert call.
 
     ids: int64 [P] expert of each (token, k) pair; ids outside 0 .. E-1 are of no expert.
     experts_U, slots_U: int32, the distinct experts ascending, and their slots.
-    order_U: int32, positions in experts_U: first those whose bytes have to be fetched.
-    counts: int32 [2], how many are distinct, how many to be fetched.
+    order_U: int32, positions in experts_U: first those whose bytes have to be fetched, last those
+        that the CPU computes.
+    counts: int32 [3], how many are distinct, how many to be fetched, how many the CPU's.
     prefetched, prefetched_slot: int32 [1], an expert of this layer on its way, or -1. Where the
         layer does not need it, its slot is free again: the copy may have stopped half way.
     stop: int32 [1], receives the step's number: the prefetch for this layer has to end.
+    SHARE: of m missed experts of a single token x, the CPU computes share[m], those of least value
+        after this step: `doorbell.ring`. away_U: int32, their positions in experts_U.
     """
     pairs_P = tl.arange(0, BLOCK_P)
     ids_P = tl.load(ids + pairs_P, mask=pairs_P < num_pairs, other=-1).to(tl.int32)
@@ -163,6 +195,8 @@ def plan(
     used_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
     num_used = tl.sum(used_E.to(tl.int32), 0)
+    if SHARE:
+        next_E = next_values(experts_E, values, before, after, layer, E, RULE)
     touch(experts_E, used_E, rank_E, num_used, values, before, after, clock, layer, E, RULE)
     if RULE == CYCLE:
         follow_uses(experts_E, used_E, before, after, layer, E)
@@ -182,6 +216,16 @@ def plan(
             tl.store(key_of_slot + dropped_slot, FREE)
     missed_E = used_E & (slots_E == FREE)
     num_missed = tl.sum(missed_E.to(tl.int32), 0)
+    num_away = 0
+    if SHARE:
+        num_away = tl.load(share + num_missed)
+        away_E = least_worth(missed_E, next_E, num_away, experts_E)
+        if num_away > 0:
+            ring(doorbell, bell, x, layer, experts_E, away_E, num_away, ORDER, X, H, BLOCK_H)
+        away_rank_E = tl.cumsum(away_E.to(tl.int32), 0) - 1
+        tl.store(away_U + away_rank_E, rank_E, mask=away_E)
+        missed_E = missed_E & (away_E == 0)
+        num_missed -= num_away
     fetched_E = missed_E
     if PREFETCH:
         fetched_E = missed_E | (used_E & (experts_E == early))
@@ -197,6 +241,10 @@ def plan(
     tl.store(experts_U + rank_E, experts_E, mask=used_E)
     tl.store(slots_U + rank_E, slots_E, mask=used_E)
     turn_E = tl.where(fetched_E, fetched_rank_E, num_fetched + rank_E - fetched_rank_E - 1)
+    if SHARE:
+        turn_E = tl.where(fetched_E, turn_E, turn_E - away_rank_E - 1)
+        turn_E = tl.where(away_E, num_used - num_away + away_rank_E, turn_E)
     tl.store(order_U + turn_E, rank_E, mask=used_E)
     tl.store(counts, num_used)
     tl.store(counts + 1, num_fetched)
+    tl.store(counts + 2, num_away)

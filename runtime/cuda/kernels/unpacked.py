@@ -46,16 +46,3 @@ def rows_of(
             x_MK = tl.load(x + token_M[:, None] * H + column_K[None, :], mask=mask_MK, other=0.0)
             sums_MN += tl.dot(x_MK, tl.trans(tile_NK), input_precision="ieee")
     return sums_MN
-
-
-@triton.jit
-def add_unpacked(
-    sums_NK, x, scale, matrix, rows_N, mask_N, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Add the products of some rows of a matrix [*, WIDTH] with scale * x to sums [N, BLOCK_K]."""
-    for start in tl.static_range(0, WIDTH, BLOCK_K):
-        column_K = start + tl.arange(0, BLOCK_K)
-        tile_NK = tile_of(matrix, rows_N, mask_N, column_K, WIDTH)
-        x_K = tl.load(x + column_K, mask=column_K < WIDTH, other=0.0)
-        sums_NK += tile_NK.to(tl.float32) * (x_K.to(tl.float32) * scale)[None, :]
-    return sums_NK

@@ -45,7 +45,7 @@ class Planned(NamedTuple):
 
 def plan(twin: Twin, layer: int, ids: Any) -> Planned:
     twin.call._run_plan(layer, torch.as_tensor(ids))
-    num_used, num_fetched = twin.call._counts[layer].tolist()
+    num_used, num_fetched, _ = twin.call._counts[layer].tolist()
     asked, slots, order = (row[:num_used].tolist() for row in twin.call._plan)
     turns = [asked[index] for index in order]
     return Planned(asked, slots, turns[:num_fetched], turns[num_fetched:])

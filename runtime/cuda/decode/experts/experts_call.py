@@ -7,6 +7,7 @@ slot, nothing is planned for and nothing fetched.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from runtime.cuda.kernels import transfer as transfer_kernels
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
 from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.cuda.share.order_to_cpu import NO_ORDER, OrderToCpu
 
 FETCHERS = 64
 """Programs that fetch a layer's missing experts: enough to fill the link."""
@@ -41,6 +43,7 @@ class ExpertsCall:
     routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
     None where none was found. forecast: float32 [L * E], the predictor's probabilities
     for the running step, or None. resident: every expert of the model is in a slot, and stays.
+    order: how a single token's missed experts are left to the CPU; None: they never are.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class ExpertsCall:
         resident: bool = False,
         routers: list[nn.Module | None] | None = None,
         forecast: Tensor | None = None,
+        order: OrderToCpu | None = None,
     ) -> None:
         device = cache.clock.device
         self._layout, self._block, self._host, self._cache = layout, block, host, cache
@@ -69,6 +73,9 @@ class ExpertsCall:
         self._batch, self._top_k = batch, top_k
         self.prefetches, self._resident = prefetch and not resident, resident
         self._routers, self._forecast = routers or [None] * cache.num_layers, forecast
+        self._order = order if batch == 1 and not self._resident else None
+        self.compiled: dict[str, Any] = {}
+        """What Triton made of the kernels that compute, by name, after the first call."""
         self._blocks = Blocks.of(batch, layout, block)
         self.max_used = min(cache.num_experts, batch * top_k)
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
@@ -84,24 +91,25 @@ class ExpertsCall:
 
     def _allocate_ledger(self, device: torch.device) -> None:
         layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        sizes = [layers * pairs, layers * 2, layers, layers, layers * PREFETCHERS]
+        sizes = [layers * pairs, layers * 3, layers, layers, layers * PREFETCHERS]
         self.ledger = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         routes, counts, self._prefetched, self._used, progress = self.ledger.split(sizes)
         self._prefetched.fill_(-1)
         self._routes = routes.view(layers, pairs)
-        self._counts = counts.view(layers, 2)
+        self._counts = counts.view(layers, 3)
         self._progress = progress.view(layers, PREFETCHERS)
 
     def read(self, ledger: np.ndarray) -> Ledger:
         """The parts of a ledger that was copied to the host, int32."""
         layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        ends = np.cumsum([layers * pairs, layers * 2, layers, layers])
+        ends = np.cumsum([layers * pairs, layers * 3, layers, layers])
         routes, counts, prefetched, used, progress = np.split(ledger, ends)
-        counts = counts.reshape(layers, 2)
+        counts = counts.reshape(layers, 3)
         return Ledger(
             routes.reshape(layers, self._batch, self._top_k),
             counts[:, 0],
             counts[:, 1],
+            counts[:, 2],
             prefetched,
             used,
             progress.reshape(layers, PREFETCHERS).sum(1),
@@ -123,7 +131,7 @@ class ExpertsCall:
         (picked, fetched), self._pending = self._pending, (None, None)
         if picked is not None:
             torch.cuda.current_stream().wait_event(picked)
-        self._run_plan(layer, ids)
+        self._run_plan(layer, ids, x)
         if fetched is not None:
             torch.cuda.current_stream().wait_event(fetched)
         has_next = self.prefetches and layer + 1 < self._cache.num_layers
@@ -133,26 +141,46 @@ class ExpertsCall:
         if has_next:
             self._pending = picked, self._run_fetch(layer + 1)
         self._run_gate_up(layer, x, 0)
+        if self._order is not None:
+            self._order.collect(self._counts[layer])
         return self._run_down(layer, x, ids, weights)
+
+    def one_expert(self, stored_N: Tensor, x: Tensor) -> Tensor:
+        """What the kernels of a single token's step make of one stored block and x [1, H]: float32
+        [H], without a weight.
+        """
+        alone = copy.copy(self)
+        device, size = x.device, self.max_used
+        alone._units_SN, alone.compiled = stored_N[None], {}
+        alone._slots_SN = alone._units_SN.view(self._layout.dtype)
+        alone._plan = torch.zeros(3, size, dtype=torch.int32, device=device)
+        alone._counts = torch.tensor([[1, 0, 0]], dtype=torch.int32, device=device)
+        ids = torch.full((1, self._top_k), -1, device=device)
+        ids[0, 0] = 0
+        alone._run_gate_up(0, x, FETCHERS)
+        y = torch.empty(x.shape, dtype=torch.float32, device=device)
+        return alone._run_down(0, x, ids, (ids == 0).to(x.dtype), y)[0]
 
     def _run_residents(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self._batch == 1:
             self._run_gate_up_of_one(layer, x, ids)
         else:
-            self._run_plan(layer, ids)
+            self._run_plan(layer, ids, x)
             self._run_gate_up(layer, x, 0)
         return self._run_down(layer, x, ids, weights)
 
-    def _run_plan(self, layer: int, ids: Tensor) -> None:
-        cache = self._cache
+    def _run_plan(self, layer: int, ids: Tensor, x: Tensor | None = None) -> None:
+        cache, order = self._cache, self._order
         plan_kernel.plan[(1,)](
             ids, *self._plan, self._counts[layer],
             cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
             cache.clock, self._routes[layer],
             self._prefetched[layer:], self._slot[layer:], self._used[layer:],
             self._choices, self._trust, self._stop[layer:], self._step,
+            *((ids, *(self._step,) * 4) if order is None or x is None else order.plan_inputs(x)),
             layer, ids.numel(), len(cache.key_of_slot),
             E=cache.num_experts, RULE=cache.rule, PREFETCH=self.prefetches,
+            **(NO_ORDER if order is None else order.plan_constants),
             BLOCK_E=triton.next_power_of_2(cache.num_experts),
             BLOCK_S=triton.next_power_of_2(len(cache.key_of_slot)),
             BLOCK_P=triton.next_power_of_2(ids.numel()),
@@ -173,12 +201,14 @@ class ExpertsCall:
     def _run_gate_up(self, layer: int, x: Tensor, fetchers: int) -> None:
         blocks, num_blocks = self._blocks, triton.cdiv(self._layout.width, self._blocks.rows)
         experts, slots, order = self._plan
-        gate_up_kernels.gate_up[(fetchers + num_blocks * self.max_used,)](
+        grid = (fetchers + num_blocks * self.max_used,)
+        self.compiled["gate_up"] = gate_up_kernels.gate_up[grid](
             x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
             experts, slots, order, self._counts[layer],
             self._prefetched[layer:], self._progress[layer], len(x),
             FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
-            RESIDENT=self._resident, M=blocks.padded, **self._gate_up,
+            RESIDENT=self._resident, SHARE=self._order is not None, M=blocks.padded,
+            **self._gate_up,
         )  # fmt: skip
 
     def _run_gate_up_of_one(self, layer: int, x: Tensor, ids: Tensor) -> None:
@@ -192,18 +222,23 @@ class ExpertsCall:
             BLOCK_K=triton.next_power_of_2(self._top_k), **self._gate_up,
         )  # fmt: skip
 
-    def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _run_down(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, into: Tensor | None = None
+    ) -> Tensor:
         shape, blocks, num_tokens = self._layout, self._blocks, len(x)
         experts, slots, _ = self._plan
-        to = y = torch.empty_like(x)
+        to = y = torch.empty_like(x) if into is None else into
         if blocks.parts > 1:
             to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
         grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
-        down_kernels.down[grid](
+        order = self._order
+        self.compiled["down"] = down_kernels.down[grid](
             self._h, to, ids, weights, self._slots_SN, self._units_SN, experts, slots,
-            self._counts[layer], num_tokens, DOWN=self._block.start("down_proj"),
+            to if order is None else order.answers, self._counts[layer], num_tokens,
+            DOWN=self._block.start("down_proj"),
             DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._matrices,
             CODE=self._block.code("down_proj"), E=self._cache.num_experts, K=self._top_k,
+            SHARE=order is not None,
             M=blocks.padded, PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
             BLOCK_K=triton.next_power_of_2(self._top_k),
             BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,

@@ -1,6 +1,6 @@
 """The ledger: the record of one captured step, as the kernels write it and the host reads it.
 
-routes [L, B * K]   counts [L, 2]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
+routes [L, B * K]   counts [L, 3]   prefetched [L]   used [L]   progress [L, PREFETCHERS]
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ class Ledger(NamedTuple):
     routes_LBK: np.ndarray
     num_used_L: np.ndarray
     num_fetched_L: np.ndarray
+    num_away_L: np.ndarray
+    """Experts that the CPU computed."""
     prefetched_L: np.ndarray
     """The expert that was chosen, -1 for none."""
     used_L: np.ndarray

@@ -15,8 +15,9 @@ from runtime.cuda.kernels.coded.decoding import (
 )
 from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
 from runtime.cuda.kernels.packed import eighths, first_of, second_of
+from runtime.cuda.kernels.unpacked import record_elements
 
-AHEAD = tl.constexpr(8)
+AHEAD, HALF_AHEAD = tl.constexpr(8), tl.constexpr(4)
 """Tiles of one token's sum that are loaded together."""
 
 
@@ -64,13 +65,13 @@ def eighths_of(entries_K, factor, G: tl.constexpr, J: tl.constexpr):
 
 @triton.jit
 def add_tile(
-    sums_NGJ, words, scale, zero, entries_K, factor, CODE: tl.constexpr, DTYPE: tl.constexpr,
+    sums_NGJ, words, scale, zero, entries_K, CODE: tl.constexpr, DTYPE: tl.constexpr,
     G: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of a tile with factor * x. Exact for activations up to 2^62."""
+    """Add the products of a tile with x. Exact for activations up to 2^62."""
     BEHIND: tl.constexpr = behind(CODE.kind)
     if hoists(CODE.kind, DTYPE):
-        x_GJ = eighths_of(entries_K, factor * 2.0**64, G, J)
+        x_GJ = eighths_of(entries_K, 2.0**64, G, J)
         products = tl.zeros(words.shape, tl.float32)
         for pair in tl.static_range(4):
             first, second = codes_of(words, pair, zero, CODE.kind)
@@ -78,7 +79,7 @@ def add_tile(
             products += second * x_GJ[first_code(pair, CODE.kind) + BEHIND][None, :, :]
         sums_NGJ += products * 2.0**63 * scale
     else:
-        x_GJ = eighths_of(entries_K, factor, G, J)
+        x_GJ = eighths_of(entries_K, 1.0, G, J)
         scale = for_products(scale, words, CODE.kind)
         for pair in tl.static_range(4):
             first, second = weights_of(
@@ -89,6 +90,32 @@ def add_tile(
     return sums_NGJ
 
 
+@triton.constexpr_function
+def reads_ahead(num_experts: int, width: int, block: int) -> bool:
+    """Whether one token's sum is written out tile by tile: of wide experts, ptxas would take hours
+    over it.
+    """
+    return num_experts * -(-width // block) <= 4 * AHEAD.value
+
+
+@triton.jit
+def add_tiles(
+    sums_NGJ, x, block, rows_N, mask_N, first, WIDTH: tl.constexpr, CODE: tl.constexpr,
+    BLOCK_K: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Add the products of COUNT tiles of some rows, from tile `first` on, with one vector."""
+    J: tl.constexpr = group_of(CODE.kind, CODE.columns, WIDTH)
+    G: tl.constexpr = BLOCK_K // (8 * J)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    for step in tl.static_range(COUNT):
+        group_G = (first + step) * G + tl.arange(0, G)
+        words = words_of(block, rows_N, mask_N, group_G, WIDTH, CODE, J)
+        scale, zero = scales_of(block, rows_N, mask_N, group_G, WIDTH, CODE, J)
+        entries_K = load_vector(x, (first + step) * BLOCK_K, True, WIDTH, BLOCK_K)
+        sums_NGJ = add_tile(sums_NGJ, words, scale, zero, entries_K, CODE, DTYPE, G, J)
+    return sums_NGJ
+
+
 @triton.jit
 def product_of_one(
     x, block, rows_N, mask_N, WIDTH: tl.constexpr, CODE: tl.constexpr, N: tl.constexpr,
@@ -96,56 +123,73 @@ def product_of_one(
 ):  # fmt: skip
     """Some rows of a matrix [*, WIDTH] in a stored block times one vector: [N] in float32."""
     J: tl.constexpr = group_of(CODE.kind, CODE.columns, WIDTH)
-    G: tl.constexpr = BLOCK_K // (8 * J)
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    sums_NGJ = tl.zeros([N, G, J], tl.float32)
-    for start in tl.static_range(0, WIDTH, BLOCK_K):
-        group_G = start // (8 * J) + tl.arange(0, G)
-        words = words_of(block, rows_N, mask_N, group_G, WIDTH, CODE, J)
-        scale, zero = scales_of(block, rows_N, mask_N, group_G, WIDTH, CODE, J)
-        entries_K = load_vector(x, start, True, WIDTH, BLOCK_K)
-        sums_NGJ = add_tile(sums_NGJ, words, scale, zero, entries_K, 1.0, CODE, DTYPE, G, J)
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    sums_NGJ = tl.zeros([N, BLOCK_K // (8 * J), J], tl.float32)
+    if TILES <= AHEAD:
+        sums_NGJ = add_tiles(sums_NGJ, x, block, rows_N, mask_N, 0, WIDTH, CODE, BLOCK_K, TILES)
+    else:
+        for first in range(0, TILES, HALF_AHEAD):
+            sums_NGJ = add_tiles(
+                sums_NGJ, x, block, rows_N, mask_N, first, WIDTH, CODE, BLOCK_K, HALF_AHEAD
+            )
     return sum_over(sums_NGJ)
 
 
 @triton.jit
 def weighted_sum_of_one(
-    h, ids_MK, weights_MK, units, experts_U, slots_U, num_used, rows_N, mask_N,
-    STORED: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr, K: tl.constexpr,
-    N: tl.constexpr, BLOCK_K: tl.constexpr,
+    h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, rows_N, mask_N,
+    STORED: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, CODE: tl.constexpr,
+    BIAS: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr, N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a single token's weighted sum over its experts, without biases: [N], float32.
+    """Some rows of a single token's weighted sum over its experts: [N], float32.
 
     Tiles are loaded AHEAD at a time, whosever they are: one after the other they would wait.
+    BIAS: where biases are in a block, None for none. SHARE, answers: of `down.down`.
     """
     J: tl.constexpr = group_of(CODE.kind, CODE.columns, WIDTH)
     G: tl.constexpr = BLOCK_K // (8 * J)
     DTYPE: tl.constexpr = h.dtype.element_ty
     TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    y_N = tl.zeros([N], tl.float32)
     sums_NGJ = tl.zeros([N, G, J], tl.float32)
     for first in tl.static_range(0, K * TILES, AHEAD):
         loaded = ()
         for step in tl.static_range(first, first + AHEAD):
             if step < K * TILES:
-                is_used = step // TILES < num_used
-                slot = tl.load(slots_U + step // TILES, mask=is_used, other=0).to(tl.int64)
-                block, mask = units + slot * STORED, mask_N & is_used
+                at = step // TILES
+                slot = tl.load(slots_U + at, mask=at < num_used, other=-1).to(tl.int64)
+                is_here = slot >= 0
+                block, mask = units + slot * STORED, mask_N & is_here
                 group_G = step % TILES * G + tl.arange(0, G)
                 words = words_of(block, rows_N, mask, group_G, WIDTH, CODE, J)
                 scale, zero = scales_of(block, rows_N, mask, group_G, WIDTH, CODE, J)
                 start = step % TILES * BLOCK_K
-                entries_K = load_vector(h + step // TILES * WIDTH, start, is_used, WIDTH, BLOCK_K)
-                loaded += ((words, scale, zero, entries_K),)  # type: ignore[assignment]
+                entries_K = load_vector(h + at * WIDTH, start, is_here, WIDTH, BLOCK_K)
+                loaded += ((words, scale, zero, entries_K, slot),)  # type: ignore[assignment]
         for step in tl.static_range(first, first + AHEAD):
             if step < K * TILES:
-                is_used = step // TILES < num_used
-                expert = tl.load(experts_U + step // TILES, mask=is_used, other=0)
-                weight = tl.sum(tl.where((ids_MK == expert) & is_used, weights_MK, 0.0))
-                words, scale, zero, entries_K = loaded[step - first]
-                sums_NGJ = add_tile(
-                    sums_NGJ, words, scale, zero, entries_K, weight, CODE, DTYPE, G, J
-                )
-    return sum_over(sums_NGJ)
+                words, scale, zero, entries_K, slot = loaded[step - first]
+                if step % TILES == 0:
+                    sums_NGJ = tl.zeros([N, G, J], tl.float32)
+                sums_NGJ = add_tile(sums_NGJ, words, scale, zero, entries_K, CODE, DTYPE, G, J)
+                if (step + 1) % TILES == 0:
+                    at = step // TILES
+                    product_N = sum_over(sums_NGJ)
+                    if BIAS is not None:
+                        biases = slots + slot * record_elements(slots, STORED) + BIAS
+                        bias_N = tl.load(biases + rows_N, mask=mask_N & (slot >= 0), other=0.0)
+                        product_N += bias_N.to(tl.float32)
+                    if SHARE:
+                        is_away = (slot < 0) & (at < num_used)
+                        answer_N = tl.load(
+                            answers + at * H + rows_N, mask=mask_N & is_away, other=0.0
+                        )
+                        product_N = tl.where(is_away, answer_N, product_N)
+                    expert = tl.load(experts_U + at, mask=at < num_used, other=0)
+                    is_used = (ids_MK == expert) & (at < num_used)
+                    y_N += tl.sum(tl.where(is_used, weights_MK, 0.0)) * product_N
+    return y_N
 
 
 @triton.jit
