@@ -18,9 +18,9 @@ from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
 from runtime.cuda.memory.coded_layers import CodedLayers, reading_threads
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
 from runtime.weights.encodings.coded import decode_expert
+from runtime.weights.packed.packing import PATCHES
 from runtime.weights.store import ExpertStore
 
 
