@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+PAGE = mmap.PAGESIZE
+
 
 class PinnedMemory:
     """Tensors in pinned memory, all given back at `close`."""
@@ -26,7 +28,7 @@ class PinnedMemory:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A pinned tensor, zero. Raises MemoryError where the machine has no more to pin."""
         tensor = untouched(shape, dtype)
-        tensor.zero_()  # touch
+        take_pages(tensor)
         self.register(tensor)
         return tensor
 
@@ -69,6 +71,11 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with suppress(OSError, AttributeError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def take_pages(tensor: Tensor) -> None:
+    """Touch each page of a tensor of zeros once; torch's threads do so side by side."""
+    tensor.view(-1).view(torch.uint8)[::PAGE].zero_()
 
 
 @contextmanager

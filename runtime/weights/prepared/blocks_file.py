@@ -53,8 +53,8 @@ def write_blocks(
 def _require_packable(layer: MoELayer, store: ExpertStore, index: int) -> None:
     if layer.kind != "fused":
         raise ValueError(
-            f"{layer.name} has a module for each expert, which no kernel runs: a GPU keeps these as "
-            "they are; prepare the model without --packed"
+            f"{layer.name} has a module for each expert, which no kernel runs: a GPU keeps them "
+            "unpacked; prepare the model without --packed"
         )
     names = ", ".join(matrix.encoding.name for matrix in store.coding(index).values())
     dtypes = ", ".join(str(spec.dtype) for spec in store.specs(index).values())
