@@ -58,6 +58,7 @@ class LayerReader:
         self._store, self._memory, self._threads = store, memory, threads
         self._expert_blocks, self._counts, self._advance = expert_blocks, counts, advance
         self._transposed = transposed
+        self._ahead = 0 if store.owns_experts else AHEAD  # those are in memory once already
         self._begun: dict[int, _Layer] = {}
 
     def take(self, layer: int) -> Tensor:
@@ -66,7 +67,7 @@ class LayerReader:
         All layers after it will be asked for too. Raises what reading raised, and MemoryError where
         the machine has no more to pin.
         """
-        for following in range(layer, min(layer + AHEAD + 1, len(self._counts))):
+        for following in range(layer, min(layer + self._ahead + 1, len(self._counts))):
             self._begin(following)
         stored_EN, futures = self._begun.pop(layer)
         for future in futures:

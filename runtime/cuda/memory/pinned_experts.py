@@ -86,18 +86,21 @@ class PinnedExperts:
             2 * (block.units if self._packs else block.stored_units) * count
             for block, count in zip(blocks, counts, strict=True)
         ]
-        title, turns = "experts to pinned memory", {"transposed": self._transposed}
+        title, transposed = "experts to pinned memory", self._transposed
         with (
             tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar,
             reading_threads(self._store) as threads,
         ):
-            to_pinned = self._memory, threads, bar.update
+            store, to_pinned = self._store, (self._memory, threads, bar.update)
             if self._packs:
                 plain = blocks[0].packed(0)
-                packer = LayerPacker(self._store, plain, counts, self._device, *to_pinned, **turns)
+                packer = LayerPacker(
+                    store, plain, counts, self._device, *to_pinned, transposed=transposed
+                )
                 with closing(packer):
                     self._pack(packer)
-            reader = LayerReader(self._store, self.expert_blocks, counts, *to_pinned, **turns)
+            blocks = self.expert_blocks
+            reader = LayerReader(store, blocks, counts, *to_pinned, transposed=transposed)
             for layer in range(len(self.layers), len(counts)):
                 self._keep(reader.take(layer))
         if self.packed and self._packs and self._store.advice is not None:
