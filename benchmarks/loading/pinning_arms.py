@@ -165,7 +165,7 @@ def equal_experts(tier: Any, directory: Path, device: str) -> int:
     return sum(counts)
 
 
-def map_file(path: Path, device: str) -> dict[str, Any]:
+def map_file(path: Path, device: str) -> dict[str, float]:
     """Whether pages of a mapped file can be registered without a copy, and how fast."""
     import numpy as np
     import torch
@@ -180,7 +180,11 @@ def map_file(path: Path, device: str) -> dict[str, Any]:
     int(place[:: mmap.PAGESIZE].sum())  # touch
     start = time.perf_counter()
     error = torch.cuda.cudart().cudaHostRegister(place.ctypes.data, size, READ_ONLY)
-    found = {"read_only_supported": value.value, "error": int(error), "bytes": size}
+    found: dict[str, float] = {
+        "read_only_supported": value.value,
+        "error": int(error),
+        "bytes": size,
+    }
     if int(error) == 0:
         found["register_s"] = round(time.perf_counter() - start, 3)
         found["link_gb_s"] = round(link_speed(torch.from_numpy(place), device), 1)
