@@ -1,6 +1,7 @@
 """Rewrite a model's experts into one file of contiguous, page-aligned blocks.
 
 python -m runtime.prepare MODEL OUT            write OUT, which runtime.load takes as a model
+python -m runtime.prepare MODEL OUT --packed   the same, as GPUs keep experts: they load faster
 python -m runtime.prepare MODEL OUT --encoding int4    a LOSSY copy, and what it lost
 python -m runtime.prepare OUT --verify         compare a prepared model with its checksums
 """
@@ -28,6 +29,10 @@ class PrepareSettings(ConversionSettings):
     """Model: a directory or an id on the Hub. With --verify, a prepared directory."""
     out: str | None = None
     """Directory to write; it must not exist."""
+    packed: bool = False
+    """Keep bfloat16 experts as a GPU does, in 12 bits a weight: still exact, a quarter fewer bytes,
+    and the GPU has nothing to pack while it loads. A CPU takes several times as long for each miss,
+    since it has to unpack."""
     verify: bool = False
     """Read all blocks of a prepared model and compare their checksums."""
     revision: str | None = None
@@ -43,11 +48,14 @@ def prepare(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    packed: bool = False,
     encoding: str | None = None,
     **options: Any,
 ) -> Path:
     """Write a prepared copy of `model` to `out`, completely or not at all. Returns `out`.
 
+    packed: keep bfloat16 experts as a GPU does, in 12 bits a weight, lossless: it loads them
+        faster, while a CPU has to unpack them.
     encoding: round the experts to "mxfp4", "int4", "fp8" or "nvfp4". The copy is then LOSSY, and
         says so: `model.expertflow.encoding`, README.md and conversion.json in `out`.
     options: other fields of `ConversionSettings`, for a lossy copy: the texts to calibrate and to
@@ -55,7 +63,8 @@ def prepare(
 
     Without `encoding` the copy keeps the dtype and the codes of the checkpoint. Only `runtime.load`
     can read it: it has no weights under the names that transformers looks for. Raises ValueError
-    for a model that `runtime.load` would refuse, and if `out` exists.
+    for a model that `runtime.load` would refuse, for experts that cannot be packed, and if `out`
+    exists.
     """
     from runtime.weights.repository.hub import HubOptions
 
@@ -66,7 +75,9 @@ def prepare(
 
         if options:
             raise ValueError(f"{', '.join(options)}: nothing without encoding=")
-        return write_prepared(model, out, hub)
+        return write_prepared(model, out, hub, packed=packed)
+    if packed:
+        raise ValueError("packed= is for plain weights; those of encoding= are smaller than packed")
     from runtime.conversion.convert import convert
 
     convert(model, out, settings, hub)
@@ -85,7 +96,12 @@ def main(settings: PrepareSettings) -> None:
     elif settings.encoding is None:
         _refuse_lonely(settings)
         hub = {"revision": settings.revision, "cache_dir": settings.cache_dir}
-        print(f"{prepare(settings.model, settings.out, **hub)} is ready for runtime.load")
+        prepared = prepare(settings.model, settings.out, packed=settings.packed, **hub)
+        print(f"{prepared} is ready for runtime.load")
+    elif settings.packed:
+        raise ValueError(
+            "--packed is for plain weights; those of --encoding are smaller than packed"
+        )
     else:
         _convert(settings, settings.out)
 
@@ -126,6 +142,7 @@ if __name__ == "__main__":
         positional=["model", "out"],
         examples=[
             "DIR PREPARED",
+            "DIR PREPARED --packed",
             "DIR SMALLER --encoding int4",
             "DIR SMALLER --encoding mxfp4 --calibration some.txt --text other.txt",
             "PREPARED --verify",

@@ -22,11 +22,11 @@ from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
-from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned_experts import unpack_blocks
 from runtime.cuda.prefill.grouped_experts import Products, Tiles, table_of
 from runtime.engine.experts import sort_pairs, spans_of
 from runtime.weights.arena import Spec, Specs
+from runtime.weights.packed.packing import PATCHES
 
 TURNS = 8
 """Sets of experts used in turn."""

@@ -15,7 +15,7 @@ ARMS = (
     "load, hub layout",
     "load, prepared",
 )
-READS = ("read, hub layout", "read, prepared")
+READS = ("read, hub layout", "read, prepared", "read, packed")
 MEMORY = 0.25
 PROMPT = 128
 
@@ -94,7 +94,8 @@ def measure_reads(arm: str, folder: Path) -> dict[str, float]:
     from runtime.weights.arena import Arena
     from runtime.weights.source import from_path
 
-    source = from_path(folder / ("hub" if arm == READS[0] else "prepared"), None, "auto")
+    names = dict(zip(READS, ("hub", "prepared", "packed"), strict=True))
+    source = from_path(folder / names[arm], None, "auto")
     arena = Arena(source.store.specs(0), 8, torch.device("cpu"))
     for tensor in arena.tensors.values():
         tensor.zero_()

@@ -1,51 +1,83 @@
-"""A random checkpoint of any size in hub layout, written shard by shard."""
+"""A random checkpoint of any size in hub layout, written by threads, a file a layer."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any
 
-SHARD = 1 << 30
+import torch
+from torch import Tensor
+
+POOL = 1 << 25
+"""Random numbers that are drawn; each tensor takes them from a place of its own on."""
+STEP = 1_000_003
+"""Numbers between the places of two tensors."""
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def write_olmoe(directory: Path, config: dict[str, Any]) -> int:
-    """Write a random bfloat16 OLMoE as on the Hub: shards of 1 GiB, three tensors per expert.
+    """Write a random bfloat16 OLMoE as on the Hub: three tensors per expert.
 
     Returns the bytes of all tensors.
     """
-    import torch
-    from safetensors.torch import save_file
     from transformers import AutoConfig
 
     settings = AutoConfig.for_model("olmoe", architectures=["OlmoeForCausalLM"], **config)
     settings.dtype = torch.bfloat16
     settings.save_pretrained(directory)
-    shards: list[dict[str, Any]] = [{}]
-    sizes = [0]
-    index: dict[str, str] = {}
-    for name, shape in _shapes(config):
-        tensor = (torch.randn(shape) * 0.02).bfloat16()
-        if sizes[-1] + tensor.nbytes > SHARD:
-            save_file(shards[-1], directory / _file(len(sizes)), {"format": "pt"})
-            shards[-1].clear()
-            sizes.append(0)
-        shards[-1][name] = tensor
-        sizes[-1] += tensor.nbytes
-        index[name] = _file(len(sizes))
-    save_file(shards[-1], directory / _file(len(sizes)), {"format": "pt"})
-    _write_index(directory, index, sum(sizes))
+    pool = (torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    files = list(_files(_shapes(config)))
+    firsts = accumulate(map(len, files), initial=0)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        paths = [directory / _name(number) for number in range(len(files))]
+        pools = [pool] * len(files)
+        sizes = list(threads.map(_write_file, paths, files, pools, firsts))
+    _write_index(directory, {key: _name(n) for n, shapes in enumerate(files) for key in shapes})
     return sum(sizes)
 
 
-def _file(number: int) -> str:
-    return f"model-{number:05}.safetensors"
+def _name(number: int) -> str:
+    return f"model-{number + 1:05}.safetensors"
 
 
-def _write_index(directory: Path, index: dict[str, str], total: int) -> None:
-    import json
+def _files(shapes: Iterator[tuple[str, tuple[int, ...]]]) -> Iterator[Shapes]:
+    """The tensors of each layer, and all others."""
+    of_layer: dict[str, Shapes] = {}
+    for key, shape in shapes:
+        words = key.split(".")
+        layer = words[2] if words[1] == "layers" else "others"
+        of_layer.setdefault(layer, {})[key] = shape
+    yield from of_layer.values()
 
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index})
+
+def _write_file(path: Path, shapes: Shapes, pool: Tensor, first: int) -> int:
+    """Write a safetensors file out of the pool. first: number of its first tensor."""
+    ends = list(accumulate((2 * prod(shape) for shape in shapes.values()), initial=0))
+    header = {
+        key: {"dtype": "BF16", "shape": shape, "data_offsets": (start, stop)}
+        for (key, shape), start, stop in zip(shapes.items(), ends[:-1], ends[1:], strict=True)
+    }
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    data = pool.view(torch.uint8).numpy().data
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for number, shape in enumerate(shapes.values(), first):
+            at, missing = 2 * (number * STEP % POOL), 2 * prod(shape)
+            while missing:
+                missing -= file.write(data[at : at + missing])
+                at = 0
+    return ends[-1]
+
+
+def _write_index(directory: Path, index: dict[str, str]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": index})
     (directory / "model.safetensors.index.json").write_text(text)
 
 

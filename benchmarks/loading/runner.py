@@ -50,7 +50,9 @@ def plan_arms(with_accelerate: bool) -> list[tuple[str, bool]]:
 
 
 def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]:
-    """Write the checkpoint in hub layout and prepared; return sizes and the plan's forecast."""
+    """Write the checkpoint in hub layout, prepared, and packed; return sizes and the plan's
+    forecast.
+    """
     if not (folder / "hub").exists():
         (folder / "hub").mkdir(parents=True)
         write_olmoe(folder / "hub", config(settings))
@@ -59,6 +61,10 @@ def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]
         prepare(folder / "hub", folder / "prepared")
     prepared_s = time.perf_counter() - start
     start = time.perf_counter()
+    if not (folder / "packed").exists():
+        prepare(folder / "hub", folder / "packed", packed=True)
+    packed_s = time.perf_counter() - start
+    start = time.perf_counter()
     forecast = plan(folder / "hub", MEMORY)
     return {
         "checkpoint_bytes": sum(path.stat().st_size for path in (folder / "hub").iterdir()),
@@ -66,6 +72,7 @@ def write_checkpoints(settings: LoadingSettings, folder: Path) -> dict[str, Any]
         "forecast_bytes": forecast.resident_bytes,
         "plan_s": time.perf_counter() - start,
         "prepare_s": prepared_s,
+        "prepare_packed_s": packed_s,
     }
 
 
@@ -86,7 +93,8 @@ def run_arms(settings: LoadingSettings, folder: Path) -> dict[str, dict[str, flo
 
 def touch_files(folder: Path, is_cold: bool) -> None:
     """Drop the checkpoints' pages from the page cache if `is_cold`, else read them all into it."""
-    for path in (*(folder / "hub").iterdir(), *(folder / "prepared").iterdir()):
+    folders = (folder / name for name in ("hub", "prepared", "packed"))
+    for path in (path for one in folders for path in one.iterdir()):
         with path.open("rb") as file:
             if is_cold:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -11,6 +11,7 @@ repository/       files on the Hub, fetched when they are needed; directories wi
 store             the contract of all stores, and the store of a module's own tensors
 checkpoint_store  experts read from where they lie in the files
 memory_store      all experts read once and held in memory
+packed/           experts in 12 bits a weight, as a GPU keeps them
 prepared/         experts as contiguous, checksummed blocks, and their writer (`runtime.prepare`)
 encodings/        experts kept in codes of 4 or 8 bits
 arena             slots for experts of one shape

@@ -90,7 +90,7 @@ class WatchedFile:
         if the file is truncated.
         """
         self.require_unchanged()
-        if target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous():
+        if is_raw(target, dtype):
             self._fill(start, target)
         else:
             stored = torch.empty(target.shape, dtype=dtype)
@@ -104,6 +104,11 @@ class WatchedFile:
             if count == 0:
                 raise ValueError(f"{self.path} ends at byte {start}; fetch it again")
             rest, start = rest[count:], start + count
+
+
+def is_raw(target: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the bytes of elements of `dtype` may be put straight into the memory of `target`."""
+    return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
 class CheckpointFiles:

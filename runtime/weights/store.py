@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from routing.layers import MoELayer
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.coded import Coding, stored_specs
+from runtime.weights.packed.packed_blocks import PackedBlocks
 
 
 class ExpertStore(ABC):
@@ -21,6 +22,8 @@ class ExpertStore(ABC):
     """True if the experts exist nowhere else, so that they must go back into the model."""
     loss: str | None = None
     """A line about experts that are not the original model's any more; None where they are."""
+    advice: str | None = None
+    """What would make these experts load faster on a GPU, where something would."""
 
     @abstractmethod
     def specs(self, layer: int) -> Specs:
@@ -46,6 +49,16 @@ class ExpertStore(ABC):
         """Copy one expert as it is stored, into tensors of `stored_specs`."""
         assert not self.coding(layer), "a store of coded experts hands them out itself"
         self.read(layer, expert, into)
+
+    def packed(self, layer: int) -> PackedBlocks | None:
+        """The layout of the experts of `layer` where they are stored packed; they are handed out
+        unpacked all the same.
+        """
+        return None
+
+    def read_packed(self, layer: int, expert: int, into: Tensor) -> None:
+        """Copy one expert as it is stored packed, to int16 [stored units] in host memory."""
+        raise AssertionError("a store of packed experts hands them out itself")
 
     def release(self, layer: int) -> None:  # noqa: B027 - files occupy no memory
         """Free the memory of the experts of `layer`, of which another tier now has a copy."""

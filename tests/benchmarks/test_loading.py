@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import pytest
 import torch
 
 import runtime
+from benchmarks.common.shapes import SHAPES, TINY
+from benchmarks.loading import pinning_arms
 from benchmarks.loading.arms import ARMS, READS, loaders, measure_reads
+from benchmarks.loading.pinning import describe
+from benchmarks.loading.pinning import write_checkpoints as write_checkpoints_to_pin
 from benchmarks.loading.runner import config, plan_arms, write_checkpoints
 from benchmarks.loading.settings import LoadingSettings
 from runtime.plan import plan
@@ -89,3 +94,24 @@ def test_peak_memory_is_what_was_allocated_whatever_was_freed_before(before: str
 def test_without_accelerate_its_arm_is_left_out() -> None:
     with_it, without = ([name for name, _ in plan_arms(have)] for have in (True, False))
     assert [name for name in with_it if name not in without] == [ARMS[1]]
+
+
+@pytest.mark.parametrize("arm", pinning_arms.ARMS)
+def test_every_arm_pins_the_same_experts(
+    arm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from tests.helpers.fake_cuda import fake_cuda
+
+    sizes = {"num_hidden_layers": 3, "num_experts": 8}
+    monkeypatch.setitem(SHAPES, "tiny", replace(TINY, options=TINY.options | sizes))
+    facts = write_checkpoints_to_pin("tiny", tmp_path)
+    with fake_cuda(monkeypatch):
+        values = pinning_arms.measure(arm, tmp_path, 1, "cpu")
+    (one,) = values["rounds"]
+    assert one["s"] > 0 and one["read"] > 0
+    assert (one["pack"] == 0) == (one["check"] > 0) == (arm == "packed")
+    if arm == "packed":
+        assert values["equal_experts"] == 3 * 8
+    line = describe(arm, values, facts["expert_bytes"])
+    assert line.startswith(f"{arm}: ") and "thread-seconds: read" in line

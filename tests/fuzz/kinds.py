@@ -91,6 +91,14 @@ def _write_prepared(folder: Path) -> None:
     prepare(model, folder)
 
 
+def _write_packed(folder: Path) -> None:
+    model: Any = tiny_model("olmoe", num_hidden_layers=2).bfloat16()
+    plain = folder.parent / "to-pack"
+    model.save_pretrained(plain)
+    folder.rmdir()
+    prepare(plain, folder, packed=True)
+
+
 def _read_prepared(folder: Path) -> Any:
     verify(folder)
     return _read_model(folder)
@@ -102,7 +110,7 @@ def _read_model(folder: Path) -> Any:
     with torch.inference_mode():
         logits = loaded(IDS_1T).logits
     loaded.expertflow.close()
-    return logits.numpy().tobytes()
+    return logits.view(torch.uint8).numpy().tobytes()
 
 
 ARTEFACTS = (
@@ -112,4 +120,5 @@ ARTEFACTS = (
     Artefact("model", _write_model, _read_model, checked=False),
     Artefact("quantised", _write_quantised, _read_model, checked=False),
     Artefact("prepared", _write_prepared, _read_prepared, checked=True),
+    Artefact("packed", _write_packed, _read_prepared, checked=True),
 )

@@ -44,7 +44,6 @@ from runtime.cuda.kernels.attention import attend, write
 from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
-from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned_experts import unpack_blocks
 from runtime.cuda.prefill.grouped_experts import TILES, Products
 from runtime.weights.encodings.encoding import Encoding
@@ -52,6 +51,7 @@ from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
 from runtime.weights.encodings.nvfp4 import NVFP4
+from runtime.weights.packed.packing import PATCHES
 from tests.helpers.device_twins import coding_of, specs_of
 from tests.helpers.fake_cuda import without_streams
 

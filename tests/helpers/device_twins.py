@@ -15,10 +15,10 @@ from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, activate
-from runtime.cuda.memory.packing import PATCHES
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
+from runtime.weights.packed.packing import PATCHES
 from tests.helpers import interpreter
 
 interpreter.mend()

@@ -1,13 +1,15 @@
 """The host tier of a GPU: the blocks of all experts in pinned memory, packed where that pays.
 
 It takes the experts over from the store underneath: a module's own tensors are freed layer by layer
-and made again, bit by bit the same, when the model is given back. Experts in codes are read as the
-store has them, and no byte of them passes the GPU.
+and made again, bit by bit the same, when the model is given back. Experts that the store has as
+they will be kept (in codes, packed, or not to be packed) are read into place, and no byte of them
+passes the GPU; the GPU packs the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -16,11 +18,12 @@ from tqdm import tqdm
 
 from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
-from runtime.cuda.memory.coded_layers import CodedLayers, reading_threads
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.cuda.memory.packing import PATCHES
+from runtime.cuda.memory.layer_packer import LayerPacker
+from runtime.cuda.memory.layer_reader import LayerReader, reading_threads, turned
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
 from runtime.weights.encodings.coded import decode_expert
+from runtime.weights.packed.packing import PATCHES
 from runtime.weights.store import ExpertStore
 
 
@@ -49,9 +52,10 @@ class PinnedExperts:
         self.layers: list[Tensor] = []
         """Pinned, int16 [E, stored units] each."""
         can_pack = packs and all(block.can_pack for block in expert_blocks)
-        self.expert_blocks = [
-            block.packed(PATCHES[0] if can_pack else 0) for block in expert_blocks
-        ]
+        found = self._patches_of_store(expert_blocks) if can_pack else None
+        self._packs = can_pack and found is None
+        patches = found or (PATCHES[0] if can_pack else 0)
+        self.expert_blocks = [block.packed(patches) for block in expert_blocks]
         """Of each layer, as stored."""
         try:
             with near_gpu():
@@ -66,41 +70,56 @@ class PinnedExperts:
         """Whether blocks are stored packed."""
         return self.expert_blocks[0].patches > 0
 
+    def _patches_of_store(self, expert_blocks: list[ExpertBlock]) -> int | None:
+        """Patches of a chunk, where the store has all experts in such blocks, packed; else None."""
+        found = set()
+        for layer, block in enumerate(expert_blocks):
+            packed = self._store.packed(layer)
+            if packed is None or packed.layout.fields != block.fields:
+                return None
+            found.add(packed.layout.patches)
+        return found.pop() if len(found) == 1 else None
+
     def _fill(self) -> None:
         blocks, counts = self.expert_blocks, self._num_experts
-        sizes = [  # of packed ones, the bytes before
-            2 * (block.stored_units if block.coding else block.units) * count
+        sizes = [  # of experts that the GPU packs, the bytes before
+            2 * (block.units if self._packs else block.stored_units) * count
             for block, count in zip(blocks, counts, strict=True)
         ]
-        title = "experts to pinned memory"
+        title, transposed = "experts to pinned memory", self._transposed
         with (
             tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar,
-            reading_threads() as threads,
+            reading_threads(self._store) as threads,
         ):
-            coded = CodedLayers(self._store, blocks, counts, self._memory, threads, bar.update)
-            for layer, size in enumerate(sizes):
-                if self.expert_blocks[layer].coding:
-                    self.layers.append(coded.take(layer))
-                else:
-                    self.layers.append(self._store_plain(layer))
-                    bar.update(size)
-                self._store.release(layer)
+            store, to_pinned = self._store, (self._memory, threads, bar.update)
+            if self._packs:
+                plain = blocks[0].packed(0)
+                packer = LayerPacker(
+                    store, plain, counts, self._device, *to_pinned, transposed=transposed
+                )
+                with closing(packer):
+                    self._pack(packer)
+            blocks = self.expert_blocks
+            reader = LayerReader(store, blocks, counts, *to_pinned, transposed=transposed)
+            for layer in range(len(self.layers), len(counts)):
+                self._keep(reader.take(layer))
+        if self.packed and self._packs and self._store.advice is not None:
+            warnings.warn(self._store.advice, stacklevel=2)
 
-    def _store_plain(self, layer: int) -> Tensor:
-        while (taken := self._take(layer)) is None:
-            self._store_otherwise()
-        return taken
+    def _pack(self, packer: LayerPacker) -> None:
+        """Pack all layers, or none where some weights do not pack: the rest is then to be read."""
+        while self.packed and len(self.layers) < len(self._num_experts):
+            layer = len(self.layers)
+            taken = packer.take(layer, self.expert_blocks[layer])
+            if taken is None:
+                self._store_otherwise()
+            else:
+                self._keep(taken)
 
-    def _take(self, layer: int) -> Tensor | None:
-        """Store a layer, an expert at a time; None where its weights do not pack."""
-        stored_EN = self._empty(layer, self.expert_blocks[layer])
-        for expert, block_N in enumerate(self._gather(layer)):
-            stored_N = self.expert_blocks[layer].store(block_N)
-            if stored_N is None:
-                self._let_go(stored_EN)
-                return None
-            stored_EN[expert].copy_(stored_N)
-        return stored_EN
+    def _keep(self, stored_EN: Tensor) -> None:
+        """Take over the next layer from the store."""
+        self.layers.append(stored_EN)
+        self._store.release(len(self.layers) - 1)
 
     def _empty(self, layer: int, block: ExpertBlock) -> Tensor:
         return self._memory.empty((self._num_experts[layer], block.stored_units), torch.int16)
@@ -127,20 +146,9 @@ class PinnedExperts:
             again_EN[expert].copy_(stored_N)
         return again_EN
 
-    def _gather(self, layer: int) -> Iterator[Tensor]:
-        """The layer's blocks, one after the other in the same device memory, int16 [N]."""
-        block = self.expert_blocks[layer]
-        block_N = torch.zeros(block.units, dtype=torch.int16, device=self._device)
-        views = self._as_model(block.views(block_N))
-        for expert in range(self._num_experts[layer]):
-            self._store.read(layer, expert, views)
-            yield block_N
-
     def _as_model(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Parameters of one expert in a block, in the store's own orientation."""
-        if not self._transposed:
-            return parameters
-        return {name: p.mT if p.dim() == 2 else p for name, p in parameters.items()}
+        return turned(parameters) if self._transposed else parameters
 
     # ------------------------------------------------------------------ reading
 

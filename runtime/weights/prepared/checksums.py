@@ -6,16 +6,9 @@ import zlib
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from runtime.weights.arena import expert_bytes
 from runtime.weights.prepared.manifest import BLOCKS, read_file_checksums, read_manifest
 from runtime.weights.prepared.store import open_blocks
-
-
-def checksum(block: Tensor) -> int:
-    """CRC-32 of a block, a uint8 tensor [bytes]."""
-    return zlib.crc32(block.numpy().data)
 
 
 def verify(directory: Path) -> int:
@@ -29,14 +22,10 @@ def verify(directory: Path) -> int:
             raise ValueError(f"{directory / name} is damaged or changed; prepare the model again")
     file = open_blocks(directory, blocks)
     for layer in blocks:
-        block = torch.empty(expert_bytes(layer.specs), dtype=torch.uint8)
-        for expert, expected in enumerate(layer.checksums):
+        block = torch.empty(layer.block_bytes, dtype=torch.uint8)
+        for expert in range(len(layer.checksums)):
             file.read(layer.offset(expert), block, torch.uint8)
-            if checksum(block) != expected:
-                raise ValueError(
-                    f"{directory / BLOCKS}: expert {expert} of {layer.name} is damaged; prepare "
-                    "the model again"
-                )
+            layer.require_intact(directory / BLOCKS, expert, zlib.crc32(block.numpy().data))
     return sum(len(layer.checksums) for layer in blocks)
 
 

@@ -18,6 +18,9 @@ import torch
 from runtime.weights.arena import Spec, Specs, expert_bytes
 from runtime.weights.encodings.coded import CodedMatrix, Coding, part_name
 from runtime.weights.encodings.table import from_json, to_json
+from runtime.weights.packed.block_layout import CHUNK
+from runtime.weights.packed.packed_blocks import PackedBlocks
+from runtime.weights.packed.packing import PATCHES
 
 MANIFEST = "experts.json"
 BLOCKS = "experts.bin"
@@ -26,6 +29,8 @@ RESIDENT = f"model.{VARIANT}.safetensors"
 PLAIN_SCHEMA = 1
 CODED_SCHEMA = 2
 """Of a model with experts in codes, which the first versions cannot read."""
+PACKED_SCHEMA = 3
+"""Of a model with packed experts, which the versions before cannot read."""
 PAGE = 4096
 """Alignment of the blocks in bytes: pages can be registered with a GPU."""
 
@@ -44,17 +49,23 @@ class LayerBlocks(NamedTuple):
     """CRC-32 of each expert's block, without its padding."""
     codes: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never changed
     """Of each parameter that is kept in codes, its encoding and shape as JSON."""
+    packing: dict[str, Any] | None = None
+    """How the blocks are packed: units of a chunk, its patches, and whether matrices are turned."""
 
     @classmethod
     def of(
-        cls, name: str, start: int, specs: Specs, checksums: list[int], coding: Coding
+        cls, name: str, start: int, specs: Specs, coding: Coding, packed: PackedBlocks | None
     ) -> LayerBlocks:
-        """The entry of blocks with stored tensors of these shapes and dtypes."""
+        """The entry of blocks with stored tensors of these shapes and dtypes, without checksums."""
         parameters = {
             name: (str(spec.dtype).removeprefix("torch."), list(spec.shape))
             for name, spec in specs.items()
         }
-        return cls(name, start, parameters, checksums, _codes(coding))
+        packing = None
+        if packed is not None:
+            packing = {"chunk": CHUNK, "patches": packed.layout.patches}
+            packing |= {"transposed": packed.transposed}
+        return cls(name, start, parameters, [], _codes(coding), packing)
 
     @property
     def specs(self) -> Specs:
@@ -85,19 +96,45 @@ class LayerBlocks(NamedTuple):
         }
         return shapes | decoded
 
+    @property
+    def packed(self) -> PackedBlocks | None:
+        """The layout of packed blocks; None for blocks that are not."""
+        if self.packing is None:
+            return None
+        patches, transposed = self.packing["patches"], self.packing["transposed"]
+        return PackedBlocks.of(self.specs, patches, transposed=transposed)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, without its padding."""
+        packed = self.packed
+        return expert_bytes(self.specs) if packed is None else packed.num_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one block to the next."""
+        return -(-self.block_bytes // PAGE) * PAGE
+
     def offset(self, expert: int) -> int:
         """Offset of the block of `expert`, in bytes."""
-        return self.start + expert * stride(self.specs)
+        return self.start + expert * self.stride
 
     @property
     def stop(self) -> int:
         """Offset after the last block, without its padding."""
-        return self.offset(len(self.checksums) - 1) + expert_bytes(self.specs)
+        return self.offset(len(self.checksums) - 1) + self.block_bytes
+
+    def require_intact(self, path: Path, expert: int, checksum: int) -> None:
+        """Raise ValueError unless the block of `expert`, in the file `path`, has this CRC-32."""
+        if checksum != self.checksums[expert]:
+            raise ValueError(
+                f"{path}: expert {expert} of {self.name} is damaged; prepare the model again"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """The entry of the manifest."""
-        fields = self._asdict()
-        return fields if self.codes else {name: fields[name] for name in fields if name != "codes"}
+        left_out = {"codes": not self.codes, "packing": self.packing is None}
+        return {name: one for name, one in self._asdict().items() if not left_out.get(name)}
 
     def check(self) -> None:
         """Raise ValueError for an entry that contradicts itself."""
@@ -110,11 +147,11 @@ class LayerBlocks(NamedTuple):
                 raise ValueError(
                     f"{name} in {matrix.encoding.name} has other parts than {', '.join(parts)}"
                 )
-
-
-def stride(specs: Specs) -> int:
-    """Bytes from one block of a layer to the next."""
-    return -(-expert_bytes(specs) // PAGE) * PAGE
+        packed = self.packed
+        if packed is not None and self.packing is not None:
+            known = self.packing["chunk"] == CHUNK and packed.layout.patches in PATCHES
+            if not known or not packed.layout.can_pack or self.codes:
+                raise ValueError(f"{self.name} is packed in a way that is not known")
 
 
 def is_prepared(directory: Path) -> bool:
@@ -140,6 +177,8 @@ def write_manifest(directory: Path, manifest: Manifest, files: Mapping[str, int]
     """Write the manifest. files: CRC-32 of each file with other weights."""
     layers = [layer.as_json() for layer in manifest.layers]
     schema = CODED_SCHEMA if any(layer.codes for layer in manifest.layers) else PLAIN_SCHEMA
+    if any(layer.packing for layer in manifest.layers):
+        schema = PACKED_SCHEMA
     written: dict[str, Any] = {"schema": schema, "layers": layers, "files": dict(files)}
     if manifest.is_lossy:
         written["lossy"] = True
@@ -154,9 +193,11 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        if manifest["schema"] not in (PLAIN_SCHEMA, CODED_SCHEMA):
+        if manifest["schema"] not in (PLAIN_SCHEMA, CODED_SCHEMA, PACKED_SCHEMA):
             raise ValueError(f"schema {manifest['schema']}")
         layers = [LayerBlocks(**layer) for layer in manifest["layers"]]
+        if not layers:
+            raise ValueError("no layers")
         for layer in layers:
             layer.check()
         return Manifest(layers, bool(manifest.get("lossy", False)))

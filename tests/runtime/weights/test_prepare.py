@@ -107,7 +107,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_like_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.weights.prepared.writer._write_layer", interrupt)
+        patch.setattr("runtime.weights.prepared.blocks_file._write_layer", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "hub", tmp_path / "prepared")
     assert not (tmp_path / "prepared").exists()
@@ -157,7 +157,16 @@ def test_a_missing_file_is_refused_by_name(name: str, prepared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"schema": 3, "layers": []}', '{"schema": 1}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema": 4, "layers": []}',
+        '{"schema": 1, "layers": []}',
+        '{"schema": 1}',
+    ],
 )
 def test_a_file_that_is_no_manifest_is_refused(text: str, prepared: Path) -> None:
     (prepared / "experts.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Layers of experts in codes, read from their store straight into pinned memory.
+"""Layers of experts read from their store straight into pinned memory, as they are stored.
 
 Threads read the experts of a layer side by side: that sets no byte in motion twice, and takes the
 pages too. Meanwhile the layer before is pinned.
@@ -24,6 +24,8 @@ from runtime.weights.store import ExpertStore
 
 MOST_THREADS = 16
 """Threads that read: more do not make a disk faster."""
+AHEAD = 2
+"""Layers that are read beyond the one that is asked for: no thread waits for the pinning."""
 
 
 class _Layer(NamedTuple):
@@ -33,11 +35,13 @@ class _Layer(NamedTuple):
     futures: list[Future[None]]
 
 
-class CodedLayers:
-    """Reads layers of a store, in the order in which they are asked for, a layer ahead.
+class LayerReader:
+    """Reads layers of a store, in the order in which they are asked for, some ahead.
 
-    expert_blocks: of each layer. counts: experts of each layer. advance: called with the bytes of
-    each expert that has been read.
+    The store has their blocks as they will be kept: in codes, packed, or as they are.
+
+    counts: experts of each layer. transposed: the store hands matrices out as [in, out].
+    advance: called with the bytes of each expert that was read.
     """
 
     def __init__(
@@ -48,19 +52,22 @@ class CodedLayers:
         memory: PinnedMemory,
         threads: ThreadPoolExecutor,
         advance: Callable[[int], object],
+        *,
+        transposed: bool,
     ) -> None:
         self._store, self._memory, self._threads = store, memory, threads
         self._expert_blocks, self._counts, self._advance = expert_blocks, counts, advance
+        self._transposed = transposed
+        self._ahead = 0 if store.owns_experts else AHEAD  # those are in memory once already
         self._begun: dict[int, _Layer] = {}
 
     def take(self, layer: int) -> Tensor:
         """The experts of `layer`, int16 [E, stored units], read and pinned.
 
-        Raises what reading raised, and MemoryError where the machine has no more to pin.
+        All layers after it will be asked for too. Raises what reading raised, and MemoryError where
+        the machine has no more to pin.
         """
-        self._begin(layer)
-        following = layer + 1
-        if following < len(self._counts) and self._expert_blocks[following].coding:
+        for following in range(layer, min(layer + self._ahead + 1, len(self._counts))):
             self._begin(following)
         stored_EN, futures = self._begun.pop(layer)
         for future in futures:
@@ -80,13 +87,29 @@ class CodedLayers:
             self._begun[layer].futures.append(future)
 
     def _read(self, layer: int, expert: int, stored_N: Tensor) -> None:
-        self._store.read_stored(layer, expert, self._expert_blocks[layer].stored_views(stored_N))
+        block = self._expert_blocks[layer]
+        if block.patches:
+            self._store.read_packed(layer, expert, stored_N)
+            return
+        views = block.stored_views(stored_N)
+        if self._transposed and not block.coding:
+            views = turned(views)
+        self._store.read_stored(layer, expert, views)
+
+
+def turned(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of one expert with their matrices transposed: views."""
+    return {name: p.mT if p.dim() == 2 else p for name, p in parameters.items()}
 
 
 @contextmanager
-def reading_threads() -> Iterator[ThreadPoolExecutor]:
-    """Threads on the cores of this one. After an error, what has not begun is left undone."""
-    count = min(len(os.sched_getaffinity(0)), MOST_THREADS)
+def reading_threads(store: ExpertStore) -> Iterator[ThreadPoolExecutor]:
+    """Threads on the cores of this one; for tensors in memory one, since copies have their own.
+
+    After an error, what has not begun is left undone.
+    """
+    cores = len(os.sched_getaffinity(0))
+    count = 1 if store.owns_experts else min(cores, MOST_THREADS)
     threads = ThreadPoolExecutor(count, thread_name_prefix="expertflow-read")
     try:
         yield threads

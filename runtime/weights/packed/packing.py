@@ -36,6 +36,8 @@ PATCHES = (16, 64)
 """Entries for a chunk's patches and its base: of the first that does for every chunk of a model."""
 PART = 1024
 """Chunks packed at once, to bound the scratch memory."""
+UNPACKED_PART = 32
+"""Chunks unpacked at once, to stay in a core's cache."""
 
 
 def packed_bytes(num_chunks: int, chunk: int, patches: int) -> int:
@@ -106,20 +108,48 @@ def _base(matrix_DC: Tensor) -> Tensor:
     return base
 
 
-def unpack(packed: Tensor, chunk: int, patches: int) -> Tensor:
-    """The weights again, int16 [D, C]. The kernel `unpack` does the same."""
+def unpack(packed: Tensor, chunk: int, patches: int, into_DC: Tensor | None = None) -> Tensor:
+    """The weights again, int16 [D, C], on the CPU. The kernel `unpack` does the same.
+
+    into_DC: memory for them. Chunks of one base are unpacked at once, two weights to a look-up.
+    """
     num_chunks = len(packed) // packed_bytes(1, chunk, patches)
     sizes = [num_chunks * chunk, num_chunks * chunk // 2, num_chunks * 4 * patches]
-    low, eight, rest = packed.split(sizes)
+    low, pairs, rest = packed.split(sizes)
+    low_DC, pairs_DC = low.view(num_chunks, chunk), pairs.view(num_chunks, -1)
     patches_DP = rest.clone().view(torch.int32).view(num_chunks, patches)
-    codes_DC8 = eight.clone().view(torch.int32).view(num_chunks, -1, 1).repeat(1, 1, 8)
-    for place, weight in enumerate(ORDER):
-        codes_DC8[..., weight] = codes_DC8[..., weight] >> 4 * place & 15
-    codes_DC = codes_DC8.view(num_chunks, chunk)
-    low_DC = low.view(num_chunks, chunk).to(torch.int32)
-    magnitudes_DC = (patches_DP[:, :1] + codes_DC) << 7 | low_DC & 0x7F
-    bits_DC = (low_DC & 0x80) << 8 | torch.where(codes_DC > 0, magnitudes_DC, 0)
-    at, entry = (patches_DP[:, 1:] != 0).nonzero(as_tuple=True)
-    patch = patches_DP[at, entry + 1]
-    bits_DC[at, (patch >> 16).long()] = patch & 0xFFFF
-    return torch.where(bits_DC > 0x7FFF, bits_DC - 0x10000, bits_DC).to(torch.int16)
+    if into_DC is None:
+        into_DC = torch.empty(num_chunks, chunk, dtype=torch.int16)
+    bases, counts = torch.unique_consecutive(patches_DP[:, 0], return_counts=True)
+    at = 0
+    for base, count in zip(bases.tolist(), counts.tolist(), strict=True):
+        table = _pair_table(base)
+        for start in range(at, at + count, UNPACKED_PART):
+            rows = slice(start, min(start + UNPACKED_PART, at + count))
+            _unpack(low_DC[rows], pairs_DC[rows], table, into_DC[rows])
+        at += count
+    chunk_of, entry = (patches_DP[:, 1:] != 0).nonzero(as_tuple=True)
+    patch = patches_DP[chunk_of, entry + 1]
+    into_DC[chunk_of, (patch >> 16).long() % chunk] = _as_int16(patch & 0xFFFF)
+    return into_DC
+
+
+def _unpack(low_DC: Tensor, pairs_DC: Tensor, table: Tensor, into_DC: Tensor) -> None:
+    """Put signs and mantissas, and the exponents of two weights at a time, where they belong."""
+    torch.bitwise_and(low_DC.view(torch.int8).to(torch.int16), -0x7F81, out=into_DC)
+    exponents = table.index_select(0, pairs_DC.reshape(-1).to(torch.int32)).view(-1, 4)
+    pairs_N4 = into_DC.view(torch.int32).view(-1, 4)
+    for place, pair in enumerate(ORDER[::2]):
+        pairs_N4[:, pair // 2] |= exponents[:, place]
+
+
+def _pair_table(base: int) -> Tensor:
+    """The exponents of two weights, int32 [256], by the byte of their codes."""
+    byte = torch.arange(256)
+    first, second = byte & 15, byte >> 4
+    bits = [torch.where(code > 0, base + code, 0) << 7 & 0x7F80 for code in (first, second)]
+    return bits[0].to(torch.int32) | bits[1].to(torch.int32) << 16
+
+
+def _as_int16(bits: Tensor) -> Tensor:
+    return torch.where(bits > 0x7FFF, bits - 0x10000, bits).to(torch.int16)

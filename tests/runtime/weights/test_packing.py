@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from runtime.cuda.memory import packing
 from runtime.cuda.memory.expert_block import CHUNK
-from runtime.cuda.memory.packing import PATCHES, pack, packed_bytes, unpack
+from runtime.weights.packed import packing
+from runtime.weights.packed.packing import PATCHES, pack, packed_bytes, unpack
 
 SMALL = 1024
 """Weights of a chunk, where no kernel reads it."""
