@@ -5,6 +5,9 @@ library   the C kernels (`source/`), compiled for a shape on first use
 doorbell  the memory through which work is asked for and answered
 service   threads that answer a doorbell
 cores     the cores that a process may use
+
+slot_experts    the same kernels where there is no GPU, out of an arena's slots
+team            torch's own threads, lent to them
 """
 
 from runtime.cpu.cores import usable_cores
