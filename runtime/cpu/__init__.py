@@ -13,7 +13,7 @@ team            torch's own threads, lent to them
 from runtime.cpu.cores import usable_cores
 from runtime.cpu.doorbell import Doorbell
 from runtime.cpu.library import Library, load_library
-from runtime.cpu.service import CpuExperts, ExpertTable
+from runtime.cpu.service import CpuExperts, ExpertTable, MatrixParts
 from runtime.cpu.shape import ExpertShape, Packing, SumOrder
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ExpertShape",
     "ExpertTable",
     "Library",
+    "MatrixParts",
     "Packing",
     "SumOrder",
     "load_library",
