@@ -5,12 +5,15 @@ library   the C kernels (`source/`), compiled for a shape on first use
 doorbell  the memory through which work is asked for and answered
 service   threads that answer a doorbell
 cores     the cores that a process may use
+
+slot_experts    the same kernels where there is no GPU, out of an arena's slots
+team            torch's own threads, lent to them
 """
 
 from runtime.cpu.cores import usable_cores
 from runtime.cpu.doorbell import Doorbell
 from runtime.cpu.library import Library, load_library
-from runtime.cpu.service import CpuExperts, ExpertTable
+from runtime.cpu.service import CpuExperts, ExpertTable, MatrixParts
 from runtime.cpu.shape import ExpertShape, Packing, SumOrder
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "ExpertShape",
     "ExpertTable",
     "Library",
+    "MatrixParts",
     "Packing",
     "SumOrder",
     "load_library",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
+ANY_CORE = -1
+"""In place of a core's number: where the system will."""
 
 
 def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> list[int]:

@@ -150,7 +150,7 @@ class Counts(ctypes.Structure):
 
 def _declared(library: ctypes.CDLL) -> Library:
     """The library with the types of its functions."""
-    pointer, number, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.service_open.argtypes = ctypes.POINTER(Layout), pointer, pointer
     library.service_open.restype = pointer
     library.service_start.argtypes = pointer, number, pointer, number
@@ -159,8 +159,8 @@ def _declared(library: ctypes.CDLL) -> Library:
     library.service_close.restype = None
     library.service_counts.argtypes = pointer, ctypes.POINTER(Counts)
     library.service_counts.restype = None
-    library.service_help.argtypes = (pointer,)
-    library.service_help.restype = None
-    library.service_ask.argtypes = pointer, number, number, pointer, pointer, whole, number
-    library.service_ask.restype = whole
+    library.service_ask.argtypes = (
+        pointer, number, number, pointer, pointer, pointer, number, number,
+    )  # fmt: skip
+    library.service_ask.restype = ctypes.c_int
     return library

@@ -20,7 +20,6 @@ SPIN = 1e-3
 """Seconds without work that threads spin, before they give way and then sleep."""
 PATIENCE = 10.0
 """Seconds until an answer that does not come is an error."""
-ANY_CORE = -1
 
 
 class MatrixParts(NamedTuple):
@@ -66,7 +65,7 @@ class CpuExperts:
 
     memory: uint8 [doorbell.num_bytes], 64-byte aligned, shared with who asks; made if not given.
     cores: the CPU of each thread, or ANY_CORE. Without threads, only `ask` has work done: by the
-    threads that `help` and itself. Experts must stay where the table says until `close`.
+    threads that help and itself. Experts must stay where the table says until `close`.
     Not for use in a process forked later, which has no such threads.
     """
 
@@ -112,13 +111,14 @@ class CpuExperts:
         return self.memory[start : start + count * dtype.itemsize].view(dtype)
 
     def ask(
-        self, layer: int, ids: Sequence[int], x_H: Tensor | None, *, helps: bool = True,
-        patience: float = PATIENCE,
+        self, layer: int, ids: Sequence[int], x_H: Tensor | None, *, helpers: int = 1,
+        team: int | None = None, patience: float = PATIENCE,
     ) -> Tensor:  # fmt: skip
         """The outputs of some experts for one token, float32 [len(ids), H]: a view, good until the
         next call.
 
-        x_H: bfloat16 [H], contiguous; None: what is in the doorbell. helps: this thread works too.
+        x_H: bfloat16 [H], contiguous; None: what is in the doorbell. helpers: threads of a team
+        (`team.openmp_team`) that work too; without a team, this thread does if it is not 0.
         Raises RuntimeError when no answer comes in `patience` seconds, or the order is refused.
         """
         assert self._service is not None, "the service is closed"
@@ -127,7 +127,7 @@ class CpuExperts:
         x = None if x_H is None else x_H.data_ptr()
         refused = self.counts().refused
         answered = self._library.service_ask(
-            self._service, layer, len(ids), ids_K, x, helps, int(patience * 1e9)
+            self._service, layer, len(ids), ids_K, x, team, helpers, int(patience * 1e9)
         )
         if not answered or self.counts().refused != refused:
             reason = "refused the order" if answered else f"did not answer in {patience} s"
@@ -145,14 +145,6 @@ class CpuExperts:
         if self._service is not None:
             self._library.service_help(self._service)
 
-    @property
-    def help_address(self) -> tuple[int, int]:
-        """A C function void (*)(void *) that works on rings under way, and what to give it."""
-        assert self._service is not None
-        address = ctypes.cast(self._library.service_help, ctypes.c_void_p).value
-        assert address is not None
-        return address, self._service
-
     def counts(self) -> Counts:
         """Rings answered, experts computed, nanoseconds from bell to answer, orders refused."""
         counts = Counts()
@@ -160,7 +152,7 @@ class CpuExperts:
             self._library.service_counts(self._service, ctypes.byref(counts))
         return counts
 
-    def measure(self, experts: int = 2, rings: int = 32, helps: bool = False) -> float:
+    def measure(self, experts: int = 2, rings: int = 32, helpers: int = 0) -> float:
         """Seconds an expert takes, in rings for so many at once through all layers.
 
         Nobody else may ring meanwhile.
@@ -172,7 +164,7 @@ class CpuExperts:
         for ring in range(rings):
             first = ring // layers * experts
             ids = [(first + i) % self._num_experts for i in range(experts)]
-            self.ask(ring % layers, ids, x_H, helps=helps)
+            self.ask(ring % layers, ids, x_H, helpers=helpers)
         after = self.counts()
         spent = after.nanoseconds - before.nanoseconds
         return spent / 1e9 / (after.experts - before.experts)

@@ -1,10 +1,12 @@
 """The generic backend: slots in the memory of any device, filled one expert at a time.
 
-It runs every layout, since it calls the experts class's own code; nothing is captured.
+It runs every layout, since it calls the experts class's own code; nothing is captured. Few tokens
+of layouts that the C kernels know run in those, if their experts are in memory (`runtime.cpu`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,13 +21,15 @@ from runtime.cache.expert_cache import FREE
 from runtime.cache.forecast import Forecast
 from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
+from runtime.cpu.slot_experts import MOST_TOKENS, SlotExperts, common_shape
 from runtime.engine.experts import run_experts
-from runtime.engine.pool import build_pools
+from runtime.engine.pool import Pool, build_pools
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
 from runtime.sizing.budget import SlotBudget
 from runtime.weights.source import Source
 
+logger = logging.getLogger(__name__)
 NOT_ON_A_GPU = "the model is not on a CUDA device"
 
 
@@ -48,6 +52,7 @@ class CpuBackend:
         self.stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
         self.pools = build_pools(source, slots, device, policy, self.stats)
         """The pool of each layer; layers of one expert shape share theirs."""
+        self._kernels = {} if device.type != "cpu" else _kernels_of(source, self.pools)
         self._store, self._device = source.store, device
         self._specs = [source.store.specs(index) for index in range(len(source.layers))]
 
@@ -67,7 +72,12 @@ class CpuBackend:
         raise AssertionError("this backend captures no steps")
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
-        return run_experts(layer, hidden_TH, routes, partial(self.pools[index].serve, index))
+        pool = self.pools[index]
+        kernels = self._kernels.get(pool)
+        if kernels is not None and len(routes.experts_TK) <= MOST_TOKENS:
+            waves = partial(pool.waves, index)
+            return kernels.run(hidden_TH, routes, layer.num_experts, waves)
+        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index))
 
     def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
         into = {
@@ -100,5 +110,24 @@ class CpuBackend:
 
     def close(self) -> None:
         """Free the slots, whoever still holds a pool."""
+        for kernels in self._kernels.values():
+            kernels.close()
+        self._kernels = {}
         for pool in dict.fromkeys(self.pools):
             pool.close()
+
+
+def _kernels_of(source: Source, pools: list[Pool]) -> dict[Pool, SlotExperts]:
+    """The C kernels over the slots of those pools whose experts they can run."""
+    found = {}
+    for group in source.groups:
+        layers = [source.layers[index] for index in group.layers]
+        shape = common_shape(layers, group.specs)
+        if isinstance(shape, str):
+            continue
+        pool, top_k = pools[group.layers[0]], max(layer.top_k for layer in layers)
+        try:
+            found[pool] = SlotExperts(pool.arena, shape, top_k)
+        except ValueError as reason:  # no compiler: all else runs as ever
+            logger.warning("experts run without the CPU kernels: %s", reason)
+    return found

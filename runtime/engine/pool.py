@@ -41,17 +41,24 @@ class Pool:
     def serve(self, layer: int, experts: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield each of the distinct `experts` (ascending) of `layer` with its parameters.
 
-        An expert's parameters are good until the next one is asked for. After an error or an
-        interrupt the cache starts empty: an expert that did not arrive is never taken for resident.
+        An expert's parameters are good until the next one is asked for.
+        """
+        for wave, slots in self.waves(layer, experts):
+            for expert, slot in zip(wave, slots, strict=True):
+                yield expert, self.arena.slot(slot)
+
+    def waves(self, layer: int, experts: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield the distinct `experts` (ascending) of `layer`, as many at a time as there is room
+        for, with their slots, which are good until the next are asked for.
+
+        After an error or an interrupt the cache starts empty: an expert that did not arrive is
+        never taken for resident.
         """
         try:
             for lookup in self.cache.waves(layer, np.array(experts, np.int64)):
                 self._load(layer, lookup)
                 self._stats.count(layer, lookup, self._loaded_bytes)
-                for expert, slot in zip(
-                    lookup.experts.tolist(), lookup.slots.tolist(), strict=True
-                ):
-                    yield expert, self.arena.slot(slot)
+                yield lookup.experts.tolist(), lookup.slots.tolist()
         except GeneratorExit:  # the caller stopped: whatever is resident has arrived
             raise
         except BaseException:

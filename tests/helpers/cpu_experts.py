@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from runtime.cpu import ExpertShape, ExpertTable, Packing, SumOrder
-from runtime.cpu.service import MatrixParts
 from runtime.cpu.shape import Steps
+from runtime.cuda.memory.cpu_blocks import cpu_table
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.cuda.memory.packing import unpack
+from runtime.weights.packed.packing import unpack
 from runtime.weights.arena import Spec
 from runtime.weights.encodings.coded import CodedMatrix, part_name
 from tests.helpers import written_order as reference
@@ -97,29 +97,7 @@ class Case:
             view.copy_(torch.rand(view.shape) * 0.01 + 0.001)
 
     def table(self, blocks: Tensor) -> ExpertTable:
-        names = ("gate_up_proj", "down_proj")
-        bias = [2 * self.block.start_stored(f"{name}_bias") for name in names]
-        if self.shape.encodings:
-            fields = self.block.stored_fields
-            parts = []
-            for name, of_bias, encoding in zip(names, bias, self.shape.encodings, strict=True):
-                own = [
-                    2 * fields[part_name(name, p)].start
-                    for p in encoding.parts(self.specs[name].shape)
-                ]  # type: ignore[arg-type]
-                parts.append(MatrixParts(*own, *[0] * (3 - len(own)), of_bias))
-        elif self.shape.packing:
-            packing = self.shape.packing
-            parts = [
-                MatrixParts.packed(packing, first, of_bias)
-                for first, of_bias in zip((packing.gate_up, packing.down), bias, strict=True)
-            ]
-        else:
-            starts = [2 * self.block.start(name) for name in names]
-            parts = [MatrixParts(codes=s, bias=b) for s, b in zip(starts, bias, strict=True)]
-        return ExpertTable.of_blocks(
-            [blocks.data_ptr()], 2 * self.block.stored_units, parts[0], parts[1], len(blocks)
-        )
+        return cpu_table(self.block, [blocks.data_ptr()], len(blocks))
 
     def expected(self, stored: Tensor, x_H: Tensor) -> np.ndarray:
         """The reference's output of the expert in a block."""

@@ -304,10 +304,14 @@ void service_help(void *given) {
   restore_arithmetic(before);
 }
 
+/* As OpenMP's library runs a function in threads of a team: `GOMP_parallel`. */
+typedef void (*team)(void (*function)(void *), void *given, unsigned threads, unsigned flags);
+
 /* Ring for experts of a layer, with x bfloat16 [HIDDEN] (NULL: what is there), and wait for the
- * answer; helps: with this thread's help. Returns 0 if there was none in so many nanoseconds. */
+ * answer. helpers: so many threads of a team help, or without a team this one, if it is not 0.
+ * Returns 0 if there was no answer in so many nanoseconds. */
 int service_ask(struct service *s, int64_t layer, int64_t count, const int32_t *ids,
-                const uint16_t *x, int helps, int64_t patience) {
+                const uint16_t *x, team run, int64_t helpers, int64_t patience) {
   int32_t *order = (int32_t *)(s->memory + s->layout.doorbell.order);
   order[0] = (int32_t)layer, order[1] = (int32_t)count;
   memcpy(order + 2, ids, (size_t)count * sizeof *ids);
@@ -316,8 +320,9 @@ int service_ask(struct service *s, int64_t layer, int64_t count, const int32_t *
   const int32_t value = (int32_t)((uint32_t)atomic_load(bell) + 1);
   atomic_store_explicit(bell, value, memory_order_release);
   const int64_t end = now() + patience;
+  if (run != NULL) run(service_help, s, (unsigned)helpers, 0);
   while (atomic_load_explicit(word_at(s, s->layout.doorbell.done), memory_order_acquire) != value) {
-    if (helps) service_help(s);
+    if (helpers) service_help(s);
     relax();
     if (now() > end) return 0;
   }

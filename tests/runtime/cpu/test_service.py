@@ -152,7 +152,7 @@ def test_nobody_answers_without_threads(blocks: Tensor, memory: Tensor) -> None:
         opened(blocks, memory, threads=0) as service,
         pytest.raises(RuntimeError, match=r"did not answer in 0\.05 s"),
     ):
-        service.ask(0, [0], torch.ones(HIDDEN).bfloat16(), helps=False, patience=0.05)
+        service.ask(0, [0], torch.ones(HIDDEN).bfloat16(), helpers=0, patience=0.05)
 
 
 def test_who_asks_may_do_the_work_himself(blocks: Tensor, memory: Tensor) -> None:
@@ -216,7 +216,7 @@ def test_threads_without_work_do_not_use_the_cores(service: CpuExperts) -> None:
 
 
 def test_experts_are_timed(service: CpuExperts) -> None:
-    assert 0 < service.measure(experts=2, rings=4, helps=True) < 1
+    assert 0 < service.measure(experts=2, rings=4, helpers=1) < 1
 
 
 def test_other_threads_run_while_one_asks(service: CpuExperts) -> None:
@@ -234,7 +234,7 @@ def test_other_threads_run_while_one_asks(service: CpuExperts) -> None:
     with opened(CASE.blocks(EXPERTS), doorbell_memory(BELL), threads=0) as alone:
         thread.start()
         with pytest.raises(RuntimeError):
-            alone.ask(0, [0], torch.ones(HIDDEN).bfloat16(), helps=False, patience=0.5)
+            alone.ask(0, [0], torch.ones(HIDDEN).bfloat16(), helpers=0, patience=0.5)
         stop.set()
         thread.join()
     assert turns > 1000

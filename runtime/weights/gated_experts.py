@@ -1,0 +1,94 @@
+"""The layouts of gated experts that kernels can run, recognised by trying them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from routing.layers import MoELayer
+from runtime.weights.arena import Specs
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+"""In the order of the kernels' constants."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelLayout:
+    """The way kernels read a gated expert's parameters."""
+
+    hidden: int
+    """H"""
+    width: int
+    """I, rows of the gate (and of the up) projection."""
+    activation: str
+    alternating: bool
+    """Gate and up rows alternate, instead of gate first, then up."""
+    transposed: bool
+    """The model keeps its weights [in, out]; slots and host tier keep [out, in]."""
+    has_bias: bool
+    dtype: torch.dtype
+
+
+def gated_layout(layer: MoELayer, specs: Specs) -> KernelLayout | str:
+    """The layout of `layer`'s experts, or why the kernels cannot run them."""
+    module: Any = layer.module
+    names = {"gate_up_proj", "down_proj"}
+    biased = names | {f"{name}_bias" for name in names}
+    if layer.kind != "fused" or set(specs) not in (names, biased):
+        return f"experts with parameters {', '.join(sorted(specs))} have no kernel"
+    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
+        return f"{type(module).__name__} is not a plain gated expert"
+    dtypes = {spec.dtype for spec in specs.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
+        return f"no kernel for experts in {', '.join(map(str, dtypes))}"
+    found = _activation(module)
+    if found is None:
+        return f"the activation of {type(module).__name__} has no kernel"
+    shape = specs["down_proj"].shape
+    width, hidden = shape if module.is_transposed else shape[::-1]
+    return KernelLayout(
+        hidden=hidden,
+        width=width,
+        activation=found[0],
+        alternating=found[1],
+        transposed=bool(module.is_transposed),
+        has_bias=set(specs) == biased,
+        dtype=dtypes.pop(),
+    )
+
+
+def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
+    """The gated activations the kernels know, in torch: [..., 2I] to [..., I]."""
+    pair = (gate_up[..., ::2], gate_up[..., 1::2]) if alternating else gate_up.chunk(2, -1)
+    gate, up = pair
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
+        return gate * torch.sigmoid(gate * 1.702) * up
+    if activation == "gelu_tanh":
+        return F.gelu(gate, approximate="tanh") * up
+    plain: dict[str, Callable[[Tensor], Tensor]]
+    plain = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+    return plain[activation](gate) * up
+
+
+@torch.no_grad()
+def _activation(module: Any) -> tuple[str, bool] | None:
+    """The known activation that the container's own gate computes, found by numbers that differ."""
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    gate_up = torch.linspace(-9.0, 9.0, 64)[order]
+    try:
+        own = module._apply_gate(gate_up[None])
+    except Exception:
+        return None
+    for activation in ACTIVATIONS:
+        for alternating in (False, True):
+            known = activate(gate_up[None], activation, alternating)
+            same_shape = own.shape == known.shape
+            if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
+                return activation, alternating
+    return None
