@@ -34,7 +34,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_lay
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.prefetching import Prefetching
-from runtime.cuda.prefill.grouped_experts import run_grouped
+from runtime.cuda.prefill.grouped_experts import GroupedExperts
 from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
@@ -72,6 +72,7 @@ class CudaBackend:
         self._pools: list[StreamingPool] = []
         self._streams = StreamOrder(device)
         self.decoder: Decoder | None = None
+        self._grouped: GroupedExperts | None = None
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
         self._seconds_per_load: float | None = None
@@ -95,6 +96,8 @@ class CudaBackend:
             routers = [router_of(source.model, layer) for layer in source.layers]
             self._look_ahead = LookAhead(source.layers, self._pools, routers, self.prefetches)
             if self._layout is not None:
+                counts = [layer.num_experts for layer in source.layers]
+                self._grouped = GroupedExperts(self._pools[0], self._layout, self.stats, counts)
                 model = CapturedModel(source, options, device)
                 device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
                 driver = PolicyDriver(policy, device_cache, self.stats, forecaster)
@@ -218,6 +221,8 @@ class CudaBackend:
 
     def end_forward(self, *_: Any) -> None:
         CUDNN_ATTENTION.turn_back()
+        if self._grouped is not None:
+            self._grouped.end_pass()
 
     def begin_step(self, forecast: Forecast | None) -> None:
         if not self._has_begun:
@@ -225,10 +230,11 @@ class CudaBackend:
         self._has_begun = False
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
-        ahead, pool = self._look_ahead.after(index, hidden_TH), self._pools[index]
-        if self._layout is not None:
-            return run_grouped(pool, self._layout, index, hidden_TH, routes, ahead)
-        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index, ahead=ahead))
+        ahead = partial(self._look_ahead.after, index, hidden_TH)
+        if self._grouped is not None:
+            return self._grouped.run(index, hidden_TH, routes, ahead)
+        serve = partial(self._pools[index].serve, index, ahead=ahead)
+        return run_experts(layer, hidden_TH, routes, serve)
 
     def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
         return self._host.read(index, expert)
@@ -266,7 +272,7 @@ class CudaBackend:
         torch.cuda.synchronize()
         if self._generate is not None:
             self._generate.batch_decoder.drain()
-        self._rows = None
+        self._rows = self._grouped = None
         if self.decoder is not None:
             self.decoder.close()
         for pool in dict.fromkeys(self._pools):

@@ -31,7 +31,7 @@ def in_turn(even, odd):
     return (first.to(tl.int64) & 0xFFFFFFFF) | (second.to(tl.int64) << 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def unpack(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, MATRICES: tl.constexpr,
     CHUNK: tl.constexpr, PATCHES: tl.constexpr,
@@ -80,7 +80,7 @@ def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr)
     return tl.join(even, odd).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def decode(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, START: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -111,7 +111,7 @@ def decode(
     tl.store(into + at_NK, tl.reshape(weights, (BLOCK_N, BLOCK_K)), mask=mask_NK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def copy_behind(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, TO: tl.constexpr,
     SOURCE: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
