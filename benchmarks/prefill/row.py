@@ -26,3 +26,5 @@ class PrefillRow(ArmRow):
     """Milliseconds for the same prompts with every expert resident."""
     ratio: float | None = None
     """Time / the larger of link_ms and compute_ms."""
+    same_logits: bool | None = None
+    """Whether the first token's logits are those with every expert resident, bit for bit."""

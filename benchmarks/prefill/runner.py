@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 
 import torch
 
+from benchmarks.prefill.profiling import profile
 from benchmarks.prefill.report import print_row
 from benchmarks.prefill.row import PrefillRow
 from benchmarks.prefill.settings import PrefillSettings
@@ -27,6 +29,8 @@ class PrefillRunner:
         self.settings, self.subject = settings, subject
         self._start = time.perf_counter()
         self._compute_ms: dict[int, float] = {}
+        self._logits: dict[int, torch.Tensor] = {}
+        """Of the first prompt of each length, with every expert resident."""
 
     def run(self, arm: Arm) -> list[PrefillRow]:
         """A row for each prompt length, printed when the arm has ended."""
@@ -87,6 +91,17 @@ class PrefillRunner:
         for one in timed:
             workload.run(self.subject.model, one.passages, timings)
         self._note(arm, row, timings)
+        if arm.system == "expertflow":
+            self._compare(row, workload.logits(self.subject.model, first.passages, 1))
+            if all_resident and row.prompt == self.settings.profile:
+                num_layers = len(self.subject.topology.stack().layers)
+                profile(
+                    partial(workload.warm_up, self.subject.model, first.passages, 1), num_layers
+                )
+
+    def _compare(self, row: PrefillRow, logits: torch.Tensor) -> None:
+        known = self._logits.setdefault(row.prompt, logits)
+        row.same_logits = None if known is logits else torch.equal(logits, known)
 
     def _note(self, arm: Arm, row: PrefillRow, timings: Timings) -> None:
         row.milliseconds = statistics.median(timings.first_token_s) * 1e3

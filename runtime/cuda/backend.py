@@ -9,7 +9,7 @@ Only `runtime.loading` imports it, and only for a CUDA device: nothing else need
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from runtime.cache.stats import Stats
 from runtime.cuda.decode.captured_model import CapturedModel
 from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.fused_forward import FusedNorms
 from runtime.cuda.decode.generate import CapturedGenerate
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.decode.predictor_thread import PredictorRequest
@@ -75,6 +76,9 @@ class CudaBackend:
         self._grouped: GroupedExperts | None = None
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
+        self._norms = FusedNorms(source.model)
+        self._passes: list[ExitStack] = []
+        """What the running forward passes, one within the other, put in place."""
         self._seconds_per_load: float | None = None
         self._has_begun = False
         """Whether the policy has begun the next pass, which is being predicted beside it."""
@@ -211,16 +215,22 @@ class CudaBackend:
     def begin_forward(self) -> None:
         """The host's slot table becomes the truth.
 
-        The pass's attention leaves cuDNN alone, which builds a plan for every new length, tens of
-        milliseconds each, and in bfloat16 may give other bits in the next run.
+        Norms run in one kernel each, where experts do. The pass's attention leaves cuDNN alone,
+        which builds a plan for every new length, tens of milliseconds each, and in bfloat16 may
+        give other bits in the next run.
         """
         self._streams.follow()
         if self.decoder is not None:
             self._device_cache.download()
-        CUDNN_ATTENTION.turn_off()
+        with ExitStack() as changes:
+            if self.decoder is not None:
+                changes.enter_context(self._norms.in_use())
+            CUDNN_ATTENTION.turn_off()
+            changes.callback(CUDNN_ATTENTION.turn_back)
+            self._passes.append(changes.pop_all())
 
     def end_forward(self, *_: Any) -> None:
-        CUDNN_ATTENTION.turn_back()
+        self._passes.pop().close()
         if self._grouped is not None:
             self._grouped.end_pass()
 

@@ -47,7 +47,7 @@ from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.packing import PATCHES
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.products import Blocks, Work, combined, sort
+from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.tiling import TILES
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
@@ -216,7 +216,7 @@ class Kernels:
         for tiles in TILES:
             sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, tiles.rows)
             for blocks in (block, self.slots_SN), (block.plain, workspace_RN):
-                Blocks(*blocks, self.layout).run(x_TH, size.top_k, work, tiles, 0, 8)
+                Products(*blocks, self.layout).run(x_TH, size.top_k, work, tiles, 0, 8)
         weights_TK = torch.zeros(64, size.top_k, dtype=torch.bfloat16)
         combined(x_TH, Routes(experts_TK, weights_TK), work, size.num_experts)
 

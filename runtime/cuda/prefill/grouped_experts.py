@@ -22,7 +22,7 @@ from runtime.cache.expert_cache import Lookup
 from runtime.cache.stats import Stats
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.products import Blocks, Work, combined, sort
+from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.streaming_pool import Ahead, Group, StreamingPool, nothing_ahead
 from runtime.cuda.prefill.telling import on_device, told
 from runtime.cuda.prefill.tiling import Tiling, most_tiles, table_of
@@ -40,8 +40,8 @@ class GroupedExperts:
         self._pool, self._layout, self._stats = pool, layout, stats
         self._device, self._num_experts = pool.device, num_experts
         block, workspace_RN = pool.expert_block, pool.workspace_RN
-        self._stored = Blocks(block, pool.slots_SN, layout)
-        self._plain = None if workspace_RN is None else Blocks(block.plain, workspace_RN, layout)
+        self._stored = Products(block, pool.slots_SN, layout)
+        self._plain = None if workspace_RN is None else Products(block.plain, workspace_RN, layout)
         shape = len(num_experts), max(num_experts)
         self._counts_LE, self._slots_LE = torch.zeros(
             2, *shape, dtype=torch.int32, device=self._device
@@ -118,9 +118,9 @@ class GroupedExperts:
         top_k, height = experts_TK.shape[1], tiling.tiles.rows
         for group, start in enumerate(range(0, num_experts, together)):
             picked_R = slots_E[start : start + together]
-            blocks = self._unpacked(picked_R) if tiling.unpacks else self._stored
+            products = self._unpacked(picked_R) if tiling.unpacks else self._stored
             most = most_tiles(experts_TK.numel(), len(picked_R), height)
-            blocks.run(x_TH, top_k, work, tiling.tiles, group, most)
+            products.run(x_TH, top_k, work, tiling.tiles, group, most)
 
     def _follow_slots(self) -> None:
         slots = self._pool.cache.slot_of_key
@@ -134,7 +134,7 @@ class GroupedExperts:
     ) -> None:  # fmt: skip
         """The host waits once, for what the tokens want; meanwhile it asks what comes ahead."""
         num_experts, height = self._num_experts[layer], tiling.tiles.rows
-        counts_E = self._counts[layer]
+        counts_E, top_k = self._counts[layer], experts_TK.shape[1]
         sort(experts_TK, work, counts_E, self._slots[layer], num_experts, height)
         wanted, likely = told(counts_E), ahead()
         counts = wanted().astype(np.int64)
@@ -144,8 +144,8 @@ class GroupedExperts:
             work, picked, heights = self._tables(work, groups, counts, tiling)
             for number, group in enumerate(groups):
                 self._pool.wait_for(group.slots)
-                blocks = self._unpacked(picked[number]) if tiling.unpacks else self._stored
-                blocks.run(x_TH, experts_TK.shape[1], work, tiling.tiles, number, heights[number])
+                products = self._unpacked(picked[number]) if tiling.unpacks else self._stored
+                products.run(x_TH, top_k, work, tiling.tiles, number, heights[number])
                 if number == 0:
                     self._pool.send_ahead(likely)
 
@@ -173,7 +173,7 @@ class GroupedExperts:
         assert self._pool.workspace_RN is not None
         return len(self._pool.workspace_RN)
 
-    def _unpacked(self, slots_R: Tensor) -> Blocks:
+    def _unpacked(self, slots_R: Tensor) -> Products:
         """The workspace, its first rows the blocks in some slots (int32), made plain."""
         pool = self._pool
         assert self._plain is not None and pool.workspace_RN is not None

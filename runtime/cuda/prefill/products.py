@@ -47,8 +47,8 @@ class Work(NamedTuple):
         )
 
 
-class Blocks:
-    """Blocks in memory, and the two products with them. slots_SN: int16 [S, stored units]."""
+class Products:
+    """Products in memory, and the two products with them. slots_SN: int16 [S, stored units]."""
 
     def __init__(self, block: ExpertBlock, slots_SN: Tensor, layout: KernelLayout) -> None:
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)

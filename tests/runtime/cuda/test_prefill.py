@@ -98,7 +98,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "packed": (7, {"dtype": BF16, "packed": True}),
     "packed, several tiles": (70, {"dtype": BF16, "packed": True, "hidden": 72, "width": 88}),
     "gpt-oss, packed": (7, OSS | {"dtype": BF16, "packed": True, "width": 72}),
-    "packed, tall": (400, {"dtype": BF16, "packed": True, "width": 72}),
+    "packed, tall": (200, {"dtype": BF16, "packed": True, "width": 72}),
 } | {
     name: (7, {"dtype": BF16, "hidden": 96, "width": 32, "encoding": encoding})
     for name, encoding in ENCODINGS.items()
@@ -115,7 +115,7 @@ def test_many_tokens_compute_what_float32_does_whatever_is_resident(name: str) -
     outputs = []
     for num_slots in (EXPERTS, 2, 4):
         prompts = Prompts(twin, num_slots)
-        outputs += [prompts.run(0, x_TH, chosen) for _ in range(2)]
+        outputs += [prompts.run(0, x_TH, chosen) for _ in range(1 + (num_slots != 2))]
         assert prompts.pool.is_full == (num_slots == EXPERTS)
         prompts.pool.cache.check_integrity()
     assert all(torch.equal(one, outputs[0]) for one in outputs)
@@ -125,7 +125,7 @@ def test_many_tokens_compute_what_float32_does_whatever_is_resident(name: str) -
     assert error < {torch.float32: 1e-5, torch.float16: 3e-3, BF16: 2e-2}[x_TH.dtype]
 
 
-@pytest.mark.parametrize("name", ["packed", "gpt-oss in mxfp4"])
+@pytest.mark.parametrize("name", ["packed", "mxfp4"])
 def test_experts_of_many_rows_are_unpacked_first_whatever_is_resident(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +139,7 @@ def test_experts_of_many_rows_are_unpacked_first_whatever_is_resident(
         prompts = Prompts(twin, num_slots)
         prompts.pool.workspace_RN = workspace(twin.expert_block, CPU)[:4]
         prompts.experts = GroupedExperts(prompts.pool, twin.layout, prompts.stats, [EXPERTS])
-        outputs += [prompts.run(0, x_TH, chosen) for _ in range(2)]
+        outputs += [prompts.run(0, x_TH, chosen) for _ in range(1 + (num_slots == EXPERTS))]
     assert all(torch.equal(one, outputs[0]) for one in outputs)
     torch.testing.assert_close(outputs[0], decoded, rtol=2e-2, atol=2e-2)
 
@@ -147,7 +147,7 @@ def test_experts_of_many_rows_are_unpacked_first_whatever_is_resident(
 def test_rows_of_2880_are_no_whole_tiles() -> None:
     options: dict[str, Any] = OSS | {"dtype": BF16, "packed": True}
     twin = Twin(LRU(1, EXPERTS), num_layers=1, num_experts=EXPERTS, num_slots=2, hidden=2880,
-                width=24, **options)  # fmt: skip
+                width=8, **options)  # fmt: skip
     x_TH, chosen = drawn(twin, 3)
     y_TH = Prompts(twin, EXPERTS).run(0, x_TH, chosen)
     ids_TK = torch.where(chosen.experts_TK < EXPERTS, chosen.experts_TK, NO_EXPERT)
@@ -162,7 +162,8 @@ def test_with_every_expert_resident_nobody_waits_and_the_counts_come_when_the_pa
     prompts = Prompts(twin, 2 * EXPERTS)
     x_TH, chosen = drawn(twin, 5)
     for layer in range(2):
-        prompts.run(layer, x_TH, chosen)
+        prompts.experts.run(layer, x_TH, chosen)
+    prompts.experts.end_pass()
     used = chosen.experts_TK[(chosen.experts_TK >= 0) & (chosen.experts_TK < EXPERTS)].unique()
     assert prompts.stats.misses_L.tolist() == [len(used)] * 2
     assert prompts.pool.is_full  # the first pass that ended sent for the rest
