@@ -108,7 +108,7 @@ def sort(
     most = max(num_pairs, most_tiles(num_pairs, num_experts, height))
     sort_pairs[(triton.cdiv(most, SORTED),)](
         experts_TK, work.order_P, work.tiles_N3, work.starts_G, counts_E, slots_E, num_pairs,
-        E=num_experts, GROUP=group, HEIGHT=height, BLOCK_P=SORTED,
+        height, E=num_experts, GROUP=group, BLOCK_P=SORTED,
         BLOCK_E=triton.next_power_of_2(num_experts), COUNTED=COUNTED, num_warps=4,
     )  # fmt: skip
 

@@ -22,10 +22,12 @@ def picked(values_E, is_TE):
     return tl.sum(values_E[None, :] * is_TE, axis=1)
 
 
-@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["counts", "slots"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "height"], do_not_specialize_on_alignment=["counts", "slots"]
+)
 def sort_pairs(
-    ids, order, tiles, starts, counts, slots, num_pairs,
-    E: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, BLOCK_P: tl.constexpr,
+    ids, order, tiles, starts, counts, slots, num_pairs, height,
+    E: tl.constexpr, GROUP: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_E: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Sort the pairs of ids [P] by expert, stably, and cut each expert's rows into tiles.
@@ -53,17 +55,17 @@ def sort_pairs(
     place_P = tl.sum(place_PE * is_PE, axis=1)
     tl.store(order + place_P, at_P, mask=tl.sum(is_PE, axis=1) > 0)
 
-    height_E = (total_E + HEIGHT - 1) // HEIGHT
+    height_E = (total_E + height - 1) // height
     end_E = tl.cumsum(height_E, axis=0)
     num_tiles = tl.sum(height_E, axis=0)
     owner_P = tl.sum((end_E[None, :] <= at_P[:, None]).to(tl.int32), axis=1)
     is_PE = (owner_P[:, None] == expert_E[None, :]).to(tl.int32)
-    first_P = picked(first_E, is_PE) + (at_P - picked(end_E - height_E, is_PE)) * HEIGHT
+    first_P = picked(first_E, is_PE) + (at_P - picked(end_E - height_E, is_PE)) * height
     rest_P = picked(first_E + total_E, is_PE) - first_P
     is_tile_P = at_P < num_tiles
     slot_P = tl.load(slots + owner_P, mask=is_tile_P, other=0)
     tl.store(tiles + at_P * 3, first_P, mask=is_tile_P)
-    tl.store(tiles + at_P * 3 + 1, tl.minimum(rest_P, HEIGHT), mask=is_tile_P)
+    tl.store(tiles + at_P * 3 + 1, tl.minimum(rest_P, height), mask=is_tile_P)
     tl.store(tiles + at_P * 3 + 2, slot_P, mask=is_tile_P)
     if here == 0:
         tl.store(counts + expert_E, total_E, mask=expert_E < E)

@@ -63,7 +63,8 @@ def coded_weights(
     group_G = start // (8 * J) + tl.arange(0, BLOCK_K // (8 * J))
     words = words_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
     scale, zero = scales_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
-    return tl.reshape(weights_in_turn(words, scale, zero, CODE, DTYPE), (N, BLOCK_K))
+    weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
+    return tl.reshape(weights, (N, BLOCK_K)).to(DTYPE)  # in this order: Triton 3.6 fails otherwise
 
 
 @triton.jit
