@@ -78,13 +78,17 @@ class Container:
         return tensor[expert]
 
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        """The experts that a call runs on each row of its hidden states."""
+        """The experts that a call runs on each row of its hidden states.
+
+        Numbers that are no expert's stand for none.
+        """
         _, index, weights = arguments
-        return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
+        return Routes(index, weights)
 
     def routes(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
         """The router's decision for each token."""
-        return self.rows(layer, arguments)
+        index, weights = self.rows(layer, arguments)
+        return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
 
 
 class Dbrx(Container):

@@ -23,8 +23,8 @@ from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.grouped_experts import Products, Tiles, table_of
-from runtime.engine.experts import sort_pairs, spans_of
+from runtime.cuda.prefill.products import Products, Work, sort
+from runtime.cuda.prefill.tiling import Tile, Tiling, most_tiles
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.packed.packing import PATCHES
 
@@ -69,39 +69,49 @@ class Bench(Clock):
     # ------------------------------------------------------------------ prefill
 
     def prefill(self, num_tokens: int) -> Iterator[TimedKernel]:
-        """The grouped products of a prompt."""
-        routes = self._routes(num_tokens)
-        order_P, counts = sort_pairs(routes.experts_TK, self._num_experts)
-        spans = spans_of(counts.tolist())
-        x_TH = self._x(num_tokens)
-        workspace_RN = self._weights_EN if self._block.patches else None
-        products = Products(
-            self._block, self._slots_SN, self._layout, x_TH, order_P, self._top_k, workspace_RN
-        )
-        used = Tiles.of(len(order_P) / len(spans))
-        group = [(span, expert) for expert, span in spans.items()]
-        kernels = {
-            "grouped_gate_up": (products.run_gate_up, used.gate_up, 2),
-            "grouped_down": (products.run_down, used.down, 1),
-        }
-        yield from self._torch_grouped(num_tokens, spans)
-        yield from self._unpacking(num_tokens, len(spans))
-        for name, (launch, in_use, matrices) in kernels.items():
-            for tile in tiles(used.rows, in_use):
-                table = torch.tensor(table_of(group, tile.rows), dtype=torch.int32)
-                seconds = self._seconds(partial(launch, table.to(self._device), tile))
+        """The grouped products of a prompt: out of slots, and out of unpacked blocks."""
+        routes, x_TH = self._routes(num_tokens), self._x(num_tokens)
+        counts = torch.bincount(routes.experts_TK.flatten(), minlength=self._num_experts)
+        ends, num_used = counts.cumsum(0)[counts > 0].tolist(), int((counts > 0).sum())
+        yield from self._torch_grouped(num_tokens, ends)
+        yield from self._unpacking(num_tokens, num_used)
+        block = self._block
+        tiling = Tiling.of(num_tokens * self._top_k, self._num_experts, is_plain=block.is_plain)
+        forms = {"": Products(block, self._slots_SN, self._layout)}
+        if not block.is_plain:
+            forms["plain "] = Products(block.plain, self._weights_EN, self._layout)
+        for form, products in forms.items():
+            for name, tile, launch, matrices in self._launches(products, x_TH, routes, tiling):
+                used = tiling.tiles.gate_up if matrices == 2 else tiling.tiles.down
+                in_use = tile == used
                 yield self._timed(
-                    name,
-                    num_tokens,
-                    str(tuple(tile)),
-                    tile == in_use,
-                    seconds,
-                    matrices,
-                    len(spans),
-                )
+                    form + name, num_tokens, str(tuple(tile)), in_use, self._seconds(launch),
+                    matrices, num_used,
+                )  # fmt: skip
+
+    def _launches(
+        self, products: Products, x_TH: torch.Tensor, routes: Routes, tiling: Tiling
+    ) -> Iterator[tuple[str, Tile, Callable[[], None], int]]:
+        """Both products in every candidate's tiles, with the matrices that they read."""
+        num_pairs, tall = routes.experts_TK.numel(), tiling.tiles
+        work = Work.of(num_pairs, self._num_experts, self._layout, self._device)
+        counts_E = torch.zeros(self._num_experts, dtype=torch.int32, device=self._device)
+        slots_E = torch.arange(self._num_experts, dtype=torch.int32, device=self._device)
+        for tile in self._tiles(tall.rows, tall.gate_up):
+            sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
+            most = most_tiles(num_pairs, self._num_experts, tile.rows)
+            args = x_TH, self._top_k, work, tile, 0, most
+            yield "grouped_gate_up", tile, partial(products.run_gate_up, *args), 2
+        for tile in self._tiles(tall.rows, tall.down):
+            sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
+            most = most_tiles(num_pairs, self._num_experts, tile.rows)
+            yield "grouped_down", tile, partial(products.run_down, work, tile, 0, most), 1
+
+    def _tiles(self, rows: int, in_use: Tile) -> list[Tile]:
+        return tiles(rows, in_use)
 
     def _unpacking(self, num_tokens: int, num_used: int) -> Iterator[TimedKernel]:
-        """Unpacking, which comes before the grouped products of packed experts."""
+        """Unpacking, which comes before the products of prompts that are long."""
         if self._block.patches:
             picked = torch.arange(num_used, dtype=torch.int32, device=self._device)
             to_EN = torch.empty_like(self._weights_EN)
@@ -109,17 +119,17 @@ class Bench(Clock):
             seconds = self._seconds(launch)
             yield self._timed("unpack", num_tokens, "-", True, seconds, 3, num_used)
 
-    def _torch_grouped(self, num_tokens: int, spans: dict[int, slice]) -> Iterator[TimedKernel]:
+    def _torch_grouped(self, num_tokens: int, ends: list[int]) -> Iterator[TimedKernel]:
         """The same products by torch, without activation: a bound for comparison."""
-        layout, ends = self._layout, [span.stop for span in spans.values()]
+        layout = self._layout
         views = self._block.views(self._weights_EN)
         ends_E = torch.tensor(ends, dtype=torch.int32, device=self._device)
         for name, matrices in (("gate_up_proj", 2), ("down_proj", 1)):
-            weights_ENK = views[name][list(spans)] if len(spans) < len(views[name]) else views[name]
+            weights_ENK = views[name][: len(ends)]
             x_PK = torch.randn(ends[-1], weights_ENK.shape[-1], device=self._device)
             launch = partial(torch._grouped_mm, x_PK.to(layout.dtype), weights_ENK.mT, offs=ends_E)
             yield self._timed(f"torch {name}", num_tokens, "torch._grouped_mm", True,
-                              self._seconds(launch), matrices, len(spans))  # fmt: skip
+                              self._seconds(launch), matrices, len(ends))  # fmt: skip
 
     # ------------------------------------------------------------------ decode
 
@@ -182,7 +192,7 @@ class Bench(Clock):
         matrices: int, num_used: float,
     ) -> TimedKernel:  # fmt: skip
         weights = matrices * self._layout.hidden * self._layout.width
-        is_stored = kernel in ("gate_up", "down", "unpack")  # the others read unpacked weights
+        is_stored = not kernel.startswith(("plain", "torch"))  # which read unpacked weights
         ratio = self._block.stored_units / self._block.units if is_stored else 1.0
         return TimedKernel(
             kernel, tokens, candidate, in_use, seconds,

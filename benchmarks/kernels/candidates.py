@@ -8,7 +8,7 @@ import triton
 
 from runtime.cuda.decode.experts.blocks import LEAST_COLUMNS, Blocks
 from runtime.cuda.memory.kernel_layout import KernelLayout
-from runtime.cuda.prefill.grouped_experts import Tile
+from runtime.cuda.prefill.tiling import Tile
 
 LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
 MIDDLE = [

@@ -17,8 +17,7 @@ from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import activate
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.grouped_experts import Products, Tiles, table_of
-from runtime.engine.experts import sort_pairs, spans_of
+from runtime.cuda.prefill.tiling import Tile
 from runtime.weights.arena import Specs
 from runtime.weights.encodings.coded import CodedMatrix, part_name
 
@@ -104,27 +103,14 @@ class CodedBench(Bench):
 
     # ------------------------------------------------------------------ prefill
 
-    def prefill(self, num_tokens: int) -> Iterator[TimedKernel]:
-        """Decoding all used experts, and the grouped products of what comes out."""
-        routes = self._routes(num_tokens)
-        order_P, counts = sort_pairs(routes.experts_TK, self._num_experts)
-        spans = spans_of(counts.tolist())
-        products = Products(
-            self._block, self._slots_SN, self._layout, self._x(num_tokens), order_P, self._top_k,
-            self._weights_EN,
-        )  # fmt: skip
-        yield self._decoding(num_tokens, len(spans))
-        tiles = Tiles.of(len(order_P) / len(spans))
-        table = torch.tensor(table_of([(span, e) for e, span in spans.items()], tiles.rows))
-        table_N3 = table.to(self._device, torch.int32)
-        for name, launch, tile, matrices in (
-            ("grouped_gate_up", products.run_gate_up, tiles.gate_up, 2),
-            ("grouped_down", products.run_down, tiles.down, 1),
-        ):
-            seconds = self._seconds(partial(launch, table_N3, tile))
-            yield self._timed(
-                name, num_tokens, str(tuple(tile)), True, seconds, matrices, len(spans)
-            )
+    def _tiles(self, rows: int, in_use: Tile) -> list[Tile]:
+        return [in_use]
+
+    def _torch_grouped(self, num_tokens: int, ends: list[int]) -> Iterator[TimedKernel]:
+        return iter(())
+
+    def _unpacking(self, num_tokens: int, num_used: int) -> Iterator[TimedKernel]:
+        yield self._decoding(num_tokens, num_used)
 
     def _decoding(self, num_tokens: int, num_used: int) -> TimedKernel:
         """Decoding, which comes before the grouped products; its bytes are read and written."""

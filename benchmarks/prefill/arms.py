@@ -10,7 +10,12 @@ def prefill_arms(settings: PrefillSettings) -> list[Arm]:
     """All arms that the settings ask for. Raises ValueError for an unknown system."""
     check_systems(settings.systems)
     offloaded = [
-        expertflow_arm(NO_CACHE if residency == MIN else "lru", residency)
+        expertflow_arm(
+            NO_CACHE if residency == MIN else settings.policy,
+            residency,
+            prefetch="auto" if settings.prefetch and residency != FULL else False,
+            batch=settings.batch,
+        )
         for residency in (FULL, *settings.residency)
     ]
     arms = {

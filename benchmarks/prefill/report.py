@@ -9,7 +9,7 @@ from benchmarks.prefill.row import PrefillRow
 
 COLUMNS = (
     "arm", "prompt", "ms", "tok/s", "peak GiB", "missed MB", "wasted MB", "link ms",
-    "compute ms", "ratio",
+    "compute ms", "ratio", "same bits",
 )  # fmt: skip
 
 
@@ -39,4 +39,5 @@ def _cells(row: PrefillRow) -> list[str]:
         number(row.link_ms, ".1f"),
         number(row.compute_ms, ".1f"),
         number(row.ratio, ".2f"),
+        "-" if row.same_logits is None else "yes" if row.same_logits else "NO",
     ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.lanes.bound import Measured, set_bounds
 from benchmarks.lanes.record import record_prompt
+from benchmarks.prefill.profiling import profile
 from benchmarks.prefill.report import print_row
 from benchmarks.prefill.row import PrefillRow
 from benchmarks.prefill.settings import PrefillSettings
@@ -33,6 +35,8 @@ class PrefillRunner:
         self._compute_ms: dict[int, float] = {}
         self.lanes: dict[str, dict[str, Any]] = {}
         """By arm and prompt length (`PrefillRow.recording`), the lanes of one prompt as JSON."""
+        self._logits: dict[int, torch.Tensor] = {}
+        """Of the first prompt of each length, with every expert resident."""
 
     def run_all(self, arms: list[Arm]) -> list[PrefillRow]:
         """The rows of every arm, with their bounds."""
@@ -99,6 +103,13 @@ class PrefillRunner:
         for one in timed:
             workload.run(self.subject.model, one.passages, timings)
         self._note(arm, row, timings)
+        if arm.system == "expertflow":
+            self._compare(row, workload.logits(self.subject.model, first.passages, 1))
+            if all_resident and row.prompt == self.settings.profile:
+                num_layers = len(self.subject.topology.stack().layers)
+                profile(
+                    partial(workload.warm_up, self.subject.model, first.passages, 1), num_layers
+                )
         if running.stats is not None:
             self._record(running.stats, workload, timed, row)
 
@@ -119,6 +130,10 @@ class PrefillRunner:
             return
         self.lanes[row.recording] = lanes.to_json()
         row.recorded_ms, row.busy_ms = lanes.us / 1e3, lanes.busy_ms()
+
+    def _compare(self, row: PrefillRow, logits: torch.Tensor) -> None:
+        known = self._logits.setdefault(row.prompt, logits)
+        row.same_logits = None if known is logits else torch.equal(logits, known)
 
     def _note(self, arm: Arm, row: PrefillRow, timings: Timings) -> None:
         row.milliseconds = statistics.median(timings.first_token_s) * 1e3

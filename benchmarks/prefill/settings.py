@@ -19,12 +19,19 @@ class PrefillSettings:
     """Systems to run: expertflow, transformers (all resident), accelerate (experts on the CPU)."""
     residency: list[str] = field(default_factory=lambda: ["0.25", "min"])
     """Shares of the experts in GPU memory, as in benchmarks.decode; `1.0` always runs first."""
-    prompts: list[int] = field(default_factory=lambda: [128, 512, 2048])
+    policy: str = "lru"
+    """Cache policy of every arm of ours but `min`, which keeps nothing."""
+    prefetch: bool = True
+    """Whether the next layer's likely experts are sent ahead, as by default."""
+    prompts: list[int] = field(default_factory=lambda: [32, 512, 2048])
     """Prompt lengths, in tokens."""
     batch: int = 1
     """Prompts that run together."""
     repeats: int = 5
     """Different prompts of each length, after one that is not timed."""
+    profile: int = 0
+    """Length of a prompt to be profiled with every expert resident: the host's time by operation,
+    and the launches of a layer. 0 for none."""
     budget_seconds: float = 200.0
     """Seconds after which no arm begins."""
     device: str = "cuda"

@@ -9,7 +9,7 @@ Only `runtime.loading` imports it, and only for a CUDA device: nothing else need
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from runtime.cache.stats import Stats
 from runtime.cuda.decode.captured_model import CapturedModel
 from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.fused_forward import FusedNorms
 from runtime.cuda.decode.generate import CapturedGenerate
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.decode.predictor_thread import PredictorRequest
@@ -34,7 +35,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_lay
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.prefetching import Prefetching
-from runtime.cuda.prefill.grouped_experts import run_grouped
+from runtime.cuda.prefill.grouped_experts import GroupedExperts
 from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.cuda.share.cpu_share import CpuShare
@@ -74,8 +75,12 @@ class CudaBackend:
         self._streams = StreamOrder(device)
         self.decoder: Decoder | None = None
         self._share: CpuShare | None = None
+        self._grouped: GroupedExperts | None = None
         self._generate: CapturedGenerate | None = None
         self._rows: RowDecoder | None = None
+        self._norms = FusedNorms(source.model)
+        self._passes: list[ExitStack] = []
+        """What the running forward passes, one within the other, put in place."""
         self._seconds_per_load: float | None = None
         self._has_begun = False
         """Whether the policy has begun the next pass, which is being predicted beside it."""
@@ -97,6 +102,8 @@ class CudaBackend:
             routers = [router_of(source.model, layer) for layer in source.layers]
             self._look_ahead = LookAhead(source.layers, self._pools, routers, self.prefetches)
             if self._layout is not None:
+                counts = [layer.num_experts for layer in source.layers]
+                self._grouped = GroupedExperts(self._pools[0], self._layout, self.stats, counts)
                 model = CapturedModel(source, options, device)
                 device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
                 driver = PolicyDriver(policy, device_cache, self.stats, forecaster)
@@ -225,16 +232,24 @@ class CudaBackend:
     def begin_forward(self) -> None:
         """The host's slot table becomes the truth.
 
-        The pass's attention leaves cuDNN alone, which builds a plan for every new length, tens of
-        milliseconds each, and in bfloat16 may give other bits in the next run.
+        Norms run in one kernel each, where experts do. The pass's attention leaves cuDNN alone,
+        which builds a plan for every new length, tens of milliseconds each, and in bfloat16 may
+        give other bits in the next run.
         """
         self._streams.follow()
         if self.decoder is not None:
             self._device_cache.download()
-        CUDNN_ATTENTION.turn_off()
+        with ExitStack() as changes:
+            if self.decoder is not None:
+                changes.enter_context(self._norms.in_use())
+            CUDNN_ATTENTION.turn_off()
+            changes.callback(CUDNN_ATTENTION.turn_back)
+            self._passes.append(changes.pop_all())
 
     def end_forward(self, *_: Any) -> None:
-        CUDNN_ATTENTION.turn_back()
+        self._passes.pop().close()
+        if self._grouped is not None:
+            self._grouped.end_pass()
 
     def begin_step(self, forecast: Forecast | None) -> None:
         if not self._has_begun:
@@ -242,10 +257,11 @@ class CudaBackend:
         self._has_begun = False
 
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
-        ahead, pool = self._look_ahead.after(index, hidden_TH), self._pools[index]
-        if self._layout is not None:
-            return run_grouped(pool, self._layout, index, hidden_TH, routes, ahead)
-        return run_experts(layer, hidden_TH, routes, partial(pool.serve, index, ahead=ahead))
+        ahead = partial(self._look_ahead.after, index, hidden_TH)
+        if self._grouped is not None:
+            return self._grouped.run(index, hidden_TH, routes, ahead)
+        serve = partial(self._pools[index].serve, index, ahead=ahead)
+        return run_experts(layer, hidden_TH, routes, serve)
 
     def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
         return self._host.read(index, expert)
@@ -283,7 +299,7 @@ class CudaBackend:
         torch.cuda.synchronize()
         if self._generate is not None:
             self._generate.batch_decoder.drain()
-        self._rows = None
+        self._rows = self._grouped = None
         if self.decoder is not None:
             self.decoder.close()
         for pool in dict.fromkeys(self._pools):

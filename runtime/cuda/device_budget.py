@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.cuda.memory.host_dense import movable_bytes
 from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
-from runtime.cuda.prefill.streaming_pool import workspace_bytes
+from runtime.cuda.prefill.slots import workspace_bytes
 from runtime.kv.size import storage_bytes
 from runtime.sizing.budget import SlotBudget, slot_budget
 from runtime.weights.arena import expert_bytes

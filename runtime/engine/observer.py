@@ -9,6 +9,8 @@ import weakref
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from routing.layers import MoELayer, read_routes
 from runtime.cache.forecast import Forecast
@@ -26,11 +28,11 @@ class NoObserver:
     forecaster: Forecaster | None = None
     route_log: RouteLog | None = None
 
-    def begin_step(self) -> dict[int, np.ndarray]:
+    def begin_step(self) -> dict[int, Tensor]:
         """A step is about to run. Returns what `resume` takes when it has ended."""
         return {}
 
-    def resume(self, outer: dict[int, np.ndarray]) -> None:
+    def resume(self, outer: dict[int, Tensor]) -> None:
         """Go on with the step within which the last one ran, if there is one."""
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
@@ -74,15 +76,17 @@ class Observer(NoObserver):
         self.forecaster, self.route_log = forecaster, route_log
         self._layers, self._map, self._backend = layers, map, backend
         self._stats: Stats = backend.stats
-        self._routes: dict[int, np.ndarray] = {}
+        self._routes: dict[int, Tensor] = {}
+        """The experts [T, K] of each layer that has run, on its device: the host takes them all
+        at once when the step has ended."""
         self._cache: weakref.ref[Any] | None = None
         """The key/value cache of the last step."""
 
-    def begin_step(self) -> dict[int, np.ndarray]:
+    def begin_step(self) -> dict[int, Tensor]:
         outer, self._routes = self._routes, {}
         return outer
 
-    def resume(self, outer: dict[int, np.ndarray]) -> None:
+    def resume(self, outer: dict[int, Tensor]) -> None:
         self._routes = outer
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
@@ -101,12 +105,11 @@ class Observer(NoObserver):
         return forecast and self._map.spread(forecast)
 
     def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        experts_TK = read_routes(self._layers[index], args, kwargs).experts_TK
-        self._routes[index] = experts_TK.cpu().numpy()
+        self._routes[index] = read_routes(self._layers[index], args, kwargs).experts_TK
 
     def routes(self, num_tokens: int) -> np.ndarray:
         """NO_EXPERT where a token uses none, or a layer did not run."""
-        return self._map.routes(self._routes, num_tokens)
+        return self._map.routes(_on_host(self._routes), num_tokens)
 
     def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
         return np.take(per_layer, self._map.rows, axis)
@@ -138,6 +141,18 @@ class Observer(NoObserver):
         forecaster.observe(routes_BLK)
         if routes_BTLK.shape[1] == 1 and forecaster.this_BLE is not None:
             self._stats.count_recall(forecaster.this_BLE, routes_BLK)
+
+
+def _on_host(routes: dict[int, Tensor]) -> dict[int, np.ndarray]:
+    """Tensors of any shapes on the host, in one copy."""
+    if not routes:
+        return {}
+    flat = torch.cat([experts.reshape(-1) for experts in routes.values()]).cpu()
+    parts = flat.split([experts.numel() for experts in routes.values()])
+    return {
+        index: part.view(experts.shape).numpy()
+        for (index, experts), part in zip(routes.items(), parts, strict=True)
+    }
 
 
 def build_observer(

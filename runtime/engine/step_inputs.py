@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +51,7 @@ def read_inputs(
             "an offloaded model cannot be traced: which experts run is decided in every call; "
             "call model.expertflow.detach() first"
         )
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    names = _argument_names(type(model).forward)
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     prefix = "decoder_" if model.config.is_encoder_decoder else ""  # type: ignore[union-attr]
     token_ids = kwargs.get(f"{prefix}input_ids")
@@ -64,6 +66,11 @@ def read_inputs(
         int((positions_BT != PADDING).sum()),
         kwargs.get("past_key_values"),
     )
+
+
+@cache
+def _argument_names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _past_length(cache: Any) -> int:

@@ -76,6 +76,8 @@ class SharedLayer(StaticLayer):
     def __init__(self, cache: SharedCache, storage: Storage, index: int) -> None:
         super().__init__(max_cache_len=storage.context)
         self._cache, self._storage, self._index = cache, storage, index
+        self.length = 0
+        """Tokens here, as far as prompts go; captured steps count on the device."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -90,15 +92,35 @@ class SharedLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._cache.step is None:
-            return super().update(key_states, value_states, *args, **kwargs)
+        """A prompt that begins here attends to its own keys alone, not to all of the storage."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        self._cache.step.write(self.keys, self.values, key_states, value_states)
-        return self.keys, self.values
+        if self._cache.step is not None:
+            self._cache.step.write(self.keys, self.values, key_states, value_states)
+            return self.keys, self.values
+        before, self.length = self.length, self.length + key_states.shape[-2]
+        if before:
+            self.cumulative_length.fill_(before)
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys[:, :, : self.length].copy_(key_states)
+        self.values[:, :, : self.length].copy_(value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._cache.step is None and not self.length:
+            return query_length, 0
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length)
+        return sizes
+
+    def get_seq_length(self) -> Any:
+        """Known on the host but within captured steps."""
+        return self.length if self._cache.step is None else super().get_seq_length()
 
     def reset(self) -> None:
         """Start a new sequence. What the storage holds is masked out, but must be finite."""
         self._storage.claim(self)
+        self.length = 0
         self.cumulative_length.zero_()
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
@@ -112,9 +134,10 @@ class SharedCache(Cache):
     def __init__(self, storage: Storage, num_layers: int) -> None:
         self.step: StepTokens | None = None
         """The tokens of the step that runs; None: of a prompt, behind what is there."""
-        self._num_layers = num_layers
+        self._num_layers, self._storage = num_layers, storage
         self._lengths_L: Tensor | None = None
-        super().__init__(layers=[SharedLayer(self, storage, index) for index in range(num_layers)])
+        self._own_layers = [SharedLayer(self, storage, index) for index in range(num_layers)]
+        super().__init__(layers=list(self._own_layers))
 
     def lengths(self, device: torch.device) -> Tensor:
         """Tokens in each layer, int64 [L]."""
@@ -124,5 +147,19 @@ class SharedCache(Cache):
 
     def set_length(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""
+        for layer in self._own_layers:
+            layer.length = length
         if self._lengths_L is not None:
             self._lengths_L.fill_(length)
+
+    def reset(self) -> None:
+        """As the layers' own, in a few launches for all of them."""
+        stored: list[Tensor] = []
+        for layer in self._own_layers:
+            self._storage.claim(layer)
+            if layer.is_initialized:
+                assert layer.keys is not None and layer.values is not None
+                stored += [layer.keys, layer.values]
+        self.set_length(0)
+        if stored:
+            torch._foreach_zero_(stored)

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from routing.layers import Routes
 from runtime.cache.expert_cache import ExpertCache
 from runtime.cache.policies import LFU, LRU
 from runtime.cache.policy import Policy
@@ -45,7 +46,8 @@ from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.grouped_experts import TILES, Products
+from runtime.cuda.prefill.products import Products, Work, combined, sort
+from runtime.cuda.prefill.tiling import TILES
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
@@ -204,16 +206,19 @@ class Kernels:
 
     def prefill(self) -> None:
         """One layer of many tokens, in tiles of every height."""
-        size = self.size
+        size, block = self.size, self.expert_block
         x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
-        order_P = torch.zeros(64 * size.top_k, dtype=torch.int64)
-        workspace_RN = empty(4, self.expert_block.units, dtype=torch.int16)
-        products = Products(
-            self.expert_block, self.slots_SN, self.layout, x_TH, order_P, size.top_k, workspace_RN
-        )
+        experts_TK = torch.zeros(64, size.top_k, dtype=torch.int64)
+        work = Work.of(experts_TK.numel(), size.num_experts, self.layout, CPU)
+        numbers_E = torch.zeros(size.num_experts, dtype=torch.int32)
+        workspace_RN = empty(4, block.units, dtype=torch.int16)
+        unpack_blocks(block, self.slots_SN, numbers_E[:4], workspace_RN)
         for tiles in TILES:
-            products.run([(slice(0, tiles.rows), 0)], tiles)
-        products.combined(torch.zeros(64, size.top_k, dtype=torch.bfloat16))
+            sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, tiles.rows)
+            for blocks in (block, self.slots_SN), (block.plain, workspace_RN):
+                Products(*blocks, self.layout).run(x_TH, size.top_k, work, tiles, 0, 8)
+        weights_TK = torch.zeros(64, size.top_k, dtype=torch.bfloat16)
+        combined(x_TH, Routes(experts_TK, weights_TK), work, size.num_experts)
 
     def dense(self, batch: int) -> None:
         """Embedding and head in host memory."""
@@ -228,9 +233,7 @@ def compile_coded(kernels: Kernels) -> None:
     for resident in (False, True):
         kernels.decode(1, LRU, resident=resident)
         kernels.decode(8, LRU, resident=resident)
-    workspace_RN = empty(4, kernels.expert_block.units, dtype=torch.int16)
-    picked = torch.zeros(4, dtype=torch.int32)
-    unpack_blocks(kernels.expert_block, kernels.slots_SN, picked, workspace_RN)
+    kernels.prefill()
 
 
 SMALL_HEADS = "small-heads"

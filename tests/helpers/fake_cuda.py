@@ -49,6 +49,9 @@ class Stream:
     def synchronize(self) -> None:
         pass
 
+    def query(self) -> bool:
+        return False  # as far as anybody has looked
+
 
 def without_streams(patch: pytest.MonkeyPatch) -> None:
     """Everything happens at once, in the order of the calls."""

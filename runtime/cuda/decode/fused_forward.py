@@ -1,6 +1,7 @@
-"""A model's forward with its RMS norms and small top-k in one kernel each, for captured steps.
+"""A model's forward with its RMS norms and small top-k in one kernel each.
 
-A norm is recognised by what it computes on random numbers, not by its class.
+A norm is recognised by what it computes on random numbers, not by its class. Captured steps have
+both fused, other forward passes their norms.
 """
 
 from __future__ import annotations
@@ -25,28 +26,35 @@ class FusedForward:
     """`model.forward` with fused operations. The first call, not captured, tries the norms."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._forward = model, model.forward
-        self._norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
+        self._forward, self._norms = model.forward, FusedNorms(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; its modules are their own again afterwards."""
-        if self._norms is None:
-            found = ((module, fused_norm(module)) for module in self._model.modules())
-            self._norms = [(module, fused) for module, fused in found if fused is not None]
-        with _replaced(self._norms), FusedTopK():
+        with self._norms.in_use(), FusedTopK():
             return self._forward(*args, **kwargs)
 
 
-@contextmanager
-def _replaced(norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
-    replaced = [(norm, fused) for norm, fused in norms if "forward" not in norm.__dict__]
-    try:
-        for norm, fused in replaced:
-            norm.__dict__["forward"] = fused
-        yield
-    finally:
-        for norm, _ in replaced:
-            norm.__dict__.pop("forward", None)
+class FusedNorms:
+    """The RMS norms of `model` in one kernel each, which are found at first use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._norms: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block the modules run fused."""
+        if self._norms is None:
+            found = ((module, fused_norm(module)) for module in self._model.modules())
+            self._norms = [(module, fused) for module, fused in found if fused is not None]
+        replaced = [norm for norm in self._norms if "forward" not in norm[0].__dict__]
+        try:
+            for norm, fused in replaced:
+                norm.__dict__["forward"] = fused
+            yield
+        finally:
+            for norm, _ in replaced:
+                norm.__dict__.pop("forward", None)
 
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -66,6 +74,8 @@ def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     def forward(x: Tensor) -> Tensor:
         held: Any = module.weight
         if x.dtype != held.dtype or x.device != held.device or not x.is_contiguous():
+            return own(x)
+        if torch.is_grad_enabled() and (x.requires_grad or held.requires_grad):
             return own(x)
         return rms_norm(x, held, getattr(module, name), late=late)
 

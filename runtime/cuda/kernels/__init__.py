@@ -5,7 +5,7 @@ experts     gate, up and down projections out of slots; packed, unpacked: readin
 transfer    pinned memory to slots; prefetch: which expert to fetch ahead
 coded       matrices in codes, decoded in registers
 unpack      packed expert blocks, and those in codes, to plain ones
-grouped     products of many tokens, grouped by expert
+grouped     products of many tokens, sorted by expert
 attention   single tokens over long rows of a key/value cache, and the writing of theirs
 custom_ops  operators for torch.compile
 """

@@ -120,13 +120,13 @@ def packed_tile(
 @triton.jit
 def patches_of(
     block, row, start, FIRST: tl.constexpr, WIDTH: tl.constexpr, MATRICES: tl.constexpr,
-    CHUNK: tl.constexpr, PATCHES: tl.constexpr,
+    CHUNK: tl.constexpr, PATCHES: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Row (-1 for none), column and bits of some patches of a matrix's rows from `row` on: of its
-    entries start .. start + BLOCK_P.
+    entries start .. start + ENTRIES.
     """
     first = (FIRST + row * WIDTH) // CHUNK * PATCHES
-    entry_P = first + start + tl.arange(0, BLOCK_P)
+    entry_P = first + start + tl.arange(0, ENTRIES)
     mask_P = (entry_P % PATCHES != 0) & (entry_P < MATRICES // CHUNK * PATCHES)
     patch_P = tl.load(patches_in(block, MATRICES) + entry_P, mask=mask_P, other=0)
     unit_P = entry_P // PATCHES * CHUNK + (patch_P >> 16) - FIRST
@@ -152,7 +152,7 @@ def patched_one(
     sums_N = tl.zeros([N], tl.float32)
     for start in tl.static_range(0, num_entries(SPAN, WIDTH, CHUNK, PATCHES), BLOCK_P):
         row_P, column_P, patch_P = patches_of(
-            block, row, start, FIRST, WIDTH, MATRICES, CHUNK, PATCHES
+            block, row, start, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, BLOCK_P
         )
         x_P = tl.load(x + column_P, mask=row_P >= 0, other=0.0).to(tl.float32)
         product_P = first_of(patch_P) * x_P
@@ -162,20 +162,18 @@ def patched_one(
 
 
 @triton.jit
-def patched_some(
-    x, num_tokens, block, row, rows_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+def add_patches(
+    sums_MN, x, row_M, mask_M, block, row, rows_N, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, CHUNK: tl.constexpr, PATCHES: tl.constexpr, SPAN: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The same for several vectors [*, WIDTH]: [M, N]."""
-    sums_MN = tl.zeros([M, N], tl.float32)
-    token_M = tl.arange(0, M)
-    for start in range(0, num_entries(SPAN, WIDTH, CHUNK, PATCHES), BLOCK_P):
+    """Add the same for several vectors, some rows of x [*, WIDTH], to sums [M, N]."""
+    ENTRIES: tl.constexpr = BLOCK_P if sums_MN.shape[0] <= 32 else BLOCK_P // 2  # fit registers
+    for start in range(0, num_entries(SPAN, WIDTH, CHUNK, PATCHES), ENTRIES):
         row_P, column_P, patch_P = patches_of(
-            block, row, start, FIRST, WIDTH, MATRICES, CHUNK, PATCHES
+            block, row, start, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, ENTRIES
         )
-        mask_MP = (token_M < num_tokens)[:, None] & (row_P >= 0)[None, :]
-        x_MP = tl.load(x + token_M[:, None] * WIDTH + column_P[None, :], mask=mask_MP, other=0.0)
+        mask_MP = mask_M[:, None] & (row_P >= 0)[None, :]
+        x_MP = tl.load(x + row_M[:, None] * WIDTH + column_P[None, :], mask=mask_MP, other=0.0)
         weight_P = first_half(patch_P)
         weight_PN = tl.where(row_P[:, None] == rows_N[None, :], weight_P[:, None], 0.0)
         sums_MN = tl.dot(x_MP, weight_PN, sums_MN)
@@ -259,7 +257,8 @@ def packed_rows_of(
             sums_MN = dot_word(sums_MN, words(low, codes, 1), x_1, x_3)
             sums_MN = dot_word(sums_MN, words(low, codes, 2), x_4, x_6)
             sums_MN = dot_word(sums_MN, words(low, codes, 3), x_5, x_7)
-        product_MN = sums_MN * UP_AGAIN + patched_some(
-            x, num_tokens, block, row, rows_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES, SPAN, M, N
+        product_MN = sums_MN * UP_AGAIN + add_patches(
+            tl.zeros([M, N], tl.float32), x, token_M, token_M < num_tokens, block, row, rows_N,
+            FIRST, WIDTH, MATRICES, CHUNK, PATCHES, SPAN,
         )  # fmt: skip
     return product_MN

@@ -31,7 +31,7 @@ def in_turn(even, odd):
     return (first.to(tl.int64) & 0xFFFFFFFF) | (second.to(tl.int64) << 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def unpack(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, MATRICES: tl.constexpr,
     CHUNK: tl.constexpr, PATCHES: tl.constexpr,
@@ -68,7 +68,7 @@ def unpack(
 
 @triton.jit
 def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr):
-    """The weights of words [N, G, J]: [N, G, J, 2, 2, 2], exact whatever their scale."""
+    """The weights of words [N, G, J]: [N, G, J, 2, 2, 2] in float32, exact whatever their scale."""
     w_0, w_4 = weights_of(words, 0, scale, zero, CODE.kind, CODE.product, DTYPE, True)
     w_1, w_5 = weights_of(words, 1, scale, zero, CODE.kind, CODE.product, DTYPE, True)
     w_2, w_6 = weights_of(words, 2, scale, zero, CODE.kind, CODE.product, DTYPE, True)
@@ -77,10 +77,10 @@ def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr)
         w_2, w_3, w_4, w_5, w_6, w_7 = w_4, w_5, w_2, w_3, w_6, w_7
     even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
     odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
-    return tl.join(even, odd).to(DTYPE)
+    return tl.join(even, odd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def decode(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, START: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, CODE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,10 +108,10 @@ def decode(
     into = to + row.to(tl.int64) * record_elements(to, UNITS) + START
     mask_NK = mask_N[:, None] & (column_K < K)[None, :]
     at_NK = rows_N[:, None] * K + column_K[None, :]
-    tl.store(into + at_NK, tl.reshape(weights, (BLOCK_N, BLOCK_K)), mask=mask_NK)
+    tl.store(into + at_NK, tl.reshape(weights, (BLOCK_N, BLOCK_K)).to(DTYPE), mask=mask_NK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked"])
 def copy_behind(
     to, slots, picked, UNITS: tl.constexpr, STORED: tl.constexpr, TO: tl.constexpr,
     SOURCE: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,

@@ -1,166 +1,185 @@
-"""A layer's experts for many tokens: groups of experts run as they arrive in their slots."""
+"""A layer's experts for many tokens: in one go where all are resident, else as they arrive.
+
+    all resident   sort | gate_up | down | combine              the host waits for nothing
+    else           sort | (host: what is missing?) | residents: gate_up, down | arrived: gate_up,
+                   down | ... | combine
+
+Both run the same kernels with the same tiles, so what is resident changes no bit. The counts that
+the host wants of a pass in which all was resident come when it has ended.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from itertools import pairwise
 
+import numpy as np
 import torch
-import triton
 from torch import Tensor
 
 from routing.layers import Routes
-from runtime.cuda.kernels.grouped import combine, grouped_down, grouped_gate_up
-from runtime.cuda.memory.expert_block import ExpertBlock
-from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
+from runtime.cache.expert_cache import Lookup
+from runtime.cache.stats import Stats
+from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import unpack_blocks
-from runtime.cuda.prefill.streaming_pool import Ahead, StreamingPool
-from runtime.engine.experts import sort_pairs, spans_of
+from runtime.cuda.prefill.products import Products, Work, combined, sort
+from runtime.cuda.prefill.streaming_pool import Ahead, Group, StreamingPool, nothing_ahead
+from runtime.cuda.prefill.telling import on_device, told
+from runtime.cuda.prefill.tiling import Tiling, most_tiles, table_of
 
 
-class Tile(NamedTuple):
-    """A program's part of a matrix product, and how it is compiled."""
+class GroupedExperts:
+    """The experts calls of forward passes over the slots of `pool`, all of one `layout`.
 
-    rows: int
-    columns: int
-    inner: int = 64
-    """Of the summed dimension, at a time."""
-    warps: int = 4
-    stages: int = 3
-    """Loads under way."""
-
-
-class Tiles(NamedTuple):
-    """Of the two products; they share their rows."""
-
-    gate_up: Tile
-    down: Tile
-
-    @property
-    def rows(self) -> int:
-        return self.gate_up.rows
-
-    @staticmethod
-    def of(num_rows: float) -> Tiles:
-        """The least height that so many rows of an expert fill, else the greatest."""
-        return next((tiles for tiles in TILES if num_rows <= tiles.rows), TILES[-1])
-
-
-TILES = (
-    Tiles(Tile(16, 64, 128), Tile(16, 64, 128)),
-    Tiles(Tile(64, 64), Tile(64, 64, 128)),
-    Tiles(Tile(128, 64, warps=8), Tile(128, 128, warps=8)),
-)
-"""Ascending. By `benchmarks.kernels` on an H100, within the memory of smaller GPUs."""
-
-
-def run_grouped(
-    pool: StreamingPool, layout: KernelLayout, layer: int, hidden_TH: Tensor, routes: Routes,
-    ahead: Ahead | None = None,
-) -> Tensor:  # fmt: skip
-    """The experts call of `layer`: [T, H]. A token's results are summed in top-k order.
-
-    The host waits once, for what the tokens want; what `ahead` wants comes with it.
-    """
-    top_k = routes.experts_TK.shape[1]
-    order_P, counts = sort_pairs(routes.experts_TK, pool.num_experts)
-    told = (counts if ahead is None else torch.cat([counts, ahead.wanted_E])).cpu()
-    spans = spans_of(told[: len(counts)].tolist())
-    if ahead is not None:
-        ahead = ahead._replace(wanted_E=told[len(counts) :])
-    products = Products(
-        pool.expert_block, pool.slots_SN, layout, hidden_TH, order_P, top_k, pool.workspace_RN
-    )
-    if sum(span.stop - span.start for span in spans.values()) < len(order_P):
-        products.y_PH.zero_()  # some pairs are of no expert
-    tiles = Tiles.of(len(order_P) / max(len(spans), 1))
-    for group in pool.serve_groups(layer, list(spans), ahead):
-        products.run([(spans[expert], slot) for expert, slot in group], tiles)
-    return products.combined(routes.weights_TK)
-
-
-def table_of(group: list[tuple[slice, int]], height: int) -> list[tuple[int, int, int]]:
-    """Of some experts' (rows, slot), each tile's (first row, number of rows, slot)."""
-    return [
-        (first, min(height, span.stop - first), slot)
-        for span, slot in group
-        for first in range(span.start, span.stop, height)
-    ]
-
-
-class Products:
-    """The two matrix products of one layer call, for one group of experts after the other.
-
-    order_P: int64, the pairs token * K + k, sorted by expert. workspace_RN: int16, where records
-    that are packed or in codes become plain, R at a time.
+    num_experts: of each layer.
     """
 
     def __init__(
-        self,
-        block: ExpertBlock,
-        slots_SN: Tensor,
-        layout: KernelLayout,
-        x_TH: Tensor,
-        order_P: Tensor,
-        top_k: int,
-        workspace_RN: Tensor | None = None,
+        self, pool: StreamingPool, layout: KernelLayout, stats: Stats, num_experts: list[int]
     ) -> None:
-        self._stored_SN, self._workspace_RN = slots_SN, workspace_RN
-        self._expert_block, self._layout, self._top_k = block, layout, top_k
-        self._x_TH, self._order_P = x_TH.contiguous(), order_P
-        self._slots_SN = (slots_SN if workspace_RN is None else workspace_RN).view(layout.dtype)
-        self._h_PW = x_TH.new_empty(len(order_P), layout.width)
-        self.y_PH = x_TH.new_empty(len(order_P), layout.hidden)
-
-    def run(self, group: list[tuple[slice, int]], tiles: Tiles) -> None:
-        """Run some experts, given as (their rows, slot)."""
-        if self._workspace_RN is None:
-            self._run(group, tiles)
-            return
-        size = len(self._workspace_RN)
-        for start in range(0, len(group), size):
-            some = group[start : start + size]
-            picked_R = self._on_device([slot for _, slot in some])
-            unpack_blocks(self._expert_block, self._stored_SN, picked_R, self._workspace_RN)
-            self._run([(span, row) for row, (span, _) in enumerate(some)], tiles)
-
-    def _run(self, group: list[tuple[slice, int]], tiles: Tiles) -> None:
-        table_N3 = self._on_device(table_of(group, tiles.rows))
-        self.run_gate_up(table_N3, tiles.gate_up)
-        self.run_down(table_N3, tiles.down)
-
-    def _on_device(self, numbers: list[Any]) -> Tensor:
-        table = torch.tensor(numbers, dtype=torch.int32)
-        return table.to(self._x_TH.device, non_blocking=True)
-
-    def run_gate_up(self, table_N3: Tensor, tile: Tile) -> None:
-        """The first product, of the tiles in int32 `table_N3` on the device."""
-        shape, block = self._layout, self._expert_block
-        grouped_gate_up[(len(table_N3), triton.cdiv(shape.width, tile.columns))](
-            self._x_TH, self._order_P, self._h_PW, self._slots_SN, table_N3,
-            UNITS=block.units, UP=block.start("gate_up_proj"),
-            UP_BIAS=block.start("gate_up_proj_bias"), H=shape.hidden, W=shape.width, K=self._top_k,
-            ACT=ACTIVATIONS.index(shape.activation), ALTERNATING=shape.alternating,
-            HAS_BIAS=shape.has_bias, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_H=tile.inner,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-    def run_down(self, table_N3: Tensor, tile: Tile) -> None:
-        """The second product."""
-        shape, block = self._layout, self._expert_block
-        grouped_down[(len(table_N3), triton.cdiv(shape.hidden, tile.columns))](
-            self._h_PW, self._order_P, self.y_PH, self._slots_SN, table_N3,
-            UNITS=block.units, DOWN=block.start("down_proj"),
-            DOWN_BIAS=block.start("down_proj_bias"), H=shape.hidden, W=shape.width,
-            HAS_BIAS=shape.has_bias, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_W=tile.inner,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-    def combined(self, weights_TK: Tensor) -> Tensor:
-        """[T, H], the weighted sums over each token's experts."""
-        out_TH = torch.empty_like(self._x_TH)
-        hidden = self._layout.hidden
-        block = min(1024, triton.next_power_of_2(hidden))
-        combine[(len(out_TH), triton.cdiv(hidden, block))](
-            self.y_PH, weights_TK.contiguous(), out_TH, H=hidden, K=self._top_k, BLOCK=block
+        self._pool, self._layout, self._stats = pool, layout, stats
+        self._device, self._num_experts = pool.device, num_experts
+        block, workspace_RN = pool.expert_block, pool.workspace_RN
+        self._stored = Products(block, pool.slots_SN, layout)
+        self._plain = None if workspace_RN is None else Products(block.plain, workspace_RN, layout)
+        shape = len(num_experts), max(num_experts)
+        self._counts_LE, self._slots_LE = torch.zeros(
+            2, *shape, dtype=torch.int32, device=self._device
         )
-        return out_TH
+        self._counts = _rows(self._counts_LE, num_experts)
+        self._slots = _rows(self._slots_LE, num_experts)
+        """The slot of each expert, of the layers of a full pool."""
+        self._known_slots = np.zeros(0, np.int64)
+        """What is in `_slots_LE`."""
+        self._work: Work | None = None
+        self._ran: list[int] = []
+        """Layers of the running pass whose counts the host does not know yet."""
+
+    def end_pass(self) -> None:
+        """A forward pass has ended: count what ran, and free its memory.
+
+        Where all experts have a slot, those that it did not bring begin to come.
+        """
+        self._work = None
+        self._count()
+        if self._stats.all_fit and self._pool.cache.num_resident and not self._pool.is_full:
+            self._pool.fill()
+
+    def _count(self) -> None:
+        ran, self._ran = self._ran, []
+        if not ran:
+            return
+        counts_LE = self._counts_LE.cpu().numpy()
+        for layer in ran:
+            needed = np.flatnonzero(counts_LE[layer])
+            self._pool.cache.policy.touch(layer, needed)
+            self._stats.count(layer, Lookup(needed, needed, np.zeros(len(needed), bool), 0), 0)
+
+    # ------------------------------------------------------------------ an experts call
+
+    def run(
+        self, layer: int, hidden_TH: Tensor, routes: Routes,
+        ahead: Callable[[], Ahead | None] = nothing_ahead,
+    ) -> Tensor:  # fmt: skip
+        """The experts call of `layer`: [T, H]. A token's results are summed in top-k order.
+
+        ahead: asked where something may be missing; what is missing of it follows.
+        """
+        x_TH, num_pairs = hidden_TH.contiguous(), routes.experts_TK.numel()
+        routes = Routes(routes.experts_TK.contiguous(), routes.weights_TK.contiguous())
+        if not num_pairs:
+            return torch.zeros_like(x_TH)
+        if self._work is None or len(self._work.order_P) != num_pairs:
+            most = max(self._num_experts)
+            self._work = Work.of(num_pairs, most, self._layout, self._device)
+        work = self._work
+        tiling = Tiling.of(num_pairs, self._num_experts[layer], is_plain=self._plain is None)
+        if self._pool.is_full:
+            self._run_full(layer, x_TH, routes.experts_TK, tiling, work)
+        else:
+            self._run_arriving(layer, x_TH, routes.experts_TK, tiling, work, ahead)
+        return combined(x_TH, routes, work, self._num_experts[layer])
+
+    def _run_full(
+        self, layer: int, x_TH: Tensor, experts_TK: Tensor, tiling: Tiling, work: Work
+    ) -> None:
+        """Every expert has its slot: nobody has to know which are used."""
+        if layer in self._ran:  # a layer that runs twice in a pass
+            self._count()
+        self._follow_slots()
+        self._pool.wait_for_layer(layer)
+        slots_E, num_experts = self._slots[layer], self._num_experts[layer]
+        places_E, together = slots_E, num_experts
+        if tiling.unpacks:
+            together = self._room
+            places_E = (torch.arange(num_experts, device=self._device) % together).int()
+        sort(experts_TK, work, self._counts[layer], places_E, together, tiling.tiles.rows)
+        self._ran.append(layer)
+        top_k, height = experts_TK.shape[1], tiling.tiles.rows
+        for group, start in enumerate(range(0, num_experts, together)):
+            picked_R = slots_E[start : start + together]
+            products = self._unpacked(picked_R) if tiling.unpacks else self._stored
+            most = most_tiles(experts_TK.numel(), len(picked_R), height)
+            products.run(x_TH, top_k, work, tiling.tiles, group, most)
+
+    def _follow_slots(self) -> None:
+        slots = self._pool.cache.slot_of_key
+        if not np.array_equal(slots, self._known_slots):
+            self._known_slots = slots.copy()
+            self._slots_LE.copy_(torch.from_numpy(self._known_slots).view(self._slots_LE.shape))
+
+    def _run_arriving(
+        self, layer: int, x_TH: Tensor, experts_TK: Tensor, tiling: Tiling, work: Work,
+        ahead: Callable[[], Ahead | None],
+    ) -> None:  # fmt: skip
+        """The host waits once, for what the tokens want; meanwhile it asks what comes ahead."""
+        num_experts, height = self._num_experts[layer], tiling.tiles.rows
+        counts_E, top_k = self._counts[layer], experts_TK.shape[1]
+        sort(experts_TK, work, counts_E, self._slots[layer], num_experts, height)
+        wanted, likely = told(counts_E), ahead()
+        counts = wanted().astype(np.int64)
+        for groups in self._pool.waves(layer, np.flatnonzero(counts)):
+            if tiling.unpacks:
+                groups = [part for group in groups for part in group.parts(self._room)]
+            work, picked, heights = self._tables(work, groups, counts, tiling)
+            for number, group in enumerate(groups):
+                self._pool.wait_for(group.slots)
+                products = self._unpacked(picked[number]) if tiling.unpacks else self._stored
+                products.run(x_TH, top_k, work, tiling.tiles, number, heights[number])
+                if number == 0:
+                    self._pool.send_ahead(likely)
+
+    def _tables(
+        self, work: Work, groups: list[Group], counts: np.ndarray, tiling: Tiling
+    ) -> tuple[Work, list[Tensor], list[int]]:
+        """For a wave's groups, in one copy: their tiles, the slots of each and its number of
+        tiles.
+        """
+        places = [range(len(one.slots)) if tiling.unpacks else one.slots for one in groups]
+        experts = [one.experts for one in groups]
+        table = table_of(experts, places, counts, tiling.tiles.rows)
+        slots = np.concatenate([one.slots for one in groups])
+        parts = table.tiles_N3.reshape(-1), table.starts_G, slots
+        tiles, starts_G, slots_N = on_device(np.concatenate(parts), self._device).split(
+            [len(part) for part in parts]
+        )
+        picked = list(slots_N.split([len(one.slots) for one in groups])) if tiling.unpacks else []
+        heights = [int(after - before) for before, after in pairwise(table.starts_G)]
+        return work._replace(tiles_N3=tiles, starts_G=starts_G), picked, heights
+
+    @property
+    def _room(self) -> int:
+        """Experts that the workspace holds."""
+        assert self._pool.workspace_RN is not None
+        return len(self._pool.workspace_RN)
+
+    def _unpacked(self, slots_R: Tensor) -> Products:
+        """The workspace, its first rows the blocks in some slots (int32), made plain."""
+        pool = self._pool
+        assert self._plain is not None and pool.workspace_RN is not None
+        unpack_blocks(pool.expert_block, pool.slots_SN, slots_R, pool.workspace_RN)
+        return self._plain
+
+
+def _rows(numbers_LE: Tensor, num_experts: list[int]) -> list[Tensor]:
+    return [row_E[:num] for row_E, num in zip(numbers_LE, num_experts, strict=True)]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from routing.layers import MoELayer
 from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.streaming_pool import Ahead, StreamingPool
+from runtime.cuda.prefill.telling import told
 
 LEAST_TOKENS = 16
 """Tokens of a forward pass from which its router input foretells a layer's union of experts."""
@@ -44,7 +45,8 @@ class LookAhead:
         pool, router = self._pools[following], self._routers[following]
         if router is None or self._pools[index] is not pool or not pool.lacks(following):
             return None
-        return Ahead(following, _wanted(hidden_TH, router, self._layers[following].top_k))
+        wanted_E = _wanted(hidden_TH, router, self._layers[following].top_k)
+        return Ahead(following, told(wanted_E))
 
 
 def _wanted(hidden_TH: Tensor, router: Any, top_k: int) -> Tensor:

@@ -15,7 +15,7 @@ in codes too, and are decoded into their slots on arrival, by the stream that co
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,25 +27,39 @@ from runtime.cache.policy import Policy
 from runtime.cache.stats import Stats
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, as_model
-from runtime.cuda.memory.pinned_experts import PinnedExperts, decode_blocks
-from runtime.sizing.units import format_bytes
+from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.cuda.prefill.slots import Landing, slots, workspace
 
-WORKSPACE_BYTES = 80 << 20
-"""For records that are unpacked or decoded together, at least one."""
-WORKSPACE_RECORDS = 16
-"""Most of them."""
 PROBES = 16
 """Records that are sent to measure the link."""
-GROUP = 4
-"""Missing experts that run together: enough for one launch to pay, few enough not to wait."""
+GROUP_BYTES = 32 << 20
+"""Of missing experts that run together: about what the link brings while the host launches the
+products of the group before."""
+MOST_GROUPED = 16
 
 
 class Ahead(NamedTuple):
     """What the layer after the one that runs will want, as far as that is known."""
 
     layer: int
-    wanted_E: Tensor
-    """int64 [E], for how many tokens."""
+    wanted: Callable[[], np.ndarray]
+    """int [E], for how many tokens. Waits until the device knows."""
+
+
+class Group(NamedTuple):
+    """Experts of a layer that can run together."""
+
+    experts: list[int]
+    slots: list[int]
+
+    def parts(self, size: int) -> list[Group]:
+        """The same in parts of at most `size` experts."""
+        starts = range(0, len(self.slots), size)
+        return [Group(self.experts[at : at + size], self.slots[at : at + size]) for at in starts]
+
+
+def nothing_ahead() -> None:
+    """Nothing is known of the next layer."""
 
 
 class StreamingPool:
@@ -79,58 +93,88 @@ class StreamingPool:
         """Where records are unpacked or decoded for many tokens, int16 [R, units]."""
         self._host, self._stats, self._layout = host, stats, layout
         self._copies = torch.cuda.Stream(device)
+        self._slots = list(self.slots_SN)
+        self._group = min(max(GROUP_BYTES // (2 * block.stored_units), 1), MOST_GROUPED)
         self._arrived: dict[int, torch.cuda.Event] = {}
+        """When each slot's bytes have arrived, of those that may be on their way."""
+        self._before: torch.cuda.Event | None = None
+        """When the wave that runs began; None outside of one."""
+        self._running = np.zeros(0, np.int64)
+        """Keys of the experts of the layer that runs."""
         self._early: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def serve(
-        self, layer: int, experts: list[int], ahead: Ahead | None = None
+        self, layer: int, experts: list[int], ahead: Callable[[], Ahead | None] = nothing_ahead
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield each of the distinct `experts` (ascending) of `layer` with its parameters, as
-        `serve_groups` does.
+        `waves` does.
         """
-        for group in self.serve_groups(layer, experts, ahead):
-            for expert, slot in group:
-                parameters = {name: view[slot] for name, view in self._views.items()}
-                layout = self._layout
-                yield expert, parameters if layout is None else as_model(parameters, layout)
+        wanted = ahead()
+        for groups in self.waves(layer, np.array(experts, np.int64)):
+            for number, group in enumerate(groups):
+                self.wait_for(group.slots)
+                for expert, slot in zip(group.experts, group.slots, strict=True):
+                    parameters = {name: view[slot] for name, view in self._views.items()}
+                    layout = self._layout
+                    yield expert, parameters if layout is None else as_model(parameters, layout)
+                if number == 0:
+                    self.send_ahead(wanted)
 
-    def serve_groups(
-        self, layer: int, experts: list[int], ahead: Ahead | None = None
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Yield the distinct `experts` (ascending) of `layer` in groups of (expert, slot).
+    def waves(self, layer: int, needed: np.ndarray) -> Iterator[list[Group]]:
+        """Yield the distinct experts `needed` (int64, ascending) of `layer` in groups.
 
-        Residents first, then the missing in the order of their arrival; the current stream waits
-        for them. A group is good until the next is asked for. Behind the missing, the most wanted
-        of `ahead` start to come; those of a single token are too uncertain. After an error the
-        cache starts empty.
+        Residents first, then the missing, whose copies have begun, in the order of their arrival.
+        One wave where all fit the slots; a wave is good until the next is asked for. After an error
+        the cache starts empty.
         """
-        needed = np.array(experts, np.int64)
+        self._running = layer * self.num_experts + needed
         try:
             self._judge(layer, needed)
             for lookup in self.cache.waves(layer, needed):
                 self._stats.count(layer, lookup, self._host.link_bytes(layer))
+                self._before = torch.cuda.current_stream(self.device).record_event()
                 self._start_copies(layer, lookup)
-                if ahead is not None and len(needed) < self.num_slots:
-                    self._prefetch(ahead, layer * self.num_experts + needed)
-                yield from self._arrivals(lookup)
+                yield self._groups(lookup)
         except GeneratorExit:  # the caller stopped: whatever is resident has arrived, or will
             raise
         except BaseException:
             self.clear()
             raise
 
-    def _arrivals(self, lookup: Lookup) -> Iterator[list[tuple[int, int]]]:
+    def _groups(self, lookup: Lookup) -> list[Group]:
         expert_in = dict(zip(lookup.slots.tolist(), lookup.experts.tolist(), strict=True))
+        for slot in [slot for slot, event in self._arrived.items() if event.query()]:
+            del self._arrived[slot]
         coming = [slot for slot in self._arrived if slot in expert_in]
-        there = [(expert, slot) for slot, expert in expert_in.items() if slot not in self._arrived]
-        if there:
-            yield there
-        for start in range(0, len(coming), GROUP):
-            group = coming[start : start + GROUP]
+        there = [slot for slot in expert_in if slot not in self._arrived]
+        here, arriving = (
+            Group([expert_in[slot] for slot in some], some) for some in (there, coming)
+        )
+        return ([here] if there else []) + arriving.parts(self._group)
+
+    def wait_for(self, slots: list[int]) -> None:
+        """Make the current stream wait until what is on its way to some slots is there."""
+        coming = [slot for slot in slots if slot in self._arrived]
+        if coming:
             stream = torch.cuda.current_stream(self.device)
-            for slot in group:
-                stream.wait_event(self._arrived.pop(slot))
-            yield [(expert_in[slot], slot) for slot in group]
+            for arrival in dict.fromkeys(self._arrived[slot] for slot in coming):
+                stream.wait_event(arrival)
+            for slot in coming:
+                del self._arrived[slot]
+
+    def send_ahead(self, ahead: Ahead | None) -> None:
+        """Within a wave: start to bring the experts that the next layer wants most, behind those
+        of this one. Those that a single token wants are too uncertain.
+        """
+        if ahead is None or len(self._running) >= self.num_slots:
+            return
+        layer, wanted_E = ahead.layer, ahead.wanted()
+        likely = np.flatnonzero(wanted_E > 1)
+        likely = likely[np.argsort(-wanted_E[likely], kind="stable")]
+        experts = self._send(layer, likely, self._running)
+        self._early = layer, experts
+        self._stats.bytes_prefetched += len(experts) * self._host.link_bytes(layer)
+        self._stats.prefetches += len(experts)
 
     @property
     def num_experts(self) -> int:
@@ -143,24 +187,31 @@ class StreamingPool:
         slots = self.cache.slot_of_key[first : first + self.num_experts]
         return bool((slots == FREE).any())
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every expert of the model has a slot and is in it, or on its way."""
+        return self._stats.all_fit and self.cache.num_resident == self._stats.total_experts
+
     def fill(self) -> None:
         """Start to bring every expert that is missing, where all have a slot."""
+        self._before = None
         for layer, blocks_EN in enumerate(self._host.layers):
-            self._send_ahead(layer, np.arange(len(blocks_EN)), np.zeros(0, np.int64))
+            self._send(layer, np.arange(len(blocks_EN)), np.zeros(0, np.int64))
 
-    def _prefetch(self, ahead: Ahead, pinned: np.ndarray) -> None:
-        layer, wanted_E = ahead.layer, ahead.wanted_E.cpu().numpy()
-        likely = np.flatnonzero(wanted_E > 1)
-        likely = likely[np.argsort(-wanted_E[likely], kind="stable")]
-        experts = self._send_ahead(layer, likely, pinned)
-        self._early = layer, experts
-        self._stats.bytes_prefetched += len(experts) * self._host.link_bytes(layer)
-        self._stats.prefetches += len(experts)
+    def wait_for_layer(self, layer: int) -> None:
+        """Make the current stream wait for what is on its way to `layer`, all of it resident."""
+        if self._arrived:
+            first = layer * self.num_experts
+            self.wait_for(self.cache.slot_of_key[first : first + self.num_experts].tolist())
 
-    def _send_ahead(self, layer: int, experts: np.ndarray, pinned: np.ndarray) -> np.ndarray:
+    def _send(self, layer: int, experts: np.ndarray, pinned: np.ndarray) -> np.ndarray:
         """Start to bring the missing of `experts`, beside the pinned keys: int64, those coming."""
-        lookup = self.cache.admit(layer, experts, pinned)
-        self._start_copies(layer, lookup)
+        try:
+            lookup = self.cache.admit(layer, experts, pinned)
+            self._start_copies(layer, lookup)
+        except BaseException:
+            self.clear()
+            raise
         self._stats.bytes_loaded += len(lookup.experts) * self._host.link_bytes(layer)
         return lookup.experts
 
@@ -173,16 +224,22 @@ class StreamingPool:
             self._stats.bytes_wasted += (len(early) - num_used) * self._host.link_bytes(layer)
 
     def _start_copies(self, layer: int, lookup: Lookup) -> None:
+        """Send what is missing to its slots, once all that was enqueued before the wave has read
+        what it needs from them.
+        """
         missing = np.flatnonzero(lookup.missed)
         if not len(missing):
             return
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))  # slots in use
+        if self._before is None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        else:
+            self._copies.wait_event(self._before)
         with self._stats.timer("load"), torch.cuda.stream(self._copies):
             experts, slots = (x[missing].tolist() for x in (lookup.experts, lookup.slots))
-            for start in range(0, len(experts), GROUP):
-                some = slice(start, start + GROUP)
+            for start in range(0, len(experts), self._group):
+                some = slice(start, start + self._group)
                 for expert, slot in zip(experts[some], slots[some], strict=True):
-                    self._bring(layer, expert, self.slots_SN[slot])
+                    self._bring(layer, expert, self._slots[slot])
                 self._arrived |= dict.fromkeys(slots[some], self._copies.record_event())
 
     def _bring(self, layer: int, expert: int, slot_N: Tensor) -> None:
@@ -210,7 +267,7 @@ class StreamingPool:
 
     def close(self) -> None:
         """Give the device memory back, whoever still holds this pool."""
-        self.slots_SN = torch.empty(0, dtype=torch.int16)
+        self.slots_SN, self._slots = torch.empty(0, dtype=torch.int16), []
         self._views, self.workspace_RN, self._landing = {}, None, None
         self._arrived.clear()
 
@@ -218,42 +275,3 @@ class StreamingPool:
         """Start with an empty cache, after something went wrong."""
         self.wait_for_copies()
         self.cache.clear()
-
-
-class Landing:
-    """Where blocks in codes arrive, one after the other, to be decoded into plain slots.
-
-    All of it happens on the stream that copies: a block has been decoded before the next arrives.
-    """
-
-    def __init__(self, block: ExpertBlock, device: torch.device) -> None:
-        self._block = block
-        self._first = torch.zeros(1, dtype=torch.int32, device=device)
-        self.stored_N = torch.zeros(block.stored_units, dtype=torch.int16, device=device)
-
-    def decode(self, slot_N: Tensor) -> None:
-        """Decode the block that arrived last into int16 [units]."""
-        decode_blocks(self._block, self.stored_N[None], self._first, slot_N[None])
-
-
-def slots(num_slots: int, block: ExpertBlock, device: torch.device) -> Tensor:
-    """The slots, int16 [S, stored units]. Raises ValueError where the device has no room."""
-    try:
-        return torch.zeros(num_slots, block.stored_units, dtype=torch.int16, device=device)
-    except torch.OutOfMemoryError as error:
-        free, _ = torch.cuda.mem_get_info(device)
-        raise ValueError(
-            f"{num_slots} expert slots need {format_bytes(2 * num_slots * block.stored_units)} on "
-            f"{device}, where {format_bytes(free)} are free; give a smaller memory="
-        ) from error
-
-
-def workspace(block: ExpertBlock, device: torch.device) -> Tensor:
-    """Room for records that are unpacked or decoded together, int16 [R, units]."""
-    count = workspace_bytes(2 * block.units) // (2 * block.units)
-    return torch.empty(count, block.units, dtype=torch.int16, device=device)
-
-
-def workspace_bytes(record_bytes: int) -> int:
-    """Of a workspace for records of so many bytes."""
-    return min(max(WORKSPACE_BYTES // record_bytes, 1), WORKSPACE_RECORDS) * record_bytes

@@ -102,6 +102,22 @@ def by_the_library(model: Any, ids_BT: Tensor, mask_BT: Tensor, count: int) -> T
     return torch.stack(logits, 1)
 
 
+@torch.no_grad()
+def test_a_prompt_may_come_in_pieces() -> None:
+    """What comes first attends to itself alone, the rest to all that is stored."""
+    model = make(next(iter(KINDS)))
+    ids_BT, mask_BT = torch.randint(2, 256, (1, 9)), torch.ones(1, 9, dtype=torch.int64)
+    step = step_of(model, Storage(1, 24), 1)
+    for _ in range(2):  # what the storage held before does not matter
+        step.cache.reset()
+        assert step.cache.get_seq_length() == 0
+        for piece, so_far in ((ids_BT[:, :5], 5), (ids_BT[:, 5:], 9)):
+            output = model(input_ids=piece, past_key_values=step.cache, use_cache=True)
+            assert step.cache.get_seq_length() == so_far
+        want = by_the_library(model, ids_BT, mask_BT, 0)
+        torch.testing.assert_close(output.logits[:, -1:], want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", KINDS)
 def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:

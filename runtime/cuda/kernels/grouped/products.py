@@ -1,0 +1,136 @@
+"""The two products of a layer's experts over the rows of tiles, and the sum over each token's."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from runtime.cuda.kernels.gate_up import activate
+from runtime.cuda.kernels.grouped.weights import weights_of_rows
+from runtime.cuda.kernels.packed import add_patches, base_at
+from runtime.cuda.kernels.unpacked import record_elements, tile_of
+
+
+@triton.jit(do_not_specialize=["group"], do_not_specialize_on_alignment=["tiles", "starts"])
+def grouped_gate_up(
+    x, order, h, slots, units, tiles, starts, group,
+    STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """H [P, W] = act(x W_gate^T) * (x W_up^T). order: int32 [P], token * K + k of each row.
+
+    slots, units: the same memory, in the weights' type and as int16. Grid (tiles, blocks of W);
+    more tiles than the group has do nothing.
+    """
+    number = tl.load(starts + group) + tl.program_id(0)
+    if number >= tl.load(starts + group + 1):
+        return
+    first, count = tl.load(tiles + number * 3), tl.load(tiles + number * 3 + 1)
+    slot = tl.load(tiles + number * 3 + 2).to(tl.int64)
+    block, stored = slots + slot * record_elements(slots, STORED), units + slot * STORED
+    row_M = first + tl.arange(0, BLOCK_M)
+    mask_M = tl.arange(0, BLOCK_M) < count
+    token_M = (tl.load(order + row_M, mask=mask_M, other=0) // K).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N
+    column_N = column + tl.arange(0, BLOCK_N)
+    mask_N = column_N < W
+    gate_row_N = 2 * column_N if ALTERNATING else column_N
+    up_row_N = 2 * column_N + 1 if ALTERNATING else W + column_N
+    base = base_at(stored, UP, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    gate_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        x_MK = tile_of(x, token_M, mask_M, start + tl.arange(0, BLOCK_K), H)
+        gate_NK = weights_of_rows(
+            block, stored, gate_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        up_NK = weights_of_rows(
+            block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        gate_MN = tl.dot(x_MK, tl.trans(gate_NK), gate_MN, input_precision="ieee")
+        up_MN = tl.dot(x_MK, tl.trans(up_NK), up_MN, input_precision="ieee")
+    if PATCHES > 0:
+        SPAN: tl.constexpr = 2 * BLOCK_N if ALTERNATING else BLOCK_N
+        UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_N == 0 else SPAN + 1
+        gate_MN = add_patches(
+            gate_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else column,
+            gate_row_N, UP, H, MATRICES, CHUNK, PATCHES, SPAN,
+        )  # fmt: skip
+        up_MN = add_patches(
+            up_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else W + column,
+            up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
+        )  # fmt: skip
+    if HAS_BIAS:
+        gate_bias = tl.load(block + UP_BIAS + gate_row_N, mask=mask_N, other=0.0)
+        up_bias = tl.load(block + UP_BIAS + up_row_N, mask=mask_N, other=0.0)
+        gate_MN += gate_bias.to(tl.float32)[None, :]
+        up_MN += up_bias.to(tl.float32)[None, :]
+    h_MN = activate(gate_MN, up_MN, ACT).to(h.dtype.element_ty)
+    to_MN = row_M.to(tl.int64)[:, None] * W + column_N[None, :]
+    tl.store(h + to_MN, h_MN, mask=mask_M[:, None] & mask_N[None, :])
+
+
+@triton.jit(do_not_specialize=["group"], do_not_specialize_on_alignment=["tiles", "starts"])
+def grouped_down(
+    h, order, y, slots, units, tiles, starts, group,
+    STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Y [T * K, H], the unweighted result of each pair. Grid (tiles, blocks of H)."""
+    number = tl.load(starts + group) + tl.program_id(0)
+    if number >= tl.load(starts + group + 1):
+        return
+    first, count = tl.load(tiles + number * 3), tl.load(tiles + number * 3 + 1)
+    slot = tl.load(tiles + number * 3 + 2).to(tl.int64)
+    block, stored = slots + slot * record_elements(slots, STORED), units + slot * STORED
+    row_M = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+    mask_M = tl.arange(0, BLOCK_M) < count
+    column = tl.program_id(1) * BLOCK_N
+    column_N = column + tl.arange(0, BLOCK_N)
+    mask_N = column_N < H
+    base = base_at(stored, DOWN, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    y_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, W, BLOCK_K):
+        h_MK = tile_of(h, row_M, mask_M, start + tl.arange(0, BLOCK_K), W)
+        down_NK = weights_of_rows(
+            block, stored, column_N, mask_N, start, base, DOWN, W, MATRICES, PATCHES, CODE,
+            BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        y_MN = tl.dot(h_MK, tl.trans(down_NK), y_MN, input_precision="ieee")
+    if PATCHES > 0:
+        y_MN = add_patches(
+            y_MN, h, row_M, mask_M, stored, column, column_N, DOWN, W, MATRICES, CHUNK, PATCHES,
+            BLOCK_N,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias_N = tl.load(block + DOWN_BIAS + column_N, mask=mask_N, other=0.0)
+        y_MN += bias_N.to(tl.float32)[None, :]
+    pair_M = tl.load(order + row_M, mask=mask_M, other=0).to(tl.int64)
+    to_MN = pair_M[:, None] * H + column_N[None, :]
+    tl.store(y + to_MN, y_MN.to(y.dtype.element_ty), mask=mask_M[:, None] & mask_N[None, :])
+
+
+@triton.jit
+def combine(
+    y, ids, weights, out, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of each token's results y [T * K, H], in top-k order: out [T, H].
+
+    Pairs whose id is of no expert have no result. Grid (T, blocks of H).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        pair = token * K + k
+        expert = tl.load(ids + pair)
+        is_there = (column < H) & (expert >= 0) & (expert < E)
+        row = tl.load(y + pair * H + column, mask=is_there, other=0.0).to(tl.float32)
+        sums += row * tl.load(weights + pair).to(tl.float32)
+    tl.store(out + token * H + column, sums.to(out.dtype.element_ty), mask=column < H)

@@ -1,0 +1,125 @@
+"""Launches of the grouped products, out of blocks as they are stored or out of plain ones."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from routing.layers import Routes
+from runtime.cuda.kernels.grouped.products import combine, grouped_down, grouped_gate_up
+from runtime.cuda.kernels.grouped.sorting import sort_pairs
+from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
+from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
+from runtime.cuda.prefill.tiling import TILES, Tile, Tiles, most_tiles
+
+SORTED = 128
+"""Pairs that a program sorts."""
+COUNTED = 1024
+"""Pairs that it counts at a time: all of them, as every program does."""
+
+
+class Work(NamedTuple):
+    """The memory of an experts call of P pairs; all layers of a forward pass share it."""
+
+    order_P: Tensor
+    """int32, the pairs token * K + k, sorted by expert."""
+    tiles_N3: Tensor
+    """int32"""
+    starts_G: Tensor
+    """int32"""
+    h_PW: Tensor
+    y_PH: Tensor
+
+    @staticmethod
+    def of(num_pairs: int, num_experts: int, layout: KernelLayout, device: torch.device) -> Work:
+        """For so many pairs over so many experts."""
+        numbers: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        most = most_tiles(num_pairs, num_experts, TILES[0].rows)
+        return Work(
+            torch.empty(num_pairs, **numbers),
+            torch.empty(most, 3, **numbers),
+            torch.empty(num_experts + 1, **numbers),
+            torch.empty(num_pairs, layout.width, dtype=layout.dtype, device=device),
+            torch.empty(num_pairs, layout.hidden, dtype=layout.dtype, device=device),
+        )
+
+
+class Products:
+    """Products in memory, and the two products with them. slots_SN: int16 [S, stored units]."""
+
+    def __init__(self, block: ExpertBlock, slots_SN: Tensor, layout: KernelLayout) -> None:
+        self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
+        self._hidden, self._width = layout.hidden, layout.width
+        common: dict[str, Any] = {
+            "STORED": block.stored_units, "MATRICES": block.matrix_units, "PATCHES": block.patches,
+            "CHUNK": CHUNK, "H": layout.hidden, "W": layout.width, "HAS_BIAS": layout.has_bias,
+        }  # fmt: skip
+        self._gate_up = common | {
+            "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
+            "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
+            "ALTERNATING": layout.alternating,
+        }  # fmt: skip
+        self._down = common | {
+            "DOWN": block.start("down_proj"), "DOWN_BIAS": block.start_stored("down_proj_bias"),
+            "CODE": block.code("down_proj"),
+        }  # fmt: skip
+
+    def run(self, x_TH: Tensor, top_k: int, work: Work, tiles: Tiles, group: int, num: int) -> None:
+        """Both products of one group of `work`, of `num` tiles at most."""
+        self.run_gate_up(x_TH, top_k, work, tiles.gate_up, group, num)
+        self.run_down(work, tiles.down, group, num)
+
+    def run_gate_up(
+        self, x_TH: Tensor, top_k: int, work: Work, tile: Tile, group: int, num: int
+    ) -> None:
+        """The first product."""
+        grouped_gate_up[(num, triton.cdiv(self._width, tile.columns))](
+            x_TH, work.order_P, work.h_PW, self._slots_SN, self._units_SN, work.tiles_N3,
+            work.starts_G, group, K=top_k, **self._gate_up, **_sizes(tile),
+        )  # fmt: skip
+
+    def run_down(self, work: Work, tile: Tile, group: int, num: int) -> None:
+        """The second product."""
+        grouped_down[(num, triton.cdiv(self._hidden, tile.columns))](
+            work.h_PW, work.order_P, work.y_PH, self._slots_SN, self._units_SN, work.tiles_N3,
+            work.starts_G, group, **self._down, **_sizes(tile),
+        )  # fmt: skip
+
+
+def _sizes(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def sort(
+    experts_TK: Tensor, work: Work, counts_E: Tensor, slots_E: Tensor, group: int, height: int
+) -> None:
+    """Sort the pairs of int64 `experts_TK` by expert: order, tiles and groups of `group` experts in
+    `work`, counts in int32 `counts_E`.
+
+    slots_E: int32, the slot of each expert, where tiles are to be used. Nothing waits.
+    """
+    num_pairs, num_experts = experts_TK.numel(), len(counts_E)
+    most = max(num_pairs, most_tiles(num_pairs, num_experts, height))
+    sort_pairs[(triton.cdiv(most, SORTED),)](
+        experts_TK, work.order_P, work.tiles_N3, work.starts_G, counts_E, slots_E, num_pairs,
+        height, E=num_experts, GROUP=group, BLOCK_P=SORTED,
+        BLOCK_E=triton.next_power_of_2(num_experts), COUNTED=COUNTED, num_warps=4,
+    )  # fmt: skip
+
+
+def combined(x_TH: Tensor, routes: Routes, work: Work, num_experts: int) -> Tensor:
+    """The weighted sums of each token's results, [T, H], in the order of its top-k."""
+    out_TH = torch.empty_like(x_TH)
+    num_tokens, hidden = x_TH.shape
+    block = min(1024, triton.next_power_of_2(hidden))
+    combine[(num_tokens, triton.cdiv(hidden, block))](
+        work.y_PH, routes.experts_TK, routes.weights_TK, out_TH, H=hidden,
+        K=routes.experts_TK.shape[1], E=num_experts, BLOCK=block,
+    )  # fmt: skip
+    return out_TH
