@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
-"""Let a trial by the clock decide."""
+"""Let a trial by the clock decide whether to prefetch; compile beside steps that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,16 @@ class CudaOptions:
     """The most sequences that are decoded together as captured steps."""
     prefetch: bool | str = AUTO
     """Whether to fetch likely experts while the link is idle; "auto" finds out by the clock."""
-    compile: bool = False
-    """Whether to fuse the model's own operations with torch.compile."""
+    compile: bool | str = False
+    """Whether to fuse the model's own operations with torch.compile; "auto" does it beside plain
+    steps, and takes over from the next generation on."""
 
     def __post_init__(self) -> None:
-        if self.prefetch not in (True, False, AUTO):
-            raise ValueError(f"prefetch={self.prefetch!r} is not one of True, False, 'auto'")
+        for name in ("prefetch", "compile"):
+            if getattr(self, name) not in (True, False, AUTO):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of True, False, 'auto'"
+                )
         for name in ("context", "batch"):
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
