@@ -55,7 +55,7 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     prefetch: bool | str | None = None,
-    compile: bool | None = None,
+    compile: bool | str | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
     revision: str | None = None,
@@ -102,7 +102,9 @@ def load(
         prompts. "auto", the default, tries it in decode steps for some three hundred steps in turns
         with steps without it, keeps the faster way and says so (`model.expertflow.prefetching`).
     compile: fuse the model's own operations with torch.compile (off by default); the first token of
-        each batch size then waits for the compiler, tens of seconds for a large model.
+        each batch size then waits for the compiler, tens of seconds for a large model when it is
+        first loaded. "auto" does not wait: plain steps run until a process beside them has compiled
+        the model, and later generations use that (in bfloat16 with other roundings).
 
     Slots, pinned memory and threads are freed by `model.expertflow.close()`, or when the garbage
     collector finds the dropped model.

@@ -35,6 +35,7 @@ class Compiled(BaseException):
 
 
 def main() -> None:
+    """Compile what the task names, out of the way of those who answer."""
     os.nice(NICENESS)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with open(int(sys.argv[1]), "rb") as file:
