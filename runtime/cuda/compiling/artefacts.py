@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 from torch.compiler._cache import CacheArtifactManager
 
 LIMIT = 1 << 30
@@ -79,6 +78,8 @@ class Artefacts:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep what is compiled, or found in torch's caches, within the block."""
+        from torch._dynamo.utils import counters  # lazy: seconds, for those who compile
+
         before = counters["inductor"]["fxgraph_cache_miss"]
         with CacheArtifactManager.with_fresh_cache():
             yield

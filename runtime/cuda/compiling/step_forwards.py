@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class StepForwards:
         self._asked, self._storage = asked, storage
         self._description = model_description(model)
         self._plain: Forward = FusedForward(model)
-        self._compiled: Forward = CompiledForward(
-            model.forward, source.layers, num_sizes=num_sizes, fullgraph=asked == AUTO
-        )
+        self._compile = partial(
+            CompiledForward, model.forward, source.layers, num_sizes=num_sizes,
+            fullgraph=asked == AUTO,
+        )  # fmt: skip
         self._seen: set[StepKey] = set()
         self._waiting: deque[tuple[StepKey, bytes]] = deque()
         self._process: tuple[StepKey, CompilerProcess] | None = None
@@ -64,6 +66,11 @@ class StepForwards:
         self._switched: set[StepKey] = set()
         self.failure: str | None = None
         """Why steps stay plain under "auto"."""
+
+    @cached_property
+    def _compiled(self) -> Forward:
+        """Made at first use: torch takes seconds to import its compiler."""
+        return self._compile()
 
     def of(self, key: StepKey) -> Forward:
         """For a step that is being built."""

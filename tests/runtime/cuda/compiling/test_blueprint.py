@@ -49,7 +49,7 @@ def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
 
 @pytest.mark.parametrize(("kind", "serves"), [("olmoe", False), ("gpt_oss", True)])
 def test_both_processes_have_one_key(kind: str, serves: bool, keys: list[str]) -> None:
-    model: Any = tiny_model(kind)
+    model: Any = tiny_model(kind, num_hidden_layers=2)
     engine = load_fake(model, memory=0.75, compile="auto").expertflow
 
     def run() -> None:
@@ -74,7 +74,7 @@ def test_both_processes_have_one_key(kind: str, serves: bool, keys: list[str]) -
 def test_tied_weights_stay_tied_and_take_no_memory() -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     model.lm_head.weight = model.model.embed_tokens.weight
     step = blueprint.StepShape(
         blueprint.StepKey("generating", 1, 1), (1, 8), True, [], torch.device("cpu")
@@ -88,7 +88,7 @@ def test_tied_weights_stay_tied_and_take_no_memory() -> None:
 
 
 def test_a_module_whose_forward_was_replaced_is_not_described() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     model.lm_head.forward = model.lm_head.forward
     step: Any = None
     with pytest.raises(ValueError, match="forward of its Linear was replaced"):

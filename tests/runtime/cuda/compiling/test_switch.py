@@ -61,7 +61,7 @@ def graphs() -> int:
 def test_steps_switch_between_generations_and_say_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     want = generate(model)
     engine = load_fake(model, memory=0.5, compile="auto").expertflow
     with caplog.at_level(logging.INFO):
@@ -79,7 +79,7 @@ def test_steps_switch_between_generations_and_say_the_same(
 
 
 def test_a_generation_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     load_fake(model, memory=0.5, compile="auto")
 
     class Ending:
@@ -96,7 +96,7 @@ def test_a_generation_goes_on_as_it_began(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_artefacts_of_an_earlier_load_need_no_process() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     forwards = load_fake(
         model, memory=0.5, compile="auto"
     ).expertflow._backend.decoder.model.forwards
@@ -116,7 +116,7 @@ def test_artefacts_of_an_earlier_load_need_no_process() -> None:
 def test_a_compilation_that_fails_leaves_plain_steps_and_is_said_once(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     want = generate(model)
     engine = load_fake(model, memory=0.5, compile="auto").expertflow
     assert torch.equal(generate(model), want)
@@ -138,7 +138,7 @@ def test_a_compilation_that_fails_leaves_plain_steps_and_is_said_once(
 
 
 def test_served_steps_switch_when_no_sequence_is_in_flight() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     asked = [Request(id="a", prompt=list(range(5, 12)), max_tokens=4)]
     engine = load_fake(model, memory=0.75, compile="auto", batch=2).expertflow
     plain = [result.token_ids for result in engine.serve(asked)]
@@ -149,7 +149,7 @@ def test_served_steps_switch_when_no_sequence_is_in_flight() -> None:
 
 
 def test_a_closed_engine_ends_the_process() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     load_fake(model, memory=0.5, compile="auto")
     generate(model)
     model.expertflow.close()
