@@ -56,7 +56,7 @@ def load(
     batch: int | None = None,
     prefetch: bool | str | None = None,
     cpu_share: bool | str | None = None,
-    compile: bool | None = None,
+    compile: bool | str | None = None,
     record: str | Path | None = None,
     record_limit: int | str = LIMIT,
     revision: str | None = None,
@@ -106,7 +106,9 @@ def load(
         they lie, with the same bits. "auto", the default, prepares it in the background, tries it
         by the clock and says what it found (`model.expertflow.cpu_share`).
     compile: fuse the model's own operations with torch.compile (off by default); the first token of
-        each batch size then waits for the compiler, tens of seconds for a large model.
+        each batch size then waits for the compiler, tens of seconds for a large model when it is
+        first loaded. "auto" does not wait: plain steps run until a process beside them has compiled
+        the model, and later generations use that (in bfloat16 with other roundings).
 
     Slots, pinned memory and threads are freed by `model.expertflow.close()`, or when the garbage
     collector finds the dropped model.

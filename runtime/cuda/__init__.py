@@ -7,6 +7,7 @@ options        settings of captured steps; prefetching: the one decision whether
 device_budget  a memory budget on a GPU
 single_tokens  the tokens of a captured step, and their attention
 streams        order between the threads and streams that use one engine
+compiling/     steps fused by torch.compile, at once or beside plain ones
 decode/        captured steps; prefill/: many tokens
 memory/        both ends of the link; kernels/: Triton
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 AUTO = "auto"
-"""Let a trial by the clock decide."""
+"""Let a trial by the clock decide whether to prefetch; compile beside steps that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,12 @@ class CudaOptions:
     cpu_share: bool | str = AUTO
     """Whether the CPU computes some of the experts that a single sequence's step misses; "auto"
     finds out by the clock."""
-    compile: bool = False
-    """Whether to fuse the model's own operations with torch.compile."""
+    compile: bool | str = False
+    """Whether to fuse the model's own operations with torch.compile; "auto" does it beside plain
+    steps, and takes over from the next generation on."""
 
     def __post_init__(self) -> None:
-        for name in ("prefetch", "cpu_share"):
+        for name in ("prefetch", "cpu_share", "compile"):
             asked: Any = getattr(self, name)
             if asked not in (True, False, AUTO):
                 raise ValueError(f"{name}={asked!r} is not one of True, False, 'auto'")

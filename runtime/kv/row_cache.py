@@ -178,6 +178,8 @@ class RowCache(Cache):
         self.num_rows, self.context, self.storage = num_rows, context, storage
         self.layout: RaggedTokens
         self._free = list(range(num_rows - 1, -1, -1))
+        self.epoch = 0
+        """Times that a row was taken while all were free: no sequence lives in two epochs."""
         self._attention = OwnAttention(model, self._attend)
         super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
 
@@ -207,6 +209,7 @@ class RowCache(Cache):
                 "the key/value cache of captured steps is in use by another serve or a generation "
                 "of this engine; let it end, or give all requests to one model.expertflow.serve"
             )
+        self.epoch += self.num_free == self.num_rows
         if row is None:
             return self._free.pop()
         self._free.remove(row)

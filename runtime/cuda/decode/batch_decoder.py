@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import DecodeStep
@@ -51,6 +53,9 @@ class BatchDecoder:
         """The step for so many sequences, made at first use; steps in flight are dropped."""
         self.drain()
         bucket = self._decoder.model.bucket(num_rows)
+        if self._decoder.model.forwards.switches(self._key(bucket)):
+            for prefetch in (False, True):
+                self._decoder.steps.pop((DecodeStep, bucket, prefetch), None)
         return self._captured(bucket, prefetch=self._decoder.prefetching.always)
 
     def _captured(self, bucket: int, *, prefetch: bool) -> DecodeStep:
@@ -70,8 +75,9 @@ class BatchDecoder:
     def _build(self, bucket: int, experts: ExpertsCall) -> DecodeStep:
         model = self._decoder.model
         cache = SharedCache(model.storage, model.config.num_hidden_layers)
+        forward = model.forwards.of(self._key(bucket))
         return DecodeStep(
-            model.model, model.forward, cache, experts, batch=bucket, context=model.context,
+            model.model, forward, cache, experts, batch=bucket, context=model.context,
             device=model.device, stream=model.stream,
         )  # fmt: skip
 
@@ -106,8 +112,17 @@ class BatchDecoder:
         prefetch = decoder.prefetching.in_next_step(GENERATING)
         step = self._captured(step.batch, prefetch=prefetch)
         self._flying.append(decoder.enqueue(step, num_rows))
+        key = self._key(step.batch)
+        decoder.model.forwards.seen(key, partial(self._shape, key, step))
         if tokens_B is not None:
             self._announce()
+
+    def _key(self, bucket: int) -> StepKey:
+        return StepKey(GENERATING, bucket, self._decoder.model.storage.batch)
+
+    def _shape(self, key: StepKey, step: DecodeStep) -> StepShape:
+        own = step.has_own_attention
+        return self._decoder.model.shape(key, step.cache, own_attention=own)
 
     def _announce(self) -> None:
         """Tell the predictor what runs now. The step is on its way already."""

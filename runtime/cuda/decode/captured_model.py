@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
 
-from runtime.cuda.decode.fused_forward import FusedForward
-from runtime.cuda.decode.fused_top_k import FusedTopKPass
+from runtime.cuda.compiling.blueprint import StepKey, StepShape
+from runtime.cuda.compiling.step_forwards import StepForwards
 from runtime.cuda.options import CudaOptions
 from runtime.kv.static_cache import Storage
 from runtime.weights.source import Source
 
-COMPILER: dict[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "deterministic": True,
-    "post_grad_custom_pre_pass": FusedTopKPass(),
-}
-"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth, and
-a router's choice one kernel. No reduction is tuned by the clock: else two loads of a model would
-sum in different orders."""
 LARGEST_BATCH = 32
 """Most sequences of a step: with more, decode kernels would compute more than they load."""
 
@@ -39,12 +32,10 @@ class CapturedModel:
         self.context, self.batch = options.context, min(options.batch, LARGEST_BATCH)
         self.top_k = max(layer.top_k for layer in source.layers)
         self.storage = Storage(options.batch, options.context)
-        self.forward: Any = None
-        """The model's forward, compiled or with fused norms."""
-        if options.compile:
-            self.forward = _compiled(model.forward, num_sizes=len(_buckets(self.batch)))
-        else:
-            self.forward = FusedForward(model)
+        sizes, storage = len(_buckets(self.batch)), (options.batch, options.context)
+        self.forwards = StepForwards(
+            source, options.compile, device, num_sizes=sizes, storage=storage
+        )
         self.stream = torch.cuda.Stream(device)
         """The stream that captures steps: cuBLAS keeps a workspace for each stream."""
 
@@ -58,24 +49,22 @@ class CapturedModel:
         """Rows of the captured step that serves so many sequences."""
         return next(size for size in _buckets(self.batch) if size >= num_rows)
 
+    def shape(self, key: StepKey, cache: Cache, *, own_attention: bool = True) -> StepShape:
+        """All that the graph of a step depends on, which has run over `cache`."""
+        states = [_state(layer) for layer in cache.layers]
+        storage = self.storage.batch, self.storage.context
+        return StepShape(key, storage, own_attention, states, self.device)
+
     def close(self) -> None:
         """Free the key/value storage and the compiled forward."""
+        self.forwards.close()
         self.storage = Storage(self.storage.batch, self.context)
-        self.forward = None
 
 
-def _compiled(forward: Callable[..., Any], num_sizes: int) -> Callable[..., Any]:
-    """`forward`, compiled anew for every size of step, generated or served: torch's own limit is
-    eight, beyond which it would run uncompiled.
-    """
-    compiled = torch.compile(forward, dynamic=False, options=COMPILER)
-    limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=limit):
-            return compiled(*args, **kwargs)
-
-    return run
+def _state(layer: Any) -> tuple[Any, Any, torch.dtype] | None:
+    if not (layer.is_initialized and isinstance(layer.keys, Tensor)):
+        return None
+    return tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype
 
 
 def _buckets(batch: int) -> list[int]:

@@ -22,7 +22,7 @@ from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.experts.ledger import Ledger
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.decode.policy_driver import PolicyDriver
-from runtime.cuda.kernels.custom_ops import DECODERS
+from runtime.cuda.kernels.custom_ops import running
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.prefetching import Prefetching
@@ -87,7 +87,6 @@ class Decoder:
         self._num_free = 0
         self._captured: Hashable = None
         """The fingerprint of the model whose steps were captured."""
-        DECODERS[id(model.model)] = self
 
     @property
     def num_slots(self) -> int:
@@ -174,7 +173,8 @@ class Decoder:
     def _replay(self, step: CapturedStep) -> None:
         self._running = step.experts
         try:
-            step()
+            with running(self):
+                step()
         except torch.OutOfMemoryError as error:
             self.steps.clear()
             torch.cuda.empty_cache()
@@ -212,7 +212,7 @@ class Decoder:
     def call(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The experts call of a layer inside a captured step, also while it is being compiled."""
         if torch.compiler.is_compiling():
-            return torch.ops.expertflow.experts(x, ids, weights, id(self.model.model), index)
+            return torch.ops.expertflow.experts(x, ids, weights, index)
         return self.run_layer(index, x, ids, weights)
 
     def run_layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +14,24 @@ from torch.fx import Graph
 from torch.overrides import TorchFunctionMode
 
 from runtime.cuda.kernels.dense import top_k as kernel
+
+_CACHED_ONLY = ContextVar("cached_only", default=False)
+
+
+class NotCached(Exception):
+    """A graph is about to be compiled that was expected in the compiler's caches."""
+
+
+@contextmanager
+def cached_only() -> Iterator[None]:
+    """Within the block, graphs come out of the compiler's caches: it raises `NotCached` otherwise,
+    as `FusedTopKPass` runs for those only that do not.
+    """
+    token = _CACHED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CACHED_ONLY.reset(token)
 
 
 class FusedTopK(TorchFunctionMode):
@@ -36,6 +56,8 @@ class FusedTopKPass(CustomGraphPass):
     """The same for graphs that are compiled: `aten.topk` becomes an operator of the project's."""
 
     def __call__(self, graph: Graph) -> None:
+        if _CACHED_ONLY.get():
+            raise NotCached("the compiled step is not in the compiler's caches")
         for node in graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
             args = [getattr(arg, "meta", {}).get("val", arg) for arg in node.args]
             x, k = _arguments(*args, **node.kwargs)

@@ -145,6 +145,10 @@ class DecodeStep(CapturedStep):
         """Whether the project's kernels do the attention, as far as is known yet."""
         return self._attention is not None
 
+    def leave_attention(self) -> None:
+        """Keep the model's own attention, as was found out in a step of the same kind."""
+        self._attention = None
+
     def twin(self, experts: ExpertsCall) -> DecodeStep:
         """The same step with other kernels for its experts: either may run next."""
         twin = copy.copy(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cache.forecast import Forecast
+from runtime.cuda.compiling.blueprint import StepKey
 from runtime.cuda.decode.decoder import Decoder, StepInFlight
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.graph_step import CapturedStep
@@ -115,12 +117,14 @@ class RowDecoder:
     def __init__(self, decoder: Decoder, cache: RowCache) -> None:
         self._decoder, self._cache = decoder, cache
         self._steps: dict[tuple[int, bool], RowStep] = {}
+        self._epoch = cache.epoch
 
     def take_on(self, cache: RowCache) -> bool:
         """Go on with the rows of another cache; False where they are not the same memory."""
         if cache.num_rows != self._cache.num_rows:
             return False
         self._cache = cache  # for steps that are captured from here on
+        self._epoch = -1
         return True
 
     def fits(self, num_rows: int) -> bool:
@@ -150,7 +154,10 @@ class RowDecoder:
         decoder.take_over()
         decoder.driver.begin_served_step(forecast)
         step.set_inputs(tokens, rows, positions)
-        return Run(decoder.enqueue(step, len(tokens)), start)
+        run = Run(decoder.enqueue(step, len(tokens)), start)
+        key = self._key(step.batch)
+        decoder.model.forwards.seen(key, partial(decoder.model.shape, key, self._cache))
+        return run
 
     def revise(self, forecast: Forecast | None) -> None:
         """Take a better forecast of the running step; it serves the layers that are left."""
@@ -171,15 +178,28 @@ class RowDecoder:
         return following, result.routes_LBK.swapaxes(0, 1)
 
     def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
+        if self._epoch != self._cache.epoch:
+            self._switch()
         key = self._decoder.model.bucket(num_rows), prefetch
         if key not in self._steps:
             self._steps[key] = self._build(*key)
         return self._steps[key]
 
+    def _key(self, bucket: int) -> StepKey:
+        return StepKey(SERVING, bucket, self._cache.num_rows)
+
+    def _switch(self) -> None:
+        """All rows were free since the last step: steps that are compiled by now may take over."""
+        self._epoch = self._cache.epoch
+        for bucket, prefetch in list(self._steps):
+            if self._decoder.model.forwards.switches(self._key(bucket)):
+                self._steps.pop((bucket, prefetch))
+                self._steps.pop((bucket, not prefetch), None)
+
     def _build(self, bucket: int, prefetch: bool) -> RowStep:
         model = self._decoder.model
         experts = self._decoder.experts_call(bucket, prefetch=prefetch)
+        forward = model.forwards.of(self._key(bucket))
         return RowStep(
-            model.forward, self._cache, experts, batch=bucket, device=model.device,
-            stream=model.stream,
+            forward, self._cache, experts, batch=bucket, device=model.device, stream=model.stream,
         )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,18 +21,33 @@ class LayerRunner(Protocol):
         """The kernels of layer `index`: x [B, H], ids and weights [B, K], to [B, H]."""
 
 
-DECODERS: WeakValueDictionary[int, LayerRunner] = WeakValueDictionary()
-"""Live decoders by the id of their model: an operator takes numbers and tensors only."""
+_RUNNING = threading.local()
+
+
+@contextmanager
+def running(runner: LayerRunner) -> Iterator[None]:
+    """Within the block, the operators that this thread runs are calls of `runner`.
+
+    An operator takes numbers and tensors only. A number that stood for the model would differ from
+    process to process, and with it every key of the compiler's caches.
+    """
+    outer = getattr(_RUNNING, "runner", None)
+    _RUNNING.runner = runner
+    try:
+        yield
+    finally:
+        _RUNNING.runner = outer
 
 
 @torch.library.custom_op("expertflow::experts", mutates_args=())
-def experts(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
+def experts(x: Tensor, ids: Tensor, weights: Tensor, layer: int) -> Tensor:
     """`LayerRunner.run_layer`. Nothing else in a graph touches what it writes (slots, tables)."""
-    return DECODERS[model].run_layer(layer, x, ids, weights)
+    output: Tensor = _RUNNING.runner.run_layer(layer, x, ids, weights)
+    return output
 
 
 @experts.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, model: int, layer: int) -> Tensor:
+def _(x: Tensor, ids: Tensor, weights: Tensor, layer: int) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -1,0 +1,78 @@
+"""A model's forward, compiled for captured steps; its experts calls are operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from routing.layers import MoELayer, bound_call
+from runtime.cuda.decode.fused_top_k import FusedTopKPass
+
+COMPILER: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "deterministic": True,
+    "post_grad_custom_pre_pass": FusedTopKPass(),
+}
+"""Makes the products of one token reductions of the compiler's own, at the memory's bandwidth, and
+a router's choice one kernel. No reduction is tuned by the clock: else two loads of a model would
+sum in different orders."""
+
+Backend = Callable[..., Callable[..., Any]]
+
+
+class CompiledForward:
+    """`forward` of a model with these MoE layers, compiled anew for every kind and size of step.
+
+    num_sizes: of each kind; torch's own limit is eight, beyond which it would run uncompiled.
+    fullgraph: raise where it cannot be one graph. backend: in place of torch's compiler.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        layers: list[MoELayer],
+        *,
+        num_sizes: int,
+        fullgraph: bool = False,
+        backend: Backend | None = None,
+    ) -> None:
+        given: dict[str, Any] = {"options": COMPILER} if backend is None else {"backend": backend}
+        self._run = torch.compile(forward, dynamic=False, fullgraph=fullgraph, **given)
+        self._calls = [
+            (layer.module, partial(_call, layer, index)) for index, layer in enumerate(layers)
+        ]
+        self._limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        limit = torch._dynamo.config.patch(recompile_limit=self._limit)
+        with limit, _replaced(self._calls):
+            return self._run(*args, **kwargs)
+
+
+@contextmanager
+def _replaced(calls: list[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+    """Within the block, experts calls are the operator, which a compiler does not look into. They
+    are the same objects each time: code is compiled for them.
+    """
+    before = [module.__dict__.get("forward") for module, _ in calls]
+    try:
+        for module, call in calls:
+            module.__dict__["forward"] = call
+        yield
+    finally:
+        for (module, _), forward in zip(calls, before, strict=True):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _call(layer: MoELayer, index: int, *args: Any, **kwargs: Any) -> Tensor:
+    output: Tensor = torch.ops.expertflow.experts(*bound_call(layer, args, kwargs), index)
+    return output
