@@ -112,16 +112,16 @@ def packed_sums(
     sums_N = row_sums(scaled_NK, x_scaled, order, BY_WORDS)
     patched_N = np.zeros_like(sums_N)
     width = units_NK.shape[1]
-    for row in np.flatnonzero(is_patch_NK.any(1)):
-        first = (first_unit + int(programs[row]) * width) // chunk * patches
+    for row in np.flatnonzero(is_patch_NK.any(1)).tolist():
+        first_entry = (first_unit + int(programs[row]) * width) // chunk * patches
         lanes: dict[int, Array] = {}
-        for column in np.flatnonzero(is_patch_NK[row]):
-            unit = int(row) * width + int(column)
+        for column in np.flatnonzero(is_patch_NK[row]).tolist():
+            unit = row * width + column
             start = unit // chunk * chunk
-            before = is_patch_NK.reshape(-1)[start:unit].sum()
-            entry = (first_unit + start) // chunk * patches + 1 + int(before) - first
-            tile = lanes.setdefault(entry // PATCH_LANES, np.zeros((1, PATCH_LANES), F))
-            tile[0, entry % PATCH_LANES] = floats(units_NK[row, column]) * x_K[column]
+            before = int(is_patch_NK.reshape(-1)[start:unit].sum())
+            entry = (first_unit + start) // chunk * patches + 1 + before - first_entry
+            of_tile = lanes.setdefault(entry // PATCH_LANES, np.zeros((1, PATCH_LANES), F))
+            of_tile[0, entry % PATCH_LANES] = floats(units_NK[row, column]) * x_K[column]
         for tile in sorted(lanes):
             patched_N[row] += folded(lanes[tile], order.patch_steps)[0]
     return fma(sums_N, np.full_like(sums_N, 2.0**64), patched_N)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from runtime.cpu import cores
 from runtime.cpu.cores import split_cores, usable_cores
 
 
@@ -23,7 +23,7 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
 
 
 def allow(monkeypatch: pytest.MonkeyPatch, cpus: set[int]) -> None:
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: cpus, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus, raising=False)
 
 
 def test_one_thread_of_each_core(system: tuple[Path, Path]) -> None:
