@@ -160,6 +160,12 @@ def test_a_policy_without_its_predictor_or_trace_gets_one_row_and_leads_nothing(
         decode_arms(DecodeSettings(policies=["predicted"]))
 
 
+def test_batches_are_measured_with_the_first_policy_and_with_lru() -> None:
+    arms = decode_arms(DecodeSettings(policies=["reuse", "lfu", "lru"], batches=[8, 32]))
+    wide = [(a.policy, a.batch) for a in arms if a.batch > 1 and a.residency == "0.25"]
+    assert wide == [("reuse", 8), ("lru", 8), ("reuse", 32), ("lru", 32)]
+
+
 def test_ratios_are_over_every_other_system_and_over_batch_1() -> None:
     offloading = Arm(system="expertflow", policy="lru", residency="0.25")
     rows = [
