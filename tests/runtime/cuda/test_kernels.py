@@ -110,7 +110,11 @@ def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(
 ) -> None:
     calls = random_calls(3, batch, num_steps=12)
     policy = make_policy(name, calls)
-    options = {"batch": batch, "num_ranges": num_ranges, "num_slots": num_slots}
+    options: dict[str, Any] = {
+        "batch": batch,
+        "num_ranges": num_ranges,
+        "num_slots": num_slots,
+    }
     twin = Twin(make_policy(name, calls), **options)
     host = ExpertCache(LAYERS, EXPERTS, num_slots, policy)
     rng = np.random.default_rng(5)
