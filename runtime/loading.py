@@ -18,6 +18,7 @@ from runtime.cache.policies import POLICIES
 from runtime.cache.policy import Policy
 from runtime.cache.predicted_reuse import PredictedReuse
 from runtime.cache.rules.hot_set import HotSet
+from runtime.cache.rules.reuse import Reuse
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
@@ -77,7 +78,7 @@ def load(
         own codes where kernels run them (`model.expertflow.decode_path` says "graph", or why not);
         elsewhere they hold decoded weights, of two to four times the bytes.
     policy: "lru", "lfu", "class-lru", "lfru", "reuse", "hot-set", "predicted" or "belady"; by
-        default "predicted" with a predictor, else "lru".
+        default "predicted" with a predictor, else "reuse".
     device: where the model computes ("cuda", "cuda:1", 1, "cpu"); by default a GPU for a path, if
         there is one, and a module's own device.
     dtype: of a model loaded from a path; "auto" is the checkpoint's.
@@ -221,11 +222,11 @@ def _refuse_for_module(hub: HubOptions, attention: str | None) -> None:
 def choose_policy(
     name: str | None, source: Source, file: PredictorFile | None, replay: Any
 ) -> Policy:
-    """The policy of that name; by default predicted reuse with a predictor, else LRU.
+    """The policy of that name; by default predicted reuse with a predictor, else reuse.
 
     Raises ValueError for an unknown name, and where a policy lacks what it needs.
     """
-    name = name or ("lru" if file is None else PredictedReuse.name)
+    name = name or (Reuse.name if file is None else PredictedReuse.name)
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} is not one of {', '.join(POLICIES)}")
     sizes = len(source.layers), max(layer.num_experts for layer in source.layers)

@@ -15,6 +15,7 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
     check_systems(settings.systems)
     at, full, usable = settings.compare_at, _full(settings), usable_policies(settings)
     main = usable[0]
+    compared = dict.fromkeys(policy for policy in usable if policy in (main, "lru"))
     shares = [r for r in settings.residency if r not in (FULL, MIN, at)]
     least = [expertflow_arm(NO_CACHE, MIN)] if MIN in settings.residency else []
     arms = [
@@ -31,7 +32,11 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         *least,
         *(expertflow_arm(policy, at, prefetch=True) for policy in (main, "lru")),
         expertflow_arm(main, at, prefetch="auto"),
-        *(expertflow_arm(main, at, batch=batch) for batch in settings.batches),
+        *(
+            expertflow_arm(policy, at, batch=batch)
+            for batch in settings.batches
+            for policy in compared
+        ),
         *(replace(arm, batch=batch) for arm in full for batch in settings.batches),
         *(replace(arm, compile=True) for arm in full),
         Arm(system="compiled", replays=False),

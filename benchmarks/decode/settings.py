@@ -33,8 +33,8 @@ class DecodeSettings:
     """Shares of the experts' bytes in GPU memory. `min` is one layer's top-k. `6.28%` is a share of
     the whole model's bytes, and `2GiB` a size, for everything in GPU memory."""
     policies: list[str] = field(default_factory=lambda: ["predicted", "lru", "lfu", "belady"])
-    """Cache policies. Batches and prefetching are measured with the first usable one: predicted
-    needs a predictor, belady a trace."""
+    """Cache policies. Batches and prefetching are measured with the first usable one and with lru:
+    predicted needs a predictor, belady a trace."""
     only: list[str] = field(default_factory=list)
     """Run only the arms with these names, as the table prints them."""
     compare_at: str = "0.25"

@@ -11,7 +11,7 @@ simulator (which moves none), so that both count the same hits. A *key* is layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ import numpy as np
 from runtime.cache.policy import Policy
 
 FREE = -1
+LAST_VICTIMS = 1e300
+"""The value of what a call still needs in a later range: evicted where nothing else is left."""
 
 
 class Lookup(NamedTuple):
@@ -67,6 +69,20 @@ class ExpertCache:
         for start in range(0, len(experts), self.num_slots):
             yield self._request(layer, experts[start : start + self.num_slots])
 
+    def ranges(self, layer: int, experts: np.ndarray, span: int) -> Iterator[Lookup]:
+        """Serve the distinct `experts` (int64 [N], ascending) of one call, `span` ids at a time.
+
+        Captured steps of many sequences do so: a range that has run gives its slots to the next,
+        and what later ranges need is evicted last. A range must have run before the next is taken;
+        one must fit the slots.
+        """
+        self.policy.touch(layer, experts)
+        first = layer * self.num_experts
+        for start in range(0, self.num_experts, span):
+            now = experts[(experts >= start) & (experts < start + span)]
+            if len(now):
+                yield self._request(layer, now, first + experts[experts >= start + span])
+
     def admit(self, layer: int, experts: np.ndarray, pinned: np.ndarray) -> Lookup:
         """Slots for the missing of `experts` (int64 [N]) of `layer`, ahead of their call.
 
@@ -82,27 +98,37 @@ class ExpertCache:
         slots = self.slot_of_key[missing]
         return Lookup(missing % self.num_experts, slots, np.ones(len(slots), bool), num_evicted)
 
-    def _request(self, layer: int, experts: np.ndarray) -> Lookup:
+    def _request(
+        self, layer: int, experts: np.ndarray, later: Sequence[int] | np.ndarray = ()
+    ) -> Lookup:
         keys = layer * self.num_experts + experts
         missed = self.slot_of_key[keys] == FREE
-        num_evicted = self._admit(keys, keys[missed]) if missed.any() else 0
+        num_evicted = self._admit(keys, keys[missed], later) if missed.any() else 0
         return Lookup(experts, self.slot_of_key[keys], missed, num_evicted)
 
-    def _admit(self, pinned: np.ndarray, missing: np.ndarray) -> int:
+    def _admit(
+        self, pinned: np.ndarray, missing: np.ndarray, later: Sequence[int] | np.ndarray = ()
+    ) -> int:
         num_evicted = max(len(missing) - len(self._free), 0)
         if num_evicted:
-            self._free.extend(self._evict(num_evicted, pinned).tolist())
+            self._free.extend(self._evict(num_evicted, pinned, later).tolist())
         slots = [self._free.pop() for _ in missing]
         self.slot_of_key[missing] = slots
         self.key_of_slot[slots] = missing
         return num_evicted
 
-    def _evict(self, count: int, pinned: np.ndarray) -> np.ndarray:
-        """Free `count` slots: the residents of lowest value that the current wave does not need."""
+    def _evict(
+        self, count: int, pinned: np.ndarray, later: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Free `count` slots: the residents of lowest value that the current wave does not need;
+        those of the keys `later` after all others.
+        """
         values_S = self.policy.values.take(self.key_of_slot)
         values_S[self._free] = np.inf
-        held = self.slot_of_key[pinned]
-        values_S[held[held != FREE]] = np.inf
+        for keys, value in ((later, LAST_VICTIMS), (pinned, np.inf)):
+            if len(keys):
+                held = self.slot_of_key[keys]
+                values_S[held[held != FREE]] = value
         victims = lowest(values_S, count)
         assert (values_S[victims] < np.inf).all(), "a wave never exceeds the slots"
         self.slot_of_key[self.key_of_slot[victims]] = FREE

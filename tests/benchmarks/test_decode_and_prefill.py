@@ -20,6 +20,8 @@ from benchmarks.common.shapes import TINY, build_model, shape_named, weight_byte
 from benchmarks.decode import __main__ as decode
 from benchmarks.decode.arms import decode_arms
 from benchmarks.decode.plot import plot_bytes, plot_speed
+from benchmarks.decode.ranges import RangesSettings
+from benchmarks.decode.ranges import main as compare_ranges
 from benchmarks.decode.report import ratios
 from benchmarks.decode.settings import DecodeSettings
 from benchmarks.prefill import __main__ as prefill
@@ -158,6 +160,20 @@ def test_a_policy_without_its_predictor_or_trace_gets_one_row_and_leads_nothing(
     assert {arm.policy for arm in arms if arm.batch > 1} == {"lru"}
     with pytest.raises(ValueError, match="each of them needs"):
         decode_arms(DecodeSettings(policies=["predicted"]))
+
+
+def test_every_number_of_ranges_has_a_row_of_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    small: dict[str, Any] = {"shape": "tiny", "device": "cpu", "tokens": 2, "prompt": 4}
+    compare_ranges(RangesSettings(batches=[2], counts=[1, 4], **small))
+    printed = capsys.readouterr().out
+    assert printed.count("expertflow reuse 0.25 x2") == 2
+    assert "in 1 ranges:" in printed and "in 4 ranges:" in printed
+
+
+def test_batches_are_measured_with_the_first_policy_and_with_lru() -> None:
+    arms = decode_arms(DecodeSettings(policies=["reuse", "lfu", "lru"], batches=[8, 32]))
+    wide = [(a.policy, a.batch) for a in arms if a.batch > 1 and a.residency == "0.25"]
+    assert wide == [("reuse", 8), ("lru", 8), ("reuse", 32), ("lru", 32)]
 
 
 def test_ratios_are_over_every_other_system_and_over_batch_1() -> None:

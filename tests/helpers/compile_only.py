@@ -169,8 +169,9 @@ class Kernels:
         ] * 2
 
     def decode(
-        self, batch: int, policy: type[Policy], *, prefetch: bool = False, resident: bool = False
-    ) -> None:
+        self, batch: int, policy: type[Policy], *, prefetch: bool = False, resident: bool = False,
+        num_ranges: int = 1,
+    ) -> None:  # fmt: skip
         """Two layers of a captured step."""
         size, options = self.size, {"horizon": 4} if policy is PredictedReuse else {}
         cache = ExpertCache(
@@ -181,7 +182,7 @@ class Kernels:
         call = ExpertsCall(
             batch, size.top_k, self.layout, self.expert_block, self.slots_SN, host,
             DeviceCache(cache, 2, CPU), prefetch=prefetch, resident=resident,
-            routers=[router, router],
+            num_ranges=num_ranges, routers=[router, router],
             forecast=torch.zeros(2 * size.num_experts) if policy is PredictedReuse else None,
         )  # fmt: skip
         x = torch.zeros(batch, size.hidden, dtype=torch.bfloat16)
@@ -273,6 +274,7 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
                 kernels.decode(1, policy)
                 kernels.decode(1, policy, resident=True)
             kernels.decode(8, LRU, resident=True)
+            kernels.decode(32, Reuse, num_ranges=4)
             kernels.prefill()
     return list(compiler.found.values())
 

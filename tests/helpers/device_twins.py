@@ -36,6 +36,7 @@ class Twin:
         top_k: int = 3,
         num_slots: int = 8,
         batch: int = 1,
+        num_ranges: int = 1,
         packed: bool = False,
         encoding: Callable[[int, int], Encoding] | None = None,
         **layout: Any,
@@ -59,8 +60,9 @@ class Twin:
         self.slots_SN = torch.zeros(num_slots, self.expert_block.stored_units, dtype=torch.int16)
         host: Any = self
         self.call = ExpertsCall(
-            batch, top_k, self.layout, self.expert_block, self.slots_SN, host, self.device_cache
-        )
+            batch, top_k, self.layout, self.expert_block, self.slots_SN, host, self.device_cache,
+            num_ranges=num_ranges,
+        )  # fmt: skip
 
     def _layer(self, records_EN: Tensor) -> Tensor:
         if self.expert_block.coding:

@@ -331,11 +331,11 @@ def test_belady_of_an_encoder_decoder_trace_is_refused(tmp_path: Path) -> None:
     assert "decoder-only" in refused(model, policy="belady", replay=tmp_path)
 
 
-def test_a_predictor_makes_predicted_the_default_and_lru_is_it_without(
+def test_a_predictor_makes_predicted_the_default_and_reuse_is_it_without(
     predictor: Path,
 ) -> None:
     assert runtime.load(tiny_model("olmoe"), predictor).expertflow.stats().policy == "predicted"
-    assert runtime.load(tiny_model("olmoe")).expertflow.stats().policy == "lru"
+    assert runtime.load(tiny_model("olmoe")).expertflow.stats().policy == "reuse"
 
 
 # ---------------------------------------------------------------------- predictors

@@ -18,8 +18,10 @@ from routing.topology import NO_EXPERT
 from runtime.cache.stats import Stats
 from runtime.cuda.decode.captured_model import CapturedModel
 from runtime.cuda.decode.device_cache import DeviceCache
+from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.experts.ledger import Ledger
+from runtime.cuda.decode.experts.ranges import Range, choose_ranges, most_used
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.kernels.custom_ops import running
@@ -103,9 +105,19 @@ class Decoder:
         return None if now == self._captured else "it was changed since steps were captured"
 
     def most_experts(self, num_rows: int) -> int:
-        """Slots that one layer's call of so many sequences can need."""
-        wanted = self.model.bucket(num_rows) * self.model.top_k
-        return min(self._device_cache.num_experts, wanted)
+        """Slots that a step of so many sequences can need at once."""
+        bucket = self.model.bucket(num_rows)
+        return most_used(self._ranges(bucket), bucket * self.model.top_k)
+
+    def _ranges(self, bucket: int) -> list[Range]:
+        """The ranges of experts in which the calls of such a step run."""
+        cache, block = self._device_cache, self._pool.expert_block
+        parts = Blocks.of(bucket, self._layout, block).parts
+        most_routed = bucket * self.model.top_k
+        return choose_ranges(
+            cache.num_experts, parts, most_routed, num_keys=self.stats.total_experts,
+            num_slots=self.num_slots, block_bytes=2 * block.stored_units,
+        )  # fmt: skip
 
     def experts_call(self, bucket: int, *, prefetch: bool) -> ExpertsCall:
         """The experts calls of a captured step of `bucket` tokens."""
@@ -113,8 +125,8 @@ class Decoder:
         return ExpertsCall(
             bucket, self.model.top_k, self._layout, pool.expert_block, pool.slots_SN, self._host,
             self._device_cache, prefetch=prefetch, resident=self.stats.all_fit,
-            routers=self._routers, forecast=self.driver.likely,
-            order=None if self._share is None else self._share.order,
+            num_ranges=len(self._ranges(bucket)), routers=self._routers,
+            forecast=self.driver.likely, order=None if self._share is None else self._share.order,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ a step

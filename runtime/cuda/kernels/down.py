@@ -126,23 +126,23 @@ def sum_of_part(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens"],
+    do_not_specialize=["num_tokens", "first_part"],
     do_not_specialize_on_alignment=["experts_U", "slots_U", "counts"],
 )
 def down(
-    h, y, ids, weights, slots, units, experts_U, slots_U, answers, counts, num_tokens,
+    h, y, ids, weights, slots, units, experts_U, slots_U, answers, counts, num_tokens, first_part,
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
     MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, E: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
     SHARE: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr, BLOCK_U: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H, PARTS).
+    """Each token's weighted sum over its experts, ascending: y [B, H]. Grid (blocks of H, parts).
 
-    PARTS > 1: over the experts of each part, float32 [PARTS, B, H], for `join`. A part is a range
-    of experts, whoever uses them: a token's sum does not depend on who shares the batch.
-    SHARE: of a single token, an expert without a slot was computed on the CPU; its row is in
-    `answers`, float32 [U, H].
+    PARTS > 1: over the experts of each part, from `first_part` on, float32 [PARTS, B, H], for
+    `join`. A part is a range of experts, whoever uses them: a token's sum does not depend on who
+    shares the batch. SHARE: of a single token, an expert without a slot was computed on the CPU;
+    its row is in `answers`, float32 [U, H].
     """
     first_row = tl.program_id(0) * BLOCK_N
     row_N = first_row + tl.arange(0, BLOCK_N)
@@ -154,7 +154,7 @@ def down(
     ids_MK = tl.load(ids + pair_MK, mask=mask_MK, other=-1)
     weights_MK = tl.load(weights + pair_MK, mask=mask_MK, other=0.0).to(tl.float32)
     num_used = tl.load(counts)
-    part = tl.program_id(1)
+    part = first_part + tl.program_id(1)
     if M == 1:
         y_MN = sum_of_one(
             h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, first_row,

@@ -14,6 +14,10 @@ not need. The values come from one of five rules:
 
 TABLE is any policy that can be computed ahead: predicted reuse, Belady. STAMP is one whose values
 only change with a use: ClassLRU, LFRU.
+
+A wide call is planned in ranges of experts, one launch each: a range that has run gives its slots
+to the next (`runtime.cuda.decode.experts.ranges`), as `ExpertCache.ranges` does. What the call
+still needs then is evicted last.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.cache.expert_cache import LAST_VICTIMS
 from runtime.cache.rules import reuse
 from runtime.cuda.kernels.doorbell import ring
 
@@ -29,6 +34,7 @@ DISCOUNT = tl.constexpr(reuse.DISCOUNT)
 RECENT, USUAL = tl.constexpr(reuse.RECENT), tl.constexpr(1 - reuse.RECENT)
 RECENT_FADE, USUAL_FADE = (tl.constexpr(fade) for fade in reuse.FADES)
 FREE = tl.constexpr(-1)
+LATER = tl.constexpr(LAST_VICTIMS)
 TRUST_DECAY = tl.constexpr(0.98)
 
 
@@ -111,6 +117,19 @@ def follow_uses(experts_E, used_E, before, after, layer, E: tl.constexpr):
 
 
 @triton.jit
+def touch_call(
+    experts_E, called_E, values, before, after, clock, layer, E: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """Tell the rule of all experts of a call, in the order of their ids."""
+    rank_E = tl.cumsum(called_E.to(tl.int32), 0) - 1
+    num_called = tl.sum(called_E.to(tl.int32), 0)
+    touch(experts_E, called_E, rank_E, num_called, values, before, after, clock, layer, E, RULE)
+    if RULE == CYCLE:
+        follow_uses(experts_E, called_E, before, after, layer, E)
+    tl.debug_barrier()  # other threads read the values
+
+
+@triton.jit
 def update_trust(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
     """Credit each predictor whose favourite was used, once the next layer's routes are known."""
     experts_E = tl.arange(0, BLOCK_E)
@@ -124,11 +143,12 @@ def update_trust(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
 
 @triton.jit
 def give_slots(
-    used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values, before,
-    after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
+    used_E, later_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
+    before, after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Give each missed expert the slot of lowest value that this call does not need.
+    """Give each missed expert the slot of lowest value that this range does not need, those of
+    later ranges (`later_E`) after all others.
 
     Returns the slots of all experts.
     """
@@ -140,8 +160,10 @@ def give_slots(
     worth_S = slot_values(keys_S, values, before, after, layer, E, RULE).to(tl.float64)
     own_S = keys_S - layer * E
     is_own_S = (own_S >= 0) & (own_S < E)
-    asked_S = tl.gather(used_E.to(tl.int32), tl.where(is_own_S, own_S, 0), 0)
-    pinned_S = is_own_S & (asked_S > 0)
+    asked_E = used_E.to(tl.int32) + 2 * later_E.to(tl.int32)
+    asked_S = tl.where(is_own_S, tl.gather(asked_E, tl.where(is_own_S, own_S, 0), 0), 0)
+    worth_S = tl.where(asked_S == 2, LATER, worth_S)
+    pinned_S = asked_S == 1
     worth_S = tl.where(pinned_S | (index_S >= S), float("inf"), worth_S)
     i = 0
     while i < num_missed:
@@ -159,7 +181,7 @@ def give_slots(
 
 
 @triton.jit(
-    do_not_specialize=["layer", "num_pairs", "S"],
+    do_not_specialize=["layer", "first", "end", "num_pairs", "S"],
     do_not_specialize_on_alignment=[
         "experts_U", "slots_U", "order_U", "counts", "routes", "prefetched", "prefetched_slot",
         "used_prefetch", "stop",
@@ -170,11 +192,11 @@ def plan(
     slot_of_key, key_of_slot, values, before, after, clock,
     routes, prefetched, prefetched_slot, used_prefetch, first_choices, trust, stop, step,
     x, doorbell, bell, share, away_U,
-    layer, num_pairs, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
+    layer, first, end, num_pairs, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
     SHARE: tl.constexpr, ORDER: tl.constexpr, X: tl.constexpr, H: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Plan one expert call.
+    """Plan the experts first .. end - 1 of one expert call; what concerns all of it, with first 0.
 
     ids: int64 [P] expert of each (token, k) pair; ids outside 0 .. E-1 are of no expert.
     experts_U, slots_U: int32, the distinct experts ascending, and their slots.
@@ -192,28 +214,30 @@ def plan(
     tl.store(routes + pairs_P, ids_P, mask=pairs_P < num_pairs)
     experts_E = tl.arange(0, BLOCK_E)
     asked_PE = ids_P[:, None] == experts_E[None, :]
-    used_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
-    rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
-    num_used = tl.sum(used_E.to(tl.int32), 0)
+    called_E = (tl.max(asked_PE.to(tl.int32), axis=0) > 0) & (experts_E < E)
     if SHARE:
         next_E = next_values(experts_E, values, before, after, layer, E, RULE)
-    touch(experts_E, used_E, rank_E, num_used, values, before, after, clock, layer, E, RULE)
-    if RULE == CYCLE:
-        follow_uses(experts_E, used_E, before, after, layer, E)
+    if first == 0:
+        touch_call(experts_E, called_E, values, before, after, clock, layer, E, RULE)
+    used_E = called_E & (experts_E >= first) & (experts_E < end)
+    later_E = called_E & (experts_E >= end)
+    rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
+    num_used = tl.sum(used_E.to(tl.int32), 0)
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
     dropped_slot = FREE
     if PREFETCH:
-        tl.store(stop, tl.load(step))
         early = tl.load(prefetched)
-        early_used = tl.sum((used_E & (experts_E == early)).to(tl.int32), 0)
-        tl.store(used_prefetch, early_used)
-        update_trust(first_choices, trust, used_E, BLOCK_E)
-        if (early >= 0) & (early_used == 0):
-            dropped_slot = tl.load(prefetched_slot)
-            slots_E = tl.where(experts_E == early, FREE, slots_E)
-            tl.store(slot_of_key + layer * E + early, FREE)
-            tl.store(key_of_slot + dropped_slot, FREE)
+        if first == 0:
+            tl.store(stop, tl.load(step))
+            early_used = tl.sum((called_E & (experts_E == early)).to(tl.int32), 0)
+            tl.store(used_prefetch, early_used)
+            update_trust(first_choices, trust, called_E, BLOCK_E)
+            if (early >= 0) & (early_used == 0):
+                dropped_slot = tl.load(prefetched_slot)
+                slots_E = tl.where(experts_E == early, FREE, slots_E)
+                tl.store(slot_of_key + layer * E + early, FREE)
+                tl.store(key_of_slot + dropped_slot, FREE)
     missed_E = used_E & (slots_E == FREE)
     num_missed = tl.sum(missed_E.to(tl.int32), 0)
     num_away = 0
@@ -234,8 +258,8 @@ def plan(
 
     if num_missed > 0:
         slots_E = give_slots(
-            used_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
-            before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
+            used_E, later_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot,
+            values, before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
         )  # fmt: skip
 
     tl.store(experts_U + rank_E, experts_E, mask=used_E)

@@ -53,7 +53,7 @@ def test_a_converted_model_runs_near_its_original_and_says_what_it_lost(
     change = json.loads((out / "conversion.json").read_text())["quality"]["change"]
     line = f"lossy {OTHER_NAMES[name]}, perplexity {100 * change:+.2f} %"
     assert ours.expertflow.encoding == line
-    assert ours.expertflow.report().startswith(f"{line}; lru: 16 of 32")
+    assert ours.expertflow.report().startswith(f"{line}; reuse: 16 of 32")
     assert ours.expertflow.stats().as_dict()["loss"] == line
     assert line in describe(plan(out, 0.5), None)
     assert theirs.expertflow.encoding == "plain" and "lossy" not in theirs.expertflow.report()

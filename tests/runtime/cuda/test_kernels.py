@@ -43,9 +43,9 @@ class Planned(NamedTuple):
     rest: list[int]
 
 
-def plan(twin: Twin, layer: int, ids: Any) -> Planned:
-    twin.call._run_plan(layer, torch.as_tensor(ids))
-    num_used, num_fetched, _ = twin.call._counts[layer].tolist()
+def plan(twin: Twin, layer: int, ids: Any, index: int = 0) -> Planned:
+    twin.call._run_plan(layer, torch.as_tensor(ids), index)
+    num_used, num_fetched, _ = twin.call._counts[layer, index].tolist()
     asked, slots, order = (row[:num_used].tolist() for row in twin.call._plan)
     turns = [asked[index] for index in order]
     return Planned(asked, slots, turns[:num_fetched], turns[num_fetched:])
@@ -99,15 +99,24 @@ def forecast(rng: np.random.Generator, policy: Policy) -> Forecast | None:
     return Forecast(*rng.random((4, LAYERS, EXPERTS), np.float32))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "num_ranges", "num_slots"), [(1, 1, 10), (3, 1, 10), (3, 4, 10), (3, 4, 5)]
+)
 @pytest.mark.parametrize(
     "name", ["lru", "lfu", "class-lru", "lfru", "reuse", "predicted", "belady"]
 )
-def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, batch: int) -> None:
+def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(
+    name: str, batch: int, num_ranges: int, num_slots: int
+) -> None:
     calls = random_calls(3, batch, num_steps=12)
     policy = make_policy(name, calls)
-    twin = Twin(make_policy(name, calls), batch=batch, num_slots=10)
-    host = ExpertCache(LAYERS, EXPERTS, 10, policy)
+    options: dict[str, Any] = {
+        "batch": batch,
+        "num_ranges": num_ranges,
+        "num_slots": num_slots,
+    }
+    twin = Twin(make_policy(name, calls), **options)
+    host = ExpertCache(LAYERS, EXPERTS, num_slots, policy)
     rng = np.random.default_rng(5)
     for step in calls:
         policy.begin_step(forecast(rng, policy))
@@ -116,14 +125,21 @@ def test_the_plan_misses_and_evicts_what_the_cache_on_the_host_does(name: str, b
         if table is not None:
             twin.device_cache.write_table(*table)
         for layer, ids in enumerate(step):
-            planned = plan(twin, layer, ids)
-            (lookup,) = host.waves(layer, distinct(ids))
-            assert planned.experts == lookup.experts.tolist()
-            assert len(planned.fetched) == lookup.missed.sum()
-            if name != "belady":  # two that are next used by one call are worth the same
-                assert planned.fetched == lookup.experts[lookup.missed].tolist()
-                assert residents(twin) == set(host.key_of_slot.tolist()) - {-1}
-            twin.device_cache.check_integrity()
+            span = twin.call._ranges[0].end
+            lookups = host.ranges(layer, distinct(ids), span)
+            for index in range(len(twin.call._ranges)):
+                planned = plan(twin, layer, ids, index)
+                if not planned.experts:
+                    continue
+                lookup = next(lookups)
+                assert planned.experts == lookup.experts.tolist()
+                if name != "belady":  # two that are next used by one call are worth the same
+                    assert planned.fetched == lookup.experts[lookup.missed].tolist()
+                    assert residents(twin) == set(host.key_of_slot.tolist()) - {-1}
+                elif num_ranges == 1:
+                    assert len(planned.fetched) == lookup.missed.sum()
+                twin.device_cache.check_integrity()
+            assert next(lookups, None) is None
 
 
 @pytest.mark.parametrize("name", ["lru", "lfu", "reuse"])

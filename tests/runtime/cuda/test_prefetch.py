@@ -68,6 +68,7 @@ class Prefetching(Twin):
         self.call = ExpertsCall(
             options.get("batch", 1), TOP_K, self.layout, self.expert_block, self.slots_SN, host,
             self.device_cache, prefetch=True, routers=routers, forecast=forecast,
+            num_ranges=options.get("num_ranges", 1),
         )  # fmt: skip
 
     def step(self, first: Tensor = FIRST, following: Tensor = NEXT) -> tuple[Tensor, Tensor]:
@@ -243,6 +244,31 @@ def test_a_batch_prefetches_for_any_of_its_tokens() -> None:
     y, expected = twin.step(torch.tensor([[0, 1, 2], [1, 2, 3]]), following)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     assert (twin.ledger.prefetched_L[1], twin.ledger.used_L[1]) == (6, 1)
+
+
+IN_RANGES: dict[str, Any] = {"batch": 2, "num_slots": 8, "num_ranges": 4} | LARGE
+WIDE = torch.tensor([[0, 1, 2], [4, 7, 11]]), torch.tensor([[1, 2, 6], [6, 8, 9]])
+
+
+@pytest.mark.parametrize("wanted", [1, 6, 9], ids=["first", "second", "third"])
+def test_a_prefetch_serves_whichever_range_needs_it(arrival: str, wanted: int) -> None:
+    twin, plain = Prefetching({wanted: 0.9}, **IN_RANGES), Prefetching(**IN_RANGES)
+    assert torch.equal(twin.step(*WIDE)[0], plain.step(*WIDE)[0])
+    assert (twin.ledger.prefetched_L[1], twin.ledger.used_L[1]) == (wanted, 1)
+    assert twin.holds(1, 9)
+    assert torch.equal(twin.step(*WIDE)[0], plain.step(*WIDE)[0])
+
+
+def test_a_prefetch_that_no_range_needs_frees_its_slot(arrival: str) -> None:
+    twin, plain = Prefetching({10: 0.9}, **IN_RANGES), Prefetching(**IN_RANGES)
+    assert torch.equal(twin.step(*WIDE)[0], plain.step(*WIDE)[0])
+    assert (twin.ledger.prefetched_L[1], twin.ledger.used_L[1]) == (10, 0)
+    assert twin.slot_of(1, 10) == -1
+
+
+def test_nothing_is_prefetched_where_a_call_may_need_more_than_the_slots() -> None:
+    assert not Prefetching({5: 0.9}, batch=2, num_slots=5, num_ranges=4).call.prefetches
+    assert Prefetching({5: 0.9}, batch=2, num_slots=6, num_ranges=4).call.prefetches
 
 
 def test_a_predictor_with_nothing_to_choose_from_is_not_judged() -> None:

@@ -1,5 +1,8 @@
 """One layer's experts call, in kernels: plan, gate and up, down; prefetch beside them.
 
+A call of several tokens may run in ranges of experts, each planned and run out of the slots that
+those before it leave (`ranges`).
+
 Everything is enqueued on the current stream without a host sync, so that it can be captured. What
 the host wants to know of a step is written to one tensor, the ledger. Where every expert has a
 slot, nothing is planned for and nothing fetched.
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.ledger import Ledger
+from runtime.cuda.decode.experts.ranges import most_used, ranges
 from runtime.cuda.kernels import down as down_kernels
 from runtime.cuda.kernels import gate_up as gate_up_kernels
 from runtime.cuda.kernels import plan as plan_kernel
@@ -43,7 +47,8 @@ class ExpertsCall:
     routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
     None where none was found. forecast: float32 [L * E], the predictor's probabilities
     for the running step, or None. resident: every expert of the model is in a slot, and stays.
-    order: how a single token's missed experts are left to the CPU; None: they never are.
+    num_ranges: of a call; more than one need several tokens. order: how a single token's missed
+    experts are left to the CPU; None: they never are.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class ExpertsCall:
         *,
         prefetch: bool = False,
         resident: bool = False,
+        num_ranges: int = 1,
         routers: list[nn.Module | None] | None = None,
         forecast: Tensor | None = None,
         order: OrderToCpu | None = None,
@@ -71,13 +77,16 @@ class ExpertsCall:
         }  # fmt: skip
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
-        self.prefetches, self._resident = prefetch and not resident, resident
         self._routers, self._forecast = routers or [None] * cache.num_layers, forecast
-        self._order = order if batch == 1 and not self._resident else None
+        self._order = order if batch == 1 and not resident else None
         self.compiled: dict[str, Any] = {}
         """What Triton made of the kernels that compute, by name, after the first call."""
         self._blocks = Blocks.of(batch, layout, block)
-        self.max_used = min(cache.num_experts, batch * top_k)
+        self._ranges = ranges(cache.num_experts, self._blocks.parts, num_ranges)
+        self.max_used = most_used(self._ranges, batch * top_k)
+        """Most experts of one range."""
+        is_safe = min(cache.num_experts, batch * top_k) <= len(cache.key_of_slot)
+        self.prefetches, self._resident = prefetch and is_safe and not resident, resident
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
         self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
         self._allocate_ledger(device)
@@ -91,20 +100,21 @@ class ExpertsCall:
 
     def _allocate_ledger(self, device: torch.device) -> None:
         layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        sizes = [layers * pairs, layers * 3, layers, layers, layers * PREFETCHERS]
+        counted = layers * len(self._ranges) * 3
+        sizes = [layers * pairs, counted, layers, layers, layers * PREFETCHERS]
         self.ledger = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
         routes, counts, self._prefetched, self._used, progress = self.ledger.split(sizes)
         self._prefetched.fill_(-1)
         self._routes = routes.view(layers, pairs)
-        self._counts = counts.view(layers, 3)
+        self._counts = counts.view(layers, len(self._ranges), 3)
         self._progress = progress.view(layers, PREFETCHERS)
 
     def read(self, ledger: np.ndarray) -> Ledger:
         """The parts of a ledger that was copied to the host, int32."""
         layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        ends = np.cumsum([layers * pairs, layers * 3, layers, layers])
+        ends = np.cumsum([layers * pairs, self._counts.numel(), layers, layers])
         routes, counts, prefetched, used, progress = np.split(ledger, ends)
-        counts = counts.reshape(layers, 3)
+        counts = counts.reshape(layers, -1, 3).sum(1)
         return Ledger(
             routes.reshape(layers, self._batch, self._top_k),
             counts[:, 0],
@@ -131,19 +141,23 @@ class ExpertsCall:
         (picked, fetched), self._pending = self._pending, (None, None)
         if picked is not None:
             torch.cuda.current_stream().wait_event(picked)
-        self._run_plan(layer, ids, x)
-        if fetched is not None:
-            torch.cuda.current_stream().wait_event(fetched)
-        has_next = self.prefetches and layer + 1 < self._cache.num_layers
-        if has_next:
-            picked = self._run_pick(layer + 1, x)
-        self._run_gate_up(layer, x, FETCHERS)
-        if has_next:
-            self._pending = picked, self._run_fetch(layer + 1)
-        self._run_gate_up(layer, x, 0)
-        if self._order is not None:
-            self._order.collect(self._counts[layer])
-        return self._run_down(layer, x, ids, weights)
+        sums = self._new_sums(x)
+        for index in range(len(self._ranges)):
+            self._run_plan(layer, ids, index, x)
+            if fetched is not None and index == 0:
+                torch.cuda.current_stream().wait_event(fetched)
+            is_last = index == len(self._ranges) - 1
+            has_next = self.prefetches and is_last and layer + 1 < self._cache.num_layers
+            if has_next:
+                picked = self._run_pick(layer + 1, x)
+            self._run_gate_up(layer, x, FETCHERS, index)
+            if has_next:
+                self._pending = picked, self._run_fetch(layer + 1)
+            self._run_gate_up(layer, x, 0, index)
+            if self._order is not None:
+                self._order.collect(self._counts[layer, index])
+            self._sum_range(layer, x, ids, weights, sums, index)
+        return self._joined(sums, x)
 
     def one_expert(self, stored_N: Tensor, x: Tensor) -> Tensor:
         """What the kernels of a single token's step make of one stored block and x [1, H]: float32
@@ -154,31 +168,33 @@ class ExpertsCall:
         alone._units_SN, alone.compiled = stored_N[None], {}
         alone._slots_SN = alone._units_SN.view(self._layout.dtype)
         alone._plan = torch.zeros(3, size, dtype=torch.int32, device=device)
-        alone._counts = torch.tensor([[1, 0, 0]], dtype=torch.int32, device=device)
+        alone._counts = torch.tensor([[[1, 0, 0]]], dtype=torch.int32, device=device)
         ids = torch.full((1, self._top_k), -1, device=device)
         ids[0, 0] = 0
         alone._run_gate_up(0, x, FETCHERS)
         y = torch.empty(x.shape, dtype=torch.float32, device=device)
-        return alone._run_down(0, x, ids, (ids == 0).to(x.dtype), y)[0]
+        alone._sum_range(0, x, ids, (ids == 0).to(x.dtype), y, 0)
+        return y[0]
 
     def _run_residents(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self._batch == 1:
             self._run_gate_up_of_one(layer, x, ids)
         else:
-            self._run_plan(layer, ids, x)
+            self._run_plan(layer, ids)
             self._run_gate_up(layer, x, 0)
         return self._run_down(layer, x, ids, weights)
 
-    def _run_plan(self, layer: int, ids: Tensor, x: Tensor | None = None) -> None:
-        cache, order = self._cache, self._order
+    def _run_plan(self, layer: int, ids: Tensor, index: int = 0, x: Tensor | None = None) -> None:
+        """Plan a range, given by its index, as below."""
+        cache, planned, order = self._cache, self._ranges[index], self._order
         plan_kernel.plan[(1,)](
-            ids, *self._plan, self._counts[layer],
+            ids, *self._plan, self._counts[layer, index],
             cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
             cache.clock, self._routes[layer],
             self._prefetched[layer:], self._slot[layer:], self._used[layer:],
             self._choices, self._trust, self._stop[layer:], self._step,
             *((ids, *(self._step,) * 4) if order is None or x is None else order.plan_inputs(x)),
-            layer, ids.numel(), len(cache.key_of_slot),
+            layer, planned.first, planned.end, ids.numel(), len(cache.key_of_slot),
             E=cache.num_experts, RULE=cache.rule, PREFETCH=self.prefetches,
             **(NO_ORDER if order is None else order.plan_constants),
             BLOCK_E=triton.next_power_of_2(cache.num_experts),
@@ -198,13 +214,13 @@ class ExpertsCall:
             "num_warps": blocks.warps,
         }  # fmt: skip
 
-    def _run_gate_up(self, layer: int, x: Tensor, fetchers: int) -> None:
+    def _run_gate_up(self, layer: int, x: Tensor, fetchers: int, index: int = 0) -> None:
         blocks, num_blocks = self._blocks, triton.cdiv(self._layout.width, self._blocks.rows)
         experts, slots, order = self._plan
         grid = (fetchers + num_blocks * self.max_used,)
         self.compiled["gate_up"] = gate_up_kernels.gate_up[grid](
             x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
-            experts, slots, order, self._counts[layer],
+            experts, slots, order, self._counts[layer, index],
             self._prefetched[layer:], self._progress[layer], len(x),
             FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
             RESIDENT=self._resident, SHARE=self._order is not None, M=blocks.padded,
@@ -215,26 +231,35 @@ class ExpertsCall:
         cache, num_blocks = self._cache, triton.cdiv(self._layout.width, self._blocks.rows)
         experts, slots, _ = self._plan
         gate_up_kernels.gate_up_of_one[(num_blocks * self.max_used,)](
-            x, self._h, self._slots_SN, self._units_SN, ids, experts, slots, self._counts[layer],
+            x, self._h, self._slots_SN, self._units_SN, ids, experts, slots, self._counts[layer, 0],
             cache.slot_of_key, cache.values, cache.before, cache.after, cache.clock,
             self._routes[layer], layer,
             E=cache.num_experts, K=self._top_k, RULE=cache.rule,
             BLOCK_K=triton.next_power_of_2(self._top_k), **self._gate_up,
         )  # fmt: skip
 
-    def _run_down(
-        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, into: Tensor | None = None
-    ) -> Tensor:
+    def _new_sums(self, x: Tensor) -> Tensor:
+        """Room for what `down` sums up: the result or, where it is in parts, those."""
+        if self._blocks.parts == 1:
+            return torch.empty_like(x)
+        return x.new_empty(self._blocks.parts, *x.shape, dtype=torch.float32)
+
+    def _run_down(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The sums of a call that is one range."""
+        sums = self._new_sums(x)
+        self._sum_range(layer, x, ids, weights, sums, 0)
+        return self._joined(sums, x)
+
+    def _sum_range(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, sums: Tensor, index: int
+    ) -> None:
         shape, blocks, num_tokens = self._layout, self._blocks, len(x)
-        experts, slots, _ = self._plan
-        to = y = torch.empty_like(x) if into is None else into
-        if blocks.parts > 1:
-            to = x.new_empty(blocks.parts, *x.shape, dtype=torch.float32)
-        grid = triton.cdiv(shape.hidden, blocks.down_rows), blocks.parts
-        order = self._order
+        (experts, slots, _), summed, order = self._plan, self._ranges[index], self._order
+        grid = triton.cdiv(shape.hidden, blocks.down_rows), summed.num_parts
         self.compiled["down"] = down_kernels.down[grid](
-            self._h, to, ids, weights, self._slots_SN, self._units_SN, experts, slots,
-            to if order is None else order.answers, self._counts[layer], num_tokens,
+            self._h, sums, ids, weights, self._slots_SN, self._units_SN, experts, slots,
+            sums if order is None else order.answers, self._counts[layer, index], num_tokens,
+            summed.first_part,
             DOWN=self._block.start("down_proj"),
             DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._matrices,
             CODE=self._block.code("down_proj"), E=self._cache.num_experts, K=self._top_k,
@@ -243,11 +268,16 @@ class ExpertsCall:
             BLOCK_K=triton.next_power_of_2(self._top_k),
             BLOCK_N=blocks.down_rows, BLOCK_I=blocks.down_columns, num_warps=blocks.down_warps,
         )  # fmt: skip
-        if blocks.parts > 1:
-            block = min(1024, triton.next_power_of_2(shape.hidden))
-            down_kernels.join[(num_tokens, triton.cdiv(shape.hidden, block))](
-                to, y, num_tokens, H=shape.hidden, PARTS=blocks.parts, BLOCK=block
-            )
+
+    def _joined(self, sums: Tensor, x: Tensor) -> Tensor:
+        """The sum of the parts, [B, H]."""
+        if self._blocks.parts == 1:
+            return sums
+        y, num_tokens, hidden = torch.empty_like(x), len(x), self._layout.hidden
+        block = min(1024, triton.next_power_of_2(hidden))
+        down_kernels.join[(num_tokens, triton.cdiv(hidden, block))](
+            sums, y, num_tokens, H=hidden, PARTS=self._blocks.parts, BLOCK=block
+        )
         return y
 
     def _run_pick(self, layer: int, x: Tensor) -> torch.cuda.Event:
@@ -261,7 +291,7 @@ class ExpertsCall:
                 x if self._forecast is None else self._forecast,
                 self._trust, self._choices, self._prefetched[layer:], self._slot[layer:],
                 self._plan[1],
-                self._counts[layer - 1],
+                self._counts[layer - 1, -1],
                 cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
                 THRESHOLD, layer, len(x), len(cache.key_of_slot),
                 H=self._layout.hidden, E=cache.num_experts, K=self._top_k, RULE=cache.rule,
