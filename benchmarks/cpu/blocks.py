@@ -12,10 +12,10 @@ from runtime.cpu.shape import Steps
 from runtime.cpu.slot_experts import shape_of
 from runtime.cuda.memory.cpu_blocks import cpu_shape
 from runtime.cuda.memory.expert_block import ExpertBlock
-from runtime.weights.packed.packing import PATCHES
 from runtime.weights.arena import Spec
 from runtime.weights.encodings.coded import CodedMatrix, part_name
 from runtime.weights.gated_experts import KernelLayout
+from runtime.weights.packed.packing import PATCHES
 
 IN_THREADS: Steps = ((1, 4), (64, 2), (32, 2), (16, 2), (8, 2), (4, 2))
 """A sum over 128 lanes as four warps of a GPU may have it."""

@@ -31,5 +31,6 @@ class PrefillRow(ArmRow):
     def recording(self) -> str:
         """The name of its lanes in the result file."""
         return f"{self.arm.name}, prompt {self.prompt}"
+
     same_logits: bool | None = None
     """Whether the first token's logits are those with every expert resident, bit for bit."""

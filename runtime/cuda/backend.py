@@ -31,8 +31,8 @@ from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.decode.row_decoder import RowDecoder
 from runtime.cuda.memory.host_dense import HostDense
-from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
-from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.cuda.memory.kernel_layout import KernelLayout, common_layout
+from runtime.cuda.memory.pinned_experts import host_tier
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.grouped_experts import GroupedExperts
@@ -87,7 +87,7 @@ class CudaBackend:
         groups = source.groups  # the store has no experts any more once the host tier is filled
         self._dense = HostDense(source.model, budget.host_bytes)
         try:
-            self._host = self._fill_host(source, device)
+            self._host = host_tier(source, self._layout, device)
         except BaseException:
             self._dense.restore()
             raise
@@ -105,35 +105,21 @@ class CudaBackend:
                 counts = [layer.num_experts for layer in source.layers]
                 self._grouped = GroupedExperts(self._pools[0], self._layout, self.stats, counts)
                 model = CapturedModel(source, options, device)
-                device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
-                driver = PolicyDriver(policy, device_cache, self.stats, forecaster)
+                self._device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
+                driver = PolicyDriver(policy, self._device_cache, self.stats, forecaster)
                 if options.cpu_share is not False and not self.stats.all_fit:
                     self._share = CpuShare(
-                        self._layout, self._host, model.top_k, device, asked=options.cpu_share,
-                        has_predictor=forecaster is not None,
-                        seconds_per_load=self.seconds_per_load,
+                        self._layout, self._host, model.top_k, device, self.seconds_per_load,
+                        asked=options.cpu_share, has_predictor=forecaster is not None,
                     )  # fmt: skip
                 self.decoder = Decoder(
-                    model, self._layout, self._pools[0], self._host, device_cache, driver,
+                    model, self._layout, self._pools[0], self._host, self._device_cache, driver,
                     self.prefetches, self.stats, routers, self._share,
                 )  # fmt: skip
-                self._device_cache = device_cache
                 self._generate = CapturedGenerate(source.model, self.decoder, route_log)
         except BaseException:
             self.close()
             raise
-
-    def _fill_host(self, source: Source, device: torch.device) -> PinnedExperts:
-        layout, store = self._layout, source.store
-        blocks = [
-            block_of(store.specs(index), store.coding(index), layout)
-            for index in range(len(source.layers))
-        ]
-        counts = [layer.num_experts for layer in source.layers]
-        transposed = layout is not None and layout.transposed
-        return PinnedExperts(
-            store, counts, blocks, device, packs=layout is not None, transposed=transposed
-        )
 
     def _build_pools(
         self, groups: list[ShapeGroup], slots: list[int], device: torch.device

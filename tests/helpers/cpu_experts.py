@@ -13,9 +13,9 @@ from runtime.cpu import ExpertShape, ExpertTable, Packing, SumOrder
 from runtime.cpu.shape import Steps
 from runtime.cuda.memory.cpu_blocks import cpu_table
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.weights.packed.packing import unpack
 from runtime.weights.arena import Spec
 from runtime.weights.encodings.coded import CodedMatrix, part_name
+from runtime.weights.packed.packing import unpack
 from tests.helpers import written_order as reference
 
 IN_THREADS: Steps = ((1, 4), (64, 2), (32, 2), (16, 2), (8, 2), (4, 2))

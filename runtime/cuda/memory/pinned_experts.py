@@ -19,11 +19,13 @@ from tqdm import tqdm
 from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
+from runtime.cuda.memory.kernel_layout import KernelLayout, block_of
 from runtime.cuda.memory.layer_packer import LayerPacker
 from runtime.cuda.memory.layer_reader import LayerReader, reading_threads, turned
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
 from runtime.weights.encodings.coded import decode_expert
 from runtime.weights.packed.packing import PATCHES
+from runtime.weights.source import Source
 from runtime.weights.store import ExpertStore
 
 
@@ -256,4 +258,16 @@ def kernels_decode(block: ExpertBlock) -> bool:
         and reason_against(matrix) is None
         and block.fields[name].dtype in (torch.bfloat16, torch.float16, torch.float32)
         for name, matrix in block.coding.items()
+    )
+
+
+def host_tier(source: Source, layout: KernelLayout | None, device: torch.device) -> PinnedExperts:
+    """The host tier of a model. layout: that of its experts, where kernels can run them."""
+    store, counts = source.store, [layer.num_experts for layer in source.layers]
+    blocks = [
+        block_of(store.specs(index), store.coding(index), layout) for index in range(len(counts))
+    ]
+    transposed = layout is not None and layout.transposed
+    return PinnedExperts(
+        store, counts, blocks, device, packs=layout is not None, transposed=transposed
     )

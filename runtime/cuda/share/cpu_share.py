@@ -23,11 +23,12 @@ from runtime.cpu.library import load_library
 from runtime.cpu.service import CpuExperts
 from runtime.cpu.shape import reason_against
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.memory.cpu_blocks import cpu_table
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.pinned import PinnedMemory
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.share.order_to_cpu import OrderToCpu
-from runtime.cuda.share.shape import shape_of, table_of
+from runtime.cuda.share.shape import shape_of
 from runtime.cuda.share.share_trial import ShareTrial
 
 SPARE_CORES, PREDICTOR_CORES = 2, 4
@@ -50,10 +51,10 @@ class CpuShare:
         host: PinnedExperts,
         top_k: int,
         device: torch.device,
+        seconds_per_load: Callable[[], float],
         *,
         asked: bool | str,
         has_predictor: bool = False,
-        seconds_per_load: Callable[[], float],
     ) -> None:
         self._layout, self._host, self._device, self._asked = layout, host, device, asked
         self._spare = SPARE_CORES + (PREDICTOR_CORES if has_predictor else 0)
@@ -116,10 +117,12 @@ class CpuShare:
             if len(cores) < 2:
                 self._why = "there are too few cores"
                 return
+            layers = self._host.layers
+            addresses = [blocks_EN.data_ptr() for blocks_EN in layers]
+            table = cpu_table(self._host.expert_blocks[0], addresses, min(map(len, layers)))
             self._service = CpuExperts(
-                library, shape, table_of(self._host, shape), self._top_k, cores=cores,
-                memory=self._bytes,
-            )  # fmt: skip
+                library, shape, table, self._top_k, cores=cores, memory=self._bytes
+            )
         except ValueError as error:
             self._why = str(error)
         except Exception as error:

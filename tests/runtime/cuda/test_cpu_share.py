@@ -21,9 +21,9 @@ from runtime.cpu.service import CpuExperts, doorbell_memory
 from runtime.cpu.shape import ExpertShape, SumOrder, halving
 from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.memory.cpu_blocks import cpu_shape, cpu_table
 from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.share.order_to_cpu import OrderToCpu
-from runtime.cuda.share.shape import packing_of, table_of
 from runtime.cuda.share.share_trial import NEEDED, SETTLING, TURN, ShareTrial, split
 from runtime.cuda.share.sum_order import row_sums
 from runtime.weights.encodings.fp8_block import FP8Block
@@ -63,15 +63,9 @@ def shape_of(twin: Twin) -> ExpertShape:
     layout, block = twin.layout, twin.expert_block
     tiles = Blocks.of(1, layout, block)
     each = 1 if block.is_plain else 8
-    encodings = [block.coding[name].encoding for name in block.coding]
-    return ExpertShape(
-        hidden=layout.hidden, width=layout.width, activation=layout.activation,
-        alternating=layout.alternating, has_bias=layout.has_bias,
-        gate_up=order_of(tiles.columns, tiles.columns // each, tiles.rows),
-        down=order_of(tiles.down_columns, tiles.down_columns // each, tiles.down_rows),
-        packing=packing_of(block) if block.patches else None,
-        encodings=(encodings[0], encodings[1]) if encodings else None,
-    )  # fmt: skip
+    gate_up = order_of(tiles.columns, tiles.columns // each, tiles.rows)
+    down = order_of(tiles.down_columns, tiles.down_columns // each, tiles.down_rows)
+    return cpu_shape(layout, block, gate_up, down)
 
 
 class Shared:
@@ -82,12 +76,11 @@ class Shared:
         bell = Doorbell(TOP_K, HIDDEN)
         memory = doorbell_memory(bell)
         self.order = OrderToCpu(bell, memory, CPU)
-        shape, host = shape_of(twin), SimpleNamespace(
-            expert_blocks=[twin.expert_block], layers=twin.layers
-        )  # fmt: skip
+        shape = shape_of(twin)
         library = load_library(shape)
         assert not isinstance(library, str), library
-        table = table_of(host, shape)  # type: ignore[arg-type]
+        addresses = [blocks_EN.data_ptr() for blocks_EN in twin.layers]
+        table = cpu_table(twin.expert_block, addresses, EXPERTS)
         self.service = CpuExperts(library, shape, table, TOP_K, cores=[-1], memory=memory)
         self.call = ExpertsCall(
             1, TOP_K, twin.layout, twin.expert_block, twin.slots_SN, twin,  # type: ignore[arg-type]
@@ -288,7 +281,7 @@ def test_a_share_that_cannot_be_is_off_with_its_reason(monkeypatch: pytest.Monke
     twin = twin_of("packed")
     host: Any = SimpleNamespace(expert_blocks=[twin.expert_block], layers=twin.layers)
     with fake_cuda(monkeypatch):
-        share = CpuShare(twin.layout, host, TOP_K, CPU, asked="auto", seconds_per_load=lambda: 1.0)
+        share = CpuShare(twin.layout, host, TOP_K, CPU, lambda: 1.0, asked="auto")
         call: Any = Calls(torch.zeros(HIDDEN))
         share.begin_step(call)
         assert share._builder is not None

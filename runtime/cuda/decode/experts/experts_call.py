@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.blocks import Blocks
-from runtime.cuda.decode.experts.ledger import Ledger
+from runtime.cuda.decode.experts.ledger import DeviceLedger, Ledger
 from runtime.cuda.decode.experts.ranges import most_used, ranges
 from runtime.cuda.kernels import down as down_kernels
 from runtime.cuda.kernels import gate_up as gate_up_kernels
@@ -89,7 +89,13 @@ class ExpertsCall:
         self.prefetches, self._resident = prefetch and is_safe and not resident, resident
         self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
         self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
-        self._allocate_ledger(device)
+        self._written = DeviceLedger(
+            cache.num_layers, batch, top_k, len(self._ranges), PREFETCHERS, device
+        )
+        self.ledger = self._written.whole
+        self._routes, self._counts = self._written.routes, self._written.counts
+        self._prefetched, self._used = self._written.prefetched, self._written.used
+        self._progress = self._written.progress
         self._trust = torch.full((2,), 0.9, device=device)
         self._choices = torch.full((2,), -1, dtype=torch.int32, device=device)
         self._slot = torch.full((cache.num_layers,), -1, dtype=torch.int32, device=device)
@@ -98,32 +104,9 @@ class ExpertsCall:
         self._side = torch.cuda.Stream(device) if self.prefetches else None
         self._pending: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = None, None
 
-    def _allocate_ledger(self, device: torch.device) -> None:
-        layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        counted = layers * len(self._ranges) * 3
-        sizes = [layers * pairs, counted, layers, layers, layers * PREFETCHERS]
-        self.ledger = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        routes, counts, self._prefetched, self._used, progress = self.ledger.split(sizes)
-        self._prefetched.fill_(-1)
-        self._routes = routes.view(layers, pairs)
-        self._counts = counts.view(layers, len(self._ranges), 3)
-        self._progress = progress.view(layers, PREFETCHERS)
-
     def read(self, ledger: np.ndarray) -> Ledger:
         """The parts of a ledger that was copied to the host, int32."""
-        layers, pairs = self._cache.num_layers, self._batch * self._top_k
-        ends = np.cumsum([layers * pairs, self._counts.numel(), layers, layers])
-        routes, counts, prefetched, used, progress = np.split(ledger, ends)
-        counts = counts.reshape(layers, -1, 3).sum(1)
-        return Ledger(
-            routes.reshape(layers, self._batch, self._top_k),
-            counts[:, 0],
-            counts[:, 1],
-            counts[:, 2],
-            prefetched,
-            used,
-            progress.reshape(layers, PREFETCHERS).sum(1),
-        )
+        return self._written.read(ledger)
 
     def begin_step(self) -> None:
         """Once a step, before its first layer."""
