@@ -108,10 +108,7 @@ class CudaBackend:
                 self._device_cache = DeviceCache(self._pools[0].cache, len(source.layers), device)
                 driver = PolicyDriver(policy, self._device_cache, self.stats, forecaster)
                 if options.cpu_share is not False and not self.stats.all_fit:
-                    self._share = CpuShare(
-                        self._layout, self._host, model.top_k, device, self.seconds_per_load,
-                        asked=options.cpu_share, has_predictor=forecaster is not None,
-                    )  # fmt: skip
+                    self._share = self._shared(model, options, forecaster is not None)
                 self.decoder = Decoder(
                     model, self._layout, self._pools[0], self._host, self._device_cache, driver,
                     self.prefetches, self.stats, routers, self._share,
@@ -120,6 +117,13 @@ class CudaBackend:
         except BaseException:
             self.close()
             raise
+
+    def _shared(self, model: CapturedModel, options: CudaOptions, predicts: bool) -> CpuShare:
+        assert self._layout is not None
+        return CpuShare(
+            self._layout, self._host, model.top_k, model.device, self.seconds_per_load,
+            asked=options.cpu_share, has_predictor=predicts,
+        )  # fmt: skip
 
     def _build_pools(
         self, groups: list[ShapeGroup], slots: list[int], device: torch.device

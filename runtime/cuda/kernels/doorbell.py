@@ -70,6 +70,31 @@ def ring(
     publish(doorbell, value)
 
 
+@triton.jit
+def least_worth(candidates_E, worth_E, count, experts_E):
+    """The `count` candidates of least value."""
+    chosen_E = experts_E < 0
+    i = 0
+    while i < count:
+        left_E = tl.where(candidates_E & (chosen_E == 0), worth_E, float("inf"))
+        chosen_E = chosen_E | (experts_E == tl.argmin(left_E, axis=0))
+        i += 1
+    return chosen_E
+
+
+@triton.jit
+def leave_to_cpu(
+    missed_E, num_away, next_E, rank_E, experts_E, x, doorbell, bell, away_U, layer,
+    ORDER: tl.constexpr, X: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Order some of the missed experts from the CPU; their places (of `rank_E`) go to `away_U`."""
+    away_E = least_worth(missed_E, next_E, num_away, experts_E)
+    if num_away > 0:
+        ring(doorbell, bell, x, layer, experts_E, away_E, num_away, ORDER, X, H, BLOCK_H)
+    tl.store(away_U + tl.cumsum(away_E.to(tl.int32), 0) - 1, rank_E, mask=away_E)
+    return away_E
+
+
 @triton.jit(do_not_specialize_on_alignment=["away_U", "counts"])
 def collect(
     doorbell, bell, answers, away_U, counts, ANSWER: tl.constexpr, DONE: tl.constexpr,

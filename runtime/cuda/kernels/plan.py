@@ -27,7 +27,7 @@ import triton.language as tl
 
 from runtime.cache.expert_cache import LAST_VICTIMS
 from runtime.cache.rules import reuse
-from runtime.cuda.kernels.doorbell import ring
+from runtime.cuda.kernels.doorbell import leave_to_cpu
 
 CLOCK, COUNT, TABLE, STAMP, CYCLE = (tl.constexpr(rule) for rule in range(5))
 DISCOUNT = tl.constexpr(reuse.DISCOUNT)
@@ -70,18 +70,6 @@ def next_values(experts_E, values, before, after, layer, E: tl.constexpr, RULE: 
     else:
         worth_E = tl.load(values + at_E, mask=is_expert, other=0.0)
     return worth_E
-
-
-@triton.jit
-def least_worth(candidates_E, worth_E, count, experts_E):
-    """The `count` candidates of least value."""
-    chosen_E = experts_E < 0
-    i = 0
-    while i < count:
-        left_E = tl.where(candidates_E & (chosen_E == 0), worth_E, float("inf"))
-        chosen_E = chosen_E | (experts_E == tl.argmin(left_E, axis=0))
-        i += 1
-    return chosen_E
 
 
 @triton.jit
@@ -142,6 +130,14 @@ def update_trust(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
+def was_in_vain(called_E, experts_E, early, used_prefetch):
+    """Whether the layer does not need what was sent ahead; what it does is noted."""
+    early_used = tl.sum((called_E & (experts_E == early)).to(tl.int32), 0)
+    tl.store(used_prefetch, early_used)
+    return (early >= 0) & (early_used == 0)
+
+
+@triton.jit
 def give_slots(
     used_E, later_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
     before, after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -178,6 +174,27 @@ def give_slots(
         slots_E = tl.where(experts_E == expert, victim, slots_E)
         i += 1
     return slots_E
+
+
+@triton.jit
+def write_plan(
+    experts_U, slots_U, order_U, counts, experts_E, slots_E, used_E, fetched_E, away_E, rank_E,
+    num_used, num_away, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Write what `plan` found: the experts in ascending order, and in that in which they run."""
+    fetched_rank_E = tl.cumsum(fetched_E.to(tl.int32), 0) - 1
+    num_fetched = tl.sum(fetched_E.to(tl.int32), 0)
+    tl.store(experts_U + rank_E, experts_E, mask=used_E)
+    tl.store(slots_U + rank_E, slots_E, mask=used_E)
+    turn_E = tl.where(fetched_E, fetched_rank_E, num_fetched + rank_E - fetched_rank_E - 1)
+    if SHARE:
+        away_rank_E = tl.cumsum(away_E.to(tl.int32), 0) - 1
+        turn_E = tl.where(fetched_E, turn_E, turn_E - away_rank_E - 1)
+        turn_E = tl.where(away_E, num_used - num_away + away_rank_E, turn_E)
+    tl.store(order_U + turn_E, rank_E, mask=used_E)
+    tl.store(counts, num_used)
+    tl.store(counts + 1, num_fetched)
+    tl.store(counts + 2, num_away)
 
 
 @triton.jit(
@@ -230,31 +247,26 @@ def plan(
         early = tl.load(prefetched)
         if first == 0:
             tl.store(stop, tl.load(step))
-            early_used = tl.sum((called_E & (experts_E == early)).to(tl.int32), 0)
-            tl.store(used_prefetch, early_used)
             update_trust(first_choices, trust, called_E, BLOCK_E)
-            if (early >= 0) & (early_used == 0):
+            if was_in_vain(called_E, experts_E, early, used_prefetch):
                 dropped_slot = tl.load(prefetched_slot)
                 slots_E = tl.where(experts_E == early, FREE, slots_E)
                 tl.store(slot_of_key + layer * E + early, FREE)
                 tl.store(key_of_slot + dropped_slot, FREE)
     missed_E = used_E & (slots_E == FREE)
     num_missed = tl.sum(missed_E.to(tl.int32), 0)
-    num_away = 0
+    num_away, away_E = 0, experts_E < 0
     if SHARE:
         num_away = tl.load(share + num_missed)
-        away_E = least_worth(missed_E, next_E, num_away, experts_E)
-        if num_away > 0:
-            ring(doorbell, bell, x, layer, experts_E, away_E, num_away, ORDER, X, H, BLOCK_H)
-        away_rank_E = tl.cumsum(away_E.to(tl.int32), 0) - 1
-        tl.store(away_U + away_rank_E, rank_E, mask=away_E)
+        away_E = leave_to_cpu(
+            missed_E, num_away, next_E, rank_E, experts_E, x, doorbell, bell, away_U, layer, ORDER,
+            X, H, BLOCK_H,
+        )  # fmt: skip
         missed_E = missed_E & (away_E == 0)
         num_missed -= num_away
     fetched_E = missed_E
     if PREFETCH:
         fetched_E = missed_E | (used_E & (experts_E == early))
-    fetched_rank_E = tl.cumsum(fetched_E.to(tl.int32), 0) - 1
-    num_fetched = tl.sum(fetched_E.to(tl.int32), 0)
 
     if num_missed > 0:
         slots_E = give_slots(
@@ -262,13 +274,7 @@ def plan(
             values, before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
         )  # fmt: skip
 
-    tl.store(experts_U + rank_E, experts_E, mask=used_E)
-    tl.store(slots_U + rank_E, slots_E, mask=used_E)
-    turn_E = tl.where(fetched_E, fetched_rank_E, num_fetched + rank_E - fetched_rank_E - 1)
-    if SHARE:
-        turn_E = tl.where(fetched_E, turn_E, turn_E - away_rank_E - 1)
-        turn_E = tl.where(away_E, num_used - num_away + away_rank_E, turn_E)
-    tl.store(order_U + turn_E, rank_E, mask=used_E)
-    tl.store(counts, num_used)
-    tl.store(counts + 1, num_fetched)
-    tl.store(counts + 2, num_away)
+    write_plan(
+        experts_U, slots_U, order_U, counts, experts_E, slots_E, used_E, fetched_E, away_E, rank_E,
+        num_used, num_away, SHARE,
+    )  # fmt: skip
