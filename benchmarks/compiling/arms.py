@@ -87,14 +87,14 @@ def first_step(settings: CompilingSettings) -> dict[str, Any]:
         warm_up(step)
         captures.append(time.perf_counter() - start)
 
-    CapturedStep._warm_up_and_capture = timed  # type: ignore[method-assign]
+    CapturedStep._warm_up_and_capture = timed  # type: ignore[method-assign,assignment]
     start = time.perf_counter()
     with loaded(settings, shape_named(settings.shape), True) as model:
         load_s = time.perf_counter() - start
         _, prompt_s = generate(model, 1)
         _, step_s = generate(model, 2)
         names, values = compile_times(repr="csv", aggregate=True)
-        seconds = dict(zip(names, map(float, values), strict=True))
+        seconds = dict(zip(names, [float(str(value)) for value in values], strict=True))
         _, long_s = generate(model, settings.tokens)
     return {
         "load_s": load_s, "prompt_s": prompt_s, "first_step_s": step_s, "capture_s": sum(captures),

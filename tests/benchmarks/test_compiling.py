@@ -61,7 +61,7 @@ def test_auto_tells_of_a_switch_that_failed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(arms, "LONGEST_WAIT", 0.1)
 
     class Ended(FakeProcess):
-        is_running = property(lambda _: False, lambda *_: None)  # type: ignore[assignment]
+        is_running = property(lambda _: False, lambda *_: None)
 
     monkeypatch.setattr(step_forwards, "CompilerProcess", Ended)
     found = arms.run_arm(replace(SETTINGS, arm="auto"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class CompiledForward:
 
 
 @contextmanager
-def _replaced(calls: list[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+def _replaced(calls: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
     """Within the block, experts calls are the operator, which a compiler does not look into. They
     are the same objects each time: code is compiled for them.
     """

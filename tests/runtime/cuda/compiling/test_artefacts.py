@@ -28,7 +28,12 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """What torch was given to load; it takes everything."""
     found: list[bytes] = []
-    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", lambda b: found.append(b) or b)
+
+    def take(content: bytes) -> bytes:
+        found.append(content)
+        return content
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", take)
     return found
 
 
