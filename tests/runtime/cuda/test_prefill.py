@@ -175,7 +175,7 @@ def test_with_every_expert_resident_nobody_waits_and_the_counts_come_when_the_pa
     prompts.stats.reset()
     want = [prompts.experts.run(layer, x_TH, chosen) for layer in (0, 1, 0)]
     assert torch.equal(want[0], want[2])
-    assert prompts.stats.hits_L.tolist() == [len(used), 0]  # of layer 0, which ran again
+    assert prompts.stats.hits_L.tolist() == [len(used)] * 2  # of what was before, for layer 0 anew
     prompts.experts.end_pass()
     assert prompts.stats.hits_L.tolist() == [2 * len(used), len(used)]
     assert (prompts.stats.misses, prompts.stats.bytes_loaded) == (0, 0)
@@ -183,12 +183,12 @@ def test_with_every_expert_resident_nobody_waits_and_the_counts_come_when_the_pa
 
 def test_what_the_next_layer_wants_is_sent_for_behind_the_missing_of_this_one() -> None:
     twin = Twin(LRU(2, EXPERTS), num_layers=2, num_experts=EXPERTS, num_slots=2)
-    prompts = Prompts(twin, 2 * EXPERTS)
+    prompts = Prompts(twin, 2 * EXPERTS - 1)
     x_TH, chosen = drawn(twin, 12)
     wanted = np.array([0, 2, 1, 5, 0, 0])
     prompts.run(0, x_TH, chosen, ahead=lambda: Ahead(1, lambda: wanted))
     assert prompts.stats.prefetches == 2  # what a single token wants is too uncertain
-    alone = Prompts(twin, 2 * EXPERTS)
+    alone = Prompts(twin, 2 * EXPERTS - 1)
     assert torch.equal(prompts.run(1, x_TH, chosen), alone.run(1, x_TH, chosen))
     assert prompts.stats.prefetches_used == 2
 
@@ -217,7 +217,7 @@ def test_the_device_sorts_pairs_and_cuts_tiles_as_the_host_does(
     num_tokens: int, group: int
 ) -> None:
     experts_TK = torch.randint(-1, EXPERTS + 1, (num_tokens, TOP_K))
-    layout = Twin(LRU(1, EXPERTS), num_layers=1).layout
+    layout = Twin(LRU(1, EXPERTS), num_layers=1, num_experts=EXPERTS).layout
     work = Work.of(experts_TK.numel(), EXPERTS, layout, CPU)
     counts_E, slots_E = torch.zeros(2, EXPERTS, dtype=torch.int32)
     slots_E.copy_(torch.randperm(EXPERTS))
