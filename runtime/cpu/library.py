@@ -155,6 +155,8 @@ def _declared(library: ctypes.CDLL) -> Library:
     library.service_open.restype = pointer
     library.service_start.argtypes = pointer, number, pointer, number
     library.service_start.restype = number
+    library.service_wake.argtypes = pointer, number
+    library.service_wake.restype = None
     library.service_close.argtypes = (pointer,)
     library.service_close.restype = None
     library.service_counts.argtypes = pointer, ctypes.POINTER(Counts)

@@ -17,7 +17,7 @@ from runtime.cpu.library import PARTS, Counts, DoorbellOffsets, Layout, Library
 from runtime.cpu.shape import ExpertShape, Packing
 
 SPIN = 1e-3
-"""Seconds without work that threads spin, before they give way and then sleep."""
+"""Seconds that threads spin after their last work, before they sleep."""
 PATIENCE = 10.0
 """Seconds until an answer that does not come is an error."""
 
@@ -139,6 +139,14 @@ class CpuExperts:
         """Whether a ring has no answer yet."""
         bell, done = (int(self._view(at, 1, torch.int32)) for at in self._ends)
         return bell != done
+
+    def wake(self, seconds: float) -> None:
+        """Announce rings for so long: sleeping threads wake up, and stay awake without work. With
+        0 they may sleep as soon as they have none; a bell that nobody announced waits for up to
+        20 ms.
+        """
+        if self._service is not None:
+            self._library.service_wake(self._service, int(seconds * 1e9))
 
     def help(self) -> None:
         """Take part in the rings that are under way, in this thread, wherever it runs."""

@@ -223,11 +223,11 @@ class CudaBackend:
         """The host's slot table becomes the truth.
 
         Norms run in one kernel each, where experts do. The pass's attention leaves cuDNN alone,
-        which builds a plan for every new length, tens of milliseconds each, and in bfloat16 may
-        give other bits in the next run.
+        whose plan for every new length takes tens of milliseconds, and whose bits may differ.
         """
         self._streams.follow()
         if self.decoder is not None:
+            self.decoder.rest()
             self._device_cache.download()
         with ExitStack() as changes:
             if self.decoder is not None:

@@ -56,7 +56,11 @@ struct service {
   _Alignas(64) _Atomic uint64_t claims;
   _Alignas(64) _Atomic int64_t finished; /* blocks of this phase */
   _Alignas(64) _Atomic int stopping;
-  _Atomic int64_t spin_nanoseconds;
+  _Atomic int asleep; /* threads that wait to be woken */
+  _Atomic int64_t awake_until;
+  int64_t spin;
+  pthread_mutex_t lock;
+  pthread_cond_t woken;
   struct layout layout;
   uint8_t *memory;
   const uint64_t *bases; /* [layers, PARTS] */
@@ -217,16 +221,36 @@ static int work(struct service *s, struct prepared *vector) {
   return 1;
 }
 
-/* Wait a little, longer after longer idleness: spin, give way, sleep. */
-static void back_off(const struct service *s, int64_t idle) {
-  const int64_t spin = s->spin_nanoseconds;
-  if (idle < spin) {
+/* Sleep until somebody wakes the threads; a bell that was rung without is heard in 20 ms. */
+static void sleep_a_while(struct service *s) {
+  struct timespec until;
+  clock_gettime(CLOCK_MONOTONIC, &until);
+  until.tv_nsec += 20000000;
+  if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+  pthread_mutex_lock(&s->lock);
+  atomic_fetch_add(&s->asleep, 1);
+  if (!atomic_load(&s->stopping) && now() >= atomic_load(&s->awake_until))
+    pthread_cond_timedwait(&s->woken, &s->lock, &until);
+  atomic_fetch_sub(&s->asleep, 1);
+  pthread_mutex_unlock(&s->lock);
+}
+
+/* Spin for a while after the last work, and as long as work is announced; then sleep. */
+static void back_off(struct service *s, int64_t idle) {
+  if (idle < s->spin || now() < atomic_load_explicit(&s->awake_until, memory_order_relaxed)) {
     for (int i = 0; i < 16; i++) relax();
-  } else if (idle < spin + 1000000) {
-    sched_yield();
   } else {
-    struct timespec time = {0, idle < 100000000 ? 50000 : 1000000};
-    nanosleep(&time, NULL);
+    sleep_a_while(s);
+  }
+}
+
+/* Announce work for so many nanoseconds from now on; 0: there is none, and the threads may sleep. */
+void service_wake(struct service *s, int64_t nanoseconds) {
+  atomic_store(&s->awake_until, nanoseconds ? now() + nanoseconds : 0);
+  if (nanoseconds && atomic_load(&s->asleep)) {
+    pthread_mutex_lock(&s->lock);
+    pthread_cond_broadcast(&s->woken);
+    pthread_mutex_unlock(&s->lock);
   }
 }
 
@@ -264,6 +288,13 @@ void *service_open(const struct layout *layout, void *memory, const uint64_t *ba
   s->layout = *layout;
   s->memory = memory;
   s->bases = bases;
+  pthread_mutex_init(&s->lock, NULL);
+  pthread_condattr_t monotonic;
+  pthread_condattr_init(&monotonic);
+#if defined(__linux__)
+  pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+#endif
+  pthread_cond_init(&s->woken, &monotonic);
   s->ids = calloc((size_t)layout->top_k, sizeof *s->ids);
   s->h = aligned_alloc(64, ((size_t)layout->top_k * WIDTH * sizeof *s->h + 63) / 64 * 64);
   if (s->ids != NULL && s->h != NULL) return s;
@@ -273,7 +304,7 @@ void *service_open(const struct layout *layout, void *memory, const uint64_t *ba
 
 /* Start threads on these cores. Returns how many there are. */
 int64_t service_start(struct service *s, int64_t threads, const int64_t *cpus, int64_t spin) {
-  s->spin_nanoseconds = spin;
+  s->spin = spin;
   s->workers = aligned_alloc(64, (size_t)(threads ? threads : 1) * sizeof *s->workers);
   for (int64_t i = 0; s->workers != NULL && i < threads; i++) {
     struct worker *worker = s->workers + s->num_workers;
@@ -287,6 +318,9 @@ int64_t service_start(struct service *s, int64_t threads, const int64_t *cpus, i
 
 void service_close(struct service *s) {
   atomic_store(&s->stopping, 1);
+  pthread_mutex_lock(&s->lock);
+  pthread_cond_broadcast(&s->woken);
+  pthread_mutex_unlock(&s->lock);
   for (int64_t i = 0; i < s->num_workers; i++) pthread_join(s->workers[i].thread, NULL);
   free(s->workers), free(s->ids), free(s->h), free(s);
 }
@@ -320,6 +354,7 @@ int service_ask(struct service *s, int64_t layer, int64_t count, const int32_t *
   const int32_t value = (int32_t)((uint32_t)atomic_load(bell) + 1);
   atomic_store_explicit(bell, value, memory_order_release);
   const int64_t end = now() + patience;
+  if (s->num_workers && now() >= atomic_load(&s->awake_until)) service_wake(s, s->spin + 1);
   if (run != NULL) run(service_help, s, (unsigned)helpers, 0);
   while (atomic_load_explicit(word_at(s, s->layout.doorbell.done), memory_order_acquire) != value) {
     if (helpers) service_help(s);

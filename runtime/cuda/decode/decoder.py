@@ -176,6 +176,11 @@ class Decoder:
         if self._share is not None and flight.step.batch == 1:
             self._share.count_step(seconds)
 
+    def rest(self) -> None:
+        """Other passes come: the CPU's share leaves them the cores."""
+        if self._share is not None:
+            self._share.rest()
+
     def forget(self, flight: StepInFlight) -> None:
         """Wait for a step whose result nobody wants any more."""
         flight.arrival.synchronize()

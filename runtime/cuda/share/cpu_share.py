@@ -35,6 +35,8 @@ SPARE_CORES, PREDICTOR_CORES = 2, 4
 """Cores that are left to the host thread and others, and to the predictor's session."""
 COMPARED = 6
 """Experts whose bits are compared before the first share."""
+AWAKE_S = 0.1
+"""Seconds that the threads stay awake for a step that is enqueued."""
 STUCK_S = 0.05
 """Seconds without an answer after which one more thread helps, wherever it may run."""
 
@@ -67,6 +69,7 @@ class CpuShare:
         self._service: CpuExperts | None = None
         self._trial: ShareTrial | None = None
         self._builder: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
         self._why: str | None = None
         """Why there is no share."""
@@ -91,11 +94,18 @@ class CpuShare:
             share_M = self._trial.next_share()
             if share_M is not None:
                 self.order.set_share(share_M)
+            if self._service is not None and self._trial.is_on:
+                self._service.wake(AWAKE_S)
 
     def count_step(self, seconds: float) -> None:
         """Note how long a step took."""
         if self._trial is not None:
             self._trial.add(seconds)
+
+    def rest(self) -> None:
+        """Other work comes, for which the cores are needed."""
+        if self._service is not None:
+            self._service.wake(0)
 
     def forget(self) -> None:
         """Steps in flight were dropped."""
@@ -139,7 +149,10 @@ class CpuShare:
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error!s:.200}")
             return
-        threading.Thread(target=self._watch, name="expertflow-share-watch", daemon=True).start()
+        self._watcher = threading.Thread(
+            target=self._watch, name="expertflow-share-watch", daemon=True
+        )
+        self._watcher.start()
         always = self._asked is True
         self._trial = ShareTrial(self._top_k, per_expert, self._seconds_per_load(), always=always)
 
@@ -195,8 +208,9 @@ class CpuShare:
     def close(self) -> None:
         """End the threads; no step runs any more."""
         self._closing.set()
-        if self._builder is not None:
-            self._builder.join()
+        for thread in (self._builder, self._watcher):
+            if thread is not None:
+                thread.join()
         if self._service is not None:
             self._service.close()
             self._service = None

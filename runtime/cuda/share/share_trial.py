@@ -51,6 +51,11 @@ class ShareTrial:
         """The fastest way; None while it is being tried."""
         self._seconds: dict[tuple[int, ...], list[float]] = {way: [] for way in self._ways}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether the step that was launched last leaves anything to the CPU."""
+        return any(self._set)
+
     def next_share(self) -> list[int] | None:
         """The share of the step that is launched next; None where it stays as it is."""
         way = self.choice
