@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 
 from benchmarks.common.coded_models import PLAIN, check_encoding
 from benchmarks.common.shapes import shape_named
@@ -14,6 +14,8 @@ from benchmarks.systems.arm import FULL, Arm
 TRACE = "trace"
 """The routes of an arm that replays a trace."""
 QUARTER = "0.25"
+SHARED = QUARTER, "0.1"
+"""Residencies at which the CPU's share is measured."""
 MEMORY = {
     "olmoe-7b": "4.2GiB",
     "gpt-oss-20b": "6GiB",
@@ -72,7 +74,7 @@ def encoding_arms(
     for shape in settings.shapes:
         shape_named(shape)
         routes = [TRACE] if shape in traced else [str(x) for x in settings.localities]
-        policy = "predicted" if shape in predicted else "lru"
+        policy = "predicted" if shape in predicted else "reuse"
         arms += _arms_of(shape, routes, policy, settings.memory or MEMORY[shape])
     arms = [arm for arm in dict.fromkeys(arms) if _is_chosen(arm, settings)]
     arms.sort(key=lambda arm: arm.compile)  # what takes longest comes last, of all shapes
@@ -120,3 +122,9 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
         yield arm(leading, QUARTER)  # another residency, for the logits
     yield from (arm(encoding, memory, compile=True) for encoding in narrow)
     yield from (arm(encoding, memory, policy=policy, compile=True) for encoding in encodings)
+    for encoding, residency, compiles in product((PLAIN, leading), SHARED, (True, False)):
+        if fits and encoding in encodings:
+            yield from (
+                arm(encoding, residency, policy=policy, compile=compiles, cpu_share=share)
+                for share in (False, True)
+            )

@@ -115,7 +115,10 @@ class CodedSubject:
         policy = choose_policy(arm.policy, source, file, None)
         forecaster = None if file is None else Forecaster(file)
         if self.device.type == "cuda":
-            options = CudaOptions(context=context, prefetch=arm.prefetch, compile=arm.compile)
+            options = CudaOptions(
+                context=context, prefetch=arm.prefetch, compile=arm.compile,
+                cpu_share="auto" if arm.cpu_share else False,
+            )  # fmt: skip
             model = offload_on_gpu(source, budget, self.device, policy, options, forecaster)
             return model.expertflow
         backend = CpuBackend(source, slot_budget(budget, source), self.device, policy)

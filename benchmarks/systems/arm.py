@@ -24,6 +24,8 @@ class Arm:
     policy: str | None = None
     prefetch: bool | str = False
     compile: bool = False
+    cpu_share: bool = False
+    """Whether the CPU computes a share of the missed experts, as the clock finds best."""
     batch: int = 1
     experts: str | None = None
     """Implementation of the experts, one of transformers' own."""
@@ -40,6 +42,7 @@ class Arm:
             self.experts,
             ahead if self.prefetch else None,
             "compile" if self.compile else None,
+            "cpu" if self.cpu_share else None,
             self.residency,
             f"x{self.batch}" if self.batch > 1 else None,
         ]

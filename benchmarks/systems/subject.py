@@ -155,6 +155,7 @@ class Subject:
         if self.device.type == "cuda":
             options |= {"context": context, "batch": arm.batch}
             options |= {"prefetch": arm.prefetch, "compile": arm.compile}
+            options |= {"cpu_share": "auto" if arm.cpu_share else False}
         if arm.policy == "belady":
             if not self.replays:
                 raise ValueError("belady needs a trace: the future is not known otherwise")
