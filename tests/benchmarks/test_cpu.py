@@ -15,8 +15,10 @@ KINDS = ["plain", "packed", "int4"]
 
 
 def test_every_kind_is_timed_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"hidden": 1024, "width": 1024, "experts": 4, "top_k": 2, "repeats": 1}
-    main(CpuSettings(kinds=KINDS, threads=[1, 10_000], **small))
+    settings = CpuSettings(
+        kinds=KINDS, threads=[1, 10_000], hidden=1024, width=1024, experts=4, top_k=2, repeats=1
+    )
+    main(settings)
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert {row["threads"] for row in rows} == {1}
     whats = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in KINDS}

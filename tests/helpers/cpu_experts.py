@@ -77,9 +77,9 @@ class Case:
             view.copy_(self.sprinkled(usual, 0.002, self.special))
         for unit, bits in self.outliers.items():
             units[unit] = np.uint16(bits).astype(np.int16).item()
-        stored = self.block.store(units)
-        assert stored is not None
-        return stored
+        packed = self.block.store(units)
+        assert packed is not None
+        return packed
 
     def fill(self, name: str, view: Tensor) -> None:
         """Draw a part of a coded expert."""

@@ -52,4 +52,5 @@ def _parts(block: ExpertBlock, name: str) -> MatrixParts:
         return MatrixParts(codes=2 * block.fields[name].start, bias=bias)
     fields, names = block.stored_fields, block.coding[name].parts
     starts = [2 * fields[part_name(name, part)].start for part in names]
-    return MatrixParts(*starts, *[0] * (3 - len(starts)), bias)
+    codes, scales, extra = (starts + [0] * 3)[:3]
+    return MatrixParts(codes, scales, extra, bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,12 @@ from tests.helpers.cpu_experts import (
     shape_of,
 )  # fmt: skip
 
+
+def both(width: int, *encodings: Encoding) -> tuple[int, Encoding, Encoding]:
+    """The width of experts, and the encodings of their matrices: one, or one of each."""
+    return width, encodings[0], encodings[-1]
+
+
 ENCODINGS: dict[str, tuple[int, Encoding, Encoding]] = {
     "mxfp4": (1440, MXFP4(), MXFP4()),
     "int4 by 32": (1440, Int4Group(columns=32), Int4Group(columns=48)),
@@ -35,11 +43,11 @@ ENCODINGS: dict[str, tuple[int, Encoding, Encoding]] = {
         Int4Group(columns=128, zeros=True),
         Int4Group(columns=64, zeros=True),
     ),
-    "int4 in float16": (1440, *[Int4Group(columns=32, scale=torch.float16)] * 2),
-    "int4 by rows": (1440, *[Int4Group(columns=n, scale=torch.float32) for n in (1440, 384)]),
-    "fp8 in blocks": (1440, *[FP8Block(rows=32, columns=128)] * 2),
-    "fp8 by rows": (1408, *[FP8Block(columns=1 << 40, scale=torch.bfloat16)] * 2),
-    "fp8 by powers of two": (1440, *[FP8Block(columns=32, scale=torch.uint8)] * 2),
+    "int4 in float16": both(1440, Int4Group(columns=32, scale=torch.float16)),
+    "int4 by rows": both(1440, *(Int4Group(columns=n, scale=torch.float32) for n in (1440, 384))),
+    "fp8 in blocks": both(1440, FP8Block(rows=32, columns=128)),
+    "fp8 by rows": both(1408, FP8Block(columns=1 << 40, scale=torch.bfloat16)),
+    "fp8 by powers of two": both(1440, FP8Block(columns=32, scale=torch.uint8)),
     "nvfp4": (1440, NVFP4(rows=32), NVFP4(rows=16)),
     "nvfp4 that divides": (1440, NVFP4(rows=32, divides=True), NVFP4(rows=16, divides=True)),
 }
@@ -86,8 +94,10 @@ def compare_all(case: Case) -> None:
 )
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "clamped_swiglu"])
 def test_plain_experts(activation: str, rest: dict[str, bool]) -> None:
-    orders = SumOrder(columns=128, steps=IN_THREADS), SumOrder(columns=64, steps=halving(64))
-    case = Case(shape_of(360, 88, *orders, activation=activation, **rest))
+    up = SumOrder(columns=128, steps=IN_THREADS)
+    down = SumOrder(columns=64, steps=halving(64))
+    given: dict[str, Any] = {"activation": activation} | rest
+    case = Case(shape_of(360, 88, up, down, **given))
     compare_all(case)
 
 

@@ -58,11 +58,14 @@ def a_call(offloaded: Any, tokens: int) -> tuple[MoELayer, Tensor, Routes]:
 def test_single_tokens_run_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     offloaded = offload(model(), 1.0)
     assert len(kernels(offloaded)) == 1
-    calls = []
+    calls: list[Any] = []
     ask = SlotExperts._ask
-    monkeypatch.setattr(
-        SlotExperts, "_ask", lambda self, slots, x_H: calls.append(slots) or ask(self, slots, x_H)
-    )
+
+    def counted(self: SlotExperts, slots: Any, x_H: Any) -> Any:
+        calls.append(slots)
+        return ask(self, slots, x_H)
+
+    monkeypatch.setattr(SlotExperts, "_ask", counted)
     steps(offloaded)
     assert len(calls) == 12 * len(offloaded.expertflow.stats().layers)
     check(offloaded)

@@ -29,7 +29,7 @@ from runtime.cuda.memory.kernel_layout import (
     stored_specs,
 )
 from runtime.cuda.memory.pinned import parse_cores
-from runtime.cuda.prefill.streaming_pool import workspace, workspace_bytes
+from runtime.cuda.prefill.slots import workspace, workspace_bytes
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.store import ModuleStore
 from tests.helpers.tiny import tiny_model
