@@ -97,6 +97,7 @@ def _routes(rows: Iterable[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any]) -> Sequence[str]:
     words = [row["policy"], "prefetch" if row["prefetch"] else "", row["routes"]]
     words.append("`compile`" if row["compile"] else "")
+    words.append("the CPU's share" if row.get("cpu_share") else "")
     return (
         row["encoding"],
         row["residency"],

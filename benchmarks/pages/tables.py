@@ -10,6 +10,7 @@ from benchmarks.kernels import page as kernels
 from benchmarks.lanes import page as lanes
 from benchmarks.pages import others
 from benchmarks.pages.blocks import Tables
+from benchmarks.prefill import page as prefill
 from benchmarks.rounding import page as rounding
 
 TABLES: Tables = {
@@ -37,6 +38,7 @@ TABLES: Tables = {
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
     "lanes": lanes.lanes,
+    "prompts": prefill.prompts,
     "recall": others.recall,
     "rounding-quality": rounding.quality,
     "rounding-routes": rounding.routes,

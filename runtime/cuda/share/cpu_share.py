@@ -20,7 +20,7 @@ import torch
 from runtime.cpu.cores import split_cores, usable_cores
 from runtime.cpu.doorbell import Doorbell
 from runtime.cpu.library import load_library
-from runtime.cpu.service import CpuExperts
+from runtime.cpu.service import CpuExperts, ExpertTable
 from runtime.cpu.shape import reason_against
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.cpu_blocks import cpu_table
@@ -71,6 +71,8 @@ class CpuShare:
         self._builder: threading.Thread | None = None
         self._watcher: threading.Thread | None = None
         self._closing = threading.Event()
+        self._lock = threading.Lock()
+        """Held while threads are started or ended: a compiler may outlast the model."""
         self._why: str | None = None
         """Why there is no share."""
 
@@ -127,16 +129,21 @@ class CpuShare:
             if len(cores) < 2:
                 self._why = "there are too few cores"
                 return
-            layers = self._host.layers
-            addresses = [blocks_EN.data_ptr() for blocks_EN in layers]
-            table = cpu_table(self._host.expert_blocks[0], addresses, min(map(len, layers)))
-            self._service = CpuExperts(
-                library, shape, table, self._top_k, cores=cores, memory=self._bytes
-            )
+            with self._lock:
+                if not self._closing.is_set():  # the memory is still there
+                    self._service = CpuExperts(
+                        library, shape, self._table, self._top_k, cores=cores, memory=self._bytes
+                    )
         except ValueError as error:
             self._why = str(error)
         except Exception as error:
             self._why = f"{type(error).__name__}: {error!s:.200}"
+
+    @property
+    def _table(self) -> ExpertTable:
+        layers = self._host.layers
+        addresses = [blocks_EN.data_ptr() for blocks_EN in layers]
+        return cpu_table(self._host.expert_blocks[0], addresses, min(map(len, layers)))
 
     def _try(self, call: ExpertsCall) -> None:
         """Compare bits; then begin the trial."""
@@ -207,10 +214,10 @@ class CpuShare:
 
     def close(self) -> None:
         """End the threads; no step runs any more."""
-        self._closing.set()
-        for thread in (self._builder, self._watcher):
-            if thread is not None:
-                thread.join()
+        with self._lock:
+            self._closing.set()
+        if self._watcher is not None:
+            self._watcher.join()
         if self._service is not None:
             self._service.close()
             self._service = None
