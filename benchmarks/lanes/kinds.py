@@ -10,12 +10,13 @@ LINK, HOST, PREDICTOR, GPU = "link", "host", "predictor", "GPU"
 FETCHED, PREFETCHED, COPIED = "fetched by kernels", "prefetched", "copied"
 HOST_WORK, PREDICTION = "host thread", "predictor thread"
 EXPERTS, MODEL, PLAN, OTHER = "experts", "attention, dense", "plan", "other"
-WAITING = "waiting for the link"
+WAITING = "waiting for link or CPU"
 
 KERNELS = {
     EXPERTS: r"^(gate_up|gate_up_of_one|down|join|grouped_gate_up|grouped_down|combine|unpack|"
     r"decode|copy_behind)$|grouped_mm|groupproblem",
-    PLAN: r"^(plan|pick)$",
+    PLAN: r"^(plan|pick|sort_pairs)$",
+    WAITING: r"^collect$",
     PREFETCHED: r"^fetch$",
     FETCHED: r"^project$",
     MODEL: r"^(attend_blocks|join_blocks|write_tokens|gather|_normalise|_choose)$|^triton_|"

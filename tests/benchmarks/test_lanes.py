@@ -78,7 +78,8 @@ def test_what_is_taken_away_is_gone_and_nothing_else_is(
 ) -> None:
     left = without(drawn, others)
     for span in left:
-        assert not covered(others, span.start + span.length / 2)
+        if span.length > 1e-9:  # else its middle is its end, in float64
+            assert not covered(others, span.start + span.length / 2)
     total, taken = sum(apart_lengths(left)), sum(apart_lengths(others))
     assert total >= sum(apart_lengths(drawn)) - taken - 1e-6
 

@@ -179,11 +179,11 @@ def give_slots(
 @triton.jit
 def write_plan(
     experts_U, slots_U, order_U, counts, experts_E, slots_E, used_E, fetched_E, away_E, rank_E,
-    num_used, num_away, SHARE: tl.constexpr,
+    num_away, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Write what `plan` found: the experts in ascending order, and in that in which they run."""
     fetched_rank_E = tl.cumsum(fetched_E.to(tl.int32), 0) - 1
-    num_fetched = tl.sum(fetched_E.to(tl.int32), 0)
+    num_used, num_fetched = tl.sum(used_E.to(tl.int32), 0), tl.sum(fetched_E.to(tl.int32), 0)
     tl.store(experts_U + rank_E, experts_E, mask=used_E)
     tl.store(slots_U + rank_E, slots_E, mask=used_E)
     turn_E = tl.where(fetched_E, fetched_rank_E, num_fetched + rank_E - fetched_rank_E - 1)
@@ -239,7 +239,6 @@ def plan(
     used_E = called_E & (experts_E >= first) & (experts_E < end)
     later_E = called_E & (experts_E >= end)
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
-    num_used = tl.sum(used_E.to(tl.int32), 0)
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
     dropped_slot = FREE
@@ -276,5 +275,5 @@ def plan(
 
     write_plan(
         experts_U, slots_U, order_U, counts, experts_E, slots_E, used_E, fetched_E, away_E, rank_E,
-        num_used, num_away, SHARE,
+        num_away, SHARE,
     )  # fmt: skip

@@ -17,7 +17,7 @@ def chosen(ids, at_P, num_pairs, expert_E, E: tl.constexpr):
 
 
 @triton.jit
-def picked(values_E, is_TE):
+def value_of(values_E, is_TE):
     """Of each row, the value of the one expert that it marks: int32 [T]."""
     return tl.sum(values_E[None, :] * is_TE, axis=1)
 
@@ -60,8 +60,8 @@ def sort_pairs(
     num_tiles = tl.sum(height_E, axis=0)
     owner_P = tl.sum((end_E[None, :] <= at_P[:, None]).to(tl.int32), axis=1)
     is_PE = (owner_P[:, None] == expert_E[None, :]).to(tl.int32)
-    first_P = picked(first_E, is_PE) + (at_P - picked(end_E - height_E, is_PE)) * height
-    rest_P = picked(first_E + total_E, is_PE) - first_P
+    first_P = value_of(first_E, is_PE) + (at_P - value_of(end_E - height_E, is_PE)) * height
+    rest_P = value_of(first_E + total_E, is_PE) - first_P
     is_tile_P = at_P < num_tiles
     slot_P = tl.load(slots + owner_P, mask=is_tile_P, other=0)
     tl.store(tiles + at_P * 3, first_P, mask=is_tile_P)
