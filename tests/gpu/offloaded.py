@@ -39,6 +39,7 @@ def offloaded(model: Any, **options: Any) -> Iterator[Any]:
         "memory": 0.25,
         "context": CONTEXT,
         "batch": 5,
+        "cpu_share": False,
     } | options
     model = runtime.load(model, **settings)
     try:

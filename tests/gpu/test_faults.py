@@ -124,7 +124,7 @@ def test_the_predictors_threads_end_with_the_engine() -> None:
         return {thread for thread in threads if thread.name.startswith("expertflow-")}
 
     before = running()
-    with offloaded(MOE_8X32, predictor=PREDICTOR, cpu_share=False) as model:
+    with offloaded(MOE_8X32, predictor=PREDICTOR) as model:
         generate(model)
         names = {thread.name for thread in running() - before}
         assert names == {"expertflow-predictor", "expertflow-learning_0"}
