@@ -82,6 +82,6 @@ Kind = TypeVar("Kind", bound=ArmRow)
 
 def read_row(values: dict[str, Any], kind: type[Kind]) -> Kind:
     """Inverse of `to_json`. Of an older file, which lacks fields, these are at their defaults."""
-    arm = Arm(**{f.name: values[f.name] for f in fields(Arm)})
+    arm = Arm(**{f.name: values[f.name] for f in fields(Arm) if f.name in values})
     own = {f.name: values[f.name] for f in fields(kind) if f.name != "arm" and f.name in values}
     return kind(arm=arm, **own)

@@ -223,7 +223,9 @@ def test_bounds_are_drawn_where_they_are_known_and_older_files_as_far_as_they_go
         result = {"title": "title", "settings": settings, "rows": [values]}
         (tmp_path / "new.json").write_text(json.dumps(result | {"lanes": {}}))
         old = {
-            name: value for name, value in values.items() if name not in ("not_recorded", *known)
+            name: value
+            for name, value in values.items()
+            if name not in ("not_recorded", "cpu_share", *known)
         }
         (tmp_path / "old.json").write_text(json.dumps(result | {"rows": [old], "timelines": {}}))
         for name in ("new", "old"):
