@@ -16,6 +16,8 @@ TRACE = "trace"
 QUARTER = "0.25"
 SHARED = QUARTER, "0.1"
 """Residencies at which the CPU's share is measured."""
+TIMED_WITH_CPU = ("olmoe-7b",)
+"""Shapes whose CPU's share is measured."""
 MEMORY = {
     "olmoe-7b": "4.2GiB",
     "gpt-oss-20b": "6GiB",
@@ -123,7 +125,7 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
     yield from (arm(encoding, memory, compile=True) for encoding in narrow)
     yield from (arm(encoding, memory, policy=policy, compile=True) for encoding in encodings)
     for encoding, residency, compiles in product((PLAIN, leading), SHARED, (True, False)):
-        if fits and encoding in encodings:
+        if shape in TIMED_WITH_CPU and encoding in encodings:
             yield from (
                 arm(encoding, residency, policy=policy, compile=compiles, cpu_share=share)
                 for share in (False, True)

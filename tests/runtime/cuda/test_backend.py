@@ -181,7 +181,7 @@ def test_a_prompts_layer_sends_for_missing_experts_of_the_next_one_unless_told_n
 ) -> None:
     asked = Mock(side_effect=look_ahead._wanted)
     monkeypatch.setattr(look_ahead, "_wanted", asked)
-    prompt_BT = torch.randint(2, 256, (1, 240), generator=torch.Generator().manual_seed(3))
+    prompt_BT = torch.randint(2, 256, (1, 64), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": prompt_BT, "attention_mask": torch.ones_like(prompt_BT)}
     want = model.generate(**inputs, max_new_tokens=1)
     engine = load_fake(model, memory=memory, prefetch=prefetch).expertflow
