@@ -172,7 +172,7 @@ def activated(gate: Array, up: Array, activation: str) -> Array:
     if activation == "silu":
         return (gate * sigmoid(gate)) * up
     if activation == "gelu_tanh":
-        inner = F(1.5957691216057308) * (gate + ((F(0.044715) * gate) * gate) * gate)
+        inner = F(1.5957691216057308) * fma((F(0.044715) * gate) * gate, gate, gate)
         return (gate * sigmoid(inner)) * up
     return np.fmax(gate, F(0)) * up
 

@@ -38,7 +38,7 @@ INLINE float activated(float gate, float up) {
 #elif ACTIVATION == SILU
   return (gate * sigmoid(gate)) * up;
 #elif ACTIVATION == GELU_TANH
-  float inner = 1.5957691216057308f * (gate + ((0.044715f * gate) * gate) * gate);
+  float inner = 1.5957691216057308f * __builtin_fmaf((0.044715f * gate) * gate, gate, gate);
   return (gate * sigmoid(inner)) * up;
 #elif ACTIVATION == RELU
   return (gate > 0.f ? gate : 0.f) * up;
