@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 
 from runtime.weights.encodings.encoding import Encoding
+from runtime.weights.gated_experts import KernelLayout
 
 ACTIVATIONS = {
     "silu": "SILU",
@@ -101,6 +103,15 @@ class ExpertShape:
     down: SumOrder
     packing: Packing | None = None
     encodings: tuple[Encoding, Encoding] | None = None
+
+    @staticmethod
+    def of(layout: KernelLayout, gate_up: SumOrder, down: SumOrder, **stored: Any) -> ExpertShape:
+        """The experts of a layout, summed in these orders. stored: packing or encodings."""
+        return ExpertShape(
+            hidden=layout.hidden, width=layout.width, activation=layout.activation,
+            alternating=layout.alternating, has_bias=layout.has_bias, gate_up=gate_up, down=down,
+            **stored,
+        )  # fmt: skip
 
     def lanes(self, order: SumOrder) -> int:
         """The lanes of a sum in that order."""

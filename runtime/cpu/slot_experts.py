@@ -33,15 +33,7 @@ Waves = Callable[[list[int]], Iterator[tuple[list[int], list[int]]]]
 def shape_of(layout: KernelLayout) -> ExpertShape:
     """The shape of plain experts, whose sums are in the order that suits a CPU."""
     order = SumOrder(columns=LANES, steps=halving(LANES))
-    return ExpertShape(
-        hidden=layout.hidden,
-        width=layout.width,
-        activation=layout.activation,
-        alternating=layout.alternating,
-        has_bias=layout.has_bias,
-        gate_up=order,
-        down=order,
-    )
+    return ExpertShape.of(layout, order, order)
 
 
 def common_shape(layers: Iterable[MoELayer], specs: Specs) -> ExpertShape | str:

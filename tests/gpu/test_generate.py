@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from runtime.cuda import prefetching as trial
+from runtime.cuda import prefetching, trial
 from tests.gpu.offloaded import (
     MOE_8X32,
     NEVER,
@@ -246,9 +246,9 @@ def test_compiled_steps_say_the_same() -> None:
 
 
 def test_prefetching_is_tried_until_it_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "TURN", 4)
+    monkeypatch.setattr(prefetching, "TURN", 4)
     monkeypatch.setattr(trial, "SETTLING", 1)
-    monkeypatch.setattr(trial, "NEEDED", 6)
+    monkeypatch.setattr(prefetching, "NEEDED", 6)
     with offloaded(tiny_model("olmoe"), prefetch="auto") as model:
         for _ in range(3):
             assert torch.equal(generate(model), stock_tokens("olmoe", 1))

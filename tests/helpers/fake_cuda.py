@@ -77,6 +77,25 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def fake_pinning(patch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """`fake_cuda`, with the addresses of what is pinned."""
+    addresses: set[int] = set()
+    with fake_cuda(patch):
+
+        def register(memory: pinned.PinnedMemory, tensor: torch.Tensor) -> None:
+            memory._registered[tensor.data_ptr()] = tensor
+            addresses.add(tensor.data_ptr())
+
+        def release(memory: pinned.PinnedMemory, tensor: torch.Tensor) -> None:
+            if memory._registered.pop(tensor.data_ptr(), None) is not None:
+                addresses.remove(tensor.data_ptr())
+
+        patch.setattr(pinned.PinnedMemory, "register", register)
+        patch.setattr(pinned.PinnedMemory, "release", release)
+        yield addresses
+
+
 def load_fake(
     model: Any,
     predictor: Any = None,

@@ -49,6 +49,25 @@ def weight_of(experts_U, at, ids_MK, weights_MK):
 
 
 @triton.jit
+def row_of_one(
+    h, slots, units, slots_U, answers, at, first_row, row_N, mask_N, STORED: tl.constexpr,
+    DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr, PATCHES: tl.constexpr,
+    CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SHARE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Some rows of what a single token's expert number `at` adds, unweighted: [1, N]."""
+    slot = tl.load(slots_U + at).to(tl.int64)
+    if SHARE and slot < 0:
+        product_MN = tl.load(answers + at * H + row_N, mask=mask_N, other=0.0)[None, :]
+    else:
+        product_MN = product_of(
+            h + at * W, slots, units, slot, 1, first_row, row_N, mask_N, STORED, DOWN, DOWN_BIAS,
+            MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, 1, BLOCK_N, BLOCK_I,
+        )  # fmt: skip
+    return product_MN
+
+
+@triton.jit
 def sum_of_one(
     h, ids_MK, weights_MK, slots, units, experts_U, slots_U, answers, num_used, first_row, row_N,
     mask_N, STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr,
@@ -69,27 +88,18 @@ def sum_of_one(
         )[None, :]  # fmt: skip
     elif CODE is not None:
         for at in range(num_used):
-            slot = tl.load(slots_U + at).to(tl.int64)
-            if SHARE and slot < 0:
-                product_MN = tl.load(answers + at * H + row_N, mask=mask_N, other=0.0)[None, :]
-            else:
-                product_MN = product_of(
-                    h + at * W, slots, units, slot, 1, first_row, row_N, mask_N, STORED, DOWN,
-                    DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, 1, BLOCK_N, BLOCK_I,
-                )  # fmt: skip
-            y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * product_MN
+            y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * row_of_one(
+                h, slots, units, slots_U, answers, at, first_row, row_N, mask_N, STORED, DOWN,
+                DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, H, W, HAS_BIAS, SHARE, BLOCK_N, BLOCK_I,
+            )  # fmt: skip
     else:
         for at in tl.static_range(K):
             if at < num_used:
-                slot = tl.load(slots_U + at).to(tl.int64)
-                if SHARE and slot < 0:
-                    product_MN = tl.load(answers + at * H + row_N, mask=mask_N, other=0.0)[None, :]
-                else:
-                    product_MN = product_of(
-                        h + at * W, slots, units, slot, 1, first_row, row_N, mask_N, STORED, DOWN,
-                        DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, W, HAS_BIAS, 1, BLOCK_N, BLOCK_I,
-                    )  # fmt: skip
-                y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * product_MN
+                y_MN += weight_of(experts_U, at, ids_MK, weights_MK) * row_of_one(
+                    h, slots, units, slots_U, answers, at, first_row, row_N, mask_N, STORED, DOWN,
+                    DOWN_BIAS, MATRICES, PATCHES, CODE, CHUNK, H, W, HAS_BIAS, SHARE, BLOCK_N,
+                    BLOCK_I,
+                )  # fmt: skip
     return y_MN
 
 

@@ -17,17 +17,9 @@ def cpu_shape(
 ) -> ExpertShape:
     """The shape of the experts in such blocks, summed in these orders."""
     codings = [block.coding[name].encoding for name in MATRICES if name in block.coding]
-    return ExpertShape(
-        hidden=layout.hidden,
-        width=layout.width,
-        activation=layout.activation,
-        alternating=layout.alternating,
-        has_bias=layout.has_bias,
-        gate_up=gate_up,
-        down=down,
-        packing=_packing(block) if block.patches else None,
-        encodings=(codings[0], codings[1]) if codings else None,
-    )
+    packing = _packing(block) if block.patches else None
+    encodings = (codings[0], codings[1]) if codings else None
+    return ExpertShape.of(layout, gate_up, down, packing=packing, encodings=encodings)
 
 
 def cpu_table(block: ExpertBlock, addresses: Sequence[int], num_experts: int) -> ExpertTable:

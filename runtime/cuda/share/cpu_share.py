@@ -21,7 +21,6 @@ from runtime.cpu.cores import split_cores, usable_cores
 from runtime.cpu.doorbell import Doorbell
 from runtime.cpu.library import load_library
 from runtime.cpu.service import CpuExperts, ExpertTable
-from runtime.cpu.shape import reason_against
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.cpu_blocks import cpu_table
 from runtime.cuda.memory.kernel_layout import KernelLayout
@@ -102,7 +101,7 @@ class CpuShare:
     def count_step(self, seconds: float) -> None:
         """Note how long a step took."""
         if self._trial is not None:
-            self._trial.add(seconds)
+            self._trial.count(seconds)
 
     def rest(self) -> None:
         """Other work comes, for which the cores are needed."""
@@ -120,8 +119,7 @@ class CpuShare:
         """Compile and start the CPU's side, in a thread of its own."""
         try:
             shape = shape_of(self._layout, self._host.expert_blocks[0], compiled)
-            reason = reason_against(shape)
-            library = reason or load_library(shape)
+            library = load_library(shape)
             if isinstance(library, str):
                 self._why = library
                 return

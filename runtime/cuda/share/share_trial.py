@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 
-from runtime.cuda.prefetching import typical
+from runtime.cuda.trial import Trial
 
 TURN = 24
 """Steps of one way in a row."""
-SETTLING = 4
-"""Steps at the start of a turn that do not count."""
 NEEDED = 60
 """Steps of each way after which the fastest is kept."""
 LEAST_GAIN = 0.01
 """What the CPU must save of a step's time."""
 SLOWER = (1.0, 0.7, 1.5, 2.5)
 """Factors of the CPU's time for an expert, beside the link: both read the same memory."""
-AGAIN = 1 << 14
-"""Steps after which the question is asked anew: texts and neighbours change."""
 
 
-def split(top_k: int, cpu_s: float, link_s: float) -> tuple[int, ...]:
+Share = tuple[int, ...]
+"""How many of m = 0 .. K missed experts the CPU computes."""
+
+
+def split(top_k: int, cpu_s: float, link_s: float) -> Share:
     """Of m = 0 .. K missed experts, how many the CPU takes so that both sides end soonest."""
     return tuple(
         min(range(missed + 1), key=lambda away: (max(away * cpu_s, (missed - away) * link_s), away))
@@ -28,28 +28,21 @@ def split(top_k: int, cpu_s: float, link_s: float) -> tuple[int, ...]:
     )
 
 
-class ShareTrial:
+class ShareTrial(Trial[Share]):
     """Runs the ways in turns, and keeps the fastest. always: even if none with the CPU is."""
 
     def __init__(self, top_k: int, cpu_s: float, link_s: float, *, always: bool = False) -> None:
         self._nothing = (0,) * (top_k + 1)
         found = [split(top_k, cpu_s * factor, link_s) for factor in SLOWER]
-        ways = [way for way in dict.fromkeys(found) if any(way)]
-        self._ways = ways if always and ways else [self._nothing, *ways]
+        self._with_cpu = [way for way in dict.fromkeys(found) if any(way)]
+        only = always and self._with_cpu
+        ways = self._with_cpu if only else [self._nothing, *self._with_cpu]
+        super().__init__(ways, turn=TURN, needed=NEEDED, least_gain=LEAST_GAIN)
         self.per_expert_s = cpu_s, link_s
         """Seconds of an expert, on the CPU and over the link."""
-        self._num_launched = self._num_landed = 0
-        self._set = self._last = self._nothing
-        self._streak = 0
-        self._flying: deque[tuple[int, ...]] = deque()
+        self._set = self._nothing
+        self._flying: deque[Share] = deque()
         self._why: str | None = None
-        self._ms: dict[tuple[int, ...], float] = {}
-        self._begin()
-
-    def _begin(self) -> None:
-        self.choice: tuple[int, ...] | None = self._ways[0] if len(self._ways) == 1 else None
-        """The fastest way; None while it is being tried."""
-        self._seconds: dict[tuple[int, ...], list[float]] = {way: [] for way in self._ways}
 
     @property
     def is_on(self) -> bool:
@@ -58,12 +51,7 @@ class ShareTrial:
 
     def next_share(self) -> list[int] | None:
         """The share of the step that is launched next; None where it stays as it is."""
-        way = self.choice
-        if self._why is not None:
-            way = self._nothing
-        elif way is None:
-            way = self._ways[self._num_launched // TURN % len(self._ways)]
-        self._num_launched += 1
+        way = self.next_way() if self._why is None else self._nothing
         self._flying.append(way)
         changed, self._set = way != self._set, way
         return list(way) if changed else None
@@ -72,26 +60,11 @@ class ShareTrial:
         """Steps in flight were dropped: nobody will count them."""
         self._flying.clear()
 
-    def add(self, seconds: float) -> None:
+    def count(self, seconds: float) -> None:
         """Count a step that has ended, in the order of their launches."""
-        if not self._flying:
-            return
-        way = self._flying.popleft()
-        self._streak = self._streak + 1 if way == self._last else 0
-        self._last = way
-        self._num_landed += 1
-        if self._num_landed % AGAIN == 0:
-            self._begin()
-        if self.choice is None and self._streak >= SETTLING and way in self._seconds:
-            self._seconds[way].append(seconds)
-            if min(map(len, self._seconds.values())) >= NEEDED:
-                self._choose()
-
-    def _choose(self) -> None:
-        self._ms = {way: 1e3 * typical(seconds) for way, seconds in self._seconds.items()}
-        fastest = min(self._ways, key=lambda way: self._ms[way])
-        gain = 1 - self._ms[fastest] / self._ms[self._ways[0]]
-        self.choice = fastest if gain >= LEAST_GAIN else self._ways[0]
+        way = self._flying.popleft() if self._flying else None
+        if way is not None and self._why is None:
+            self.add(way, seconds)
 
     def stop(self, why: str) -> None:
         """Leave nothing to the CPU any more."""
@@ -107,14 +80,14 @@ class ShareTrial:
         cpu, link = (1e3 * seconds for seconds in self.per_expert_s)
         told = f"an expert takes {cpu:.2f} ms there, {link:.2f} ms over the link"
         if not any(self.choice):
-            told += "".join(f"; {self._ms[way]:.2f} ms a step with it" for way in self._ways[1:2])
+            told += "".join(f"; {self.ms[way]:.2f} ms a step with it" for way in self._with_cpu[:1])
             return f"the CPU computes no experts: {told}{self._without}"
         shares = ", ".join(f"{away} of {missed}" for missed, away in enumerate(self.choice) if away)
-        if self.choice in self._ms:
-            told += f"; {self._ms[self.choice]:.2f} ms a step with it{self._without}"
+        if self.choice in self.ms:
+            told += f"; {self.ms[self.choice]:.2f} ms a step with it{self._without}"
         return f"the CPU computes {shares} missed experts: {told}"
 
     @property
     def _without(self) -> str:
-        ms = self._ms.get(self._nothing)
+        ms = self.ms.get(self._nothing)
         return "" if ms is None else f", {ms:.2f} ms without"

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 pytest.importorskip("triton")
 
 from routing.inspect_model import topology_of
-from runtime.cuda import prefetching as trial
+from runtime.cuda import prefetching, trial
 from runtime.cuda.decode.graph_step import CapturedStep, DecodeStep
 from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.prefill import look_ahead
@@ -124,9 +124,9 @@ def test_belady_replays_what_was_recorded_with_fewer_loads(model: Any, tmp_path:
 def test_prefetching_is_tried_in_turns_and_changes_no_tokens(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(prefetching, "TURN", 2)
     monkeypatch.setattr(trial, "SETTLING", 0)
-    monkeypatch.setattr(trial, "NEEDED", 3)
+    monkeypatch.setattr(prefetching, "NEEDED", 3)
     want = generate(model, max_new_tokens=9)
     engine = load_fake(model, memory=0.5, prefetch="auto").expertflow
     assert engine.prefetching == "prefetching is being tried"

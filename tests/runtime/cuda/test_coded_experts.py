@@ -30,7 +30,7 @@ from runtime.weights.encodings.mxfp4 import MXFP4
 from runtime.weights.encodings.nvfp4 import NVFP4
 from runtime.weights.store import ExpertStore
 from tests.helpers import interpreter
-from tests.helpers.fake_cuda import fake_cuda
+from tests.helpers.fake_cuda import fake_pinning
 
 interpreter.mend()
 
@@ -156,19 +156,7 @@ def are_same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """No GPU; yields the addresses of what is pinned."""
-    addresses: set[int] = set()
-    with fake_cuda(monkeypatch):
-
-        def register(memory: PinnedMemory, tensor: Tensor) -> None:
-            memory._registered[tensor.data_ptr()] = tensor
-            addresses.add(tensor.data_ptr())
-
-        def release(memory: PinnedMemory, tensor: Tensor) -> None:
-            if memory._registered.pop(tensor.data_ptr(), None) is not None:
-                addresses.remove(tensor.data_ptr())
-
-        monkeypatch.setattr(PinnedMemory, "register", register)
-        monkeypatch.setattr(PinnedMemory, "release", release)
+    with fake_pinning(monkeypatch) as addresses:
         yield addresses
 
 

@@ -24,8 +24,9 @@ from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.cpu_blocks import cpu_shape, cpu_table
 from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.share.order_to_cpu import OrderToCpu
-from runtime.cuda.share.share_trial import NEEDED, SETTLING, TURN, ShareTrial, split
+from runtime.cuda.share.share_trial import NEEDED, TURN, ShareTrial, split
 from runtime.cuda.share.sum_order import row_sums
+from runtime.cuda.trial import SETTLING
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
@@ -177,7 +178,7 @@ def tried(trial: ShareTrial, seconds_of: Any, steps: int = 40 * TURN) -> None:
     share = [0] * 9
     for _ in range(steps):
         share = trial.next_share() or share
-        trial.add(seconds_of(share))
+        trial.count(seconds_of(share))
 
 
 def test_the_share_that_makes_steps_fastest_is_kept() -> None:
@@ -210,7 +211,7 @@ def test_steps_count_for_the_share_that_they_ran_with() -> None:
             trial.forget()
             flying.clear()
         elif len(flying) > 1:
-            trial.add(1.0 if any(flying.pop(0)) else 2.0)
+            trial.count(1.0 if any(flying.pop(0)) else 2.0)
     assert trial.choice is not None and any(trial.choice)
 
 

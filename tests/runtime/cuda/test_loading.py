@@ -27,26 +27,14 @@ from runtime.weights.prepared.manifest import read_manifest
 from runtime.weights.prepared.store import PreparedStore
 from runtime.weights.store import ExpertStore, ModuleStore
 from tests.helpers.architectures import architecture_model
-from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.fake_cuda import fake_pinning, load_fake
 from tests.helpers.tiny import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """No GPU; yields the addresses of what is pinned."""
-    addresses: set[int] = set()
-    with fake_cuda(monkeypatch):
-
-        def register(memory: PinnedMemory, tensor: Tensor) -> None:
-            memory._registered[tensor.data_ptr()] = tensor
-            addresses.add(tensor.data_ptr())
-
-        def release(memory: PinnedMemory, tensor: Tensor) -> None:
-            if memory._registered.pop(tensor.data_ptr(), None) is not None:
-                addresses.remove(tensor.data_ptr())
-
-        monkeypatch.setattr(PinnedMemory, "register", register)
-        monkeypatch.setattr(PinnedMemory, "release", release)
+    with fake_pinning(monkeypatch) as addresses:
         yield addresses
 
 

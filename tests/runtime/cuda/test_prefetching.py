@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.prefetching import AGAIN, NEEDED, SETTLING, TURN, PrefetchTrial, typical
+from runtime.cuda.prefetching import NEEDED, TURN, PrefetchTrial
+from runtime.cuda.trial import AGAIN, SETTLING, typical
 
 
 def play(trial: PrefetchTrial, steps: int, with_it: float, without: float) -> list[bool]:
     """Run steps of the given milliseconds, one of them always under way."""
-    ways, flying = [], [trial.prefetches()]
+    ways, flying = [], [trial.next_way()]
     for _ in range(steps):
-        flying.append(trial.prefetches())
+        flying.append(trial.next_way())
         way = flying.pop(0)
         trial.add(way, (with_it if way else without) / 1e3)
         ways.append(way)

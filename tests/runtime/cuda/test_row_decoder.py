@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 import runtime
 from routing.inspect_model import topology_of
-from runtime.cuda import prefetching as trial
+from runtime.cuda import prefetching, trial
 from runtime.cuda.decode.row_decoder import RowDecoder, RowStep
 from runtime.serving.model_runner import CapturedRunner
 from runtime.serving.request import Request
@@ -140,9 +140,9 @@ def test_rules_of_sampling_hold_in_captured_steps() -> None:
 
 
 def test_prefetching_is_tried_in_turns_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "TURN", 2)
+    monkeypatch.setattr(prefetching, "TURN", 2)
     monkeypatch.setattr(trial, "SETTLING", 0)
-    monkeypatch.setattr(trial, "NEEDED", 3)
+    monkeypatch.setattr(prefetching, "NEEDED", 3)
     model: Any = tiny_model("olmoe")
     asked = requests(3, max_tokens=12)
     alone = {r.id: greedy(model, r.prompt, 12) for r in asked}  # type: ignore[arg-type]
