@@ -63,21 +63,12 @@ def parts() -> dict[str, tuple[Any, str]]:
 
 def tier_of(source: Any, device: Any) -> Any:
     """The host tier, as the CUDA backend makes it."""
-    from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
-    from runtime.cuda.memory.pinned_experts import PinnedExperts
+    from runtime.cuda.memory.kernel_layout import KernelLayout, common_layout
+    from runtime.cuda.memory.pinned_experts import host_tier
 
     layout = common_layout(source)
     assert isinstance(layout, KernelLayout), layout
-    layers = range(len(source.layers))
-    blocks = [block_of(source.store.specs(i), source.store.coding(i), layout) for i in layers]
-    return PinnedExperts(
-        source.store,
-        [layer.num_experts for layer in source.layers],
-        blocks,
-        device,
-        packs=True,
-        transposed=layout.transposed,
-    )
+    return host_tier(source, layout, device)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from routing.layers import MoELayer
 from runtime.cuda.kernels.coded import reason_against
-from runtime.cuda.memory.expert_block import ExpertBlock
+from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.coded import Coding
 from runtime.weights.gated_experts import ACTIVATIONS, KernelLayout, activate, gated_layout
@@ -21,6 +21,8 @@ __all__ = [
     "as_model",
     "block_of",
     "common_layout",
+    "down_constants",
+    "gate_up_constants",
     "layout_of",
     "stored_specs",
 ]
@@ -85,3 +87,29 @@ def as_model(parameters: dict[str, Tensor], layout: KernelLayout) -> dict[str, T
     return {
         name: tensor.t() if tensor.dim() == 2 else tensor for name, tensor in parameters.items()
     }
+
+
+def _constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
+    """What every kernel that reads stored blocks is compiled for."""
+    return {
+        "STORED": block.stored_units, "CHUNK": CHUNK, "MATRICES": block.matrix_units,
+        "PATCHES": block.patches, "HAS_BIAS": layout.has_bias, "H": layout.hidden,
+        "W": layout.width,
+    }  # fmt: skip
+
+
+def gate_up_constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
+    """Compile-time constants of a kernel that reads gate and up projections of stored blocks."""
+    return _constants(block, layout) | {
+        "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
+        "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
+        "ALTERNATING": layout.alternating,
+    }  # fmt: skip
+
+
+def down_constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
+    """Compile-time constants of a kernel that reads down projections of stored blocks."""
+    return _constants(block, layout) | {
+        "DOWN": block.start("down_proj"), "DOWN_BIAS": block.start_stored("down_proj_bias"),
+        "CODE": block.code("down_proj"),
+    }  # fmt: skip

@@ -11,8 +11,8 @@ from torch import Tensor
 from routing.layers import Routes
 from runtime.cuda.kernels.grouped.products import combine, grouped_down, grouped_gate_up
 from runtime.cuda.kernels.grouped.sorting import sort_pairs
-from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
+from runtime.cuda.memory.expert_block import ExpertBlock
+from runtime.cuda.memory.kernel_layout import KernelLayout, down_constants, gate_up_constants
 from runtime.cuda.prefill.tiling import TILES, Tile, Tiles, most_tiles
 
 SORTED = 128
@@ -53,19 +53,8 @@ class Products:
     def __init__(self, block: ExpertBlock, slots_SN: Tensor, layout: KernelLayout) -> None:
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._hidden, self._width = layout.hidden, layout.width
-        common: dict[str, Any] = {
-            "STORED": block.stored_units, "MATRICES": block.matrix_units, "PATCHES": block.patches,
-            "CHUNK": CHUNK, "H": layout.hidden, "W": layout.width, "HAS_BIAS": layout.has_bias,
-        }  # fmt: skip
-        self._gate_up = common | {
-            "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
-            "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
-            "ALTERNATING": layout.alternating,
-        }  # fmt: skip
-        self._down = common | {
-            "DOWN": block.start("down_proj"), "DOWN_BIAS": block.start_stored("down_proj_bias"),
-            "CODE": block.code("down_proj"),
-        }  # fmt: skip
+        self._gate_up = gate_up_constants(block, layout)
+        self._down = down_constants(block, layout)
 
     def run(self, x_TH: Tensor, top_k: int, work: Work, tiles: Tiles, group: int, num: int) -> None:
         """Both products of one group of `work`, of `num` tiles at most."""

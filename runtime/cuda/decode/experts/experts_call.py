@@ -28,7 +28,7 @@ from runtime.cuda.kernels import plan as plan_kernel
 from runtime.cuda.kernels import prefetch as prefetch_kernels
 from runtime.cuda.kernels import transfer as transfer_kernels
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
-from runtime.cuda.memory.kernel_layout import ACTIVATIONS, KernelLayout
+from runtime.cuda.memory.kernel_layout import KernelLayout, down_constants, gate_up_constants
 from runtime.cuda.memory.pinned_experts import PinnedExperts
 from runtime.cuda.share.order_to_cpu import NO_ORDER, OrderToCpu
 
@@ -71,10 +71,6 @@ class ExpertsCall:
         device = cache.clock.device
         self._layout, self._block, self._host, self._cache = layout, block, host, cache
         self._stored = {"STORED": block.stored_units, "CHUNK": CHUNK}
-        self._matrices = self._stored | {
-            "MATRICES": block.matrix_units, "PATCHES": block.patches, "HAS_BIAS": layout.has_bias,
-            "H": layout.hidden, "W": layout.width,
-        }  # fmt: skip
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
         self._routers, self._forecast = routers or [None] * cache.num_layers, forecast
@@ -190,11 +186,8 @@ class ExpertsCall:
     def _gate_up(self) -> dict[str, Any]:
         """Constants of the gate and up kernels."""
         layout, block, blocks = self._layout, self._block, self._blocks
-        return self._matrices | {
-            "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
-            "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
-            "ALTERNATING": layout.alternating, "BLOCK_I": blocks.rows, "BLOCK_H": blocks.columns,
-            "num_warps": blocks.warps,
+        return gate_up_constants(block, layout) | {
+            "BLOCK_I": blocks.rows, "BLOCK_H": blocks.columns, "num_warps": blocks.warps,
         }  # fmt: skip
 
     def _run_gate_up(self, layer: int, x: Tensor, fetchers: int, index: int = 0) -> None:
@@ -243,9 +236,7 @@ class ExpertsCall:
             self._h, sums, ids, weights, self._slots_SN, self._units_SN, experts, slots,
             sums if order is None else order.answers, self._counts[layer, index], num_tokens,
             summed.first_part,
-            DOWN=self._block.start("down_proj"),
-            DOWN_BIAS=self._block.start_stored("down_proj_bias"), **self._matrices,
-            CODE=self._block.code("down_proj"), E=self._cache.num_experts, K=self._top_k,
+            **down_constants(self._block, shape), E=self._cache.num_experts, K=self._top_k,
             SHARE=order is not None,
             M=blocks.padded, PARTS=blocks.parts, BLOCK_U=triton.next_power_of_2(self.max_used),
             BLOCK_K=triton.next_power_of_2(self._top_k),
