@@ -194,7 +194,7 @@ class CudaBackend:
 
     def run_captured(self, index: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         assert self.decoder is not None
-        return self.decoder.call(index, hidden, ids, weights)
+        return self.decoder.run_layer(index, hidden, ids, weights)
 
     def predict_beside(self, inputs: StepInputs) -> bool:
         if self.decoder is None or self._generate is None or inputs.token_ids_BT is None:

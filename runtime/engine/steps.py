@@ -148,15 +148,9 @@ class Steps:
 
     # ------------------------------------------------------------------ an experts call
 
+    @torch.compiler.disable
     def run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         """The experts call of layer `index`, within a step or without one."""
-        if torch.compiler.is_compiling() and self._backend.is_capturing:
-            layer = self._layers[index]
-            return self._backend.run_captured(index, *bound_call(layer, args, kwargs))
-        return self._run_layer(index, *args, **kwargs)
-
-    @torch.compiler.disable
-    def _run_layer(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layers[index]
         refuse_transforms()
         if in_backward():

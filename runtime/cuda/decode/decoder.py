@@ -226,12 +226,6 @@ class Decoder:
         """Whether the model's forward runs as (the capture of) a decode step right now."""
         return self._running is not None
 
-    def call(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The experts call of a layer inside a captured step, also while it is being compiled."""
-        if torch.compiler.is_compiling():
-            return torch.ops.expertflow.experts(x, ids, weights, index)
-        return self.run_layer(index, x, ids, weights)
-
     def run_layer(self, index: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The kernels of an experts call: x [B, H], ids and weights [B, K]."""
         assert self._running is not None

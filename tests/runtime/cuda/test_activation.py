@@ -24,7 +24,7 @@ COUNT = 1 << 14
 
 
 @triton.jit
-def activations(gate, up, to, ACT: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def activations(gate, up, to, ACT: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(to + at, activate(tl.load(gate + at), tl.load(up + at), ACT))
 
