@@ -70,7 +70,7 @@ class RowReplay:
     def _embed(self, own: Any, token_ids: Tensor) -> Tensor:
         assert self.cache is not None
         layout = self.cache.layout
-        at_T = self._start_R.index_select(0, layout.rows_T) + layout.positions_T
+        at_T = self._start_R.index_select(0, layout.rows_B) + layout.positions_B
         step_TLK = self._experts_NLK.index_select(0, at_T)
         self._step_LTK = step_TLK.transpose(0, 1).long()
         embedded: Tensor = own(token_ids)

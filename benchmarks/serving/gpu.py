@@ -180,7 +180,7 @@ def row_share(subject: Subject, context: int) -> float:
     model: Any = subject.model
     layers = subject.topology.stack().layers
     experts = subject.expert_bytes * sum(layer.num_experts for layer in layers)
-    return storage_bytes(model.config, 1, context, model.dtype) / experts
+    return storage_bytes(model, 1, context) / experts
 
 
 if __name__ == "__main__":

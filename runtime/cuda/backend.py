@@ -43,7 +43,7 @@ from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
 from runtime.engine.experts import run_experts
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
-from runtime.kv.static_cache import Storage
+from runtime.kv.storage import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import RouteLog
 from runtime.sizing.budget import SlotBudget

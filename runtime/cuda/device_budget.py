@@ -63,7 +63,7 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
     activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
     logits = 4 * batch * text.vocab_size * 4
-    cache = storage_bytes(text, batch, context, dtype)
+    cache = storage_bytes(source.model, batch, context)
     decodes = isinstance(common_layout(source), str)
     landing = max(map(landing_bytes, source.groups)) if decodes else 0
     return (

@@ -6,21 +6,14 @@ PaddedTokens  the next token of every row, all at one position, behind rows with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from runtime.cuda.kernels import attention as kernels
-from runtime.kv.attention_kinds import attention_types
-
-TAKEN = {"scaling", "sliding_window", "s_aux", "softcap", "is_causal"}
-"""What `attend_singles` heeds of what a layer gives to its attention."""
-OF_NO_MATTER = {
-    "position_ids", "cache_position", "use_cache", "past_key_values", "logits_to_keep",
-    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
-}  # fmt: skip
-"""Meant for the forward pass, and handed through."""
+from runtime.kv.own_attention import OF_NO_MATTER, TAKEN
+from runtime.kv.state_kinds import KINDS, Mask, masks_of, state_kinds
 
 
 class SingleTokens:
@@ -70,6 +63,16 @@ class UnknownAttention(Exception):
     """A layer attends in a way that no kernel has."""
 
 
+class SeenTokens(NamedTuple):
+    """Which tokens of its row each new token sees."""
+
+    mask: Tensor
+    """In the form that the model's attention takes."""
+    seen_BC: Tensor
+    """True for the tokens of `window` that are seen, as far as the position does not say so."""
+    window: int | None
+
+
 class PaddedTokens(SingleTokens):
     """The next token of each of the first `batch` rows, all at one position of the cache."""
 
@@ -78,17 +81,22 @@ class PaddedTokens(SingleTokens):
         super().__init__(torch.arange(batch, device=device), zeros_B)
         whole: Any = model
         self._config: Any = whole.config.get_text_config(decoder=True)
+        self._masks = masks_of(state_kinds(self._config))
         self._dtype: torch.dtype = whole.dtype
         self._real_BC = torch.ones(batch, context, dtype=torch.bool, device=device)
+        self._padding_B = torch.zeros_like(zeros_B)
+        """Tokens at the left of each row that are padding."""
         self._columns_C = torch.arange(context, device=device)
-        self._mask_of_kind: dict[str, Tensor] = {}
+        self._seen: dict[Mask, SeenTokens] = {}
 
     def start(self, length: int, real_BT: Tensor | None) -> None:
         """The rows have `length` tokens; real_BT is False for padding."""
         self.positions_B.fill_(length)
         self._real_BC.fill_(True)
+        self._padding_B.zero_()
         if real_BT is not None:
             self._real_BC[:, : real_BT.shape[1]] = real_BT
+            self._padding_B.copy_((real_BT.cumsum(-1) == 0).sum(-1))
 
     def attend(
         self,
@@ -99,12 +107,12 @@ class PaddedTokens(SingleTokens):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attention in transformers' terms; `attention_mask` says only of which kind it is."""
-        same = [kind for kind, mask in self._mask_of_kind.items() if mask is attention_mask]
+        """Attention in transformers' terms; `attention_mask` says only which tokens are seen."""
+        same = [seen for seen in self._seen.values() if seen.mask is attention_mask]
         if not same or not self._is_known(module, query, key, kwargs):
             raise UnknownAttention
-        kwargs["sliding_window"] = self._window(*same)
-        places = self.rows_B, self.positions_B, self._real_BC
+        kwargs["sliding_window"] = same[0].window
+        places = self.rows_B, self.positions_B, same[0].seen_BC
         return attend_singles(query, key, value, *places, **kwargs), None
 
     def _is_known(
@@ -118,20 +126,32 @@ class PaddedTokens(SingleTokens):
         fits = key.shape[::2] == self._real_BC.shape and not query.shape[1] % key.shape[1]
         return fits and given <= TAKEN | OF_NO_MATTER | {"dropout"}
 
-    def _window(self, kind: str) -> int | None:
-        return self._config.sliding_window if kind == "sliding_attention" else None
+    def masks(self) -> Tensor | dict[str, Tensor | None]:
+        """The mask of each row's new token: one, or one for each layer type where they differ.
 
-    def masks(self) -> Tensor | dict[str, Tensor]:
-        """The mask of each row's new token, in the form its attention implementation takes."""
-        seen_BC = self._real_BC & (self._columns_C <= self.positions_B[:, None])
-        kinds = attention_types(self._config)
-        self._mask_of_kind = {kind: self._as_mask(seen_BC, kind) for kind in kinds}
-        return self._mask_of_kind if len(kinds) > 1 else self._mask_of_kind[kinds.pop()]
+        A layer without attention gets none: a generated token is never padding.
+        """
+        past_BC = self._columns_C <= self.positions_B[:, None]
+        self._seen = {mask: self._seen_tokens(mask, past_BC) for mask in self._masks}
+        if len(self._seen) == 1:
+            return next(iter(self._seen.values())).mask
+        masks = {mask: seen.mask for mask, seen in self._seen.items()}
+        return {name: kind.mask and masks.get(kind.mask) for name, kind in KINDS.items()}
 
-    def _as_mask(self, seen_BC: Tensor, kind: str) -> Tensor:
-        window = self._window(kind)
-        if window is not None:
+    def _seen_tokens(self, mask: Mask, past_BC: Tensor) -> SeenTokens:
+        real_BC, window = self._real_BC, None
+        seen_BC = real_BC & past_BC
+        if mask is Mask.SLIDING:
+            window = self._config.sliding_window
             seen_BC = seen_BC & (self._columns_C > self.positions_B[:, None] - window)
+        elif mask is Mask.CHUNKED:
+            own_B = self.positions_B - self._padding_B
+            first_B = self.positions_B - own_B % self._config.attention_chunk_size
+            real_BC = real_BC & (self._columns_C >= first_B[:, None])
+            seen_BC = seen_BC & real_BC
+        return SeenTokens(self._as_mask(seen_BC), real_BC, window)
+
+    def _as_mask(self, seen_BC: Tensor) -> Tensor:
         mask_B11C = seen_BC[:, None, None]
         if self._config._attn_implementation == "eager":
             lowest = torch.finfo(self._dtype).min

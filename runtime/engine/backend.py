@@ -25,7 +25,7 @@ from runtime.cache.stats import Stats
 from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
-from runtime.kv.static_cache import Storage
+from runtime.kv.storage import Storage
 
 
 class RowDecoder(Protocol):

@@ -27,7 +27,7 @@ from runtime.engine.observer import build_observer
 from runtime.engine.steps import Steps
 from runtime.engine.turns import Turns
 from runtime.kv.row_cache import RowCache
-from runtime.kv.static_cache import Storage
+from runtime.kv.storage import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.layer_map import LayerMap
 from runtime.prediction.route_log import RouteLog

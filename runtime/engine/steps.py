@@ -133,7 +133,7 @@ class Steps:
         if ragged is None:
             self._observer.end_step(inputs, cache)
         else:
-            ragged.routes_TLK = self._observer.routes(inputs.positions_BT.shape[1])
+            ragged.routes_TLK = self._observer.routes(inputs.positions_BT.size)
         stats = self._backend.stats
         stats.steps += 1
         stats.tokens += inputs.num_tokens

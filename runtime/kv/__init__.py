@@ -1,9 +1,11 @@
 """Key/value caches.
 
-static_cache     the cache of captured steps: transformers' StaticCache over shared storage
+static_cache     the cache of captured steps: static layers over shared storage
+static_layers    its layers, one class for each kind of state
+storage          the memory that caches share
 row_cache        one row for each sequence that is served
 own_attention    attention of a model's layers by a function of our own
 private_configs  configurations of one model's own while it is served
-attention_kinds  the kinds of attention of a model's layers, and which can be captured
+state_kinds      the kinds of state that layers keep, and which can be captured
 size             sizes of caches
 """

@@ -21,6 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from runtime.kv.private_configs import PrivateConfigs
 
 Attention = Callable[..., tuple[Tensor, Any]]
+TAKEN = {"scaling", "sliding_window", "s_aux", "softcap", "is_causal"}
+"""What kernels heed of all that a layer gives to its attention."""
+OF_NO_MATTER = {
+    "position_ids", "cache_position", "use_cache", "past_key_values", "logits_to_keep",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+"""Meant for the forward pass, and handed through."""
 
 
 class OwnAttention:

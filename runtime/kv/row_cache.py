@@ -4,7 +4,8 @@ A step's tokens lie side by side in one sequence [1, T], whichever sequences the
 prompt's chunk and many single tokens share one forward pass and no padding ever reaches an expert.
 New keys and values are written to (row, position); attention then runs for each sequence over a
 view of its row. Regrouping sequences moves nothing, and a sequence attends exactly as it would
-alone.
+alone. Where layers recur or choose what they attend to, sequences cannot lie side by side: then a
+prompt runs by itself, and single tokens are a batch [T, 1] (`stacks`).
 
 Of transformers' own continuous batching this takes the packed step and the attention functions,
 which are run here once a sequence. Its paged cache did not hold up: it sizes heads by
@@ -15,153 +16,31 @@ a place for the forecast. `StaticCache` has one length for all rows; `DynamicCac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from runtime.kv.attention_kinds import require_rows
-from runtime.kv.own_attention import Attention, OwnAttention
-from runtime.kv.static_cache import StepTokens, Storage
-
-
-class Span(NamedTuple):
-    """The tokens of one sequence within a step."""
-
-    row: int
-    start: int
-    """Tokens of the sequence that are in the cache already."""
-    num_tokens: int
-    """Tokens of this step."""
+from runtime.kv.own_attention import OF_NO_MATTER, TAKEN, OwnAttention
+from runtime.kv.row_layers import RowRecurrentLayer, row_layer
+from runtime.kv.state_kinds import WHOLE_PROMPTS, Mask, require_rows, state_kinds
+from runtime.kv.static_cache import class_for
+from runtime.kv.storage import Storage
+from runtime.kv.token_layout import RaggedTokens
 
 
-class RaggedTokens(StepTokens, Protocol):
-    """The tokens of a step, of any rows, side by side: [1, T]."""
-
-    rows_T: Tensor
-    positions_T: Tensor
-
-    def attend(
-        self,
-        function: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        **kwargs: Any,
-    ) -> Tensor:
-        """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width]."""
-
-
-class TokenLayout:
-    """Where each of a step's tokens belongs.
-
-    attend_singles: attention of single tokens together, as
-    `runtime.cuda.decode.row_decoder` has it; it serves the spans of one token that come first.
-    """
-
-    def __init__(
-        self,
-        spans: Sequence[Span],
-        device: torch.device,
-        attend_singles: Callable[..., Tensor] | None = None,
-    ) -> None:
-        self._attend_singles = attend_singles
-        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
-        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
-        self.spans = spans
-        rows = [span.row for span in spans for _ in range(span.num_tokens)]
-        positions = [span.start + i for span in spans for i in range(span.num_tokens)]
-        self.rows_T, self.positions_T = torch.tensor([rows, positions], device=device)
-        self._masks: dict[tuple[Span, int | None], Tensor] = {}
-
-    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """Keys and values [1, heads, T, width] to the tokens' rows and positions."""
-        keys[self.rows_T, :, self.positions_T] = new_keys[0].transpose(0, 1)
-        values[self.rows_T, :, self.positions_T] = new_values[0].transpose(0, 1)
-
-    def mask(self, span: Span, window: int | None) -> Tensor | None:
-        """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
-        length = span.start + span.num_tokens
-        if span.num_tokens == 1 and (window is None or length <= window):
-            return None
-        if (span, window) not in self._masks:
-            positions = torch.arange(length, device=self.rows_T.device)
-            query, key = positions[span.start :, None], positions[None]
-            seen = key <= query if window is None else (key <= query) & (key > query - window)
-            self._masks[span, window] = seen[None, None]
-        return self._masks[span, window]
-
-    def attend(
-        self,
-        function: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        **kwargs: Any,
-    ) -> Tensor:
-        """`function`, once a sequence: from queries [1, heads, T, width] and a layer's rows to
-        [1, T, heads, width].
-        """
-        outputs, at = [], self._num_singles
-        if self._attend_singles is not None and at:
-            places = self.rows_T[:at], self.positions_T[:at]
-            outputs.append(self._attend_singles(query[:, :, :at], key, value, *places, **kwargs))
-        for span in self.spans[at:]:
-            length = span.start + span.num_tokens
-            mask = self.mask(span, kwargs.get("sliding_window"))
-            one = slice(span.row, span.row + 1)
-            seen = key[one, :, :length], value[one, :, :length]
-            queries = query[:, :, at : at + span.num_tokens]
-            outputs.append(function(module, queries, *seen, mask, **kwargs)[0])
-            at += span.num_tokens
-        return torch.cat(outputs, 1)
-
-
-class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer, [R, heads, context, width]."""
-
-    def __init__(self, rows: RowCache, index: int) -> None:
-        super().__init__()
-        self._rows, self._index = rows, index
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            self._tensor("keys", key_states),
-            self._tensor("values", value_states),
-        )
-        self.is_initialized = True
-
-    def _tensor(self, name: str, like: Tensor) -> Tensor:
-        rows = self._rows
-        if rows.storage is not None:
-            return rows.storage.view(self._index, name, like, rows.num_rows)
-        return like.new_empty(rows.num_rows, like.shape[1], rows.context, like.shape[-1])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        self._rows.layout.write(self.keys, self.values, key_states, value_states)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return self._rows.context
-
-    get_max_cache_shape = get_max_length
-    """Its name in older versions of transformers."""
+def row_cache(
+    model: nn.Module, num_rows: int, context: int, storage: Storage | None = None
+) -> RowCache:
+    """The cache of sequences in flight of `model`; see `RowCache`."""
+    whole: Any = model
+    cache: RowCache = class_for(whole.config.get_text_config(), RowCache)(
+        model, num_rows, context, storage
+    )
+    return cache
 
 
 class RowCache(Cache):
@@ -177,11 +56,30 @@ class RowCache(Cache):
         require_rows(text, context)
         self.num_rows, self.context, self.storage = num_rows, context, storage
         self.layout: RaggedTokens
+        self.kinds = state_kinds(text)
+        self._chunk = getattr(text, "attention_chunk_size", None)
+        self.runs_prompts_whole = text.model_type in WHOLE_PROMPTS
+        """Whether a prompt cannot go on where a piece of it has ended."""
         self._free = list(range(num_rows - 1, -1, -1))
         self.epoch = 0
         """Times that a row was taken while all were free: no sequence lives in two epochs."""
         self._attention = OwnAttention(model, self._attend)
-        super().__init__(layers=[RowLayer(self, index) for index in range(text.num_hidden_layers)])
+        number = getattr(text, "number_of_conv_states", 1)
+        self._own_layers = [
+            row_layer(kind, self, index, number) for index, kind in enumerate(self.kinds)
+        ]
+        Cache.__init__(self, layers=list(self._own_layers))
+        self._recurrent = [one for one in self._own_layers if isinstance(one, RowRecurrentLayer)]
+
+    @property
+    def stacks(self) -> bool:
+        """Whether single tokens run as a batch [T, 1], and prompts one at a time."""
+        return any(kind.recurs or kind.indexes for kind in self.kinds)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether layers choose what they attend to, from a mask that they must be given."""
+        return any(kind.indexes for kind in self.kinds)
 
     @property
     def num_free(self) -> int:
@@ -190,9 +88,17 @@ class RowCache(Cache):
     @property
     def nbytes(self) -> int:
         """Of all rows; 0 before the first step."""
-        layers = (layer for layer in self.layers if isinstance(layer, RowLayer))
-        stored = (tensor for layer in layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.nbytes for tensor in stored if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.by_position + self.by_row)
+
+    @property
+    def by_position(self) -> list[Tensor]:
+        """Tensors with an entry for each position, [R, ..., context, width]."""
+        return [tensor for layer in self._own_layers for tensor in layer.by_position]
+
+    @property
+    def by_row(self) -> list[Tensor]:
+        """Tensors of one size for each sequence, [R, ...]."""
+        return [tensor for layer in self._own_layers for tensor in layer.by_row]
 
     @property
     def free_rows(self) -> tuple[int, ...]:
@@ -231,8 +137,28 @@ class RowCache(Cache):
     def attending(self, layout: RaggedTokens) -> Iterator[None]:
         """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
+        rows_B = layout.rows_B[:1] if layout.is_one_sequence else layout.rows_B
+        for layer in self._recurrent:
+            layer.take(rows_B, is_new=layout.is_new)
         with self._attention.in_use():
             yield
+        for layer in self._recurrent:
+            layer.put(rows_B)
+
+    def states_of(self, rows_B: Tensor) -> list[Tensor]:
+        """Copies of what a step of these rows changes for good."""
+        return [tensor[rows_B] for tensor in self.by_row]
+
+    def set_states(self, rows_B: Tensor, saved: list[Tensor]) -> None:
+        """Put such copies back."""
+        for tensor, before in zip(self.by_row, saved, strict=True):
+            tensor[rows_B] = before
+
+    def mask(self, layout: RaggedTokens) -> Tensor | None:
+        """The mask that the model must be given; None: it needs none, the layout knows better."""
+        if not self.chooses:
+            return None
+        return layout.seen(self.context if self.storage is None else self.storage.context)
 
     def _attend(
         self,
@@ -243,6 +169,23 @@ class RowCache(Cache):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attention by the layout, which knows the masks."""
+        """Attention by the layout, which knows the masks but for those that a layer chooses."""
+        unknown = sorted(
+            name
+            for name, given in kwargs.items()
+            if isinstance(given, Tensor) and name not in TAKEN | OF_NO_MATTER
+        )
+        kind = self.kinds[getattr(module, "layer_idx", 0)]
+        if unknown and not kind.indexes:
+            raise ValueError(
+                f"the model's attention takes {', '.join(unknown)}, made for one sequence; it "
+                "cannot be served, use model.generate"
+            )
+        if kind.mask is Mask.CHUNKED:
+            kwargs["chunk"] = self._chunk
+        if kind.indexes:
+            assert attention_mask is not None
+            is_bool = attention_mask.dtype == torch.bool
+            kwargs["seen"] = attention_mask if is_bool else attention_mask == 0
         function = self._attention.replaced(module)
         return self.layout.attend(function, module, query, key, value, **kwargs), None

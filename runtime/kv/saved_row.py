@@ -1,7 +1,7 @@
-"""Keys and values of a row, copied to another row or kept outside of the cache, bit by bit.
+"""The state of a row, copied to another row or kept outside of the cache, bit by bit.
 
-Good for kinds of attention that a row can be cut at (`PLAIN`): every position has its own keys and
-values, whatever came after it.
+What has an entry for each position (`KEEPS_POSITIONS`) can be cut after any token; a state of one
+size is kept as it is after the last one.
 """
 
 from __future__ import annotations
@@ -10,44 +10,39 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from runtime.kv.row_cache import RowCache, RowLayer
+from runtime.kv.row_cache import RowCache
 
 
 class SavedRow(NamedTuple):
-    """The first tokens of a row, in host memory."""
+    """The state of a row after its first tokens, in host memory."""
 
-    states: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer that has any, [heads, tokens, width]."""
+    by_position: list[Tensor]
+    """Keys and values of all layers, [..., tokens, width]."""
+    by_row: list[Tensor]
+    """States of one size."""
     num_tokens: int
 
     @classmethod
     def of(cls, cache: RowCache, row: int, num_tokens: int) -> Self:
-        """A copy of the first `num_tokens` of `row`."""
-        states = [
-            (_copy(layer.keys, row, num_tokens), _copy(layer.values, row, num_tokens))
-            for layer in _filled(cache)
+        """A copy of what `row` has kept of its first `num_tokens`, which are all that ran."""
+        positions = [
+            tensor[row, ..., :num_tokens, :].to("cpu", copy=True) for tensor in cache.by_position
         ]
-        return cls(states, num_tokens)
+        rows = [tensor[row].to("cpu", copy=True) for tensor in cache.by_row]
+        return cls(positions, rows, num_tokens)
 
     def restore(self, cache: RowCache, row: int) -> None:
         """Write it to `row`."""
-        for layer, (keys, values) in zip(_filled(cache), self.states, strict=True):
-            layer.keys[row, :, : self.num_tokens].copy_(keys)  # type: ignore[index]
-            layer.values[row, :, : self.num_tokens].copy_(values)  # type: ignore[index]
+        for tensor, kept in zip(cache.by_position, self.by_position, strict=True):
+            tensor[row, ..., : self.num_tokens, :].copy_(kept)
+        for tensor, kept in zip(cache.by_row, self.by_row, strict=True):
+            tensor[row].copy_(kept)
 
 
 def copy_row(cache: RowCache, source: int, target: int, num_tokens: int) -> None:
-    """Copy the first `num_tokens` of row `source` to row `target`."""
-    for layer in _filled(cache):
-        for tensor in (layer.keys, layer.values):
-            assert tensor is not None
-            tensor[target, :, :num_tokens] = tensor[source, :, :num_tokens]
-
-
-def _filled(cache: RowCache) -> list[RowLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, RowLayer) and layer.is_initialized]
-
-
-def _copy(tensor: Tensor | None, row: int, num_tokens: int) -> Tensor:
-    assert tensor is not None
-    return tensor[row, :, :num_tokens].to("cpu", copy=True)
+    """Copy the first `num_tokens` of row `source` to row `target`, of a model that keeps nothing
+    but positions.
+    """
+    assert not cache.by_row
+    for tensor in cache.by_position:
+        tensor[target, ..., :num_tokens, :] = tensor[source, ..., :num_tokens, :]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer
+from routing.layers import MoELayer, find_moe_layers
+from runtime.kv.state_kinds import KEEPS_POSITIONS, state_kinds, unsupported
+from runtime.kv.static_cache import shared_cache
+from runtime.kv.storage import Storage
 
 CACHE_MODULE = "transformers.cache_utils"
+SHORTEST = 8
+"""Tokens of a pass that shows what a cache keeps."""
 SHORT = (128, 256, 384)
 """Lengths that a cache of recurrent layers is measured at: their steps over longer sequences take
 minutes, and the cache grows by the same bytes for every token."""
@@ -45,17 +52,12 @@ def _measured(model: nn.Module, layers: list[MoELayer], num_tokens: int) -> int 
     """Bytes of the cache that a forward pass over `num_tokens` fills."""
     token_ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     decoder = {"decoder_input_ids": token_ids} if model.config.is_encoder_decoder else {}  # type: ignore[union-attr]
-    for layer in layers:
-        layer.module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), skipped(layers):
             output = model(input_ids=token_ids, use_cache=True, **decoder)
         return tensor_bytes(output["past_key_values"]) or None
     except (RuntimeError, NotImplementedError, KeyError, ValueError):
         return None
-    finally:
-        for layer in layers:
-            del layer.module.forward
 
 
 def tensor_bytes(cache: Any) -> int:
@@ -78,8 +80,12 @@ def tensor_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
-def storage_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> int:
-    """Bytes of `Storage` for a model, from its configuration."""
+def storage_bytes(model: nn.Module, batch: int, context: int) -> int:
+    """Bytes of `Storage` for the captured steps of a model, before there is any."""
+    whole: Any = model
+    config = whole.config.get_text_config(decoder=True)
+    if unsupported(config) is None and not KEEPS_POSITIONS.issuperset(state_kinds(config)):
+        return _storage_of_copy(whole, batch, context)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "qk_head_dim", None) or width
@@ -87,4 +93,29 @@ def storage_bytes(config: Any, batch: int, context: int, dtype: torch.dtype) -> 
     if hasattr(config, "kv_lora_rank"):  # latent attention caches every head, expanded
         heads = config.num_attention_heads
     layers = config.num_hidden_layers
-    return layers * batch * context * heads * (keys + values) * dtype.itemsize
+    return int(layers * batch * context * heads * (keys + values) * whole.dtype.itemsize)
+
+
+@torch.no_grad()
+def _storage_of_copy(model: Any, batch: int, context: int) -> int:
+    """Of what a copy of the model without memory writes in a short pass."""
+    with torch.device("meta"):
+        copy = type(model)._from_config(model.config, dtype=model.dtype)
+    storage = Storage(batch, context)
+    with skipped(find_moe_layers(copy)):
+        token_ids = torch.zeros(1, SHORTEST, dtype=torch.int64, device="meta")
+        cache = shared_cache(storage, model.config.get_text_config(decoder=True))
+        copy(input_ids=token_ids, past_key_values=cache, use_cache=True)
+    return storage.num_bytes
+
+
+@contextmanager
+def skipped(layers: list[MoELayer]) -> Iterator[None]:
+    """Within the block, the experts of these layers do nothing."""
+    for layer in layers:
+        layer.module.forward = lambda hidden, *_, **__: torch.zeros_like(hidden)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.module.forward

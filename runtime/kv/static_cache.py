@@ -1,4 +1,4 @@
-"""The key/value cache of captured steps: transformers' StaticCache over storage of our own.
+"""The cache of captured steps: static layers over storage of our own.
 
 Every batch size has its own cache object, since a captured step holds on to its tensors, but all
 share one storage, as large as the largest batch needs.
@@ -6,160 +6,84 @@ share one storage, as large as the largest batch needs.
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
+
+from runtime.kv.state_kinds import state_kinds
+from runtime.kv.static_layers import static_layer
+from runtime.kv.storage import StepTokens, Storage
 
 
-class Storage:
-    """Keys and values of all layers, for up to `batch` sequences of up to `context` tokens."""
-
-    def __init__(self, batch: int, context: int) -> None:
-        self.batch, self.context = batch, context
-        self._tensors: dict[tuple[int, str], Tensor] = {}
-        self._tenant: weakref.ref[Any] | None = None
-        self._writer: object = None
-
-    def take(self, tenant: object) -> bool:
-        """Whether `tenant` has the storage to itself now, until it lets go or is dropped."""
-        if self.is_lent and self._tenant is not None and self._tenant() is not tenant:
-            return False
-        self._tenant = weakref.ref(tenant)
-        return True
-
-    def let_go(self, tenant: object) -> None:
-        """Whoever comes next may take the storage, if it was `tenant` who had it."""
-        if self._tenant is not None and self._tenant() is tenant:
-            self._tenant = None
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether somebody's sequences are in it."""
-        return self._tenant is not None and self._tenant() is not None
-
-    def claim(self, writer: object) -> bool:
-        """Let `writer` be the one that writes; False where another wrote since it last was, and
-        may have left nothing of what it had stored.
-        """
-        unchanged, self._writer = self._writer is writer, writer
-        return unchanged
-
-    def view(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
-        """[batch, heads, context, width] for states `like` [*, heads, *, width]."""
-        if (layer, name) not in self._tensors:
-            _, heads, _, width = like.shape
-            shape = self.batch, heads, self.context, width
-            self._tensors[layer, name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return self._tensors[layer, name][:batch]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+def shared_cache(storage: Storage, config: Any) -> SharedCache:
+    """The cache of one batch size of a model with the text configuration `config`."""
+    cache: SharedCache = class_for(config, SharedCache)(storage, config)
+    return cache
 
 
-class StepTokens(Protocol):
-    """The tokens of a step, each with its row and position in the cache."""
+def class_for(config: Any, base: type[Cache]) -> Any:
+    """`base`, or what a model asks for that has a class of its own."""
+    if config.model_type != "minimax":
+        return base
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
-    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+    class LightningCache(base, MiniMaxCache):  # type: ignore[misc, valid-type]
+        """What MiniMax asks of its cache: a recurrent state by names of its own."""
 
+        linear_cache: list[Tensor] = []  # noqa: RUF012 - what it asks for the length of
 
-class SharedLayer(StaticLayer):
-    """A static layer whose keys and values are views of the storage of `cache`.
+        def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+            layer: Any = self.layers[layer_idx]
+            layer.update_recurrent_state(linear_cache)
+            layer.has_previous_state[0] = True
 
-    Sliding windows are kept whole; the step's mask hides what is out of the window.
-    """
+        def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+            layer: Any = self.layers[layer_idx]
+            return layer.recurrent_states[0] if layer.has_previous_state[0] else None
 
-    def __init__(self, cache: SharedCache, storage: Storage, index: int) -> None:
-        super().__init__(max_cache_len=storage.context)
-        self._cache, self._storage, self._index = cache, storage, index
-        self.length = 0
-        """Tokens here, as far as prompts go; captured steps count on the device."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = key_states.shape[:2]
-        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self.keys = self._storage.view(self._index, "keys", key_states, self.batch_size)
-        self.values = self._storage.view(self._index, "values", value_states, self.batch_size)
-        self.cumulative_length = self._cache.lengths(self.device)[self._index]
-        self.is_initialized = True
-        self.reset()  # another batch size may have left numbers that are not finite
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """A prompt that begins here attends to its own keys alone, not to all of the storage."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        if self._cache.step is not None:
-            self._cache.step.write(self.keys, self.values, key_states, value_states)
-            return self.keys, self.values
-        before, self.length = self.length, self.length + key_states.shape[-2]
-        if before:
-            self.cumulative_length.fill_(before)
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.keys[:, :, : self.length].copy_(key_states)
-        self.values[:, :, : self.length].copy_(value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self._cache.step is None and not self.length:
-            return query_length, 0
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length)
-        return sizes
-
-    def get_seq_length(self) -> Any:
-        """Known on the host but within captured steps."""
-        return self.length if self._cache.step is None else super().get_seq_length()
-
-    def reset(self) -> None:
-        """Start a new sequence. What the storage holds is masked out, but must be finite."""
-        self._storage.claim(self)
-        self.length = 0
-        self.cumulative_length.zero_()
-        if self.is_initialized:
-            assert self.keys is not None and self.values is not None
-            self.keys.zero_()
-            self.values.zero_()
+    return LightningCache
 
 
 class SharedCache(Cache):
-    """The cache of one batch size."""
+    """The cache of one batch size of a model with the text configuration `config`."""
 
-    def __init__(self, storage: Storage, num_layers: int) -> None:
+    def __init__(self, storage: Storage, config: Any) -> None:
         self.step: StepTokens | None = None
         """The tokens of the step that runs; None: of a prompt, behind what is there."""
-        self._num_layers, self._storage = num_layers, storage
+        kinds = state_kinds(config)
+        number = getattr(config, "number_of_conv_states", 1)
         self._lengths_L: Tensor | None = None
-        self._own_layers = [SharedLayer(self, storage, index) for index in range(num_layers)]
-        super().__init__(layers=list(self._own_layers))
+        self._own_layers = [
+            static_layer(kind, self, storage, index, number) for index, kind in enumerate(kinds)
+        ]
+        Cache.__init__(self, layers=list(self._own_layers))
 
     def lengths(self, device: torch.device) -> Tensor:
         """Tokens in each layer, int64 [L]."""
         if self._lengths_L is None:
-            self._lengths_L = torch.zeros(self._num_layers, dtype=torch.int64, device=device)
+            num_layers = len(self._own_layers)
+            self._lengths_L = torch.zeros(num_layers, dtype=torch.int64, device=device)
         return self._lengths_L
 
     def set_length(self, length: int) -> None:
-        """Forget what lies beyond `length` tokens."""
+        """Forget what lies beyond `length` tokens. What recurs has no such thing."""
         for layer in self._own_layers:
             layer.length = length
         if self._lengths_L is not None:
             self._lengths_L.fill_(length)
 
+    @property
+    def recurrent(self) -> list[Tensor]:
+        """Tensors of all layers that a step changes for good."""
+        return [tensor for layer in self._own_layers for tensor in layer.recurrent]
+
     def reset(self) -> None:
         """As the layers' own, in a few launches for all of them."""
-        stored: list[Tensor] = []
+        stored = [tensor for layer in self._own_layers for tensor in layer.stored]
         for layer in self._own_layers:
-            self._storage.claim(layer)
-            if layer.is_initialized:
-                assert layer.keys is not None and layer.values is not None
-                stored += [layer.keys, layer.values]
+            layer.forget()
         self.set_length(0)
         if stored:
             torch._foreach_zero_(stored)

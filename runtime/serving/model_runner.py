@@ -18,7 +18,8 @@ from runtime.cache.forecast import Forecast
 from runtime.engine.backend import RowDecoder
 from runtime.engine.engine import Engine
 from runtime.engine.next_tokens import NextTokens
-from runtime.kv.row_cache import RowCache, Span, TokenLayout
+from runtime.kv.row_cache import RowCache, row_cache
+from runtime.kv.token_layout import Span, TokenLayout
 from runtime.prediction.sequence_forecaster import join
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
@@ -61,24 +62,38 @@ class ModelRunner:
         """
         return self._pack(parts)
 
-    @torch.no_grad()
     def _pack(self, parts: Sequence[Part]) -> Ran:
+        """Run the parts: in one pass, or in as many as the model's kinds of state take."""
+        if not self._cache.stacks:
+            return self._pass(parts)
+        singles = [part for part in parts if part.sequence.is_ready]
+        passes = [singles] * bool(singles) + [[part] for part in parts if part not in singles]
+        ran = [self._pass(one, stacked=one is singles) for one in passes]
+        following, routes = zip(*ran, strict=True)
+        return NextTokens.joined(following), np.concatenate(routes)
+
+    @torch.no_grad()
+    def _pass(self, parts: Sequence[Part], *, stacked: bool = False) -> Ran:
+        """One forward pass. stacked: single tokens, as a batch."""
         device = self._engine.device
         spans = [Span(sequence.row, sequence.num_cached, count) for sequence, count in parts]
-        layout = TokenLayout(spans, device, self.attend_singles)
+        layout = TokenLayout(spans, device, self.attend_singles, stacked=stacked)
         tokens = [token for part in parts for token in _tokens(part)]
         ends = np.cumsum([part.num_tokens for part in parts])
         read = [np.arange(end - part.num_read, end) for part, end in zip(parts, ends, strict=True)]
+        given = {} if (mask := self._cache.mask(layout)) is None else {"attention_mask": mask}
+        kept = torch.zeros(1) if stacked else torch.from_numpy(np.concatenate(read))
         with self._cache.attending(layout):
             logits, routes_TLK = self._engine.run_ragged(
                 _forecast(parts),
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=layout.positions_T[None],
+                input_ids=layout.shaped(torch.tensor(tokens, device=device)),
+                position_ids=layout.shaped(layout.positions_B),
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=torch.from_numpy(np.concatenate(read)).to(device),
+                logits_to_keep=kept.to(device, torch.int64),
+                **given,
             )
-        return NextTokens.of(_next_logits(parts, logits[0])), routes_TLK
+        return NextTokens.of(_next_logits(parts, logits.flatten(0, 1))), routes_TLK
 
 
 class CapturedRunner(ModelRunner):
@@ -156,7 +171,7 @@ def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCach
     storage = engine.key_value_storage
     if storage is not None:
         num_rows = min(num_rows, storage.batch)
-    return RowCache(engine.model, num_rows, settings.context, storage)
+    return row_cache(engine.model, num_rows, settings.context, storage)
 
 
 def open_runner(engine: Engine, cache: RowCache) -> ModelRunner:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from runtime.kv.static_cache import Storage
+    from runtime.kv.storage import Storage
 
 SCHEDULERS = ("fifo", "predicted", "paper", "domain-oracle")
 

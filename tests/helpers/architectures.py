@@ -232,7 +232,12 @@ def architecture_model(kind: str, seed: int = 0, **widths: int) -> nn.Module:
     config = architecture_config(kind, **widths)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _auto_class(config).from_config(config).eval()
+        model: nn.Module = _auto_class(config).from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2 and not parameter.any():  # a router that prefers nobody
+                    parameter.normal_(std=0.2)
+        return model
 
 
 def _auto_class(config: PretrainedConfig) -> Any:

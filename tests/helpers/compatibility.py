@@ -19,6 +19,7 @@ from routing.layers import MoELayer, find_moe_layers
 from runtime.weights.source import from_path
 from runtime.weights.store import expert_parameters, expert_part
 from tests.helpers.architectures import architecture_model
+from tests.helpers.capturing import captured, served
 from tests.helpers.quantised.compatibility import check_encodings
 from trace.recorder import Recorder
 from trace.runner import Runner
@@ -42,6 +43,9 @@ class Verdict(NamedTuple):
     """The largest difference of a logit, over all cache sizes, in memory and from a directory."""
     encodings: dict[str, str] = {}  # noqa: RUF012 - never changed
     """A cell for each encoding of a quantised checkpoint."""
+    captured: str = ""
+    """Empty where it was not tried."""
+    served: str = ""
 
     @property
     def is_exact(self) -> bool:
@@ -49,10 +53,10 @@ class Verdict(NamedTuple):
         return self.parity == "yes" and self.difference <= TOLERANCE
 
 
-def check(kind: str, *, encodings: bool = False) -> Verdict:
-    """Try everything on a tiny random model of the architecture `kind`.
+def check(kind: str, *, whole: bool = False) -> Verdict:
+    """Try a tiny random model of the architecture `kind`.
 
-    encodings: try quantised checkpoints too.
+    whole: also quantised checkpoints, captured steps and serving.
     """
     model: Any = architecture_model(kind)
     layers = find_moe_layers(model)
@@ -67,7 +71,9 @@ def check(kind: str, *, encodings: bool = False) -> Verdict:
         generates=_attempt(_generate, kind, model),
         lazy=_attempt(_lazy, model, layers, expected, seen),
         difference=max(seen, default=0.0),
-        encodings=check_encodings(kind, logits) if encodings else {},
+        encodings=check_encodings(kind, logits) if whole else {},
+        captured=_attempt(_generated, captured, model, kind) if whole else "",
+        served=_attempt(_generated, served, model, kind) if whole else "",
     )
 
 
@@ -142,6 +148,15 @@ def _generate(kind: str, model: Any) -> str:
     offloaded = runtime.load(architecture_model(kind), memory=0.4)
     assert torch.equal(_greedy(offloaded), expected), "other tokens"
     return "yes"
+
+
+def _generated(check: Callable[[str], str], model: Any, kind: str) -> str:
+    """What `check` says of a model that generates text."""
+    try:
+        _greedy(model)
+    except Exception:  # whatever it is, it is not ours: the stock model fails
+        return NOT_APPLICABLE
+    return check(kind)
 
 
 def _greedy(model: Any) -> Tensor:

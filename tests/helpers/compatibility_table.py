@@ -24,7 +24,7 @@ from tests.helpers.compatibility import TOLERANCE, Verdict, check
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "compatibility.json"
 TABLE = DOCS / "compatibility.md"
-CHECKS = ("traced", "parity", "generates", "lazy")
+CHECKS = ("traced", "parity", "generates", "lazy", "captured", "served")
 
 INTRODUCTION = """# Architectures
 
@@ -41,6 +41,14 @@ Wrappers (of text models with images, sound ...) are tried with text.
 
 {summary}
 
+"""
+
+STEPS = """## Captured steps and serving
+
+- **captured**: on a GPU, decode steps run as CUDA graphs. Tried with that engine on the CPU, where
+  it gives the stock model's tokens for one sequence and for two of which one is padded.
+- **served**: sequences of different lengths decode together, their prompts in pieces, each with the
+  tokens that it has alone.
 """
 
 QUANTISED = """## Quantised checkpoints
@@ -82,7 +90,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     known = [kind for kind in ARCHITECTURES if is_known(kind)]
-    verdicts = [check(kind, encodings=True) for kind in track(known)]
+    verdicts = [check(kind, whole=True) for kind in track(known)]
     results[transformers.__version__] = {v.architecture: v._asdict() for v in verdicts}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     TABLE.write_text(render(results))
@@ -106,12 +114,29 @@ def render(results: dict[str, dict[str, Any]]) -> str:
         cells = [cell for row in rows for cell in _cells(row, notes)]
         lines.append([kind, found[-1]["experts"] if found else "", *cells])
     main = _table(["architecture", "experts", *heads], lines)
+    steps = render_steps(results, versions, notes)
     encoded = render_encodings(results, versions, notes)
     numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
     head = INTRODUCTION.format(tolerance=TOLERANCE, summary=summary)
     return (
-        "\n\n".join([head.rstrip(), main, QUANTISED.rstrip(), encoded, numbered]) + "\n" + REMARKS
+        "\n\n".join(
+            [head.rstrip(), main, STEPS.rstrip(), steps, QUANTISED.rstrip(), encoded, numbered]
+        )
+        + "\n"
+        + REMARKS
     )
+
+
+def render_steps(results: dict[str, dict[str, Any]], versions: list[str], notes: list[str]) -> str:
+    """The table of captured steps and serving: two columns for each version."""
+    names = "captured", "served"
+    lines = [
+        [kind, *(_noted(results[version].get(kind, {}).get(name, ""), notes)
+                 for version in versions for name in names)]
+        for kind in ARCHITECTURES
+    ]  # fmt: skip
+    heads = [f"{name} ({version})" for version in versions for name in names]
+    return _table(["architecture", *heads], lines)
 
 
 def render_encodings(
@@ -144,7 +169,8 @@ def _summary(version: str, rows: dict[str, Any]) -> str:
     exact = sum(verdict.is_exact for verdict in verdicts)
     return (
         f"transformers {version}: {len(verdicts)} architectures, {exact} exact, "
-        f"{counts['traced']} traced, {counts['generates']} generate, {counts['lazy']} lazy"
+        f"{counts['traced']} traced, {counts['generates']} generate, {counts['lazy']} lazy, "
+        f"{counts['captured']} captured, {counts['served']} served"
     )
 
 

@@ -26,8 +26,9 @@ from runtime.cuda.compiling.compiled_forward import COMPILER, CompiledForward
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.cuda.decode.row_decoder import RowStep
 from runtime.cuda.prefetching import GENERATING
-from runtime.kv.row_cache import RowCache
-from runtime.kv.static_cache import SharedCache, Storage
+from runtime.kv.row_cache import row_cache
+from runtime.kv.static_cache import shared_cache
+from runtime.kv.storage import Storage
 
 
 class Compiled(BaseException):
@@ -91,12 +92,12 @@ def step_of(blueprint: Blueprint, forward: Callable[..., Any]) -> DecodeStep | R
     cache: Any
     step: DecodeStep | RowStep
     if shape.key.kind == GENERATING:
-        cache = SharedCache(storage, len(shape.states))
+        cache = shared_cache(storage, len(shape.states))
         step = DecodeStep(model, forward, cache, nothing, context=storage.context, **common)
         if not shape.has_own_attention:
             step.leave_attention()
     else:
-        cache = RowCache(model, shape.key.rows, storage.context, storage)
+        cache = row_cache(model, shape.key.rows, storage.context, storage)
         step = RowStep(forward, cache, nothing, **common)
     for layer, state in zip(cache.layers, shape.states, strict=True):
         if state is not None:

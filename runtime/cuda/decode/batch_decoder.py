@@ -18,7 +18,7 @@ from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.cuda.decode.predictor_thread import PredictorRequest
 from runtime.cuda.prefetching import GENERATING
 from runtime.engine.next_tokens import NOT_FINITE
-from runtime.kv.static_cache import SharedCache
+from runtime.kv.static_cache import shared_cache
 from runtime.prediction.route_log import RouteLog
 
 
@@ -74,7 +74,7 @@ class BatchDecoder:
 
     def _build(self, bucket: int, experts: ExpertsCall) -> DecodeStep:
         model = self._decoder.model
-        cache = SharedCache(model.storage, model.config.num_hidden_layers)
+        cache = shared_cache(model.storage, model.config)
         forward = model.forwards.of(self._key(bucket))
         return DecodeStep(
             model.model, forward, cache, experts, batch=bucket, context=model.context,

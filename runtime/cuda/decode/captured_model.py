@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.compiling.step_forwards import StepForwards
 from runtime.cuda.options import CudaOptions
-from runtime.kv.static_cache import Storage
+from runtime.kv.state_kinds import KEEPS_POSITIONS, state_kinds
+from runtime.kv.storage import Storage
 from runtime.weights.source import Source
 
 LARGEST_BATCH = 32
@@ -50,7 +51,12 @@ class CapturedModel:
         return next(size for size in _buckets(self.batch) if size >= num_rows)
 
     def shape(self, key: StepKey, cache: Cache, *, own_attention: bool = True) -> StepShape:
-        """All that the graph of a step depends on, which has run over `cache`."""
+        """All that the graph of a step depends on, which has run over `cache`.
+
+        Raises ValueError where layers keep more than keys and values.
+        """
+        if not KEEPS_POSITIONS.issuperset(state_kinds(self.config)):
+            raise ValueError("states that recur or choose are compiled with compile=True alone")
         states = [_state(layer) for layer in cache.layers]
         storage = self.storage.batch, self.storage.context
         return StepShape(key, storage, own_attention, states, self.device)
@@ -62,7 +68,7 @@ class CapturedModel:
 
 
 def _state(layer: Any) -> tuple[Any, Any, torch.dtype] | None:
-    if not (layer.is_initialized and isinstance(layer.keys, Tensor)):
+    if not isinstance(getattr(layer, "keys", None), Tensor):
         return None
     return tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype
 

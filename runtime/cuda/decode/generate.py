@@ -19,7 +19,7 @@ from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.generate_loop import Prompt, decode, takes_over
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.engine.next_tokens import NOT_FINITE
-from runtime.kv.attention_kinds import unsupported
+from runtime.kv.state_kinds import unsupported
 from runtime.prediction.route_log import RouteLog
 
 

@@ -44,10 +44,13 @@ class CapturedStep(ABC):
     def batch(self) -> int:
         """B, tokens of a step."""
 
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        """Tensors that a forward pass changes, to be restored after a warm-up."""
-        return ()
+    @abstractmethod
+    def save(self) -> list[Tensor]:
+        """Copies of what a forward pass changes for good, to be restored after a warm-up."""
+
+    @abstractmethod
+    def restore(self, saved: list[Tensor]) -> None:
+        """Put such copies back."""
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -76,25 +79,21 @@ class CapturedStep(ABC):
 
     def _warm_up_and_capture(self) -> None:
         """The warm-up counts as real steps for the device cache only."""
-        saved = [tensor.clone() for tensor in self.state]
+        saved = self.save()
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(WARM_UPS):
                 self._run()
-                self._restore(saved)
+                self.restore(saved)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         with capture, torch.no_grad():
             self._run()
-        self._restore(saved)
+        self.restore(saved)
         self._graph = graph
-
-    def _restore(self, saved: list[Tensor]) -> None:
-        for tensor, before in zip(self.state, saved, strict=True):
-            tensor.copy_(before)
 
     def _run(self) -> None:
         self.experts.begin_step()
@@ -130,15 +129,24 @@ class DecodeStep(CapturedStep):
         self._tokens = PaddedTokens(model, batch, context, device)
         self._attention: OwnAttention | None = OwnAttention(model, self._tokens.attend)
         """None: the model's own, with masks; it does what the kernels do not."""
+        self._has_run = False
 
     @property
     def batch(self) -> int:
         return len(self.ids_B1)
 
+    def save(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self._changed]
+
+    def restore(self, saved: list[Tensor]) -> None:
+        for tensor, before in zip(self._changed, saved, strict=True):
+            tensor.copy_(before)
+
     @property
-    def state(self) -> tuple[Tensor, ...]:
+    def _changed(self) -> list[Tensor]:
         lengths_L = self.cache.lengths(self.ids_B1.device)
-        return self.ids_B1, self._positions_B1, self._tokens.positions_B, lengths_L
+        counted = [self.ids_B1, self._positions_B1, self._tokens.positions_B, lengths_L]
+        return counted + self.cache.recurrent
 
     @property
     def has_own_attention(self) -> bool:
@@ -162,10 +170,17 @@ class DecodeStep(CapturedStep):
         self.cache.set_length(length)
 
     def forward(self) -> Tensor:
+        if self._has_run:
+            return self._logits()
+        self._has_run = True
+        recurrent = self.cache.recurrent
+        before = [tensor.clone() for tensor in recurrent]
         try:
             return self._logits()
         except UnknownAttention:  # in the first of the runs that come before a capture
             self._attention = None
+            for tensor, saved in zip(recurrent, before, strict=True):
+                tensor.copy_(saved)
             self.experts.begin_step()
             return self._logits()
 

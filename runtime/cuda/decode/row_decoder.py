@@ -30,14 +30,37 @@ from runtime.kv.row_cache import RowCache
 
 
 class TokensOfRows(SingleTokens):
-    """Tokens of any rows, side by side."""
+    """Tokens of any rows: side by side [1, B], or as a batch [B, 1]."""
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    is_new = is_one_sequence = False
+
+    def __init__(self, batch: int, device: torch.device, *, stacked: bool) -> None:
         self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
         """Token ids, rows, positions."""
-        self.ids_1B = self.inputs_3B[:1]
-        self.rows_T, self.positions_T = self.inputs_3B[1:]
-        super().__init__(self.rows_T, self.positions_T)
+        self._stacked = stacked
+        super().__init__(*self.inputs_3B[1:])
+
+    @property
+    def ids(self) -> Tensor:
+        """The token ids as the model takes them."""
+        return self._shaped(self.inputs_3B[0])
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions as the model takes them."""
+        return self._shaped(self.positions_B)
+
+    def _shaped(self, values_B: Tensor) -> Tensor:
+        return values_B[:, None] if self._stacked else values_B[None]
+
+    def seen(self, context: int) -> Tensor:
+        """As of `RaggedTokens`."""
+        columns_C = torch.arange(context, device=self.rows_B.device)
+        return (columns_C <= self.positions_B[:, None])[:, None, None]
+
+    def indexed(self, keys: Tensor) -> Tensor:
+        """As of `RaggedTokens`."""
+        return keys[self.rows_B]
 
     def attend(
         self,
@@ -46,10 +69,25 @@ class TokensOfRows(SingleTokens):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *,
+        chunk: int | None = None,
+        seen: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """From queries [1, heads, B, width] and all rows of a layer to [1, B, heads, width]."""
-        return attend_singles(query, key, value, self.rows_B, self.positions_B, **kwargs)
+        """Attention of one token of each row; `function` has what no kernel has."""
+        rows_B, positions_B = self.rows_B, self.positions_B
+        if seen is not None:
+            return function(module, query, key[rows_B], value[rows_B], seen, **kwargs)[0]
+        real_RC = None if chunk is None else self._of_chunk(key, chunk)
+        return attend_singles(query, key, value, rows_B, positions_B, real_RC, **kwargs)
+
+    def _of_chunk(self, key: Tensor, chunk: int) -> Tensor:
+        """Bool [R, context]: the tokens of each row that are in the new token's chunk."""
+        columns_C = torch.arange(key.shape[2], device=key.device)
+        first_B = self.positions_B - self.positions_B % chunk
+        real_RC = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        real_RC[self.rows_B] = columns_C >= first_B[:, None]
+        return real_RC
 
 
 class RowStep(CapturedStep):
@@ -69,12 +107,18 @@ class RowStep(CapturedStep):
     ) -> None:
         super().__init__(experts, stream)
         self._forward, self._cache = forward, cache
-        self._tokens = TokensOfRows(batch, device)
+        self._tokens = TokensOfRows(batch, device, stacked=cache.stacks)
         self._pinned_3B = torch.zeros(3, batch, dtype=torch.int64).pin_memory()
 
     @property
     def batch(self) -> int:
         return self._tokens.inputs_3B.shape[1]
+
+    def save(self) -> list[Tensor]:
+        return self._cache.states_of(self._tokens.rows_B)
+
+    def restore(self, saved: list[Tensor]) -> None:
+        self._cache.set_states(self._tokens.rows_B, saved)
 
     def set_inputs(
         self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
@@ -87,15 +131,17 @@ class RowStep(CapturedStep):
         self._tokens.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
 
     def forward(self) -> Tensor:
+        given = {} if (mask := self._cache.mask(self._tokens)) is None else {"attention_mask": mask}
         with self._cache.attending(self._tokens):
             output = self._forward(
-                input_ids=self._tokens.ids_1B,
-                position_ids=self._tokens.positions_B[None],
+                input_ids=self._tokens.ids,
+                position_ids=self._tokens.positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 return_dict=True,
+                **given,
             )
-        logits_BV: Tensor = output.logits[0]
+        logits_BV: Tensor = output.logits.flatten(0, 1)
         return logits_BV
 
     def advance(self, next_B: Tensor) -> None:

@@ -184,7 +184,7 @@ def write(
         new_keys_BGD, new_values_BGV, keys_RGCD, values_RGCV, rows_B, positions_B,
         *new_keys_BGD.stride()[:2], *new_values_BGV.stride()[:2], *keys_RGCD.stride()[:3],
         *values_RGCV.stride()[:3], D=width, V=value_width,
-        BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(value_width),
+        BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(max(1, value_width)),
         num_warps=1,
     )  # fmt: skip
 

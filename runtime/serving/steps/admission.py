@@ -103,8 +103,10 @@ class Admission:
         left = self._settings.chunk
         turns = turns_of(self._choices.leaders(self._sequences.active))
         for sequence in sorted(turns, key=lambda one: turns[one]):
-            if left:
-                parts.append(Part(sequence, sequence.next_chunk(left)))
+            if left > 0:
+                whole = self._rows.runs_prompts_whole
+                num_tokens = sequence.num_pending if whole else sequence.next_chunk(left)
+                parts.append(Part(sequence, num_tokens))
                 left -= parts[-1].num_tokens
         return parts
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.kv.attention_kinds import PLAIN, attention_types
 from runtime.kv.row_cache import RowCache
 from runtime.kv.saved_row import SavedRow, copy_row
+from runtime.kv.state_kinds import KEEPS_POSITIONS, KINDS, layer_types
 from runtime.serving.sequence import ServedSequence
 
 SHORTEST = 8
@@ -44,7 +44,7 @@ class Rows:
     """The rows of one serving loop. reuse: whether requests may begin with the rows of others."""
 
     def __init__(self, cache: RowCache, config: object, *, reuse: bool) -> None:
-        others = attention_types(config) - PLAIN
+        others = {name for name in layer_types(config) if KINDS.get(name) not in KEEPS_POSITIONS}
         if reuse and others:
             raise ValueError(
                 f"prefix_reuse: what layers of type {', '.join(sorted(others))} keep cannot be cut "
@@ -60,6 +60,11 @@ class Rows:
     @property
     def num_rows(self) -> int:
         return self._cache.num_rows
+
+    @property
+    def runs_prompts_whole(self) -> bool:
+        """Whether a prompt must run in one piece."""
+        return self._cache.runs_prompts_whole
 
     @property
     def num_free(self) -> int:

@@ -196,13 +196,13 @@ def test_a_prompts_layer_sends_for_missing_experts_of_the_next_one_unless_told_n
 
 @pytest.mark.parametrize(("options", "reason"), [
     ({"num_beams": 2}, "beam"),
-    ({"max_new_tokens": 60}, "context=48"),
+    ({"max_new_tokens": NEW + 1}, f"context={9 + NEW}"),
     ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
 ])  # fmt: skip
 def test_what_is_not_captured_runs_all_the_same_and_says_why(
     model: Any, options: dict[str, Any], reason: str
 ) -> None:
-    load_fake(model, memory=0.5)
+    load_fake(model, memory=0.5, context=9 + NEW)
     with pytest.warns(UserWarning, match=reason):
         generate(model, **options)
     assert reason in model.expertflow.decode_path
@@ -210,11 +210,19 @@ def test_what_is_not_captured_runs_all_the_same_and_says_why(
     assert model.expertflow.decode_path == "graph"
 
 
-def test_sequences_that_can_need_more_experts_than_fit_run_uncaptured(model: Any) -> None:
+def test_sequences_that_need_more_experts_than_fit_run_range_by_range(model: Any) -> None:
     want = generate(model, rows=3)
     load_fake(model, memory=3 / 32 + 1e-6, batch=4)
-    with pytest.warns(UserWarning, match="8 slots"):
-        assert torch.equal(generate(model, rows=3), want)
+    assert torch.equal(generate(model, rows=3), want)
+    assert model.expertflow.decode_path == "graph"
+
+
+def test_sequences_of_which_not_even_a_range_fits_run_uncaptured() -> None:
+    model: Any = tiny_model("olmoe", num_experts=32)
+    want = generate(model, rows=3, max_new_tokens=2)
+    load_fake(model, memory=2 / 128 + 1e-6, batch=4)
+    with pytest.warns(UserWarning, match="4 slots"):
+        assert torch.equal(generate(model, rows=3, max_new_tokens=2), want)
 
 
 def test_a_predictor_runs_beside_the_steps(model: Any, tmp_path: Path) -> None:

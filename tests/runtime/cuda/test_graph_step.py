@@ -12,14 +12,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 pytest.importorskip("triton")
 
 from runtime.cuda.decode.graph_step import DecodeStep
-from runtime.kv.attention_kinds import unsupported
 from runtime.kv.size import storage_bytes
-from runtime.kv.static_cache import SharedCache, Storage
-from tests.helpers.architectures import architecture_model
+from runtime.kv.state_kinds import unsupported
+from runtime.kv.static_cache import shared_cache
+from runtime.kv.storage import Storage
+from tests.helpers.architectures import architecture_config, architecture_model
 from tests.helpers.fake_cuda import Stream
 from tests.helpers.tiny import tiny_model
 
 CONTEXT = 24
+STATES = (
+    "qwen3_next",
+    "lfm2_moe",
+    "llama4_text",
+    "zaya",
+    "deepseek_v32",
+    "minimax",
+    "inkling_text",
+)
+"""Recurrent, convolved, in chunks, both at once, indexed, lightning, with distances."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {}),
     "qwen3_moe": ("qwen3_moe", {}),
@@ -38,6 +49,8 @@ class StockExperts:
 
 
 def make(name: str) -> Any:
+    if name in STATES:
+        return with_chunks(architecture_model(name))
     kind, overrides = KINDS[name]
     options = dict(overrides)
     attention = options.pop("attn_implementation", None)
@@ -47,9 +60,16 @@ def make(name: str) -> Any:
     return model
 
 
+def with_chunks(model: Any) -> Any:
+    """Chunks so short that prompts have several."""
+    if hasattr(model.config, "attention_chunk_size"):
+        model.config.attention_chunk_size = 4
+    return model
+
+
 def step_of(model: Any, storage: Storage, batch: int) -> DecodeStep:
     experts: Any = StockExperts()
-    cache = SharedCache(storage, model.config.num_hidden_layers)
+    cache = shared_cache(storage, model.config.get_text_config(decoder=True))
     stream: Any = Stream()
     return DecodeStep(
         model, model.forward, cache, experts, batch=batch, context=storage.context,
@@ -119,9 +139,9 @@ def test_a_prompt_may_come_in_pieces() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *STATES])
 def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
-    """Also where the window is shorter than the prompt, and for rows with padding."""
+    """Also where a window or chunk is shorter than the prompt, and for rows with padding."""
     model = make(name)
     assert unsupported(model.config) is None
     step = step_of(model, Storage(batch, CONTEXT), batch)
@@ -131,7 +151,7 @@ def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
         by_the_library(model, ids_BT, mask_BT, 5),
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert step.has_own_attention
+    assert step.has_own_attention == (name not in ("deepseek_v32", "inkling_text"))
 
 
 ARCHITECTURES = "afmoe deepseek_v3 gemma4_text granitemoe_swa jetmoe laguna mimo_v2_flash".split()  # noqa: SIM905
@@ -209,25 +229,27 @@ def test_batch_sizes_take_turns_in_one_storage() -> None:
     assert storage.num_bytes == used
 
 
-def test_a_new_sequence_does_not_see_the_last_one() -> None:
-    model = make("olmoe")
+@pytest.mark.parametrize("name", ["olmoe", *STATES])
+def test_a_new_sequence_does_not_see_the_last_one(name: str) -> None:
+    model = make(name)
     step = step_of(model, Storage(1, CONTEXT), 1)
     first = by_steps(step, model, *prompt(1, 5), 4)
     by_steps(step, model, *prompt(1, 16, seed=1), 2)
     assert torch.equal(by_steps(step, model, *prompt(1, 5), 4), first)
 
 
-def test_a_step_that_is_taken_back_leaves_no_trace() -> None:
+@pytest.mark.parametrize("name", ["mixtral with a window", "qwen3_next", "lfm2_moe", "minimax"])
+def test_a_step_that_is_taken_back_leaves_no_trace(name: str) -> None:
     """As the warm-up before a capture does it."""
-    model = make("mixtral with a window")
+    model = make(name)
     step = step_of(model, Storage(2, CONTEXT), 2)
     undisturbed = by_steps(step, model, *prompt(2, 7), 1)[:, -1]
     by_steps(step, model, *prompt(2, 7), 0)
-    saved = [tensor.clone() for tensor in step.state]
+    saved = step.save()
     with torch.no_grad():
         for _ in range(2):
             step._run()
-            step._restore(saved)
+            step.restore(saved)
         step._run()
     assert step.logits_BV is not None
     assert torch.equal(step.logits_BV, undisturbed)
@@ -243,11 +265,11 @@ def test_the_last_position_of_the_context_can_be_used() -> None:
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *STATES])
 def test_the_caches_size_is_known_before_it_is_made(name: str) -> None:
     model, storage = make(name), Storage(2, CONTEXT)
-    by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 1)
-    assert storage.num_bytes == storage_bytes(model.config, 2, CONTEXT, model.dtype)
+    by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 0)
+    assert storage.num_bytes == storage_bytes(model, 2, CONTEXT)
 
 
 def test_attention_that_a_step_cannot_run_is_refused_by_name() -> None:
@@ -255,8 +277,10 @@ def test_attention_that_a_step_cannot_run_is_refused_by_name() -> None:
     config._attn_implementation = "flash_attention_2"
     assert "flash_attention_2" in str(unsupported(config))
     config = make("gpt_oss").config
-    config.layer_types = ["full_attention", "chunked_attention"] * 2
-    assert "chunked_attention" in str(unsupported(config))
+    config.layer_types = ["full_attention", "compressed_sparse_attention"] * 2
+    assert "compressed_sparse_attention" in str(unsupported(config))
+    for name, reason in {"qwen4_exp_text": "indexer", "deepseek_v4": "compressed"}.items():
+        assert reason in str(unsupported(architecture_config(name)))
 
 
 def poison(storage: Storage) -> None:

@@ -1,0 +1,210 @@
+"""The layers of the cache of sequences in flight, one class for each kind of state.
+
+Keys and values lie in rows, and a step writes to (row, position). States of one size are taken out
+of their rows before a step and put back after it, so that the model may change them in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+from runtime.kv.state_kinds import StateKind
+from runtime.kv.static_layers import CONV, RECURRENT
+from runtime.kv.storage import Storage
+from runtime.kv.token_layout import RaggedTokens
+
+
+class Owner(Protocol):
+    """The cache that layers belong to."""
+
+    num_rows: int
+    context: int
+    storage: Storage | None
+    layout: RaggedTokens
+
+
+class RowStates:
+    """Tensors of one layer with a row for each sequence."""
+
+    def __init__(self, owner: Owner, index: int) -> None:
+        self._owner, self._index = owner, index
+
+    def allocate(self, name: str, like: Tensor) -> Tensor:
+        """[R, ...] for states `like` [*, ...]: of the engine's storage, where it has one."""
+        owner = self._owner
+        if owner.storage is not None:
+            return owner.storage.state(self._index, name, like, owner.num_rows)
+        return like.new_empty(owner.num_rows, *like.shape[1:])
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer, [R, heads, context, width]."""
+
+    def __init__(self, owner: Owner, index: int) -> None:
+        super().__init__()
+        self._owner, self._states = owner, RowStates(owner, index)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            self._tensor("keys", key_states),
+            self._tensor("values", value_states),
+        )
+        self.is_initialized = True
+
+    def _tensor(self, name: str, like: Tensor) -> Tensor:
+        storage = self._owner.storage
+        context = self._owner.context if storage is None else storage.context
+        shape = 0, like.shape[1], context, like.shape[-1]
+        return self._states.allocate(name, like.new_empty(shape))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            RowLayer.lazy_initialization(self, key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        self._owner.layout.write(self.keys, self.values, key_states, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self._owner.context
+
+    get_max_cache_shape = get_max_length
+    """Its name in older versions of transformers."""
+
+    @property
+    def by_position(self) -> list[Tensor]:
+        """Tensors with an entry for each position, [R, ..., context, width]."""
+        return [x for x in (self.keys, self.values) if isinstance(x, Tensor)]
+
+    @property
+    def by_row(self) -> list[Tensor]:
+        """Tensors of one size for each sequence, [R, ...]."""
+        return []
+
+
+class RowIndexedLayer(RowLayer):
+    """With an indexer's keys, [R, context, width]."""
+
+    def __init__(self, owner: Owner, index: int) -> None:
+        super().__init__(owner, index)
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Add the keys [batch, T, width] of new tokens: all keys of their sequences."""
+        new, layout = indexer_key_states, self._owner.layout
+        if self.indexer_keys is None:
+            storage = self._owner.storage
+            context = self._owner.context if storage is None else storage.context
+            like = new.new_zeros(0, context, new.shape[-1])
+            self.indexer_keys = self._states.allocate("indexer", like).zero_()
+        self.indexer_keys[layout.rows_B, layout.positions_B] = new.flatten(0, 1)
+        return layout.indexed(self.indexer_keys)
+
+    @property
+    def by_position(self) -> list[Tensor]:
+        return super().by_position + ([] if self.indexer_keys is None else [self.indexer_keys])
+
+
+class RowRecurrentLayer(LinearAttentionLayer):
+    """States of one size: between `take` and `put`, those of the sequences of a step."""
+
+    def __init__(self, owner: Owner, index: int, number_of_states: int = 1) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self._states = RowStates(owner, index)
+        self._stored: dict[tuple[str, int], Tensor] = {}
+        """[R, ...] of each state, by its kind and number."""
+
+    def lazy_initialization(
+        self,
+        conv_states: Tensor | None = None,
+        recurrent_states: Tensor | None = None,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> None:
+        given = conv_states if recurrent_states is None else recurrent_states
+        assert given is not None
+        if self.device is None:
+            self.dtype, self.device = given.dtype, given.device  # type: ignore[assignment]
+        if recurrent_states is not None:
+            self.recurrent_states[state_idx] = torch.zeros_like(given)
+            self.is_recurrent_states_initialized[state_idx] = True
+            return
+        kernel = given.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        self.conv_kernel_size[state_idx] = kernel
+        self.conv_states[state_idx] = given.new_zeros(*given.shape[:-1], kernel)
+        self.is_conv_states_initialized[state_idx] = True
+
+    def take(self, rows_B: Tensor, *, is_new: bool) -> None:
+        """Take the states of these rows, or begin without."""
+        keeps = not is_new
+        for number in range(self.number_of_states):
+            self.has_previous_state[number] = keeps
+            for name, states, flags in self._parts():
+                stored = self._stored.get((name, number))
+                has_state = keeps and stored is not None
+                states[number] = stored[rows_B] if has_state and stored is not None else None
+                flags[number] = has_state
+
+    def put(self, rows_B: Tensor) -> None:
+        """Put the states back to these rows."""
+        for number in range(self.number_of_states):
+            for name, states, _ in self._parts():
+                state, key = states[number], (name, number)
+                if state is None:
+                    continue
+                if key not in self._stored:
+                    self._stored[key] = self._states.allocate(f"{name}{number}", state)
+                self._stored[key][rows_B] = state
+                states[number] = None
+
+    def _parts(self) -> list[tuple[str, dict[int, Tensor | None], dict[int, bool]]]:
+        return [
+            (CONV, self.conv_states, self.is_conv_states_initialized),
+            (RECURRENT, self.recurrent_states, self.is_recurrent_states_initialized),
+        ]
+
+    @property
+    def by_position(self) -> list[Tensor]:
+        """Tensors with an entry for each position."""
+        return []
+
+    @property
+    def by_row(self) -> list[Tensor]:
+        """Tensors of one size for each sequence, [R, ...]."""
+        return list(self._stored.values())
+
+
+class RowHybridLayer(RowRecurrentLayer, RowLayer):  # type: ignore[override]
+    """An attention and a recurrence side by side."""
+
+    def __init__(self, owner: Owner, index: int, number_of_states: int = 1) -> None:
+        RowLayer.__init__(self, owner, index)
+        RowRecurrentLayer.__init__(self, owner, index, number_of_states)
+
+    get_max_length = RowLayer.get_max_length
+
+    @property
+    def by_position(self) -> list[Tensor]:
+        return [x for x in (self.keys, self.values) if isinstance(x, Tensor)]
+
+
+def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) -> Any:
+    """The layer of a kind."""
+    if kind.recurs:
+        layer = RowRecurrentLayer if kind.mask is None else RowHybridLayer
+        return layer(owner, index, number_of_states)
+    if kind.mask is None:
+        return RowRecurrentLayer(owner, index)  # it stays empty
+    return (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)

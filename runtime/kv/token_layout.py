@@ -1,0 +1,157 @@
+"""The tokens of a step of sequences that are served: where each belongs, and what it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from runtime.kv.own_attention import Attention
+from runtime.kv.storage import StepTokens
+
+
+class Span(NamedTuple):
+    """The tokens of one sequence within a step."""
+
+    row: int
+    start: int
+    """Tokens of the sequence that are in the cache already."""
+    num_tokens: int
+    """Tokens of this step."""
+
+
+class RaggedTokens(StepTokens, Protocol):
+    """The tokens of a step, of any rows: side by side [1, T], or one of each row [T, 1]."""
+
+    is_new: bool
+    """Whether they begin their sequences."""
+    is_one_sequence: bool
+
+    def seen(self, context: int) -> Tensor:
+        """Who sees whom, bool [1, 1, T, all tokens] of one sequence, or [T, 1, 1, context]."""
+
+    def indexed(self, keys: Tensor) -> Tensor:
+        """Of an indexer's keys [R, context, width], those of the tokens' sequences."""
+
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width], or
+        from [T, heads, 1, width] to [T, 1, heads, width]. chunk: tokens that see each other only.
+        seen: bool, as of `seen` below, of a layer that chooses.
+        """
+
+
+class TokenLayout:
+    """Where each of a step's tokens belongs.
+
+    attend_singles: attention of single tokens together, as
+    `runtime.cuda.decode.row_decoder` has it; it serves the spans of one token that come first.
+    stacked: the tokens are a batch [T, 1] of one token of each sequence.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        attend_singles: Callable[..., Tensor] | None = None,
+        *,
+        stacked: bool = False,
+    ) -> None:
+        self._attend_singles = attend_singles
+        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
+        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
+        self.spans, self._stacked = spans, stacked
+        self.is_new = not any(span.start for span in spans)
+        self.is_one_sequence = len(spans) == 1
+        rows = [span.row for span in spans for _ in range(span.num_tokens)]
+        positions = [span.start + i for span in spans for i in range(span.num_tokens)]
+        self.rows_B, self.positions_B = torch.tensor([rows, positions], device=device)
+        self._masks: dict[tuple[Span, int | None, int | None], Tensor] = {}
+
+    def shaped(self, values_T: Tensor) -> Tensor:
+        """What is one for each token as the model takes it: [1, T], or [T, 1]."""
+        return values_T[:, None] if self._stacked else values_T[None]
+
+    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """Keys and values [1, heads, T, width] or [T, heads, 1, width] to rows and positions."""
+        for stored, new in ((keys, new_keys), (values, new_values)):
+            stored[self.rows_B, :, self.positions_B] = new.transpose(1, 2).flatten(0, 1)
+
+    def seen(self, context: int) -> Tensor:
+        """As of `RaggedTokens`."""
+        if self._stacked:
+            columns_C = torch.arange(context, device=self.rows_B.device)
+            return (columns_C <= self.positions_B[:, None])[:, None, None]
+        (span,) = self.spans
+        mask = self.mask(span, None)
+        length = span.start + span.num_tokens
+        return self.rows_B.new_ones(1, 1, 1, length, dtype=torch.bool) if mask is None else mask
+
+    def indexed(self, keys: Tensor) -> Tensor:
+        """As of `RaggedTokens`."""
+        if self._stacked:
+            return keys[self.rows_B]
+        (span,) = self.spans
+        return keys[span.row : span.row + 1, : span.start + span.num_tokens]
+
+    def mask(self, span: Span, window: int | None, chunk: int | None = None) -> Tensor | None:
+        """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
+        length = span.start + span.num_tokens
+        is_all = (window is None or length <= window) and (chunk is None or length <= chunk)
+        if span.num_tokens == 1 and is_all:
+            return None
+        if (span, window, chunk) not in self._masks:
+            positions = torch.arange(length, device=self.rows_B.device)
+            query, key = positions[span.start :, None], positions[None]
+            seen = key <= query
+            if window is not None:
+                seen &= key > query - window
+            if chunk is not None:
+                seen &= key >= query - query % chunk
+            self._masks[span, window, chunk] = seen[None, None]
+        return self._masks[span, window, chunk]
+
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        chunk: int | None = None,
+        seen: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`function`, once a sequence, with the masks of this layout."""
+        dim, outputs, at = (0 if self._stacked else 1), list[Tensor](), self._num_singles
+        if seen is not None or chunk is not None:
+            at = 0
+        elif self._attend_singles is not None and at:
+            singles = query.narrow(0 if self._stacked else 2, 0, at)
+            places = self.rows_B[:at], self.positions_B[:at]
+            outputs.append(self._attend_singles(singles, key, value, *places, **kwargs))
+        for index, span in enumerate(self.spans[at:], at):
+            length = span.start + span.num_tokens
+            if self._stacked:
+                queries = query[index : index + 1]
+            else:
+                queries = query[:, :, at : at + span.num_tokens]
+            if seen is None:
+                mask = self.mask(span, kwargs.get("sliding_window"), chunk)
+            else:
+                mask = seen[index : index + 1, ..., :length] if self._stacked else seen
+            one = slice(span.row, span.row + 1)
+            states = key[one, :, :length], value[one, :, :length]
+            outputs.append(function(module, queries, *states, mask, **kwargs)[0])
+            at += span.num_tokens
+        return torch.cat(outputs, dim)

@@ -1,0 +1,77 @@
+"""Whether an architecture decodes in captured steps, and whether its sequences are served together.
+
+Captured steps run uncaptured here, with the engine of a GPU on the CPU (`fake_cuda`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import runtime
+from runtime.serving.request import Request
+from tests.helpers.architectures import architecture_model
+from tests.helpers.serving import by_id
+
+NEW = 4
+MEMORY = 0.6
+
+
+def captured(kind: str) -> str:
+    """ "yes": captured steps give the stock model's greedy tokens, of one sequence and of two of
+    which one is padded; else the reason that it decodes otherwise.
+    """
+    from tests.helpers.fake_cuda import fake_cuda, load_fake
+
+    ids_BT = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask_BT = torch.ones_like(ids_BT)
+    padded_BT = mask_BT.clone()
+    padded_BT[0, :3] = 0
+    stock: Any = architecture_model(kind)
+    inputs = (ids_BT[:1], mask_BT[:1]), (ids_BT, padded_BT)
+    expected = [_continued(stock, *given) for given in inputs]
+    with pytest.MonkeyPatch.context() as patch, fake_cuda(patch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_fake(architecture_model(kind), memory=MEMORY, batch=2, context=32)
+        for given, want in zip(inputs, expected, strict=True):
+            got = _continued(model, *given)
+            if model.expertflow.decode_path != "graph":
+                return f"no: {model.expertflow.decode_path}"
+            assert torch.equal(got, want), "other tokens"
+    return "yes"
+
+
+def served(kind: str) -> str:
+    """ "yes": sequences that are served together, their prompts in pieces, get the stock model's
+    greedy tokens; else the reason that they are not.
+    """
+    prompts = [torch.arange(2, 2 + length).tolist() for length in (1, 9, 14)]
+    stock: Any = architecture_model(kind)
+    expected = [_continued(stock, torch.tensor([prompt]))[0].tolist() for prompt in prompts]
+    model: Any = runtime.load(architecture_model(kind), memory=MEMORY)
+    requests = [
+        Request(id=str(number), prompt=prompt, max_tokens=NEW, ignore_eos=True)
+        for number, prompt in enumerate(prompts)
+    ]
+    found = by_id(model.expertflow.serve(requests, batch=3, rows=4, context=32, chunk=4))
+    for number, (prompt, want) in enumerate(zip(prompts, expected, strict=True)):
+        result = found[str(number)]
+        if result.error:
+            return f"no: {result.error}"
+        assert prompt + list(result.token_ids) == want, "other tokens"
+    return "yes"
+
+
+def _continued(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    torch.manual_seed(0)
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+    tokens = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert isinstance(tokens, Tensor)
+    return tokens
