@@ -90,6 +90,20 @@ class Container:
         index, weights = self.rows(layer, arguments)
         return Routes(torch.where(index < layer.num_experts, index, NO_EXPERT), weights)
 
+    def tokens(self, layer: MoELayer, arguments: tuple[Any, ...]) -> tuple[Tensor, Routes]:
+        """The call as kernels take it, without a host sync: hidden states [T, H] and their routes,
+        where ids that are no expert's stand for none.
+        """
+        return arguments[0], self.rows(layer, arguments)
+
+    def output(self, layer: MoELayer, arguments: tuple[Any, ...], sums_TH: Tensor) -> Tensor:
+        """What the call returns, from the weighted sums over experts."""
+        return sums_TH
+
+    def without_experts(self, layer: MoELayer, hidden: Tensor, routes: Routes) -> Tensor | None:
+        """What is added to the sums over experts for ids that are no expert's; None: nothing."""
+        return None
+
 
 class Dbrx(Container):
     """DBRX: w1, v1 and w2 [E x F, H]."""
@@ -105,6 +119,11 @@ class Dbrx(Container):
 
 class Longcat(Container):
     """LongCat-Flash: the rows of `gate_up_proj` for parameter-free experts are never used."""
+
+    def without_experts(self, layer: MoELayer, hidden: Tensor, routes: Routes) -> Tensor | None:
+        experts_TK, weights_TK = routes
+        passed_T1 = (weights_TK * (experts_TK >= layer.num_experts)).sum(-1, keepdim=True)
+        return (hidden * passed_T1).to(hidden.dtype)
 
 
 class Aria(Container):
@@ -156,6 +175,17 @@ class Llama4(Container):
         chosen_TK, experts_TK = self._chosen(layer, arguments[0]).T.int().topk(layer.top_k, dim=-1)
         experts_TK = torch.where(chosen_TK > 0, experts_TK, NO_EXPERT)
         return Routes(experts_TK, arguments[0].new_ones(experts_TK.shape))
+
+    def tokens(self, layer: MoELayer, arguments: tuple[Any, ...]) -> tuple[Tensor, Routes]:
+        """Of a top-1 router: a token is what its one expert gets of it."""
+        hidden_ETH = arguments[0].view(layer.num_experts, -1, arguments[0].shape[-1])
+        return hidden_ETH.sum(0), self.routes(layer, arguments)
+
+    def output(self, layer: MoELayer, arguments: tuple[Any, ...], sums_TH: Tensor) -> Tensor:
+        """The block sums over experts: one of them has it all."""
+        output_NH = torch.zeros_like(arguments[0])
+        output_NH[: len(sums_TH)] = sums_TH
+        return output_NH
 
     def _chosen(self, layer: MoELayer, hidden_NH: Tensor) -> Tensor:
         return (hidden_NH != 0).any(-1).view(layer.num_experts, -1)

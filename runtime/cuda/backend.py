@@ -40,7 +40,7 @@ from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
-from runtime.engine.experts import run_experts
+from runtime.engine.experts import run_experts, with_rest
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
 from runtime.kv.storage import Storage
@@ -249,7 +249,8 @@ class CudaBackend:
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         ahead = partial(self._look_ahead.after, index, hidden_TH)
         if self._grouped is not None:
-            return self._grouped.run(index, hidden_TH, routes, ahead)
+            sums = self._grouped.run(index, hidden_TH, routes, ahead)
+            return with_rest(layer, hidden_TH, routes, sums)
         serve = partial(self._pools[index].serve, index, ahead=ahead)
         return run_experts(layer, hidden_TH, routes, serve)
 

@@ -38,6 +38,12 @@ def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -
     return summed_TH.view_as(hidden)
 
 
+def with_rest(layer: MoELayer, hidden: Tensor, routes: Routes, sums: Tensor) -> Tensor:
+    """The sums over experts with what tokens get of ids that are no expert's."""
+    rest = layer.container.without_experts(layer, hidden, routes)
+    return sums if rest is None else sums + rest
+
+
 def with_bias(layer: MoELayer, output: Tensor) -> Tensor:
     """The result of the experts call: JetMoE adds a bias to the sum over its experts."""
     return output + layer.module.get_parameter("bias") if layer.kind == "jetmoe" else output

@@ -40,9 +40,10 @@ class SavedRow(NamedTuple):
 
 
 def copy_row(cache: RowCache, source: int, target: int, num_tokens: int) -> None:
-    """Copy the first `num_tokens` of row `source` to row `target`, of a model that keeps nothing
-    but positions.
+    """Copy the first `num_tokens` of row `source` to row `target`: all that ran, where states of
+    one size are kept.
     """
-    assert not cache.by_row
+    for tensor in cache.by_row:
+        tensor[target] = tensor[source]
     for tensor in cache.by_position:
         tensor[target, ..., :num_tokens, :] = tensor[source, ..., :num_tokens, :]

@@ -83,6 +83,7 @@ class ModelRunner:
         read = [np.arange(end - part.num_read, end) for part, end in zip(parts, ends, strict=True)]
         given = {} if (mask := self._cache.mask(layout)) is None else {"attention_mask": mask}
         kept = torch.zeros(1) if stacked else torch.from_numpy(np.concatenate(read))
+        kept = kept.to(device, torch.int64)
         with self._cache.attending(layout):
             logits, routes_TLK = self._engine.run_ragged(
                 _forecast(parts),
@@ -90,9 +91,11 @@ class ModelRunner:
                 position_ids=layout.shaped(layout.positions_B),
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=kept.to(device, torch.int64),
+                logits_to_keep=kept,
                 **given,
             )
+        if logits.shape[1] != len(kept):  # some models pay no heed to the request
+            logits = logits[:, kept]
         return NextTokens.of(_next_logits(parts, logits.flatten(0, 1))), routes_TLK
 
 

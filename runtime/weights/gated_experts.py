@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +35,21 @@ class KernelLayout:
     dtype: torch.dtype
 
 
-def gated_layout(layer: MoELayer, specs: Specs) -> KernelLayout | str:
-    """The layout of `layer`'s experts, or why the kernels cannot run them."""
+def gated_layout(
+    layer: MoELayer, specs: Specs, kinds: Collection[str] = ("fused",)
+) -> KernelLayout | str:
+    """The layout of `layer`'s experts, or why the kernels cannot run them.
+
+    kinds: of containers whose calls the caller can answer.
+    """
     module: Any = layer.module
     names = {"gate_up_proj", "down_proj"}
     biased = names | {f"{name}_bias" for name in names}
-    if layer.kind != "fused" or set(specs) not in (names, biased):
+    if layer.kind not in kinds or set(specs) not in (names, biased):
         return f"experts with parameters {', '.join(sorted(specs))} have no kernel"
-    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
+    says_gate = layer.kind != "fused" or hasattr(module, "_apply_gate")
+    is_gated = getattr(module, "has_gate", says_gate)
+    if not is_gated or getattr(module, "has_post_expert_norm", False):
         return f"{type(module).__name__} is not a plain gated expert"
     dtypes = {spec.dtype for spec in specs.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
@@ -50,13 +58,14 @@ def gated_layout(layer: MoELayer, specs: Specs) -> KernelLayout | str:
     if found is None:
         return f"the activation of {type(module).__name__} has no kernel"
     shape = specs["down_proj"].shape
-    width, hidden = shape if module.is_transposed else shape[::-1]
+    transposed = bool(getattr(module, "is_transposed", layer.kind == "llama4"))
+    width, hidden = shape if transposed else shape[::-1]
     return KernelLayout(
         hidden=hidden,
         width=width,
         activation=found[0],
         alternating=found[1],
-        transposed=bool(module.is_transposed),
+        transposed=transposed,
         has_bias=set(specs) == biased,
         dtype=dtypes.pop(),
     )
@@ -76,13 +85,21 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
     return plain[activation](gate) * up
 
 
+def _gated(module: Any, gate_up: Tensor) -> Tensor:
+    """As containers have it that say only their activation."""
+    gate, up = gate_up.chunk(2, -1)
+    activated: Tensor = module.act_fn(gate) * up
+    return activated
+
+
 @torch.no_grad()
 def _activation(module: Any) -> tuple[str, bool] | None:
     """The known activation that the container's own gate computes, found by numbers that differ."""
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    gate_up = torch.linspace(-9.0, 9.0, 64)[order]
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    far = torch.logspace(1, 4, 16)  # for bounds that a model has
+    gate_up = torch.cat([torch.linspace(-9.0, 9.0, 64), far, -far])[order]
     try:
-        own = module._apply_gate(gate_up[None])
+        own = getattr(module, "_apply_gate", partial(_gated, module))(gate_up[None])
     except Exception:
         return None
     for activation in ACTIVATIONS:

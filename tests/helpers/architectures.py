@@ -137,6 +137,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": LINEAR_AND_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
+    "llama4": {"text_config": {"num_experts_per_tok": 1}},
+    "llama4_text": {"num_experts_per_tok": 1},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "mistral4": {"head_dim": 16},

@@ -128,7 +128,8 @@ class CapturedGenerate:
         """Run the prompt; rows beyond the batch repeat its last sequence."""
         num_rows, bucket = len(prompt.input_ids_BT), len(step.ids_B1)
         rows = torch.arange(bucket, device=prompt.input_ids_BT.device).clamp_(max=num_rows - 1)
-        kwargs = {name: _rows(value, rows, num_rows) for name, value in prompt.model_kwargs.items()}
+        given = prompt.model_kwargs.items()
+        kwargs = {name: _rows(name, value, rows, num_rows) for name, value in given}
         step.cache.reset()
         self.num_rows = num_rows
         kwargs["past_key_values"] = step.cache
@@ -144,14 +145,17 @@ class CapturedGenerate:
             raise FloatingPointError(NOT_FINITE)
         length = prompt.input_ids_BT.shape[1]
         positions = kwargs.get("position_ids")
-        next_B = rows * 0 + length if positions is None else positions[:, -1] + 1
+        following = rows * 0 + length if positions is None else positions[..., -1] + 1
         mask = kwargs.get("attention_mask")
-        step.start(length, next_B, None if mask is None else mask.bool())
+        step.start(length, following, None if mask is None else mask.bool())
+        next_B = following if following.dim() == 1 else following[0]
         self.batch_decoder.begin(next_B[:num_rows].cpu().numpy())
         return logits_BV[:num_rows]
 
 
-def _rows(value: Any, rows: Tensor, num_rows: int) -> Any:
+def _rows(name: str, value: Any, rows: Tensor, num_rows: int) -> Any:
     """The given rows of a tensor with one entry a sequence; anything else as it is."""
+    if name == "position_ids" and isinstance(value, Tensor):  # [B, T] or [3 or 4, B, T]
+        return value[..., rows, :]
     is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_rows
     return value[rows] if is_batched else value

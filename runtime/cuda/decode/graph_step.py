@@ -104,6 +104,21 @@ class CapturedStep(ABC):
         self.outcome = torch.cat(parts)
 
 
+class NextPositions:
+    """The positions of the tokens that run next, as the model takes them: [B, 1], or [3 or 4, B, 1]
+    of a model that counts rows and columns of images too. A static tensor.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.tensor = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+
+    def start(self, positions: Tensor) -> None:
+        """Begin with `positions` [..., B]."""
+        if self.tensor.shape[:-1] != positions.shape:
+            self.tensor = torch.empty_like(positions[..., None])
+        self.tensor.copy_(positions[..., None])
+
+
 class DecodeStep(CapturedStep):
     """A captured decode step of `batch` sequences that go on together, each on its own tokens.
 
@@ -125,7 +140,8 @@ class DecodeStep(CapturedStep):
         super().__init__(experts, stream)
         self._forward, self.cache = forward, cache
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self._positions_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self._positions = NextPositions(batch, device)
+        self._captured_positions: Tensor | None = None
         self._tokens = PaddedTokens(model, batch, context, device)
         self._attention: OwnAttention | None = OwnAttention(model, self._tokens.attend)
         """None: the model's own, with masks; it does what the kernels do not."""
@@ -145,7 +161,7 @@ class DecodeStep(CapturedStep):
     @property
     def _changed(self) -> list[Tensor]:
         lengths_L = self.cache.lengths(self.ids_B1.device)
-        counted = [self.ids_B1, self._positions_B1, self._tokens.positions_B, lengths_L]
+        counted = [self.ids_B1, self._positions.tensor, self._tokens.positions_B, lengths_L]
         return counted + self.cache.recurrent
 
     @property
@@ -163,9 +179,16 @@ class DecodeStep(CapturedStep):
         twin.experts, twin.logits_BV, twin.outcome, twin._graph = experts, None, None, None
         return twin
 
-    def start(self, length: int, positions_B: Tensor, real_BT: Tensor | None) -> None:
-        """Take over after a prefill of `length` tokens a row; real_BT is False for padding."""
-        self._positions_B1.copy_(positions_B[:, None])
+    def __call__(self) -> None:
+        if self._captured_positions is not self._positions.tensor:
+            self._captured_positions, self._graph = self._positions.tensor, None
+        super().__call__()
+
+    def start(self, length: int, positions: Tensor, real_BT: Tensor | None) -> None:
+        """Take over after a prefill of `length` tokens a row; the next ones have `positions`
+        [..., B]. real_BT is False for padding.
+        """
+        self._positions.start(positions)
         self._tokens.start(length, real_BT)
         self.cache.set_length(length)
 
@@ -192,7 +215,7 @@ class DecodeStep(CapturedStep):
             with own:
                 output = self._forward(
                     input_ids=self.ids_B1,
-                    position_ids=self._positions_B1,
+                    position_ids=self._positions.tensor,
                     attention_mask=masks,
                     past_key_values=self.cache,
                     use_cache=True,
@@ -205,6 +228,6 @@ class DecodeStep(CapturedStep):
 
     def advance(self, next_B: Tensor) -> None:
         self.ids_B1.copy_(next_B[:, None])
-        self._positions_B1.add_(1)
+        self._positions.tensor.add_(1)
         self._tokens.positions_B.add_(1)
         self.cache.lengths(self.ids_B1.device).add_(1)

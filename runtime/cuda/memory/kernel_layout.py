@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 
+KINDS = "fused", "longcat", "llama4"
+"""Kinds of containers whose calls become a kernel's."""
+
+
 def common_layout(source: Source) -> KernelLayout | str:
     """How the kernels read all of a model's experts, or why they cannot."""
     config: Any = source.model.config
@@ -39,15 +44,23 @@ def common_layout(source: Source) -> KernelLayout | str:
         return f"its layers have experts of several {several}"
     coding = source.groups[0].coding
     found = [
-        layout_of(layer, source.store.specs(index), coding)
+        layout_of(layer, source.store.specs(index), coding, kinds=KINDS)
         for index, layer in enumerate(source.layers)
     ]
     return found[0] if len(set(found)) == 1 else "its layers have experts of several kinds"
 
 
-def layout_of(layer: MoELayer, specs: Specs, coding: Coding | None = None) -> KernelLayout | str:
+def layout_of(
+    layer: MoELayer,
+    specs: Specs,
+    coding: Coding | None = None,
+    *,
+    kinds: Sequence[str] = ("fused",),
+) -> KernelLayout | str:
     """The layout of `layer`'s experts, or why the kernels cannot run them."""
-    layout = gated_layout(layer, specs)
+    if layer.kind == "llama4" and layer.top_k > 1:
+        return "each of a token's experts gets it scaled by another score"
+    layout = gated_layout(layer, specs, kinds)
     if coding and not isinstance(layout, str):
         return _reason_against(coding, layout.transposed) or layout
     return layout
