@@ -15,6 +15,7 @@ from runtime.weights.arena import Specs
 from runtime.weights.encodings.coded import CodedMatrix, Coding, bits_a_weight, part_name
 from runtime.weights.encodings.encoders.grid import Encoder
 from runtime.weights.encodings.encoders.rounding import feedback, nearest, search
+from runtime.weights.gated_experts import UNGATED
 from runtime.weights.store import ExpertStore
 
 MATRICES = {"gate_up_proj": 2, "down_proj": 1}
@@ -145,6 +146,8 @@ class EncodedStore(ExpertStore):
 
 def _layout(layer: MoELayer, specs: Specs) -> KernelLayout:
     found = layout_of(layer, specs)
+    if not isinstance(found, str) and found.activation == UNGATED:
+        found = "no encoding is made of experts without a gate"
     if isinstance(found, str):
         raise ValueError(f"the experts of {layer.name} cannot be encoded: {found}")
     return found

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from routing.layers import MoELayer
 from runtime.weights.arena import Specs
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "relu2")
 """In the order of the kernels' constants."""
+UNGATED = "relu2"
+"""The one that has no gate: its experts have an up projection alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class KernelLayout:
     hidden: int
     """H"""
     width: int
-    """I, rows of the gate (and of the up) projection."""
+    """I, rows of the up (and of the gate) projection."""
     activation: str
     alternating: bool
     """Gate and up rows alternate, instead of gate first, then up."""
@@ -33,6 +35,16 @@ class KernelLayout:
     """The model keeps its weights [in, out]; slots and host tier keep [out, in]."""
     has_bias: bool
     dtype: torch.dtype
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        """The names of both products' weights."""
+        return matrices_of(is_gated=self.activation != UNGATED)
+
+
+def matrices_of(*, is_gated: bool) -> tuple[str, str]:
+    """The names of an expert's weights: of the first product, and of the second."""
+    return ("gate_up_proj" if is_gated else "up_proj"), "down_proj"
 
 
 def gated_layout(
@@ -43,18 +55,18 @@ def gated_layout(
     kinds: of containers whose calls the caller can answer.
     """
     module: Any = layer.module
-    names = {"gate_up_proj", "down_proj"}
+    says_gate = layer.kind != "fused" or hasattr(module, "_apply_gate")
+    is_gated = getattr(module, "has_gate", says_gate)
+    names = set(matrices_of(is_gated=is_gated))
     biased = names | {f"{name}_bias" for name in names}
     if layer.kind not in kinds or set(specs) not in (names, biased):
         return f"experts with parameters {', '.join(sorted(specs))} have no kernel"
-    says_gate = layer.kind != "fused" or hasattr(module, "_apply_gate")
-    is_gated = getattr(module, "has_gate", says_gate)
-    if not is_gated or getattr(module, "has_post_expert_norm", False):
-        return f"{type(module).__name__} is not a plain gated expert"
+    if getattr(module, "has_post_expert_norm", False):
+        return f"{type(module).__name__} has a norm behind each expert"
     dtypes = {spec.dtype for spec in specs.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         return f"no kernel for experts in {', '.join(map(str, dtypes))}"
-    found = _activation(module)
+    found = _activation(module) if is_gated else _ungated_activation(module)
     if found is None:
         return f"the activation of {type(module).__name__} has no kernel"
     shape = specs["down_proj"].shape
@@ -72,7 +84,11 @@ def gated_layout(
 
 
 def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
-    """The gated activations the kernels know, in torch: [..., 2I] to [..., I]."""
+    """The activations that kernels know, in torch: [..., 2I] to [..., I]; without a gate [..., I]
+    to [..., I].
+    """
+    if activation == UNGATED:
+        return F.relu(gate_up).square()
     pair = (gate_up[..., ::2], gate_up[..., 1::2]) if alternating else gate_up.chunk(2, -1)
     gate, up = pair
     if activation == "clamped_swiglu":
@@ -95,17 +111,34 @@ def _gated(module: Any, gate_up: Tensor) -> Tensor:
 @torch.no_grad()
 def _activation(module: Any) -> tuple[str, bool] | None:
     """The known activation that the container's own gate computes, found by numbers that differ."""
-    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    far = torch.logspace(1, 4, 16)  # for bounds that a model has
-    gate_up = torch.cat([torch.linspace(-9.0, 9.0, 64), far, -far])[order]
+    gate_up = _numbers()
     try:
         own = getattr(module, "_apply_gate", partial(_gated, module))(gate_up[None])
     except Exception:
         return None
-    for activation in ACTIVATIONS:
+    for activation in (one for one in ACTIVATIONS if one != UNGATED):
         for alternating in (False, True):
             known = activate(gate_up[None], activation, alternating)
             same_shape = own.shape == known.shape
             if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
                 return activation, alternating
     return None
+
+
+@torch.no_grad()
+def _ungated_activation(module: Any) -> tuple[str, bool] | None:
+    """As `_activation`, of a container whose experts have no gate."""
+    numbers = _numbers()
+    try:
+        own: Tensor = module.act_fn(numbers)
+    except Exception:
+        return None
+    same = torch.allclose(own.float(), activate(numbers, UNGATED, False), atol=1e-4, rtol=1e-4)
+    return (UNGATED, False) if same else None
+
+
+def _numbers() -> Tensor:
+    """What activations are told apart by; far ones, for bounds that a model may have."""
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    far = torch.logspace(1, 4, 16)
+    return torch.cat([torch.linspace(-9.0, 9.0, 64), far, -far])[order]

@@ -88,9 +88,10 @@ class Twin:
         return y
 
     def _run(self, parameters: dict[str, Tensor], expert: int, x_H: Tensor) -> Tensor:
-        h = parameters["gate_up_proj"][expert] @ x_H
+        name, _ = self.layout.matrices
+        h = parameters[name][expert] @ x_H
         if self.layout.has_bias:
-            h = h + parameters["gate_up_proj_bias"][expert]
+            h = h + parameters[f"{name}_bias"][expert]
         h = activate(h, self.layout.activation, self.layout.alternating)
         y = parameters["down_proj"][expert] @ h
         return y + parameters["down_proj_bias"][expert] if self.layout.has_bias else y
@@ -98,17 +99,21 @@ class Twin:
 
 def specs_of(layout: KernelLayout) -> dict[str, Spec]:
     """The parameters of one expert, as stored."""
-    shapes: dict[str, tuple[int, ...]] = {"gate_up_proj": (2 * layout.width, layout.hidden)}
+    name, _ = layout.matrices
+    rows = layout.width if name == "up_proj" else 2 * layout.width
+    shapes: dict[str, tuple[int, ...]] = {name: (rows, layout.hidden)}
     shapes["down_proj"] = layout.hidden, layout.width
     if layout.has_bias:
-        shapes |= {"gate_up_proj_bias": (2 * layout.width,), "down_proj_bias": (layout.hidden,)}
+        shapes |= {f"{name}_bias": (rows,), "down_proj_bias": (layout.hidden,)}
     return {name: Spec(size, layout.dtype) for name, size in shapes.items()}
 
 
 def coding_of(specs: Specs, encoding: Callable[[int, int], Encoding]) -> Coding:
     """Both matrices in an encoding, given by the size [N, K] of one of those that are stacked."""
     coding = {}
-    for name, stacked in (("gate_up_proj", 2), ("down_proj", 1)):
+    for name, stacked in (("gate_up_proj", 2), ("up_proj", 1), ("down_proj", 1)):
+        if name not in specs:
+            continue
         rows, columns = specs[name].shape
         coding[name] = CodedMatrix(encoding(rows // stacked, columns), (rows, columns), False)
     return coding

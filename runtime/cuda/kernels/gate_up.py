@@ -18,13 +18,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded.products import coded_gate_and_up
+from runtime.cuda.kernels.coded.products import coded_gate_and_up, coded_rows_of
 from runtime.cuda.kernels.packed import packed_rows_of
 from runtime.cuda.kernels.plan import touch
 from runtime.cuda.kernels.transfer import fetch_missing
 from runtime.cuda.kernels.unpacked import record_elements, rows_of
 
-SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU = (tl.constexpr(kind) for kind in range(5))
+SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU, RELU2 = (tl.constexpr(kind) for kind in range(6))
 SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
 
 
@@ -62,6 +62,8 @@ def activate(gate, up, ACT: tl.constexpr):
     if ACT == GELU_TANH:
         inner = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
         return gate * sigmoid(inner) * up
+    if ACT == RELU2:
+        return tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
     return tl.maximum(gate, 0.0) * up
 
 
@@ -89,6 +91,23 @@ def packed_gate_and_up(
 
 
 @triton.jit
+def rows_of_matrix(
+    x, block, stored, first, row_I, mask_I, num_tokens, UP: tl.constexpr, MATRICES: tl.constexpr,
+    PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
+    M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """X times BLOCK_I rows of a matrix without a gate, from `first` on: [M, I]."""
+    if PATCHES > 0:
+        return packed_rows_of(
+            x, stored, first, row_I, mask_I, num_tokens, UP, H, MATRICES, CHUNK, PATCHES, BLOCK_I,
+            M, BLOCK_I, BLOCK_H,
+        )  # fmt: skip
+    if CODE is not None:
+        return coded_rows_of(x, stored, row_I, mask_I, num_tokens, H, CODE, M, BLOCK_I, BLOCK_H)
+    return rows_of(x, block + UP, row_I, mask_I, num_tokens, H, M, BLOCK_I, BLOCK_H)
+
+
+@triton.jit
 def run_tile(
     x, h, slots, units, at, slot, first, num_tokens, STORED: tl.constexpr, UP: tl.constexpr,
     UP_BIAS: tl.constexpr, MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr,
@@ -102,7 +121,13 @@ def run_tile(
     mask_I = row_I < W
     gate_row_I = 2 * row_I if ALTERNATING else row_I
     up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
-    if PATCHES > 0:
+    if ACT == RELU2:  # no gate: the first product is the only one
+        gate_MI = rows_of_matrix(
+            x, block, units + slot * STORED, first, row_I, mask_I, num_tokens, UP, MATRICES,
+            PATCHES, CODE, CHUNK, H, M, BLOCK_I, BLOCK_H,
+        )  # fmt: skip
+        up_MI = gate_MI
+    elif PATCHES > 0:
         gate_MI, up_MI = packed_gate_and_up(
             x, units + slot * STORED, first, gate_row_I, up_row_I, mask_I, num_tokens, UP, MATRICES,
             PATCHES, CHUNK, H, W, ALTERNATING, M, BLOCK_I, BLOCK_H,

@@ -8,6 +8,7 @@ from runtime.cpu import ExpertShape, ExpertTable, MatrixParts, Packing, SumOrder
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.weights.encodings.coded import part_name
+from runtime.weights.gated_experts import UNGATED
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -15,7 +16,12 @@ MATRICES = ("gate_up_proj", "down_proj")
 def cpu_shape(
     layout: KernelLayout, block: ExpertBlock, gate_up: SumOrder, down: SumOrder
 ) -> ExpertShape:
-    """The shape of the experts in such blocks, summed in these orders."""
+    """The shape of the experts in such blocks, summed in these orders.
+
+    Raises ValueError for experts without a gate, which have no C kernels.
+    """
+    if layout.activation == UNGATED:
+        raise ValueError(f"the CPU kernels have no activation {UNGATED}")
     codings = [block.coding[name].encoding for name in MATRICES if name in block.coding]
     packing = _packing(block) if block.patches else None
     encodings = (codings[0], codings[1]) if codings else None

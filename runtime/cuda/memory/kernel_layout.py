@@ -62,17 +62,17 @@ def layout_of(
         return "each of a token's experts gets it scaled by another score"
     layout = gated_layout(layer, specs, kinds)
     if coding and not isinstance(layout, str):
-        return _reason_against(coding, layout.transposed) or layout
+        return _reason_against(coding, layout) or layout
     return layout
 
 
-def _reason_against(coding: Coding, transposed: bool) -> str | None:
+def _reason_against(coding: Coding, layout: KernelLayout) -> str | None:
     """Why no kernel decodes the matrices of an expert; None where kernels do."""
-    for name in ("gate_up_proj", "down_proj"):
+    for name in layout.matrices:
         matrix = coding.get(name)
         if matrix is None:
             return f"{name} is not in codes, as the experts' other matrix is"
-        if matrix.transposed != transposed:
+        if matrix.transposed != layout.transposed:
             return f"the codes of {name} lie across the rows that kernels read"
         if reason := reason_against(matrix):
             return reason
@@ -113,9 +113,10 @@ def _constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
 
 def gate_up_constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
     """Compile-time constants of a kernel that reads gate and up projections of stored blocks."""
+    name, _ = layout.matrices
     return _constants(block, layout) | {
-        "UP": block.start("gate_up_proj"), "UP_BIAS": block.start_stored("gate_up_proj_bias"),
-        "CODE": block.code("gate_up_proj"), "ACT": ACTIVATIONS.index(layout.activation),
+        "UP": block.start(name), "UP_BIAS": block.start_stored(f"{name}_bias"),
+        "CODE": block.code(name), "ACT": ACTIVATIONS.index(layout.activation),
         "ALTERNATING": layout.alternating,
     }  # fmt: skip
 

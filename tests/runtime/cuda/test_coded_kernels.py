@@ -88,6 +88,8 @@ OSS = {"activation": "clamped_swiglu", "alternating": True, "has_bias": True}
 SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "gpt-oss": ("mxfp4", 1, OSS),
     "gpt-oss, a batch": ("mxfp4", 17, OSS),
+    "without a gate": ("mxfp4", 1, {"activation": "relu2"}),
+    "without a gate, a batch": ("nvfp4", 2, {"activation": "relu2"}),
     "rows that fill no tile": ("mxfp4", 1, {"hidden": 96, "width": 32}),
     "rows that fill no tile, a batch": ("fp8 by rows", 2, {"hidden": 104, "width": 24}),
     "several tiles": ("nvfp4", 1, {"hidden": 160}),

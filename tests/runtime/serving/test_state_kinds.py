@@ -53,7 +53,7 @@ def test_logits_of_a_prompt_are_those_of_a_whole_pass(kind: str) -> None:
     """Also where a prompt is longer than a piece in which scores are taken."""
     prompt = prompts(1, 1, longest=30)[0] + list(range(2, 140))
     engine = runtime.load(architecture_model(kind), memory=0.6).expertflow
-    request = {"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 1}
+    request: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "prompt_logprobs": 1}
     settings: dict[str, Any] = {"batch": 1, "rows": 1, "context": 256}
     whole, pieces = (
         next(iter(engine.serve([Request(**request)], **settings, chunk=chunk)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.gate_up import activate
+from runtime.cuda.kernels.gate_up import RELU2, activate
 from runtime.cuda.kernels.grouped.weights import weights_of_rows
 from runtime.cuda.kernels.packed import add_patches, base_at
 from runtime.cuda.kernels.unpacked import record_elements, tile_of
@@ -47,12 +47,13 @@ def grouped_gate_up(
             block, stored, gate_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        up_NK = weights_of_rows(
-            block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
-            BLOCK_N, BLOCK_K,
-        )  # fmt: skip
         gate_MN = tl.dot(x_MK, tl.trans(gate_NK), gate_MN, input_precision="ieee")
-        up_MN = tl.dot(x_MK, tl.trans(up_NK), up_MN, input_precision="ieee")
+        if ACT != RELU2:  # which has no gate: the first product is the only one
+            up_NK = weights_of_rows(
+                block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
+                BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            up_MN = tl.dot(x_MK, tl.trans(up_NK), up_MN, input_precision="ieee")
     if PATCHES > 0:
         SPAN: tl.constexpr = 2 * BLOCK_N if ALTERNATING else BLOCK_N
         UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_N == 0 else SPAN + 1
@@ -60,10 +61,11 @@ def grouped_gate_up(
             gate_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else column,
             gate_row_N, UP, H, MATRICES, CHUNK, PATCHES, SPAN,
         )  # fmt: skip
-        up_MN = add_patches(
-            up_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else W + column,
-            up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
-        )  # fmt: skip
+        if ACT != RELU2:
+            up_MN = add_patches(
+                up_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else W + column,
+                up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
+            )  # fmt: skip
     if HAS_BIAS:
         gate_bias = tl.load(block + UP_BIAS + gate_row_N, mask=mask_N, other=0.0)
         up_bias = tl.load(block + UP_BIAS + up_row_N, mask=mask_N, other=0.0)
