@@ -95,6 +95,91 @@ GPT_OSS_120B = Shape(
     model_type="gpt_oss",
     options=GPT_OSS_20B.options | {"num_hidden_layers": 36, "num_local_experts": 128},
 )
+QWEN3_NEXT_80B = Shape(
+    name="qwen3-next-80b-a3b",
+    model_type="qwen3_next",
+    options={
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12,
+        "linear_num_value_heads": 32,
+        "linear_num_key_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "vocab_size": 151936,
+    },
+)
+"""Three layers of four are recurrent (Gated DeltaNet)."""
+DEEPSEEK_V2_LITE = Shape(
+    name="deepseek-v2-lite",
+    model_type="deepseek_v2",
+    options={
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+    },
+)
+GRANITE_4_H_TINY = Shape(
+    name="granite-4-h-tiny",
+    model_type="granitemoehybrid",
+    options={
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "shared_intermediate_size": 1024,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "layer_types": [
+            "full_attention" if layer % 10 == 5 else "linear_attention" for layer in range(40)
+        ],
+        "mamba_n_heads": 48,
+        "mamba_d_head": 64,
+        "mamba_d_state": 128,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "vocab_size": 100352,
+    },
+)
+"""Nine layers of ten are recurrent (Mamba-2)."""
+LLAMA_4_SCOUT = Shape(
+    name="llama-4-scout",
+    model_type="llama4_text",
+    options={
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_chunk_size": 8192,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "vocab_size": 202048,
+    },
+)
+"""Three layers of four attend in chunks."""
 TINY = Shape(
     name="tiny",
     model_type="olmoe",
@@ -121,7 +206,10 @@ TINY_GPT_OSS = Shape(
         "vocab_size": 12288,
     },
 )
-ALL = OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, GPT_OSS_20B, GPT_OSS_120B, TINY, TINY_GPT_OSS
+ALL = (
+    OLMOE_7B, QWEN3_30B, MIXTRAL_8X7B, GPT_OSS_20B, GPT_OSS_120B, QWEN3_NEXT_80B,
+    DEEPSEEK_V2_LITE, GRANITE_4_H_TINY, LLAMA_4_SCOUT, TINY, TINY_GPT_OSS,
+)  # fmt: skip
 SHAPES = {shape.name: shape for shape in ALL}
 
 
@@ -154,7 +242,8 @@ def fill_model(model: Any, device: torch.device, *, seed: int = 0) -> Any:
             filled = nn.Parameter(draw(name, parameter), requires_grad=False)
             module.register_parameter(name, filled)
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(model.config)  # its buffers are computed
+    if rotary is not None:
+        model.model.rotary_emb = type(rotary)(model.config)  # its buffers are computed
     return model.eval()
 
 

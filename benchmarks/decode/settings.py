@@ -12,7 +12,8 @@ class DecodeSettings:
     """Compare ways to decode with a model whose experts do not fit."""
 
     shape: str = "olmoe-7b"
-    """Model shape: olmoe-7b, qwen3-30b-a3b, mixtral-8x7b, or tiny for a rehearsal."""
+    """Model shape: olmoe-7b, qwen3-30b-a3b, mixtral-8x7b, deepseek-v2-lite, granite-4-h-tiny, or
+    tiny for a rehearsal."""
     trace: Path | None = None
     """Trace directory of the same topology, the source of text and routes. Default: random tokens,
     routed by the random router."""

@@ -1,0 +1,113 @@
+"""Every architecture of the installed transformers in captured steps on a GPU.
+
+Tiny random models; each is tried with prompts of several lengths, alone and in a padded batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import runtime
+from runtime.kv.state_kinds import unsupported
+from tests.gpu.offloaded import needs_gpu
+from tests.helpers.architectures import ARCHITECTURES, architecture_model, is_known
+
+pytestmark = needs_gpu
+NEW = 64
+CONTEXT = 704
+LENGTHS = (1, 17, 600)
+KNOWN = [kind for kind in ARCHITECTURES if is_known(kind)]
+
+
+def model_of(kind: str) -> Any:
+    """With room for the longest prompt."""
+    return architecture_model(kind, max_position_embeddings=1024)
+
+
+def skip_uncaptured(config: Any) -> None:
+    """Skip what is known to decode otherwise, with the reason."""
+    if config.is_encoder_decoder:
+        pytest.skip("not captured: an encoder-decoder model")
+    if (why := unsupported(config.get_text_config(decoder=True))) is not None:
+        pytest.skip(f"not captured: {why}")
+
+
+def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask; every row of a batch but the last is padded at the left."""
+    ids_BT = torch.randint(2, 250, (batch, length), generator=torch.Generator().manual_seed(length))
+    padding_B1 = torch.arange(batch - 1, -1, -1)[:, None].clamp(max=length - 1)
+    return ids_BT, (torch.arange(length) >= padding_B1).long()
+
+
+def generate(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    tokens: Tensor = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=NEW, do_sample=False, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    return tokens.cpu()
+
+
+def logits_after(model: Any, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Of the tokens that were generated, by the model's own forward in one pass: [B, NEW, V]."""
+    mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), NEW)], 1)
+    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT
+        ).logits
+    found: Tensor = logits[:, -NEW - 1 : -1].float().cpu()
+    return found
+
+
+def assert_greedy(tokens_BT: Tensor, logits_BTV: Tensor, tolerance: float) -> None:
+    """Each generated token is the best one, or as good as the best to rounding."""
+    chosen_BT1 = logits_BTV.gather(-1, tokens_BT[:, -NEW:, None])
+    behind = logits_BTV.max(-1, keepdim=True).values - chosen_BT1
+    assert float(behind.max()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_captured_steps_choose_what_the_generic_path_does(kind: str) -> None:
+    """In float32: every token is the greedy choice of the stock model after those before it."""
+    stock = model_of(kind)
+    skip_uncaptured(stock.config)
+    offloaded: Any = runtime.load(
+        model_of(kind), memory=0.6, device="cuda", batch=4, context=CONTEXT, cpu_share=False
+    )
+    stock = stock.cuda()
+    with offloaded.expertflow as engine, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for length in LENGTHS:
+            for batch in (1, 4):
+                ids_BT, mask_BT = (given.cuda() for given in inputs(batch, length))
+                tokens_BT = generate(offloaded, ids_BT, mask_BT)
+                if engine.decode_path != "graph":
+                    pytest.skip(f"not captured: {engine.decode_path}")
+                logits_BTV = logits_after(stock, tokens_BT.cuda(), mask_BT)
+                assert_greedy(tokens_BT, logits_BTV, 1e-3)
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_residency_changes_no_bit(kind: str) -> None:
+    """In bfloat16, with two fifths of the experts in slots and with all of them."""
+    skip_uncaptured(architecture_model(kind).config)
+    found = []
+    for memory in (0.4, 1.0):
+        model: Any = runtime.load(
+            model_of(kind).bfloat16(), memory=memory, device="cuda", batch=4, context=CONTEXT,
+            cpu_share=False,
+        )  # fmt: skip
+        with model.expertflow as engine, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = [generate(model, *(one.cuda() for one in inputs(b, 17))) for b in (1, 4)]
+            if engine.decode_path != "graph":
+                pytest.skip(f"not captured: {engine.decode_path}")
+        found.append(tokens)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
