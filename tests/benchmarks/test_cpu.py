@@ -23,9 +23,9 @@ def test_every_kind_is_timed_beside_torch(capsys: pytest.CaptureFixture[str]) ->
     assert {row["threads"] for row in rows} == {1}
     whats = {kind: {row["what"] for row in rows if row["kind"] == kind} for kind in KINDS}
     assert whats == {
-        "plain": {"doorbell", "team", "torch", "reading"},
-        "packed": {"doorbell", "team"},
-        "int4": {"doorbell", "team"},
+        "plain": {"doorbell", "team", "core", "torch", "reading"},
+        "packed": {"doorbell", "team", "core"},
+        "int4": {"doorbell", "team", "core"},
     }
     assert all(row["seconds"] > 0 for row in rows)
     assert {row["num_bytes"] for row in rows if row["kind"] == "plain"} == {3 * 2 * 1024 * 1024}
