@@ -68,7 +68,7 @@ def _in_team(
 
 
 def _in_one_core(settings: CpuSettings, experts: RandomExperts, library: Library) -> Timed:
-    """The kernels in this thread, by its processor time, of which others on the machine take none."""
+    """The kernels in this thread, by its processor time, which does not count others' work."""
     table = cpu_table(experts.block, [experts.blocks.data_ptr()], settings.experts)
     x_H = torch.randn(settings.hidden).bfloat16()
     with CpuExperts(library, experts.shape, table, settings.top_k) as service:

@@ -147,7 +147,7 @@ def test_coded_experts(name: str) -> None:
     "name", ["mxfp4", "fp8 in blocks", "fp8 by powers of two", "int4 by 32", "nvfp4"]
 )
 def test_coded_experts_of_any_bits(name: str) -> None:
-    """Every code, and scales that are subnormal or huge beside usual ones, NaN among them where a checkpoint may have it."""
+    """Every code, and scales of any size beside usual ones: subnormal, huge, some of them NaN."""
     hidden, *encodings = ENCODINGS[name]
     orders = SumOrder(columns=1024, steps=IN_THREADS), SumOrder(columns=256, steps=NARROW)
     case = Case(shape_of(hidden, 384, *orders, encodings=tuple(encodings)), SPECIAL)
