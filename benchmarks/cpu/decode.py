@@ -113,11 +113,15 @@ def main(settings: CpuDecodeSettings) -> None:
         "layers": layers,
     }
     print_facts(facts)
-    rows = [row for encoding in settings.encodings for row in _rows(settings, shape, encoding)]
+    rows: list[Decoded] = []
+    result = facts | {"rows": []}
+    for row in (row for encoding in settings.encodings for row in _rows(settings, shape, encoding)):
+        rows.append(row)
+        result["rows"].append(row._asdict())
+        print(", ".join(_cells(row)), flush=True)
+        save(result, settings.out)
     title = f"{settings.shape}, {layers[0]} of its {layers[1]} layers, no GPU"
     print_table(title, COLUMNS, [_cells(row) for row in rows], {})
-    result = facts | {"title": title, "rows": [row._asdict() for row in rows]}
-    save(result, settings.out)
     print(json.dumps(result), flush=True)
 
 

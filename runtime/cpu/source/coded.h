@@ -110,7 +110,7 @@ static void NAME(read_scales)(struct matrix m, long row, struct NAME(scales) *sc
     some = rounded(some);
 #elif OF(ZEROS)
     const vec zeros = __builtin_convertvector(
-        (ints)widened_bytes(LOAD(bytes, m.extra + at + i, GROUPS - i)), vec);
+        (ints)widened_bytes(load_bytes(m.extra + at + i, GROUPS - i)), vec);
     if (SIMPLE) unusual |= zeros > splat(MOST_ZERO);
     memcpy(values + PADDED + i, &zeros, sizeof zeros);
 #endif

@@ -72,25 +72,25 @@ INLINE vec scales_of_float(const uint8_t *from, long at, long many) {
 }
 
 INLINE vec scales_of_bfloat16(const uint8_t *from, long at, long many) {
-  return widened(LOAD(halves, from + 2 * at, 2 * many));
+  return widened(load_halves(from + 2 * at, many));
 }
 
 INLINE vec scales_of_float16(const uint8_t *from, long at, long many) {
-  words bits = __builtin_convertvector(LOAD(halves, from + 2 * at, 2 * many), words);
+  words bits = __builtin_convertvector(load_halves(from + 2 * at, many), words);
   words rest = bits & 0x7FFF, sign = (bits & 0x8000) << 16;
   vec finite = (vec)(sign | rest << 13) * splat(0x1p112f); /* exact */
   return (vec)chosen(rest >= 0x7C00, sign | 0x7F800000 | (rest & 0x3FF) << 13, (words)finite);
 }
 
 INLINE vec scales_of_e4m3(const uint8_t *from, long at, long many) {
-  words codes = widened_bytes(LOAD(bytes, from + at, many)), rest = codes & 0x7F;
+  words codes = widened_bytes(load_bytes(from + at, many)), rest = codes & 0x7F;
   vec finite = (vec)((codes & 0x80) << 24 | rest << 20) * splat(0x1p120f); /* exact */
   return (vec)chosen(rest == 0x7F, splat_word(0x7FC00000), (words)finite);
 }
 
 /* Halves of powers of two where `half` is 1: they are finite for 255 too. */
 INLINE vec scales_of_e8m0(const uint8_t *from, long at, long many, uint32_t half) {
-  words codes = widened_bytes(LOAD(bytes, from + at, many));
+  words codes = widened_bytes(load_bytes(from + at, many));
   return (vec)chosen((ints)codes > (int)half, (codes - half) << 23, 0x00400000 >> half << codes);
 }
 

@@ -61,6 +61,23 @@ INLINE vec fused(vec a, vec b, vec c) {
     loaded;                                                 \
   })
 
+/* Up to VEC halves, zeros behind them; and bytes. Not by way of memory, where that can be. */
+INLINE halves load_halves(const uint8_t *from, long many) {
+#if VEC == 16
+  return (halves)_mm256_maskz_loadu_epi16((__mmask16)(many < 16 ? (1u << many) - 1 : 0xFFFF), from);
+#else
+  return LOAD(halves, from, 2 * many);
+#endif
+}
+
+INLINE bytes load_bytes(const uint8_t *from, long many) {
+#if VEC == 16
+  return (bytes)_mm_maskz_loadu_epi8((__mmask16)(many < 16 ? (1u << many) - 1 : 0xFFFF), from);
+#else
+  return LOAD(bytes, from, many);
+#endif
+}
+
 INLINE vec load_floats(const float *from) {
   vec loaded;
   memcpy(&loaded, from, sizeof loaded);
