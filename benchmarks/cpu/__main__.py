@@ -5,6 +5,7 @@
 
 doorbell   the C kernels in pinned threads of their own, from a ring to its answer
 team       the same in torch's threads, as on a machine without a GPU, from call to return
+core       the same in one thread, by its processor time: for machines that do other work too
 torch      the generic path's two products and activation
 reading    a sum over the same memory by torch
 

@@ -48,6 +48,7 @@ def kernels(settings: CpuSettings, kind: str, cores: list[int]) -> Iterator[Time
                 best = min(service.measure(at_once, rings) for _ in range(settings.repeats))
                 yield Timed("doorbell", kind, threads, at_once, best, experts.num_bytes)
         yield _in_team(settings, experts, library, threads)
+    yield _in_one_core(settings, experts, library)
     if kind == "plain":
         yield from _linear(settings, experts, cores)
 
@@ -64,6 +65,18 @@ def _in_team(
             service.ask(0, ids, x_H, helpers=threads, team=openmp_team())
 
         return _timed(settings, "team", experts, threads, run)
+
+
+def _in_one_core(settings: CpuSettings, experts: RandomExperts, library: Library) -> Timed:
+    """The kernels in this thread, by its processor time, which does not count others' work."""
+    table = cpu_table(experts.block, [experts.blocks.data_ptr()], settings.experts)
+    x_H = torch.randn(settings.hidden).bfloat16()
+    with CpuExperts(library, experts.shape, table, settings.top_k) as service:
+
+        def run(ids: list[int]) -> None:
+            service.ask(0, ids, x_H)
+
+        return _timed(settings, "core", experts, 1, run, clock=time.thread_time)
 
 
 def _linear(settings: CpuSettings, experts: RandomExperts, cores: list[int]) -> Iterator[Timed]:
@@ -89,16 +102,16 @@ def _read(experts: RandomExperts, ids: list[int]) -> None:
 
 def _timed(
     settings: CpuSettings, what: str, experts: RandomExperts, threads: int,
-    run: Callable[[list[int]], None],
+    run: Callable[[list[int]], None], clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:  # fmt: skip
     before, top_k = torch.get_num_threads(), settings.top_k
     torch.set_num_threads(threads)
     best = float("inf")
     for _ in range(settings.repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         for first in range(0, settings.experts - top_k + 1, top_k):
             run(list(range(first, first + top_k)))
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     torch.set_num_threads(before)
     seconds = best / (settings.experts // top_k * top_k)
     return Timed(what, experts.kind, threads, top_k, seconds, experts.num_bytes)

@@ -24,8 +24,8 @@ class CpuSettings:
         default_factory=lambda: ["plain", "packed", "mxfp4", "int4", "int4-128", "fp8", "nvfp4"]
     )
     """Encodings: plain and packed bfloat16, mxfp4, int4 (by 32), int4-128, fp8, nvfp4."""
-    threads: list[int] = field(default_factory=lambda: [1, 4, 8, 14, 15, 16])
-    """Numbers of threads, of which those are run for which there are cores."""
+    threads: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 14, 15, 16])
+    """Numbers of threads, of which those are run for which there are cores. None: only one core."""
     repeats: int = 3
     """The best of so many runs through all experts counts."""
     out: Path | None = None

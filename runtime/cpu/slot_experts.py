@@ -85,16 +85,26 @@ class SlotExperts:
         """The experts call on hidden states [..., H], bfloat16; ids beyond the experts add 0."""
         rows_TH = hidden.flatten(0, -2).contiguous()
         ids_TK = routes.experts_TK.tolist()
-        outputs_TKH = torch.zeros(*routes.experts_TK.shape, rows_TH.shape[1])
+        weights_TK1 = routes.weights_TK.float()[..., None]
         used = sorted({e for ids_K in ids_TK for e in ids_K if 0 <= e < num_experts})
+        outputs_TKH: Tensor | None = None
+        summed: list[Tensor] | None = None
         for experts, slots in waves(used):
             slot_of = dict(zip(experts, slots, strict=True))
+            if all(expert in slot_of for ids_K in ids_TK for expert in ids_K):  # nothing to keep
+                asked = ([slot_of[expert] for expert in ids_K] for ids_K in ids_TK)
+                answers = (self._ask(*one) for one in zip(asked, rows_TH, strict=True))
+                summed = _weighted(answers, weights_TK1)
+                continue
+            if outputs_TKH is None:
+                outputs_TKH = _no_outputs(routes, rows_TH)
             for x_H, ids_K, output_KH in zip(rows_TH, ids_TK, outputs_TKH, strict=True):
                 ranks = [k for k, expert in enumerate(ids_K) if expert in slot_of]
                 if ranks:
                     output_KH[ranks] = self._ask([slot_of[ids_K[k]] for k in ranks], x_H)
-        weights_TK1 = routes.weights_TK.float()[..., None]
-        summed = [(o_KH * w_K1).sum(0) for o_KH, w_K1 in zip(outputs_TKH, weights_TK1, strict=True)]
+        if summed is None:
+            outputs = _no_outputs(routes, rows_TH) if outputs_TKH is None else outputs_TKH
+            summed = _weighted(outputs, weights_TK1)
         return torch.stack(summed).to(hidden.dtype).view_as(hidden)
 
     def _ask(self, slots: list[int], x_H: Tensor) -> Tensor:
@@ -104,3 +114,12 @@ class SlotExperts:
     def close(self) -> None:
         """Stop using the arena."""
         self._experts.close()
+
+
+def _no_outputs(routes: Routes, rows_TH: Tensor) -> Tensor:
+    return torch.zeros(*routes.experts_TK.shape, rows_TH.shape[1])
+
+
+def _weighted(outputs_TKH: Iterable[Tensor], weights_TK1: Tensor) -> list[Tensor]:
+    """The weighted sum of each token's outputs, before the next ones are asked for."""
+    return [(o_KH * w_K1).sum(0) for o_KH, w_K1 in zip(outputs_TKH, weights_TK1, strict=True)]

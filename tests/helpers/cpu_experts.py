@@ -27,6 +27,8 @@ CHAINED: Steps = ((1, 8, 256, 4), (128, 2), (64, 2), (32, 2), (16, 2), (8, 2))
 SPECIAL = (0x0000, 0x8000, 0x7F80, 0xFF80, 0x7FC0, 0x0001, 0x807F, 0x0080, 0x7149, 0xF149)
 """bfloat16: zeros, infinities, a NaN, subnormals, the smallest normal number, +-1e30."""
 FINITE = SPECIAL[:2] + SPECIAL[5:]
+LARGE = 0x7A80
+"""2^118, bfloat16."""
 
 
 class Case:
@@ -93,8 +95,14 @@ class Case:
             view.random_(
                 *((0, 256) if self.special else (110, 125) if "scale" in name else (4, 12))
             )
+        elif view.dtype == torch.float8_e4m3fn:
+            view.copy_(torch.rand(view.shape) * 16)
         else:
             view.copy_(torch.rand(view.shape) * 0.01 + 0.001)
+            if self.special and view.dtype == torch.bfloat16:
+                view.copy_(self.sprinkled(view.clone(), 0.01, (*FINITE, LARGE)))
+            elif self.special:  # every other one
+                view.flatten()[::2].mul_(1e-36)
 
     def table(self, blocks: Tensor) -> ExpertTable:
         return cpu_table(self.block, [blocks.data_ptr()], len(blocks))

@@ -25,6 +25,7 @@
 #else
 #define MOST_TOGETHER 4
 #endif
+#define MOST_BY_TURNS 4 /* vectors */
 #define AT_ONCE 16 /* rows whose activations are computed together */
 
 /* Where the parts of a matrix of one expert are. Packed weights: low bytes, codes, patches. */
@@ -33,9 +34,11 @@ struct matrix {
   const uint16_t *bias;
 };
 
-/* A vector as one thread reads it. */
+/* A vector as one thread reads it, and which it is: of that service, order and product. Services
+ * are numbered from 1. */
 struct prepared {
   float values[LONGEST] __attribute__((aligned(64)));
+  uint64_t service, order, product;
 };
 
 #define NAME(x) up_##x
@@ -65,9 +68,9 @@ static void prepare_down(struct matrix m, const uint16_t *h, struct prepared *to
 }
 
 /* One row of gate_up; first_row: the first of those that a GPU's program does together. */
-INLINE float up_row(struct matrix m, const uint16_t *x, const struct prepared *p, long row,
-                    long first_row) {
-  float sum = up_row_sum(m, p->values, row);
+INLINE float up_row(struct matrix m, const uint16_t *x, const struct prepared *p,
+                    struct up_scales *scales, long row, long first_row) {
+  float sum = up_row_sum(m, p->values, scales, row);
 #if KIND == PACKED
   sum = __builtin_fmaf(sum, 0x1p64f, up_patched(m, x, row, first_row));
 #endif
@@ -78,13 +81,17 @@ INLINE float up_row(struct matrix m, const uint16_t *x, const struct prepared *p
 /* Columns first to last - 1 of h. */
 static void gate_up_span(struct matrix m, const uint16_t *x, const struct prepared *p, uint16_t *h,
                          long first, long last) {
+  struct up_scales of_gates, of_ups;
+  up_no_scales(&of_gates);
+  up_no_scales(&of_ups);
   for (; first < last; first += AT_ONCE) {
     const long many = last - first < AT_ONCE ? last - first : AT_ONCE;
     float gates[AT_ONCE] = {0}, ups[AT_ONCE] = {0};
     for (long i = 0; i < many; i++) {
       const long row = first + i, tile = row / UP_SPAN * UP_SPAN;
-      gates[i] = up_row(m, x, p, ALTERNATING ? 2 * row : row, ALTERNATING ? 2 * tile : tile);
-      ups[i] = up_row(m, x, p, ALTERNATING ? 2 * row + 1 : WIDTH + row,
+      gates[i] = up_row(m, x, p, &of_gates, ALTERNATING ? 2 * row : row,
+                        ALTERNATING ? 2 * tile : tile);
+      ups[i] = up_row(m, x, p, &of_ups, ALTERNATING ? 2 * row + 1 : WIDTH + row,
                       ALTERNATING ? 2 * tile : WIDTH + tile);
     }
     for (long i = 0; i < AT_ONCE; i++) gates[i] = activated(gates[i], ups[i]);
@@ -95,8 +102,10 @@ static void gate_up_span(struct matrix m, const uint16_t *x, const struct prepar
 /* Rows first to last - 1 of y. */
 static void down_span(struct matrix m, const uint16_t *h, const struct prepared *p, float *y,
                       long first, long last) {
+  struct down_scales scales;
+  down_no_scales(&scales);
   for (long row = first; row < last; row++) {
-    float sum = down_row_sum(m, p->values, row);
+    float sum = down_row_sum(m, p->values, &scales, row);
 #if KIND == PACKED
     sum = __builtin_fmaf(sum, 0x1p64f, down_patched(m, h, row, row / DOWN_SPAN * DOWN_SPAN));
 #endif

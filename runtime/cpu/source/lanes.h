@@ -30,6 +30,11 @@ INLINE vec splat(float x) { return x - (vec){}; }
 
 INLINE words splat_word(uint32_t x) { return x - (words){}; }
 
+/* Of each element `yes` where all bits of `which` are set, `no` where none is. */
+INLINE words chosen(ints which, words yes, words no) {
+  return ((words)which & yes) | (~(words)which & no);
+}
+
 /* a * b + c, rounded once. */
 INLINE vec fused(vec a, vec b, vec c) {
 #if VEC == 16
@@ -55,6 +60,23 @@ INLINE vec fused(vec a, vec b, vec c) {
       memcpy(&loaded, (from), (size_t)(many));              \
     loaded;                                                 \
   })
+
+/* Up to VEC halves, zeros behind them; and bytes. Not by way of memory, where that can be. */
+INLINE halves load_halves(const uint8_t *from, long many) {
+#if VEC == 16
+  return (halves)_mm256_maskz_loadu_epi16((__mmask16)(many < 16 ? (1u << many) - 1 : 0xFFFF), from);
+#else
+  return LOAD(halves, from, 2 * many);
+#endif
+}
+
+INLINE bytes load_bytes(const uint8_t *from, long many) {
+#if VEC == 16
+  return (bytes)_mm_maskz_loadu_epi8((__mmask16)(many < 16 ? (1u << many) - 1 : 0xFFFF), from);
+#else
+  return LOAD(bytes, from, many);
+#endif
+}
 
 INLINE vec load_floats(const float *from) {
   vec loaded;
@@ -93,6 +115,17 @@ INLINE vec repeated(vec x, uint32_t times, uint32_t first) {
   return (vec)picked((words)x, (words)x, i / times + first);
 }
 
+/* As many floats as it takes, each repeated so many times. */
+INLINE vec spread_out(const float *few, int times) {
+#if VEC == 16
+  if (times == 4)
+    return repeated((vec)_mm512_castps128_ps512(_mm_loadu_ps(few)), 4, 0);
+  if (times == 2)
+    return repeated((vec)_mm512_castps256_ps512(_mm256_loadu_ps(few)), 2, 0);
+#endif
+  return repeated(load_floats(few), (uint32_t)times, 0);
+}
+
 /* The entry of a table at the low four bits of each index; entry 8 + i is entry i negated. */
 INLINE vec looked_up(const float *table, words index) {
 #if VEC == 16
@@ -110,13 +143,13 @@ INLINE vec looked_up(const float *table, words index) {
 #if VEC == 16
 /* The element of a vector at the low four bits of each index. */
 INLINE vec taken(vec elements, words index) {
-#if defined(__AVX512F__)
   return (vec)_mm512_permutexvar_ps((__m512i)index, (__m512)elements);
-#else
-  vec found;
-  for (int i = 0; i < VEC; i++) found[i] = elements[index[i] & 15];
-  return found;
-#endif
+}
+
+/* The bfloat16 at bits 16 to 19 of each index, of a table of sixteen that is there twice: a fifth
+ * bit, which is another's, makes no difference. */
+INLINE vec looked_up_above(const uint16_t *table, words index) {
+  return (vec)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, (__m512i)index, _mm512_load_si512(table));
 }
 #endif
 
@@ -132,6 +165,11 @@ INLINE vec rounded_to_float16(vec x) {
 #endif
 }
 
+/* With one NaN in place of all, whose low bits are not set. */
+INLINE vec without_payload(vec x) {
+  return (vec)chosen(x != x, splat_word(0x7FC00000), (words)x);
+}
+
 /* Rounded to bfloat16, to the nearest, ties to even. A NaN must not have its low bits set. */
 INLINE vec rounded(vec x) {
   words bits = (words)x;
@@ -139,6 +177,24 @@ INLINE vec rounded(vec x) {
 }
 
 INLINE vec widened(halves x) { return (vec)(__builtin_convertvector(x, words) << 16); }
+
+INLINE int any_of(ints which) {
+#if VEC == 16
+  return _mm512_test_epi32_mask((__m512i)which, (__m512i)which) != 0;
+#else
+  int any = 0;
+  for (int i = 0; i < VEC; i++) any |= which[i];
+  return any;
+#endif
+}
+
+INLINE words widened_bytes(bytes x) {
+#if VEC == 16 /* convertvector takes byte by byte in gcc 12 */
+  return (words)_mm512_cvtepu8_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, words);
+#endif
+}
 
 INLINE float float_of(uint32_t bits) {
   float value;
@@ -153,27 +209,6 @@ INLINE uint16_t to_bfloat16(float x) {
   memcpy(&bits, &x, sizeof bits);
   if (x != x) return 0x7FFF;
   return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
-INLINE float of_float16(uint16_t bits) {
-  uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = bits & 0x7FFF;
-  if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-  return float_of(sign | (uint32_t)rest << 13) * 0x1p112f; /* exact */
-}
-
-INLINE float of_e4m3(uint8_t code) {
-  if ((code & 0x7F) == 0x7F) return float_of(0x7FC00000);
-  return float_of((uint32_t)(code & 0x80) << 24 | (uint32_t)(code & 0x7F) << 20) * 0x1p120f;
-}
-
-INLINE float of_e8m0(uint8_t code) {
-  uint32_t bits = (uint32_t)code << 23;
-  return float_of(bits < 0x00400000 ? 0x00400000 : bits);
-}
-
-/* Half of it, which is finite for 255 too. */
-INLINE float half_of_e8m0(uint8_t code) {
-  return code > 1 ? float_of((uint32_t)(code - 1) << 23) : float_of(code ? 0x00400000 : 0x00200000);
 }
 
 /* Groups of elements, `stride` each, in `count` vectors (both powers of two, stride < VEC): vector k

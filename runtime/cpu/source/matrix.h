@@ -16,6 +16,7 @@
 #define TILES ((OF(COLUMNS) + OF(BLOCK_K) - 1) / OF(BLOCK_K))
 #define LAST_LANES ((OF(COLUMNS) - (TILES - 1) * OF(BLOCK_K)) / EACH)
 #define TOGETHER (VECTORS < MOST_TOGETHER ? VECTORS : MOST_TOGETHER)
+#define BY_TURNS (TOGETHER < MOST_BY_TURNS ? TOGETHER : MOST_BY_TURNS)
 
 static void NAME(prepare)(const uint16_t *x, float factor, float *prepared) {
   for (int tile = 0; tile < TILES; tile++) {
@@ -32,27 +33,24 @@ static void NAME(prepare)(const uint16_t *x, float factor, float *prepared) {
   }
 }
 
-#define X(element) load_floats(x + (element) * LANES)
+#define X(i, element) load_floats(x + (element) * LANES + (i) * VEC)
 #if KIND >= MXFP4
 #include "coded.h"
 #else
-#define SCALES 1
 #define ABSENT 0.f
-INLINE void NAME(read_scales)(struct matrix m, long row, float *scales) {
-  (void)m, (void)row, (void)scales;
-}
+#define SIMPLE 0
+struct NAME(scales) {
+  int simple;
+};
+INLINE void NAME(no_scales)(struct NAME(scales) *scales) { scales->simple = 0; }
 #endif
 
-/* Sums plus the products of `many` lanes of row `row` (all in VEC), from lane `lane` of a tile on,
- * with x, which is ready from that lane on. */
-INLINE vec NAME(added)(vec sums, struct matrix m, const float *scales, long row, int tile, int lane,
-                       const float *x, int many) {
-  const long at = row * (OF(COLUMNS) / EACH) + (long)tile * LANES + lane;
+#if KIND < MXFP4
+/* Sums plus the products of `many` lanes (all in VEC) from lane `at` of the matrix on. */
+INLINE vec NAME(added)(vec sums, struct matrix m, long at, const float *x, int many) {
 #if KIND == PLAIN
-  (void)scales;
-  return fused(widened(LOAD(halves, m.codes + 2 * at, 2 * many)), X(0), sums);
+  return fused(widened(LOAD(halves, m.codes + 2 * at, 2 * many)), X(0, 0), sums);
 #elif KIND == PACKED
-  (void)scales;
   const uint8_t *from = m.codes + 8 * at;
   words first = LOAD(words, from, 8 * many);
   words second = LOAD(words, from + sizeof(words), 8 * many - (long)sizeof(words));
@@ -60,9 +58,9 @@ INLINE vec NAME(added)(vec sums, struct matrix m, const float *scales, long row,
   words low = every_other(first, second, 1, 0), high = every_other(first, second, 1, 1), both;
 #define EVEN(w) (((w & 0x00800080) << 8) | (w & 0x007F007F))
 #define ODD(w) ((w & 0x80008000) | ((w >> 8) & 0x007F007F))
-#define ADD(one, other)                               \
-  sums = fused((vec)(both << 16), X(one), sums);      \
-  sums = fused((vec)(both & 0xFFFF0000), X(other), sums);
+#define ADD(one, other)                             \
+  sums = fused((vec)(both << 16), X(0, one), sums); \
+  sums = fused((vec)(both & 0xFFFF0000), X(0, other), sums);
   both = (codes << 7 & 0x07800780) | EVEN(low);
   ADD(0, 2)
   both = (codes << 3 & 0x07800780) | ODD(low);
@@ -75,24 +73,37 @@ INLINE vec NAME(added)(vec sums, struct matrix m, const float *scales, long row,
 #undef ODD
 #undef ADD
   return sums;
+#endif
+}
+#endif
+
+/* Add to `count` vectors of sums the products of as many lanes of row `row`, `many` in each (all in
+ * VEC), from lane `lane` of a tile on, with x, which is ready from that lane on. */
+INLINE void NAME(add)(vec *sums, struct matrix m, const struct NAME(scales) *scales, int simple,
+                      long row, int tile, int lane, const float *x, int many, const int count) {
+  const long at = row * (OF(COLUMNS) / EACH) + (long)tile * LANES + lane;
+#if KIND >= MXFP4
+  NAME(coded)(sums, m.codes, scales, simple, at, tile * LANES + lane, x, many, count);
 #else
-  return NAME(coded)(sums, m.codes, scales, at, tile * LANES + lane, x, many);
+  (void)scales, (void)simple;
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++)
+    sums[i] = NAME(added)(sums[i], m, at + i * VEC, x + i * VEC, many);
 #endif
 }
 
-/* The sum of products of a row; patches and biases are left out. */
-INLINE float NAME(row_sum)(struct matrix m, const float *x, long row) {
-  float scales[SCALES];
-  NAME(read_scales)(m, row, scales);
+/* The sum of products of a row whose scales are read. */
+INLINE float NAME(sum_of)(struct matrix m, const float *x, const struct NAME(scales) *scales,
+                          int simple, long row) {
   vec sums[VECTORS < 16 ? 16 : VECTORS];
   for (int first = 0; first < VECTORS; first += TOGETHER) {
     vec some[TOGETHER] = {};
     for (int tile = 0; tile < TILES - (LAST_LANES < LANES); tile++) {
       const float *x_of_tile = x + tile * OF(BLOCK_K);
 #pragma GCC unroll 16
-      for (int i = 0; i < TOGETHER; i++) {
+      for (int i = 0; i < TOGETHER; i += BY_TURNS) {
         int lane = (first + i) * VEC;
-        some[i] = NAME(added)(some[i], m, scales, row, tile, lane, x_of_tile + lane, VEC);
+        NAME(add)(some + i, m, scales, simple, row, tile, lane, x_of_tile + lane, VEC, BY_TURNS);
       }
     }
     if (LAST_LANES < LANES) { /* lanes without a column add 0 * 0 */
@@ -102,9 +113,9 @@ INLINE float NAME(row_sum)(struct matrix m, const float *x, long row) {
         int lane = (first + i) * VEC, many = LAST_LANES - lane;
         const float *x_of_lane = x + tile * OF(BLOCK_K) + lane;
         if (many >= VEC)
-          some[i] = NAME(added)(some[i], m, scales, row, tile, lane, x_of_lane, VEC);
+          NAME(add)(some + i, m, scales, simple, row, tile, lane, x_of_lane, VEC, 1);
         else if (many > 0)
-          some[i] = NAME(added)(some[i], m, scales, row, tile, lane, x_of_lane, many);
+          NAME(add)(some + i, m, scales, simple, row, tile, lane, x_of_lane, many, 1);
         else
           some[i] += splat(ABSENT);
       }
@@ -117,6 +128,24 @@ INLINE float NAME(row_sum)(struct matrix m, const float *x, long row) {
   OF(STEPS)
 #undef STEP
   return sums[0][0];
+}
+
+#if SIMPLE
+static __attribute__((noinline)) float NAME(unusual_sum)(
+    struct matrix m, const float *x, const struct NAME(scales) *scales, long row) {
+  return NAME(sum_of)(m, x, scales, 0, row);
+}
+#endif
+
+/* The sum of products of a row; patches and biases are left out. */
+INLINE float NAME(row_sum)(struct matrix m, const float *x, struct NAME(scales) *scales, long row) {
+#if KIND >= MXFP4
+  NAME(read_scales)(m, row, scales);
+#endif
+#if SIMPLE
+  if (!scales->simple) return NAME(unusual_sum)(m, x, scales, row);
+#endif
+  return NAME(sum_of)(m, x, scales, SIMPLE, row);
 }
 
 #if KIND == PACKED
@@ -162,7 +191,11 @@ static float NAME(patched)(struct matrix m, const uint16_t *x, long row, long fi
 
 #undef X
 #undef ABSENT
-#undef SCALES
+#undef SIMPLE
+#undef SPLIT
+#undef IN_PARTS
+#undef TABLES
+#undef ONE_SCALE_A_VECTOR
 #undef WORDS_OF_SCALE
 #undef ONE_SCALE
 #undef GROUPS
@@ -173,3 +206,4 @@ static float NAME(patched)(struct matrix m, const uint16_t *x, long row, long fi
 #undef TILES
 #undef LAST_LANES
 #undef TOGETHER
+#undef BY_TURNS

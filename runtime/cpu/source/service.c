@@ -72,6 +72,7 @@ struct service {
   _Atomic int64_t rings, experts, nanoseconds, refused;
   int64_t num_workers;
   struct worker *workers;
+  uint64_t number;
 };
 
 static int64_t now(void) {
@@ -167,6 +168,14 @@ static void open_ring(struct service *s, uint64_t claims, int32_t bell) {
     answer(s, ring);
 }
 
+/* Whether a thread has this vector ready. If not, it is about to. */
+static int is_ready(const struct service *s, struct prepared *vector, uint64_t product) {
+  const uint64_t order = (uint64_t)atomic_load_explicit(&s->rings, memory_order_relaxed);
+  if (vector->service == s->number && vector->order == order && vector->product == product) return 1;
+  vector->service = s->number, vector->order = order, vector->product = product;
+  return 0;
+}
+
 /* Rows from `first` on, which run through the experts one after the other. */
 static void run_block(struct service *s, struct prepared *vector, int phase, int64_t first) {
   const int64_t rows = phase == UP ? WIDTH : HIDDEN;
@@ -179,10 +188,11 @@ static void run_block(struct service *s, struct prepared *vector, int phase, int
     struct matrix m = matrix_of(s, s->ids[i], phase == UP ? 0 : PARTS / 2);
     uint16_t *h = s->h + i * WIDTH;
     if (phase == UP) {
-      prepare_up(m, x, vector);
+      /* packed experts have a factor of their own */
+      if (!is_ready(s, vector, KIND == PACKED ? 2 * (uint64_t)i : 0)) prepare_up(m, x, vector);
       gate_up_span(m, x, vector, h, first - i * rows, end - i * rows);
     } else {
-      prepare_down(m, h, vector);
+      if (!is_ready(s, vector, 2 * (uint64_t)i + 1)) prepare_down(m, h, vector);
       down_span(m, h, vector, y + i * HIDDEN, first - i * rows, end - i * rows);
     }
     first = end;
@@ -288,6 +298,8 @@ void *service_open(const struct layout *layout, void *memory, const uint64_t *ba
   s->layout = *layout;
   s->memory = memory;
   s->bases = bases;
+  static _Atomic uint64_t opened;
+  s->number = atomic_fetch_add(&opened, 1) + 1;
   pthread_mutex_init(&s->lock, NULL);
   pthread_condattr_t monotonic;
   pthread_condattr_init(&monotonic);
@@ -310,6 +322,7 @@ int64_t service_start(struct service *s, int64_t threads, const int64_t *cpus, i
     struct worker *worker = s->workers + s->num_workers;
     worker->service = s;
     worker->cpu = cpus[i];
+    worker->vector.service = 0;
     if (pthread_create(&worker->thread, NULL, serve, worker)) break;
     s->num_workers++;
   }

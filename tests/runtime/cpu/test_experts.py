@@ -143,10 +143,14 @@ def test_coded_experts(name: str) -> None:
     compare_all(case)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "fp8 in blocks", "fp8 by powers of two"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "fp8 in blocks", "fp8 by powers of two", "int4 by 32", "nvfp4"]
+)
 def test_coded_experts_of_any_bits(name: str) -> None:
-    """Every code and every scale that there is, NaN among them."""
+    """Every code, and scales of any size beside usual ones: subnormal, huge, some of them NaN."""
     hidden, *encodings = ENCODINGS[name]
     orders = SumOrder(columns=1024, steps=IN_THREADS), SumOrder(columns=256, steps=NARROW)
     case = Case(shape_of(hidden, 384, *orders, encodings=tuple(encodings)), SPECIAL)
-    compare(case, torch.randn(hidden).bfloat16(), least=0)
+    x_H = torch.randn(hidden).bfloat16()
+    compare(case, x_H, least=0)
+    compare(case, (x_H * 1e-37).bfloat16(), least=0)

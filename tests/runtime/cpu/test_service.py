@@ -91,6 +91,19 @@ def test_every_ring_is_answered(service: CpuExperts, memory: Tensor, blocks: Ten
     assert counts.refused == 0
 
 
+def test_a_thread_that_helps_two_services_takes_neither_ones_vector_for_the_others(
+    blocks: Tensor,
+) -> None:
+    x_2H = torch.randn(2, HIDDEN).bfloat16()
+    expected = [CASE.expected(blocks[0], x_H) for x_H in x_2H]
+    with (
+        opened(blocks, doorbell_memory(BELL), 0) as first,
+        opened(blocks, doorbell_memory(BELL), 0) as second,
+    ):
+        answers = [one.ask(0, [0], x_H)[0] for one, x_H in zip((first, second), x_2H, strict=True)]
+        np.testing.assert_array_equal(np.stack(answers), expected)
+
+
 def test_an_answer_comes_after_a_long_silence(service: CpuExperts, memory: Tensor) -> None:
     time.sleep(0.3)
     ring(memory, 1, [0], torch.zeros(HIDDEN).bfloat16())
