@@ -5,6 +5,7 @@ Captured steps run uncaptured here, with the engine of a GPU on the CPU (`fake_c
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -25,6 +26,7 @@ def captured(kind: str) -> str:
     """ "yes": captured steps give the stock model's greedy tokens, of one sequence and of two of
     which one is padded; else the reason that it decodes otherwise.
     """
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     from tests.helpers.fake_cuda import fake_cuda, load_fake
 
     ids_BT = torch.randint(2, 250, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -32,6 +34,7 @@ def captured(kind: str) -> str:
     padded_BT = mask_BT.clone()
     padded_BT[0, :3] = 0
     stock: Any = architecture_model(kind)
+    _assert_norms_are_the_models(stock)
     inputs = (ids_BT[:1], mask_BT[:1]), (ids_BT, padded_BT)
     expected = [_continued(stock, *given) for given in inputs]
     with pytest.MonkeyPatch.context() as patch, fake_cuda(patch), warnings.catch_warnings():
@@ -43,6 +46,18 @@ def captured(kind: str) -> str:
                 return f"no: {model.expertflow.decode_path}"
             assert torch.equal(got, want), "other tokens"
     return "yes"
+
+
+@torch.no_grad()
+def _assert_norms_are_the_models(model: Any) -> None:
+    """Norms that a GPU's steps fuse are those that the model has. `fake_cuda` leaves them alone."""
+    from runtime.cuda.decode.fused_forward import FusedNorms
+
+    ids_1T = torch.arange(2, 4)[None]
+    want = model(input_ids=ids_1T).logits
+    with FusedNorms(model).in_use():
+        got = model(input_ids=ids_1T).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def served(kind: str) -> str:

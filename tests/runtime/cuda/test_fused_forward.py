@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,19 +10,16 @@ pytest.importorskip("triton")
 
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridRMSNormGated,
+)
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 from runtime.cuda.decode.fused_forward import FusedForward, fused_norm
 from tests.helpers import interpreter
-from tests.helpers.fake_cuda import fake_cuda
 
 interpreter.mend()
-
-
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with fake_cuda(monkeypatch):
-        yield
 
 
 def _with_weights(norm: nn.Module) -> nn.Module:
@@ -46,6 +41,8 @@ def test_fused_norms_equal_the_modules_own_whenever_they_round(kind: type) -> No
 def test_norms_that_compute_anything_else_are_left_alone() -> None:
     assert fused_norm(_with_weights(GemmaRMSNorm(96))) is None
     assert fused_norm(_with_weights(nn.LayerNorm(96))) is None
+    assert fused_norm(_with_weights(GraniteMoeHybridRMSNormGated(96, 96))) is None
+    assert fused_norm(_with_weights(Qwen3NextRMSNormGated(96))) is None
 
 
 def test_modules_have_their_own_forward_again_after_a_call() -> None:
