@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.layers import MoELayer, find_moe_layers
-from runtime.kv.state_kinds import KEEPS_POSITIONS, state_kinds, unsupported
+from runtime.kv.state_kinds import unsupported
 from runtime.kv.static_cache import shared_cache
 from runtime.kv.storage import Storage
 
@@ -81,19 +81,19 @@ def tensor_bytes(cache: Any) -> int:
 
 
 def storage_bytes(model: nn.Module, batch: int, context: int) -> int:
-    """Bytes of `Storage` for the captured steps of a model, before there is any."""
+    """Bytes of `Storage` for the captured steps of a model, before there is any.
+
+    0 for a model without captured steps: one whose states are of no known kind, whose decoder
+    attends to an encoder, or whose own code waits for its numbers.
+    """
     whole: Any = model
-    config = whole.config.get_text_config(decoder=True)
-    if unsupported(config) is None and not KEEPS_POSITIONS.issuperset(state_kinds(config)):
+    config = whole.config
+    if config.is_encoder_decoder or unsupported(config.get_text_config(decoder=True)) is not None:
+        return 0
+    try:
         return _storage_of_copy(whole, batch, context)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "qk_head_dim", None) or width
-    values = getattr(config, "v_head_dim", None) or width
-    if hasattr(config, "kv_lora_rank"):  # latent attention caches every head, expanded
-        heads = config.num_attention_heads
-    layers = config.num_hidden_layers
-    return int(layers * batch * context * heads * (keys + values) * whole.dtype.itemsize)
+    except NotImplementedError:  # numbers were asked for that the copy does not have
+        return 0
 
 
 @torch.no_grad()

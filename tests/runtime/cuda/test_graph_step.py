@@ -154,6 +154,8 @@ def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
     assert step.has_own_attention == (name not in ("deepseek_v32", "inkling_text"))
 
 
+SIZES = ("deepseek_v3", "gemma4_text", "mimo_v2_flash")
+"""Compressed keys, two sizes of heads with shared keys, keys and values of several widths."""
 ARCHITECTURES = "afmoe deepseek_v3 gemma4_text granitemoe_swa jetmoe laguna mimo_v2_flash".split()  # noqa: SIM905
 
 
@@ -265,9 +267,10 @@ def test_the_last_position_of_the_context_can_be_used() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*KINDS, *STATES])
+@pytest.mark.parametrize("name", [*KINDS, *STATES, *SIZES])
 def test_the_caches_size_is_known_before_it_is_made(name: str) -> None:
-    model, storage = make(name), Storage(2, CONTEXT)
+    model = architecture_model(name) if name in SIZES else make(name)
+    storage = Storage(2, CONTEXT)
     by_steps(step_of(model, storage, 2), model, *prompt(2, 5), 0)
     assert storage.num_bytes == storage_bytes(model, 2, CONTEXT)
 
