@@ -4,8 +4,8 @@ A step's tokens lie side by side in one sequence [1, T], whichever sequences the
 prompt's chunk and many single tokens share one forward pass and no padding ever reaches an expert.
 New keys and values are written to (row, position); attention then runs for each sequence over a
 view of its row. Regrouping sequences moves nothing, and a sequence attends exactly as it would
-alone. Where layers recur or choose what they attend to, sequences cannot lie side by side: then a
-prompt runs by itself, and single tokens are a batch [T, 1] (`stacks`).
+alone. Where layers recur, choose what they attend to or expand what they keep, sequences cannot lie
+side by side: then a prompt runs by itself, and single tokens are a batch [T, 1] (`stacks`).
 
 Of transformers' own continuous batching this takes the packed step and the attention functions,
 which are run here once a sequence. Its paged cache did not hold up: it sizes heads by
@@ -74,7 +74,7 @@ class RowCache(Cache):
     @property
     def stacks(self) -> bool:
         """Whether single tokens run as a batch [T, 1], and prompts one at a time."""
-        return any(kind.recurs or kind.indexes for kind in self.kinds)
+        return any(kind.stacks for kind in self.kinds)
 
     @property
     def chooses(self) -> bool:
@@ -181,6 +181,7 @@ class RowCache(Cache):
                 f"the model's attention takes {', '.join(unknown)}, made for one sequence; it "
                 "cannot be served, use model.generate"
             )
+        kwargs["gathered"] = kind.expands
         if kind.mask is Mask.CHUNKED:
             kwargs["chunk"] = self._chunk
         if kind.indexes:

@@ -44,6 +44,9 @@ class RowStates:
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, [R, heads, context, width]."""
 
+    expands = False
+    """Whether the model expands what it gets: then it gets the rows of the step alone."""
+
     def __init__(self, owner: Owner, index: int) -> None:
         super().__init__()
         self._owner, self._states = owner, RowStates(owner, index)
@@ -67,7 +70,10 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             RowLayer.lazy_initialization(self, key_states, value_states)
         assert self.keys is not None and self.values is not None
-        self._owner.layout.write(self.keys, self.values, key_states, value_states)
+        layout = self._owner.layout
+        layout.write(self.keys, self.values, key_states, value_states)
+        if self.expands:
+            return layout.gathered(self.keys), layout.gathered(self.values)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -110,7 +116,7 @@ class RowIndexedLayer(RowLayer):
             like = new.new_zeros(0, context, new.shape[-1])
             self.indexer_keys = self._states.allocate("indexer", like).zero_()
         self.indexer_keys[layout.rows_B, layout.positions_B] = new.flatten(0, 1)
-        return layout.indexed(self.indexer_keys)
+        return layout.gathered(self.indexer_keys)
 
     @property
     def by_position(self) -> list[Tensor]:
@@ -207,4 +213,6 @@ def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) 
         return layer(owner, index, number_of_states)
     if kind.mask is None:
         return RowRecurrentLayer(owner, index)  # it stays empty
-    return (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
+    layer = (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
+    layer.expands = kind.expands
+    return layer

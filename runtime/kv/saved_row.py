@@ -1,6 +1,6 @@
 """The state of a row, copied to another row or kept outside of the cache, bit by bit.
 
-What has an entry for each position (`KEEPS_POSITIONS`) can be cut after any token; a state of one
+What has an entry for each position (`keeps_positions`) can be cut after any token; a state of one
 size is kept as it is after the last one.
 """
 

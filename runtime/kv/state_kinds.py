@@ -30,6 +30,18 @@ class StateKind(NamedTuple):
     recurs: bool = False
     indexes: bool = False
     """Whether an indexer of its own chooses what is attended to."""
+    expands: bool = False
+    """Whether keys and values may be kept compressed, and are expanded in every pass."""
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether its state can be cut after any token: every position has its own entries."""
+        return not (self.recurs or self.indexes)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether sequences cannot lie side by side in one pass."""
+        return self.recurs or self.indexes or self.expands
 
 
 CAUSAL, SLIDING = StateKind(Mask.CAUSAL), StateKind(Mask.SLIDING)
@@ -52,9 +64,6 @@ KINDS = {
     "mlp": NOTHING,
 }
 """The kind of each of transformers' layer types, of both ends of the supported range."""
-
-KEEPS_POSITIONS = frozenset({CAUSAL, SLIDING, CHUNKED, NOTHING})
-"""Kinds whose state can be cut after any token: every position has its own keys and values."""
 
 
 UNCAPTURED = {
@@ -92,7 +101,9 @@ def state_kinds(config: Any) -> list[StateKind]:
     unknown = sorted(set(types) - set(KINDS))
     if unknown:
         raise ValueError(f"it has layers of type {', '.join(unknown)}")
-    return [KINDS[name] for name in types]
+    expands = vars(config).get("kv_lora_rank") is not None
+    kinds = [KINDS[name] for name in types]
+    return [kind._replace(expands=expands and kind.mask is not None) for kind in kinds]
 
 
 def masks_of(kinds: Sequence[StateKind]) -> set[Mask]:

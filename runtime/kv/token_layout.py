@@ -32,8 +32,8 @@ class RaggedTokens(StepTokens, Protocol):
     def seen(self, context: int) -> Tensor:
         """Who sees whom, bool [1, 1, T, all tokens] of one sequence, or [T, 1, 1, context]."""
 
-    def indexed(self, keys: Tensor) -> Tensor:
-        """Of an indexer's keys [R, context, width], those of the tokens' sequences."""
+    def gathered(self, states: Tensor) -> Tensor:
+        """Of states [R, ..., context, width], those of the tokens' sequences."""
 
     def attend(
         self,
@@ -46,7 +46,8 @@ class RaggedTokens(StepTokens, Protocol):
     ) -> Tensor:
         """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width], or
         from [T, heads, 1, width] to [T, 1, heads, width]. chunk: tokens that see each other only.
-        seen: bool, as of `seen` below, of a layer that chooses.
+        seen: bool, as of `seen` below, of a layer that chooses. gathered: keys and values are those
+        of the tokens' sequences already.
         """
 
 
@@ -96,12 +97,12 @@ class TokenLayout:
         length = span.start + span.num_tokens
         return self.rows_B.new_ones(1, 1, 1, length, dtype=torch.bool) if mask is None else mask
 
-    def indexed(self, keys: Tensor) -> Tensor:
+    def gathered(self, states: Tensor) -> Tensor:
         """As of `RaggedTokens`."""
         if self._stacked:
-            return keys[self.rows_B]
+            return states[self.rows_B]
         (span,) = self.spans
-        return keys[span.row : span.row + 1, : span.start + span.num_tokens]
+        return states[span.row : span.row + 1, ..., : span.start + span.num_tokens, :]
 
     def mask(self, span: Span, window: int | None, chunk: int | None = None) -> Tensor | None:
         """Who sees whom, bool [1, 1, new, all tokens]; None where everything is seen."""
@@ -130,6 +131,7 @@ class TokenLayout:
         *,
         chunk: int | None = None,
         seen: Tensor | None = None,
+        gathered: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """`function`, once a sequence, with the masks of this layout."""
@@ -138,7 +140,8 @@ class TokenLayout:
             at = 0
         elif self._attend_singles is not None and at:
             singles = query.narrow(0 if self._stacked else 2, 0, at)
-            places = self.rows_B[:at], self.positions_B[:at]
+            rows_B = torch.arange(at, device=key.device) if gathered else self.rows_B[:at]
+            places = rows_B, self.positions_B[:at]
             outputs.append(self._attend_singles(singles, key, value, *places, **kwargs))
         for index, span in enumerate(self.spans[at:], at):
             length = span.start + span.num_tokens
@@ -150,7 +153,8 @@ class TokenLayout:
                 mask = self.mask(span, kwargs.get("sliding_window"), chunk)
             else:
                 mask = seen[index : index + 1, ..., :length] if self._stacked else seen
-            one = slice(span.row, span.row + 1)
+            row = index if gathered else span.row
+            one = slice(row, row + 1)
             states = key[one, :, :length], value[one, :, :length]
             outputs.append(function(module, queries, *states, mask, **kwargs)[0])
             at += span.num_tokens

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.compiling.step_forwards import StepForwards
 from runtime.cuda.options import CudaOptions
-from runtime.kv.state_kinds import KEEPS_POSITIONS, state_kinds
+from runtime.kv.state_kinds import state_kinds
 from runtime.kv.storage import Storage
 from runtime.weights.source import Source
 
@@ -55,7 +55,7 @@ class CapturedModel:
 
         Raises ValueError where layers keep more than keys and values.
         """
-        if not KEEPS_POSITIONS.issuperset(state_kinds(self.config)):
+        if not all(kind.keeps_positions for kind in state_kinds(self.config)):
             raise ValueError("states that recur or choose are compiled with compile=True alone")
         states = [_state(layer) for layer in cache.layers]
         storage = self.storage.batch, self.storage.context

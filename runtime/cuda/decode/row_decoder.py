@@ -58,9 +58,9 @@ class TokensOfRows(SingleTokens):
         columns_C = torch.arange(context, device=self.rows_B.device)
         return (columns_C <= self.positions_B[:, None])[:, None, None]
 
-    def indexed(self, keys: Tensor) -> Tensor:
+    def gathered(self, states: Tensor) -> Tensor:
         """As of `RaggedTokens`."""
-        return keys[self.rows_B]
+        return states[self.rows_B]
 
     def attend(
         self,
@@ -72,12 +72,17 @@ class TokensOfRows(SingleTokens):
         *,
         chunk: int | None = None,
         seen: Tensor | None = None,
+        gathered: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """Attention of one token of each row; `function` has what no kernel has."""
         rows_B, positions_B = self.rows_B, self.positions_B
         if seen is not None:
-            return function(module, query, key[rows_B], value[rows_B], seen, **kwargs)[0]
+            if not gathered:
+                key, value = key[rows_B], value[rows_B]
+            return function(module, query, key, value, seen, **kwargs)[0]
+        if gathered:
+            rows_B = torch.arange(len(rows_B), device=rows_B.device)
         real_RC = None if chunk is None else self._of_chunk(key, chunk)
         return attend_singles(query, key, value, rows_B, positions_B, real_RC, **kwargs)
 

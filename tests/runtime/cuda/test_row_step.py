@@ -20,7 +20,7 @@ from tests.helpers.fake_cuda import Stream
 from tests.runtime.cuda.test_graph_step import StockExperts, by_the_library, with_chunks
 
 CONTEXT = 24
-KINDS = "olmoe qwen3_next lfm2_moe llama4_text zaya deepseek_v32 minimax granitemoehybrid".split()  # noqa: SIM905
+KINDS = "olmoe qwen3_next lfm2_moe llama4_text zaya deepseek_v3 deepseek_v32 minimax".split()  # noqa: SIM905
 LENGTHS = {2: 9, 0: 1, 3: 6}
 """Prompts of different lengths, by their rows."""
 
