@@ -183,12 +183,14 @@ class Kernels:
             batch, size.top_k, self.layout, self.expert_block, self.slots_SN, host,
             DeviceCache(cache, 2, CPU), prefetch=prefetch, resident=resident,
             num_ranges=num_ranges, routers=[router, router],
-            forecast=torch.zeros(2 * size.num_experts) if policy is PredictedReuse else None,
+            chances=torch.zeros(2, 2 * size.num_experts) if policy is PredictedReuse else None,
         )  # fmt: skip
         x = torch.zeros(batch, size.hidden, dtype=torch.bfloat16)
         weights = torch.zeros(batch, size.top_k, dtype=torch.bfloat16)
+        call.begin_step()
         for layer in range(2):
             call(layer, x, torch.zeros(batch, size.top_k, dtype=torch.int64), weights)
+        call.end_step()
 
     def attend(self, batch: int) -> None:
         """One layer's attention, in a step over rows and behind padding."""
@@ -268,6 +270,7 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
             kernels = Kernels(SIZES[size])
             for batch in (1, 8, 32):
                 kernels.decode(batch, PredictedReuse, prefetch=True)
+                kernels.decode(batch, Reuse, prefetch=True)
                 kernels.attend(batch)
                 kernels.dense(batch)
             for policy in (LRU, LFU, PredictedReuse, ClassLRU, Reuse):
