@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
 NAMES = {
-    "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
+    "plan", "pick", "fetch", "halt", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
     "combine", "attend_blocks", "join_blocks", "write_tokens", "gather", "project",
     "gate_up_of_one", "sort_pairs",
 }  # fmt: skip

@@ -125,7 +125,7 @@ class Mover:
         """
         cache, chances = self._cache, self._chances
         router = self._routers[layer] if x is not None and layer < cache.num_layers else None
-        given: Tensor = self._units_SN if x is None else x
+        given: Tensor = self._units_SN if router is None or x is None else x
         bias = None if router is None else router._parameters.get("bias")
         forecast, following = (given, given) if chances is None else chances
         num_slots = len(cache.key_of_slot)
@@ -143,7 +143,7 @@ class Mover:
                 BLOCK_N=triton.next_power_of_2(len(cache.slot_of_key)),
                 BLOCK_S=triton.next_power_of_2(num_slots),
                 BLOCK_H=min(128, triton.next_power_of_2(self._hidden)),
-                num_warps=8,
+                num_warps=8 if len(cache.slot_of_key) <= 2048 else 16,
             )  # fmt: skip
         self._picked = self._side.record_event()
 
