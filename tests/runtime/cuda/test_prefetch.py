@@ -1,5 +1,5 @@
-"""What is sent ahead inside a step, by Triton's interpreter: streams are left out, all runs in order,
-and a copy ends where a test says so.
+"""What is sent ahead inside a step, by Triton's interpreter: streams are left out, all runs in
+order, and a copy ends where a test says so.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Prefetching(Twin):
             self.stopped.window = window
 
     def check(self) -> None:
-        """The tables agree, and what is resident by them is there, but for what is being brought."""
+        """The tables agree, and what is resident by them is there, all but what is in part."""
         cache = self.device_cache
         cache.check_integrity()
         parts = set(cache.rest.nonzero()[:, 0].tolist())
@@ -493,7 +493,7 @@ def test_what_was_sent_serves_whichever_range_needs_it(
 
 
 def test_ranges_that_use_what_was_sent_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"batch": 2, "num_slots": 8, "num_ranges": 4}
+    options: dict[str, Any] = {"batch": 2, "num_slots": 8, "num_ranges": 4}
     plain = Prefetching(prefetch=False, **options).compute(*WIDE)
     twin = Prefetching({at(1, 1): 0.9, at(1, 6): 0.8, at(1, 9): 0.7}, **options)
     twin.stopped = Stopped(monkeypatch, {1: 3})
