@@ -13,10 +13,10 @@ of later layers and of the next token by the trained predictor; without one, und
 often they are used. Router and predictor are weighed by how often their first choices for the
 next layer were right of late (`trust`, an exponential mean kept by the plan).
 
-    worth   chance + (1 - chance) * KEPT * value    value: the policy's, where they are in 0 .. 1
-    order   worth * URGENCY ** (layers until it is needed)
+    worth   chance + (1 - chance) * weight * value    value: the policy's, where they are in 0 .. 1
+    order   worth * URGENCY ** (layers until it is needed), the weight being IN_ORDER
 
-An expert with a slot of higher value than this worth does not give it up.
+No slot is taken from an expert whose value is above this worth, the weight being A_STEP_LATER.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from runtime.cuda.kernels.transfer import (
     SLOT,
 )
 
-KEPT = tl.constexpr(0.5)
-"""Weight of a policy's value, beside the chance of use in the coming run."""
+IN_ORDER = tl.constexpr(0.5)
+A_STEP_LATER = tl.constexpr(0.85)
+"""About the policies' discount of a use that is a step away."""
 URGENCY = 0.9
 LOG_URGENCY = tl.constexpr(math.log2(URGENCY))
 
@@ -132,12 +133,15 @@ def later_chances(
 
 
 @triton.jit
-def worth_of(key_N, chance_N, values, before, after, layer, E: tl.constexpr, RULE: tl.constexpr):
+def worth_of(
+    key_N, chance_N, values, before, after, layer, WEIGHT: tl.constexpr, E: tl.constexpr,
+    RULE: tl.constexpr,
+):  # fmt: skip
     """What a slot would be worth to experts of these chances."""
     worth_N = chance_N
     if (RULE == TABLE) | (RULE == CYCLE):
         value_N = slot_values(key_N, values, before, after, layer - 1, E, RULE).to(tl.float32)
-        worth_N += (1.0 - chance_N) * KEPT * tl.minimum(tl.maximum(value_N, 0.0), 1.0)
+        worth_N += (1.0 - chance_N) * WEIGHT * tl.minimum(tl.maximum(value_N, 0.0), 1.0)
     return worth_N
 
 
@@ -250,10 +254,10 @@ def pick(
             chance_N = tl.where(is_next_N, known_N, chance_N)
     ahead_N = key_N // E - layer
     ahead_N = tl.where(ahead_N < 0, ahead_N + LAYERS, ahead_N)
-    worth_N = worth_of(
-        tl.where(is_key_N, key_N, 0), chance_N, values, before, after, layer, E, RULE
-    )
-    order_N = worth_N * tl.exp2(ahead_N.to(tl.float32) * LOG_URGENCY)
+    safe_N = tl.where(is_key_N, key_N, 0)
+    worth_N = worth_of(safe_N, chance_N, values, before, after, layer, A_STEP_LATER, E, RULE)
+    order_N = worth_of(safe_N, chance_N, values, before, after, layer, IN_ORDER, E, RULE)
+    order_N *= tl.exp2(ahead_N.to(tl.float32) * LOG_URGENCY)
     is_listed_N = is_open_N & (chance_N >= threshold) & (ahead_N < reach)
     order_N = tl.where(is_listed_N, order_N, 0.0)
     keys_S, value_S = values_of_victims(
