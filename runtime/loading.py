@@ -100,9 +100,10 @@ def load(
     context, batch: the longest sequence (prompt and generated tokens; 2048 by default) and the most
         sequences (1 by default) that are decoded as captured CUDA graphs; the key/value cache is
         that large.
-    prefetch: fetch likely experts of the next layer while the link is idle, in decode steps and in
-        prompts. "auto", the default, tries it in decode steps for some three hundred steps in turns
-        with steps without it, keeps the faster way and says so (`model.expertflow.prefetching`).
+    prefetch: fetch likely experts while the link is idle, in decode steps those of the coming
+        layers and of the next token, in prompts those of the next layer. "auto", the default, tries
+        it in decode steps for some three hundred steps in turns with steps without it, keeps the
+        faster way and says so (`model.expertflow.prefetching`).
     cpu_share: let the CPU compute some of the experts that a single sequence's step misses, where
         they lie, with the same bits. "auto", the default, prepares it in the background, tries it
         by the clock and says what it found (`model.expertflow.cpu_share`).

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.decode.settings import DecodeSettings
-from benchmarks.systems.arm import FULL, MIN, NO_CACHE, Arm, check_systems, expertflow_arm
+from benchmarks.systems.arm import (
+    FULL,
+    MIN,
+    NO_CACHE,
+    ONE_GUESS,
+    Arm,
+    check_systems,
+    expertflow_arm,
+)
 
 EXPERTS = ("grouped_mm", "batched_mm")
 
@@ -25,12 +33,13 @@ def decode_arms(settings: DecodeSettings) -> list[Arm]:
         *(expertflow_arm(policy, at) for policy in settings.policies),
         *(
             replace(expertflow_arm(main, at, prefetch=ahead), compile=True)
-            for ahead in (False, True)
+            for ahead in (False, ONE_GUESS, True)
         ),
         Arm(system="accelerate", residency="0.0"),
         Arm(system="policylang", residency=at),
         *least,
         *(expertflow_arm(policy, at, prefetch=True) for policy in (main, "lru")),
+        expertflow_arm(main, at, prefetch=ONE_GUESS),
         expertflow_arm(main, at, prefetch="auto"),
         *(
             expertflow_arm(policy, at, batch=batch)

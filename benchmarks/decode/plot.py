@@ -114,8 +114,8 @@ def _plain(rows: Sequence[Row]) -> list[Row]:
 
 
 def _faster(rows: Sequence[Row]) -> list[Row]:
-    """ExpertFlow's arms at batch 1 with prefetching (not its trial), compilation or both."""
-    rows = [row for row in _singles(rows) if row.arm.prefetch != "auto"]
+    """ExpertFlow's arms at batch 1 with prefetching as it is (no trial), compilation or both."""
+    rows = [row for row in _singles(rows) if row.arm.prefetch in (False, True)]
     return [row for row in rows if row.arm.prefetch or row.arm.compile]
 
 

@@ -9,7 +9,7 @@ from itertools import groupby, product
 from benchmarks.common.coded_models import PLAIN, check_encoding
 from benchmarks.common.shapes import shape_named
 from benchmarks.encodings.settings import EncodingSettings
-from benchmarks.systems.arm import FULL, Arm
+from benchmarks.systems.arm import FULL, ONE_GUESS, Arm
 
 TRACE = "trace"
 """The routes of an arm that replays a trace."""
@@ -93,7 +93,7 @@ def groups(arms: list[CodedArm]) -> list[list[CodedArm]]:
 def _is_chosen(arm: CodedArm, settings: EncodingSettings) -> bool:
     if settings.only:
         return arm.name in settings.only
-    needs_gpu = arm.compile or arm.prefetch is True
+    needs_gpu = arm.compile or bool(arm.prefetch)
     return (
         not (settings.encodings and arm.encoding not in settings.encodings)
         and not (arm.compile and not settings.compile)
@@ -114,12 +114,14 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
     if fits:
         yield from (arm(encoding, FULL) for encoding in narrow)
         yield from (arm(leading, QUARTER, at=at, policy=policy) for at in routes)
-        yield arm(leading, QUARTER, policy=policy, prefetch=True)
+        for ahead in (ONE_GUESS, True):
+            yield arm(leading, QUARTER, policy=policy, prefetch=ahead)
     yield from (arm(leading, memory, at=at, policy=policy) for at in routes)
     yield from (arm(encoding, memory, policy=policy) for encoding in encodings)
     if fits:
         yield from (arm(encoding, FULL, compile=True) for encoding in narrow)
-        yield arm(leading, QUARTER, policy=policy, prefetch=True, compile=True)
+        for ahead in (False, ONE_GUESS, True):
+            yield arm(leading, QUARTER, policy=policy, prefetch=ahead, compile=True)
     else:
         yield arm(leading, QUARTER)  # another residency, for the logits
     yield from (arm(encoding, memory, compile=True) for encoding in narrow)

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.common.markdown import table
 from benchmarks.common.report import number
+from benchmarks.systems.arm import ONE_GUESS
 from routing.cli import run
 
 LLAMA_CPP = (
@@ -95,7 +96,8 @@ def _routes(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> Sequence[str]:
-    words = [row["policy"], "prefetch" if row["prefetch"] else "", row["routes"]]
+    ahead = "one guess a layer" if row["prefetch"] == ONE_GUESS else "prefetch"
+    words = [row["policy"], ahead if row["prefetch"] else "", row["routes"]]
     words.append("`compile`" if row["compile"] else "")
     words.append("the CPU's share" if row.get("cpu_share") else "")
     return (

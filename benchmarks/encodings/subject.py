@@ -19,6 +19,7 @@ from benchmarks.replay.drawn_routes import LocalText
 from benchmarks.replay.passages import Text, TracedText
 from benchmarks.replay.relabel_predictor import relabel_predictor
 from benchmarks.replay.text_replay import TextReplay
+from benchmarks.systems.arm import sending_ahead
 from benchmarks.systems.running import Running, of_engine
 from routing.inspect_model import topology_of
 from routing.predictor_file.reader import PredictorFile, open_predictor
@@ -105,7 +106,11 @@ class CodedSubject:
         replay = TextReplay(
             source.model, 1, context, self.device, routes=True, layers=source.layers
         )
-        with replay.installed(), self._engine(source, arm, context) as engine:
+        with (
+            replay.installed(),
+            sending_ahead(arm),
+            self._engine(source, arm, context) as engine,
+        ):
             yield Loaded(source, replay, of_engine(engine), best(self.link))
             engine.check_integrity()
 
@@ -116,7 +121,7 @@ class CodedSubject:
         forecaster = None if file is None else Forecaster(file)
         if self.device.type == "cuda":
             options = CudaOptions(
-                context=context, prefetch=arm.prefetch, compile=arm.compile,
+                context=context, prefetch=arm.loads_prefetch, compile=arm.compile,
                 cpu_share="auto" if arm.cpu_share else False,
             )  # fmt: skip
             model = offload_on_gpu(source, budget, self.device, policy, options, forecaster)

@@ -15,7 +15,7 @@ WAITING = "waiting for link or CPU"
 KERNELS = {
     EXPERTS: r"^(gate_up|gate_up_of_one|down|join|grouped_gate_up|grouped_down|combine|unpack|"
     r"decode|copy_behind)$|grouped_mm|groupproblem",
-    PLAN: r"^(plan|pick|sort_pairs)$",
+    PLAN: r"^(plan|pick|halt|sort_pairs)$",
     WAITING: r"^collect$",
     PREFETCHED: r"^fetch$",
     FETCHED: r"^project$",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 FULL = "1.0"
@@ -11,6 +12,8 @@ MIN = "min"
 """The residency of one layer's top-k experts."""
 NO_CACHE = "none"
 """The policy of an arm that keeps no expert between calls."""
+ONE_GUESS = "one"
+"""Prefetching of one expert a layer, of the next layer only: what it is compared with."""
 SYSTEMS = ("float32", "transformers", "expertflow", "accelerate", "policylang", "compiled")
 
 
@@ -31,6 +34,11 @@ class Arm:
     """Implementation of the experts, one of transformers' own."""
     replays: bool = True
     """Whether it follows the text (and its recorded routes), or generates freely."""
+
+    @property
+    def loads_prefetch(self) -> bool | str:
+        """What `runtime.load` takes for `prefetch`."""
+        return self.prefetch == ONE_GUESS or self.prefetch
 
     @property
     def name(self) -> str:
@@ -63,3 +71,19 @@ def check_systems(names: Sequence[str]) -> None:
     for name in names:
         if name not in SYSTEMS:
             raise ValueError(f"systems: {name!r} is not one of {', '.join(SYSTEMS)}")
+
+
+@contextmanager
+def sending_ahead(arm: Arm) -> Iterator[None]:
+    """While active, models that prefetch do so in the arm's way."""
+    if arm.prefetch != ONE_GUESS:
+        yield
+        return
+    from runtime.cuda.decode.experts import mover
+
+    before = mover.DEPTH, mover.REACH
+    mover.DEPTH, mover.REACH = 1, 1
+    try:
+        yield
+    finally:
+        mover.DEPTH, mover.REACH = before

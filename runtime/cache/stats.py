@@ -136,24 +136,24 @@ class Stats:
         self.steps += 1
         self.tokens += num_tokens
 
-    def count_prefetch(
-        self, share_L: np.ndarray, used_L: np.ndarray, chosen_L: np.ndarray, slot_bytes: int
-    ) -> None:
-        """Count the prefetches of a captured step.
+    def count_prefetches(
+        self, late_L: np.ndarray, *, begun: int, whole: int, bytes_sent: int, bytes_late: int,
+        bytes_wasted: int,
+    ) -> None:  # fmt: skip
+        """Count what a captured step sent ahead, and what became of it.
 
-        For each layer: whether it had one (chosen), the share of its bytes that arrived in time,
-        and whether the layer then needed it (used). The rest of a needed expert is loaded with its
-        layer: it was late.
+        late_L: experts that each layer used of which a part had come; bytes_late, their rest, which
+        came with the layer. begun: experts of which the first bytes were sent. whole: experts that
+        were used and were all there. bytes_wasted: sent, and evicted before a use; they may be of
+        an earlier step.
         """
-        late_L = chosen_L & used_L & (share_L < 1)
-        wasted = int(share_L[chosen_L & ~used_L].sum() * slot_bytes)
         self.hits_L -= late_L
         self.late_L += late_L
-        self.prefetches += int(chosen_L.sum())
-        self.prefetches_used += int((chosen_L & used_L).sum())
-        self.bytes_prefetched += int(share_L[chosen_L].sum() * slot_bytes)
-        self.bytes_loaded += int((chosen_L & used_L).sum()) * slot_bytes + wasted
-        self.bytes_wasted += wasted
+        self.prefetches += begun
+        self.prefetches_used += whole + int(late_L.sum())
+        self.bytes_prefetched += bytes_sent
+        self.bytes_loaded += bytes_sent + bytes_late
+        self.bytes_wasted += bytes_wasted
 
     def count_recall(self, logits_BLE: np.ndarray, routes_BLK: np.ndarray) -> None:
         """Count how many of the used experts (int, NO_EXPERT for none) are among the K of highest

@@ -266,8 +266,7 @@ class CudaBackend:
         """Waits for the device where its slot table is the truth."""
         shape = self.stats.num_layers, self.stats.num_experts
         if self.decoder is not None and self._device_cache.on_device:
-            table: np.ndarray = self._device_cache.slot_of_key.cpu().numpy()
-            return table.reshape(shape) != FREE
+            return self._device_cache.resident().reshape(shape)
         tables = [pool.cache.slot_of_key.reshape(shape) for pool in self._pools]
         return np.array([table[layer] != FREE for layer, table in enumerate(tables)])
 

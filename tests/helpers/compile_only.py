@@ -75,15 +75,16 @@ class Size(NamedTuple):
     """Key/value heads."""
     head_dim: int
     vocabulary: int
+    num_layers: int
     is_oss: bool = False
     """Expert biases, alternating gate and up rows, attention sinks and a window."""
 
 
 SIZES = {
-    "olmoe-7b": Size(2048, 1024, 64, 8, 256, 16, 16, 128, 50304),
-    "qwen3-30b-a3b": Size(2048, 768, 128, 8, 1536, 32, 4, 128, 151936),
-    "mixtral-8x7b": Size(4096, 14336, 8, 2, 64, 32, 8, 128, 32000),
-    "gpt-oss-20b": Size(2880, 2880, 32, 4, 192, 64, 8, 64, 201088, is_oss=True),
+    "olmoe-7b": Size(2048, 1024, 64, 8, 256, 16, 16, 128, 50304, 16),
+    "qwen3-30b-a3b": Size(2048, 768, 128, 8, 1536, 32, 4, 128, 151936, 48),
+    "mixtral-8x7b": Size(4096, 14336, 8, 2, 64, 32, 8, 128, 32000, 32),
+    "gpt-oss-20b": Size(2880, 2880, 32, 4, 192, 64, 8, 64, 201088, 24, is_oss=True),
 }
 
 
@@ -166,29 +167,30 @@ class Kernels:
         self.slots_SN = empty(size.num_slots, self.expert_block.stored_units, dtype=torch.int16)
         self.layers = [
             empty(size.num_experts, self.expert_block.stored_units, dtype=torch.int16)
-        ] * 2
+        ] * size.num_layers
 
     def decode(
         self, batch: int, policy: type[Policy], *, prefetch: bool = False, resident: bool = False,
         num_ranges: int = 1,
     ) -> None:  # fmt: skip
-        """Two layers of a captured step."""
+        """Two layers of a captured step, and the last."""
         size, options = self.size, {"horizon": 4} if policy is PredictedReuse else {}
-        cache = ExpertCache(
-            2, size.num_experts, size.num_slots, policy(2, size.num_experts, **options)
-        )
+        shape = size.num_layers, size.num_experts
+        cache = ExpertCache(*shape, size.num_slots, policy(*shape, **options))
         host: Any = self
         router = nn.Linear(size.hidden, size.num_experts, size.is_oss, dtype=torch.bfloat16)
         call = ExpertsCall(
             batch, size.top_k, self.layout, self.expert_block, self.slots_SN, host,
-            DeviceCache(cache, 2, CPU), prefetch=prefetch, resident=resident,
-            num_ranges=num_ranges, routers=[router, router],
-            forecast=torch.zeros(2 * size.num_experts) if policy is PredictedReuse else None,
+            DeviceCache(cache, size.num_layers, CPU), prefetch=prefetch, resident=resident,
+            num_ranges=num_ranges, routers=[router] * size.num_layers,
+            chances=torch.zeros(2, math.prod(shape)) if policy is PredictedReuse else None,
         )  # fmt: skip
         x = torch.zeros(batch, size.hidden, dtype=torch.bfloat16)
         weights = torch.zeros(batch, size.top_k, dtype=torch.bfloat16)
-        for layer in range(2):
+        call.begin_step()
+        for layer in (0, 1, size.num_layers - 1):
             call(layer, x, torch.zeros(batch, size.top_k, dtype=torch.int64), weights)
+        call.end_step()
 
     def attend(self, batch: int) -> None:
         """One layer's attention, in a step over rows and behind padding."""
@@ -268,6 +270,7 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
             kernels = Kernels(SIZES[size])
             for batch in (1, 8, 32):
                 kernels.decode(batch, PredictedReuse, prefetch=True)
+                kernels.decode(batch, Reuse, prefetch=True)
                 kernels.attend(batch)
                 kernels.dense(batch)
             for policy in (LRU, LFU, PredictedReuse, ClassLRU, Reuse):

@@ -17,6 +17,7 @@ import torch
 from routing.predictor_file.reader import open_predictor
 from runtime.cuda.backend import CudaBackend
 from runtime.cuda.decode.experts import experts_call as experts
+from runtime.cuda.decode.experts import mover
 from runtime.cuda.decode.fused_forward import FusedNorms
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.device_budget import device_budget
@@ -73,7 +74,7 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(CapturedStep, "__call__", CapturedStep._run)
     patch.setattr(FusedNorms, "in_use", lambda _: nullcontext())  # a program a token takes long
     patch.setattr(experts, "FETCHERS", 2)
-    patch.setattr(experts, "PREFETCHERS", 2)
+    patch.setattr(mover, "PREFETCHERS", 2)
     yield
 
 

@@ -126,7 +126,7 @@ class Decoder:
             bucket, self.model.top_k, self._layout, pool.expert_block, pool.slots_SN, self._host,
             self._device_cache, prefetch=prefetch, resident=self.stats.all_fit,
             num_ranges=len(self._ranges(bucket)), routers=self._routers,
-            forecast=self.driver.likely, order=None if self._share is None else self._share.order,
+            chances=self.driver.likely, order=None if self._share is None else self._share.order,
         )  # fmt: skip
 
     # ------------------------------------------------------------------ a step
@@ -147,6 +147,10 @@ class Decoder:
         """Enqueue a step, whose values are on the device, and the copy of its outcome to here."""
         if self._share is not None and step.batch == 1:
             self._share.begin_step(step.experts)
+        if step.experts.prefetches:
+            self._device_cache.has_parts = True
+        else:
+            self._device_cache.drop_parts()
         self._replay(step)
         assert step.outcome is not None
         spares = self._spare[step.batch]
@@ -204,20 +208,22 @@ class Decoder:
 
     def count(self, flight: StepInFlight, ledger: Ledger) -> None:
         """Count what a finished step did."""
-        num_rows, prefetched = flight.num_rows, flight.step.experts.prefetches
-        was_early_L = (ledger.prefetched_L >= 0) & (ledger.used_L > 0)
-        num_brought_L = ledger.num_fetched_L - was_early_L
+        moved, block = ledger.moved, self._pool.expert_block
+        num_brought_L = ledger.num_fetched_L - moved.late_L
         link_bytes = self._host.link_bytes(0)
-        num_brought = int(num_brought_L.sum())
-        self.stats.evictions += max(num_brought - self._num_free, 0)
-        self._num_free = max(self._num_free - num_brought, 0)
+        num_taken = int(num_brought_L.sum()) + moved.begun
+        self.stats.evictions += max(num_taken - self._num_free, 0)
+        self._num_free = max(self._num_free - num_taken, 0)
         self.stats.count_step(
-            ledger.num_used_L, num_brought_L, link_bytes, num_rows, ledger.num_away_L
+            ledger.num_used_L, num_brought_L, link_bytes, flight.num_rows, ledger.num_away_L
         )
-        if prefetched:
-            share_L = ledger.chunks_L / self._pool.expert_block.num_chunks
-            chosen_L = ledger.prefetched_L >= 0
-            self.stats.count_prefetch(share_L, was_early_L, chosen_L, link_bytes)
+        if flight.step.experts.prefetches:
+            chunk_bytes = link_bytes // block.num_chunks
+            self.stats.count_prefetches(
+                moved.late_L, begun=moved.begun, whole=moved.whole,
+                bytes_sent=moved.brought * chunk_bytes, bytes_late=moved.lacked * chunk_bytes,
+                bytes_wasted=moved.wasted * chunk_bytes,
+            )  # fmt: skip
 
     # ------------------------------------------------------------------ inside a step
 

@@ -6,6 +6,10 @@
                                          before, after      rule TABLE, STAMP, CYCLE
     policy.clock              int        clock, float64     rule CLOCK
 
+Experts that are sent ahead have slots before they are whole. Of each slot, `rest` is the number of
+chunks that are still to come, `sent` of those that came and were not used yet (`kernels.transfer`).
+Only steps that prefetch know of them; before anything else runs, `drop_parts` frees those slots.
+
 One side holds the truth at a time: `upload` before a captured step, `download` before a forward
 pass outside of them.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.expert_cache import FREE, ExpertCache
 from runtime.cache.policy import DeviceRule
 from runtime.cuda.kernels.plan import CLOCK, COUNT, CYCLE, STAMP, TABLE
 
@@ -42,6 +46,10 @@ class DeviceCache:
         self.table = torch.zeros(2, keys, dtype=torch.float64, device=device)
         self.before, self.after = self.table
         self.clock = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sent_ahead = torch.zeros(2, cache.num_slots, dtype=torch.int32, device=device)
+        self.rest, self.sent = self.sent_ahead
+        self.has_parts = False
+        """Whether a slot may hold a part of an expert."""
         self.on_device = False
 
     @property
@@ -64,7 +72,23 @@ class DeviceCache:
         self.clock.fill_(policy.clock)
         if table is not None:
             self.write_table(*table)
-        self.on_device = True
+        self.sent_ahead.zero_()
+        self.has_parts, self.on_device = False, True
+
+    def drop_parts(self) -> None:
+        """Free the slots of experts that are not whole. Only enqueues."""
+        if self.has_parts:
+            is_part_N = (self.slot_of_key >= 0) & (self.rest[self.slot_of_key.clamp(min=0)] > 0)
+            self.slot_of_key.masked_fill_(is_part_N, FREE)
+            self.key_of_slot.masked_fill_(self.rest > 0, FREE)
+            self.sent_ahead.zero_()
+            self.has_parts = False
+
+    def resident(self) -> np.ndarray:
+        """Whether each expert is in a slot, whole, bool [L * E]. Waits for the device."""
+        slots, rest = self.slot_of_key.cpu().numpy(), self.rest.cpu().numpy()
+        whole: np.ndarray = (slots != FREE) & (rest[slots] == 0)
+        return whole
 
     def write_table(self, before: np.ndarray, after: np.ndarray) -> None:
         """Write new values of every key, float64 [L * E]: both vectors of a policy's `table`."""
@@ -75,16 +99,23 @@ class DeviceCache:
         """Make the host's tables the truth. Waits for the device."""
         if not self.on_device:
             return
+        self.drop_parts()
         self._cache.adopt(self.key_of_slot.cpu().numpy())
         table = self.table.cpu().numpy()
         self._cache.policy.resume(self.values.cpu().numpy(), int(self.clock), table)
         self.on_device = False
 
     def check_integrity(self) -> None:
-        """Assert that both device tables say the same: no slot with two owners, no key twice."""
+        """Assert that both device tables say the same: no slot with two owners, no key twice, no
+        part of an expert without an owner.
+        """
         slots, keys = self.slot_of_key.cpu().numpy(), self.key_of_slot.cpu().numpy()
         resident = np.flatnonzero(slots >= 0)
         owned = np.flatnonzero(keys >= 0)
         assert len(resident) == len(owned)
         assert np.array_equal(keys[slots[resident]], resident)
         assert np.array_equal(slots[keys[owned]], owned)
+        rest, sent = self.sent_ahead.cpu().numpy()
+        assert (rest >= 0).all()
+        assert (sent >= 0).all()
+        assert not (rest + sent)[keys < 0].any()

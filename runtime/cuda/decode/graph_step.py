@@ -100,6 +100,7 @@ class CapturedStep(ABC):
         self.logits_BV = self.forward()
         best_B, next_B = self.logits_BV.float().max(-1)
         self.advance(next_B)
+        self.experts.end_step()
         parts = best_B.view(torch.int32), next_B.to(torch.int32), self.experts.ledger
         self.outcome = torch.cat(parts)
 

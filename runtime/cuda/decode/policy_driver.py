@@ -45,8 +45,10 @@ class PolicyDriver:
 
     @property
     def likely(self) -> Tensor | None:
-        """Probabilities of use in the running step, float32 [L * E] on the device."""
-        return None if self.thread is None else self.thread.device_forecast.likely
+        """Probabilities of use in the running step and in the next, float32 [2, L * E] on the
+        device.
+        """
+        return None if self.thread is None else self.thread.device_forecast.chances
 
     @property
     def runs_ahead(self) -> bool:

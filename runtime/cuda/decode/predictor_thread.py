@@ -53,9 +53,8 @@ class DeviceForecast:
     def __init__(self, device_cache: DeviceCache) -> None:
         device, keys = device_cache.clock.device, len(device_cache.before)
         self._device_cache = device_cache
-        self._chances = torch.zeros(2, keys, dtype=torch.float32, device=device)
-        self.likely, self._next_likely = self._chances
-        """In the running step, and in the one after it."""
+        self.chances = torch.zeros(2, keys, dtype=torch.float32, device=device)
+        """Of use in the running step, and in the one after it."""
         self._values_host = torch.zeros(2, keys, dtype=torch.float64).pin_memory()
         self._chances_host = torch.zeros(2, keys, dtype=torch.float32).pin_memory()
         self._stream = torch.cuda.Stream(device)
@@ -64,7 +63,7 @@ class DeviceForecast:
     def begin_step(self) -> None:
         """Start a step with what the last forecast said of the step after its own."""
         self._device_cache.before.copy_(self._device_cache.after)
-        self.likely.copy_(self._next_likely)
+        self.chances[0].copy_(self.chances[1])
 
     def write(self, policy: Policy, forecast: Forecast) -> None:
         """Write values and probabilities for the steps that are enqueued from here on."""
@@ -72,7 +71,7 @@ class DeviceForecast:
         assert table is not None
         self._device_cache.write_table(*table)
         chances = forecast.this_LE, forecast.next_LE
-        for chances_LE, tensor in zip(chances, (self.likely, self._next_likely), strict=True):
+        for chances_LE, tensor in zip(chances, self.chances, strict=True):
             tensor.copy_(torch.from_numpy(chances_LE.reshape(-1)), non_blocking=True)
 
     def publish(self, policy: Policy, forecast: Forecast) -> None:
@@ -84,7 +83,7 @@ class DeviceForecast:
         """Send the probabilities alone: what to prefetch is known before what to keep."""
         self._sent.synchronize()  # the last copies have left the pinned memory
         self._chances_host.numpy()[:] = [row.reshape(-1) for row in forecast[:2]]
-        self._send(self._chances, self._chances_host)
+        self._send(self.chances, self._chances_host)
 
     def publish_values(self, policy: Policy) -> None:
         """Send the values alone."""

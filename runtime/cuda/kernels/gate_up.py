@@ -153,13 +153,13 @@ def run_tile(
 
 @triton.jit(
     do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "counts", "prefetched"],
+    do_not_specialize_on_alignment=["experts_U", "slots_U", "order_U", "first_U", "counts"],
 )
 def gate_up(
-    x, h, slots, units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress,
+    x, h, slots, units, blocks, experts_U, slots_U, order_U, first_U, counts,
     num_tokens, STORED: tl.constexpr, UP: tl.constexpr, UP_BIAS: tl.constexpr,
     MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr,
-    FETCHERS: tl.constexpr, PREFETCHERS: tl.constexpr, RESIDENT: tl.constexpr, SHARE: tl.constexpr,
+    FETCHERS: tl.constexpr, PREFETCH: tl.constexpr, RESIDENT: tl.constexpr, SHARE: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -168,14 +168,15 @@ def gate_up(
     slots: the arena in the experts' dtype, units: the same memory as int16; both [S, *], expert
     blocks of STORED int16 each, with the projections at elements UP (of the unpacked block) and
     UP_BIAS. PATCHES: 0 where blocks are not packed. CODE: of a matrix in codes, or None.
-    RESIDENT: nothing can be missing. SHARE: the last experts of the order are the CPU's.
+    PREFETCH: slots may hold experts of which a part has come. RESIDENT: nothing can be missing.
+    SHARE: the last experts of the order are the CPU's.
     Grid (FETCHERS + blocks of W * most distinct experts,).
     """
     program = tl.program_id(0)
     if program < FETCHERS:
         fetch_missing(
-            units, blocks, experts_U, slots_U, order_U, counts, prefetched, progress, program,
-            STORED, CHUNK, FETCHERS, PREFETCHERS,
+            units, blocks, experts_U, slots_U, order_U, first_U, counts, program, STORED, CHUNK,
+            FETCHERS, PREFETCH,
         )  # fmt: skip
         return
     num_blocks: tl.constexpr = (W + BLOCK_I - 1) // BLOCK_I

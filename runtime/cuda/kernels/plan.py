@@ -28,12 +28,12 @@ import triton.language as tl
 from runtime.cache.expert_cache import LAST_VICTIMS
 from runtime.cache.rules import reuse
 from runtime.cuda.kernels.doorbell import leave_to_cpu
+from runtime.cuda.kernels.transfer import FREE, give_up_parts, settle, take_parts
 
 CLOCK, COUNT, TABLE, STAMP, CYCLE = (tl.constexpr(rule) for rule in range(5))
 DISCOUNT = tl.constexpr(reuse.DISCOUNT)
 RECENT, USUAL = tl.constexpr(reuse.RECENT), tl.constexpr(1 - reuse.RECENT)
 RECENT_FADE, USUAL_FADE = (tl.constexpr(fade) for fade in reuse.FADES)
-FREE = tl.constexpr(-1)
 LATER = tl.constexpr(LAST_VICTIMS)
 TRUST_DECAY = tl.constexpr(0.98)
 
@@ -130,18 +130,10 @@ def update_trust(first_choices, trust, used_E, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def was_in_vain(called_E, experts_E, early, used_prefetch):
-    """Whether the layer does not need what was sent ahead; what it does is noted."""
-    early_used = tl.sum((called_E & (experts_E == early)).to(tl.int32), 0)
-    tl.store(used_prefetch, early_used)
-    return (early >= 0) & (early_used == 0)
-
-
-@triton.jit
 def give_slots(
-    used_E, later_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot, values,
-    before, after, layer, S, E: tl.constexpr, RULE: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    used_E, later_E, missed_E, num_missed, slots_E, slot_of_key, key_of_slot, rest, sent, moved,
+    values, before, after, layer, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Give each missed expert the slot of lowest value that this range does not need, those of
     later ranges (`later_E`) after all others.
@@ -152,7 +144,6 @@ def give_slots(
     missed_rank_E = tl.cumsum(missed_E.to(tl.int32), 0) - 1
     index_S = tl.arange(0, BLOCK_S)
     keys_S = tl.load(key_of_slot + index_S, mask=index_S < S, other=FREE)
-    keys_S = tl.where(index_S == dropped_slot, FREE, keys_S)
     worth_S = slot_values(keys_S, values, before, after, layer, E, RULE).to(tl.float64)
     own_S = keys_S - layer * E
     is_own_S = (own_S >= 0) & (own_S < E)
@@ -161,6 +152,7 @@ def give_slots(
     worth_S = tl.where(asked_S == 2, LATER, worth_S)
     pinned_S = asked_S == 1
     worth_S = tl.where(pinned_S | (index_S >= S), float("inf"), worth_S)
+    taken_S = index_S < 0
     i = 0
     while i < num_missed:
         victim = tl.argmin(worth_S, axis=0)
@@ -171,8 +163,11 @@ def give_slots(
         tl.store(slot_of_key + layer * E + expert, victim)
         tl.store(key_of_slot + victim, layer * E + expert)
         worth_S = tl.where(index_S == victim, float("inf"), worth_S)
+        taken_S = taken_S | (index_S == victim)
         slots_E = tl.where(experts_E == expert, victim, slots_E)
         i += 1
+    if PREFETCH:
+        give_up_parts(taken_S, index_S, rest, sent, moved)
     return slots_E
 
 
@@ -200,18 +195,18 @@ def write_plan(
 @triton.jit(
     do_not_specialize=["layer", "first", "end", "num_pairs", "S"],
     do_not_specialize_on_alignment=[
-        "experts_U", "slots_U", "order_U", "counts", "routes", "prefetched", "prefetched_slot",
-        "used_prefetch", "stop",
+        "experts_U", "slots_U", "order_U", "first_U", "counts", "routes", "moved",
     ],
 )  # fmt: skip
 def plan(
-    ids, experts_U, slots_U, order_U, counts,
-    slot_of_key, key_of_slot, values, before, after, clock,
-    routes, prefetched, prefetched_slot, used_prefetch, first_choices, trust, stop, step,
+    ids, experts_U, slots_U, order_U, first_U, counts,
+    slot_of_key, key_of_slot, values, before, after, clock, rest, sent,
+    routes, moved, moves, cursor, first_choices, trust,
     x, doorbell, bell, share, away_U,
     layer, first, end, num_pairs, S, E: tl.constexpr, RULE: tl.constexpr, PREFETCH: tl.constexpr,
-    SHARE: tl.constexpr, ORDER: tl.constexpr, X: tl.constexpr, H: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    DEPTH: tl.constexpr, NUM_CHUNKS: tl.constexpr, SHARE: tl.constexpr, ORDER: tl.constexpr,
+    X: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Plan the experts first .. end - 1 of one expert call; what concerns all of it, with first 0.
 
@@ -220,9 +215,8 @@ def plan(
     order_U: int32, positions in experts_U: first those whose bytes have to be fetched, last those
         that the CPU computes.
     counts: int32 [3], how many are distinct, how many to be fetched, how many the CPU's.
-    prefetched, prefetched_slot: int32 [1], an expert of this layer on its way, or -1. Where the
-        layer does not need it, its slot is free again: the copy may have stopped half way.
-    stop: int32 [1], receives the step's number: the prefetch for this layer has to end.
+    PREFETCH: experts are sent ahead (`transfer`), in moves that end here; `moved` counts them.
+        first_U: int32, the first chunk of each expert that has not come.
     SHARE: of m missed experts of a single token x, the CPU computes share[m], those of least value
         after this step: `doorbell.ring`. away_U: int32, their positions in experts_U.
     """
@@ -236,22 +230,15 @@ def plan(
         next_E = next_values(experts_E, values, before, after, layer, E, RULE)
     if first == 0:
         touch_call(experts_E, called_E, values, before, after, clock, layer, E, RULE)
+        if PREFETCH:
+            update_trust(first_choices, trust, called_E, BLOCK_E)
+            settle(moves, cursor, slot_of_key, key_of_slot, rest, sent, moved, DEPTH, NUM_CHUNKS)
+            tl.store(first_choices + tl.arange(0, 2), FREE)
     used_E = called_E & (experts_E >= first) & (experts_E < end)
     later_E = called_E & (experts_E >= end)
     rank_E = tl.cumsum(used_E.to(tl.int32), 0) - 1
 
     slots_E = tl.load(slot_of_key + layer * E + experts_E, mask=experts_E < E, other=FREE)
-    dropped_slot = FREE
-    if PREFETCH:
-        early = tl.load(prefetched)
-        if first == 0:
-            tl.store(stop, tl.load(step))
-            update_trust(first_choices, trust, called_E, BLOCK_E)
-            if was_in_vain(called_E, experts_E, early, used_prefetch):
-                dropped_slot = tl.load(prefetched_slot)
-                slots_E = tl.where(experts_E == early, FREE, slots_E)
-                tl.store(slot_of_key + layer * E + early, FREE)
-                tl.store(key_of_slot + dropped_slot, FREE)
     missed_E = used_E & (slots_E == FREE)
     num_missed = tl.sum(missed_E.to(tl.int32), 0)
     num_away, away_E = 0, experts_E < 0
@@ -265,12 +252,14 @@ def plan(
         num_missed -= num_away
     fetched_E = missed_E
     if PREFETCH:
-        fetched_E = missed_E | (used_E & (experts_E == early))
+        lacking_E = take_parts(used_E, slots_E, rest, sent, moved)
+        tl.store(first_U + rank_E, tl.where(lacking_E > 0, NUM_CHUNKS - lacking_E, 0), mask=used_E)
+        fetched_E = missed_E | (lacking_E > 0)
 
     if num_missed > 0:
         slots_E = give_slots(
-            used_E, later_E, missed_E, num_missed, slots_E, dropped_slot, slot_of_key, key_of_slot,
-            values, before, after, layer, S, E, RULE, BLOCK_E, BLOCK_S,
+            used_E, later_E, missed_E, num_missed, slots_E, slot_of_key, key_of_slot, rest, sent,
+            moved, values, before, after, layer, S, E, RULE, PREFETCH, BLOCK_E, BLOCK_S,
         )  # fmt: skip
 
     write_plan(

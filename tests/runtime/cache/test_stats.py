@@ -79,8 +79,9 @@ def prefetching_stats() -> Stats:
     model = offload(tiny_model("olmoe"))
     stats = model.expertflow.stats()
     stats.count_step(np.full(4, 3), np.array([1, 1, 1, 1]), 100, 1)
-    share_L, used_L = np.array([1.0, 0.5, 0.0, 0.0]), np.array([False, True, False, False])
-    stats.count_prefetch(share_L, used_L, np.array([True, True, False, False]), 100)
+    stats.count_prefetches(
+        np.array([0, 1, 0, 0]), begun=2, whole=0, bytes_sent=150, bytes_late=50, bytes_wasted=100
+    )
     return stats
 
 

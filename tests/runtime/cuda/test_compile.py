@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[3]
 NAMES = {
-    "plan", "pick", "fetch", "gate_up", "down", "join", "unpack", "grouped_gate_up", "grouped_down",
-    "combine", "attend_blocks", "join_blocks", "write_tokens", "gather", "project",
+    "plan", "pick", "fetch", "halt", "gate_up", "down", "join", "unpack", "grouped_gate_up",
+    "grouped_down", "combine", "attend_blocks", "join_blocks", "write_tokens", "gather", "project",
     "gate_up_of_one", "sort_pairs",
 }  # fmt: skip
 LEAST_SHARED = 99 << 10
@@ -47,12 +47,14 @@ def test_every_kernel_compiles_and_fits_any_gpu(capability: int, name: str, tmp_
 def test_a_kernel_is_compiled_once_for_all_layers(tmp_path: Path) -> None:
     """Where a layer's entries lie in a shared tensor is no reason to compile anew."""
     counts = Counter(kernel["name"] for kernel in compiled(90, tmp_path, "olmoe-7b"))
-    assert counts["join_blocks"] == counts["write_tokens"] == counts["fetch"] == counts["pick"] == 1
+    assert counts["join_blocks"] == counts["write_tokens"] == 1
+    assert counts["fetch"] == counts["halt"] == 1
+    assert counts["pick"] == 2 * 2  # by forecast and by uses; within a step and around it
     assert counts["attend_blocks"] == 2  # of served rows, and behind padding
-    assert counts["plan"] == 3 + 5 + 1  # prefetching for batches 1, 8, 32; five rules; residents
-    assert counts["gate_up"] == 8 + 1  # there and fetched, by batch; without prefetch; residents
+    assert counts["plan"] == 6 + 5 + 2  # prefetching for batches 1, 8, 32; rules; residents, ranges
+    assert counts["gate_up"] == 8 + 1 + 2  # there and fetched, by batch; without; residents; ranges
     assert counts["gate_up_of_one"] == 5
-    assert counts["down"] == 3
+    assert counts["down"] == 3 + 1
 
 
 def test_attention_of_small_heads_compiles_in_any_format(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class Planned(NamedTuple):
 def plan(twin: Twin, layer: int, ids: Any, index: int = 0) -> Planned:
     twin.call._run_plan(layer, torch.as_tensor(ids), index)
     num_used, num_fetched, _ = twin.call._counts[layer, index].tolist()
-    asked, slots, order = (row[:num_used].tolist() for row in twin.call._plan)
+    asked, slots, order = (row[:num_used].tolist() for row in twin.call._plan[:3])
     turns = [asked[index] for index in order]
     return Planned(asked, slots, turns[:num_fetched], turns[num_fetched:])
 

@@ -262,12 +262,8 @@ def test_prefetches_of_a_step_are_booked_as_used_late_or_wasted() -> None:
     layers = [MoELayer(str(i), nn.Identity(), "fused", "decoder", 8, 2) for i in range(5)]
     stats = Stats(layers=layers, num_slots=10, policy="lru")
     stats.count_step(np.full(5, 2), np.array([2, 1, 0, 1, 0]), 100, num_tokens=1)
-    none, whole, half, wrong = 0.0, 1.0, 0.5, 0.25
-    stats.count_prefetch(
-        np.array([none, whole, half, wrong, none]),
-        used_L=np.array([False, True, True, False, False]),
-        chosen_L=np.array([False, True, True, True, False]),
-        slot_bytes=100,
+    stats.count_prefetches(
+        np.array([0, 0, 1, 0, 0]), begun=3, whole=1, bytes_sent=175, bytes_late=50, bytes_wasted=25
     )
     assert stats.misses_L.tolist() == [2, 1, 0, 1, 0]
     assert stats.late_L.tolist() == [0, 0, 1, 0, 0]

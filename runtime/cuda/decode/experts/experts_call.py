@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.ledger import DeviceLedger, Ledger
+from runtime.cuda.decode.experts.mover import NO_MOVES, Mover
 from runtime.cuda.decode.experts.ranges import most_used, ranges
 from runtime.cuda.kernels import down as down_kernels
 from runtime.cuda.kernels import gate_up as gate_up_kernels
 from runtime.cuda.kernels import plan as plan_kernel
-from runtime.cuda.kernels import prefetch as prefetch_kernels
-from runtime.cuda.kernels import transfer as transfer_kernels
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, down_constants, gate_up_constants
 from runtime.cuda.memory.pinned_experts import PinnedExperts
@@ -34,21 +33,15 @@ from runtime.cuda.share.order_to_cpu import NO_ORDER, OrderToCpu
 
 FETCHERS = 64
 """Programs that fetch a layer's missing experts: enough to fill the link."""
-PREFETCHERS = 32
-"""Programs of a prefetch."""
-THRESHOLD = 0.2
-"""Least probability of use for a prefetch. The link would be idle, and the victim is the expert of
-lowest value, so that a guess that is right once in five still pays."""
 
 
 class ExpertsCall:
     """Kernels, buffers and the ledger for batches of exactly `batch` tokens.
 
-    routers: for each layer, the weight [E, H] (and bias) of its router, to look one layer ahead;
-    None where none was found. forecast: float32 [L * E], the predictor's probabilities
-    for the running step, or None. resident: every expert of the model is in a slot, and stays.
-    num_ranges: of a call; more than one need several tokens. order: how a single token's missed
-    experts are left to the CPU; None: they never are.
+    prefetch, routers, chances: whether experts are sent ahead, and by what (`Mover`). resident:
+    every expert of the model is in a slot, and stays. num_ranges: of a call; more than one need
+    several tokens. order: how a single token's missed experts are left to the CPU; None: they never
+    are.
     """
 
     def __init__(
@@ -65,7 +58,7 @@ class ExpertsCall:
         resident: bool = False,
         num_ranges: int = 1,
         routers: list[nn.Module | None] | None = None,
-        forecast: Tensor | None = None,
+        chances: Tensor | None = None,
         order: OrderToCpu | None = None,
     ) -> None:
         device = cache.clock.device
@@ -73,7 +66,6 @@ class ExpertsCall:
         self._stored = {"STORED": block.stored_units, "CHUNK": CHUNK}
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._batch, self._top_k = batch, top_k
-        self._routers, self._forecast = routers or [None] * cache.num_layers, forecast
         self._order = order if batch == 1 and not resident else None
         self.compiled: dict[str, Any] = {}
         """What Triton made of the kernels that compute, by name, after the first call."""
@@ -82,23 +74,24 @@ class ExpertsCall:
         self.max_used = most_used(self._ranges, batch * top_k)
         """Most experts of one range."""
         is_safe = min(cache.num_experts, batch * top_k) <= len(cache.key_of_slot)
-        self.prefetches, self._resident = prefetch and is_safe and not resident, resident
-        self._plan = torch.zeros(3, self.max_used, dtype=torch.int32, device=device)
+        is_even = all(len(blocks_EN) == cache.num_experts for blocks_EN in host.layers)
+        self._mover: Mover | None = None
+        if prefetch and is_safe and is_even and not resident:
+            self._mover = Mover(
+                layout.hidden, top_k, block, slots_SN, host, cache, routers, chances
+            )
+        self._resident = resident
+        self._plan = torch.zeros(4, self.max_used, dtype=torch.int32, device=device)
         self._h = torch.zeros(self.max_used, batch, layout.width, dtype=layout.dtype, device=device)
-        self._written = DeviceLedger(
-            cache.num_layers, batch, top_k, len(self._ranges), PREFETCHERS, device
-        )
+        self._written = DeviceLedger(cache.num_layers, batch, top_k, len(self._ranges), device)
         self.ledger = self._written.whole
         self._routes, self._counts = self._written.routes, self._written.counts
-        self._prefetched, self._used = self._written.prefetched, self._written.used
-        self._progress = self._written.progress
-        self._trust = torch.full((2,), 0.9, device=device)
-        self._choices = torch.full((2,), -1, dtype=torch.int32, device=device)
-        self._slot = torch.full((cache.num_layers,), -1, dtype=torch.int32, device=device)
-        self._stop = torch.zeros(cache.num_layers, dtype=torch.int32, device=device)
-        self._step = torch.zeros(1, dtype=torch.int32, device=device)
-        self._side = torch.cuda.Stream(device) if self.prefetches else None
-        self._pending: tuple[torch.cuda.Event | None, torch.cuda.Event | None] = None, None
+        self._moved = self._written.moved
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether experts are sent ahead."""
+        return self._mover is not None
 
     def read(self, ledger: np.ndarray) -> Ledger:
         """The parts of a ledger that was copied to the host, int32."""
@@ -106,32 +99,36 @@ class ExpertsCall:
 
     def begin_step(self) -> None:
         """Once a step, before its first layer."""
-        self._pending = None, None
+        self.end_step()  # of a step that was broken off
         self._cache.begin_step()
-        if self.prefetches:
-            self._step.add_(1)
-            self._progress.zero_()
+        if self._mover is not None:
+            self._moved.zero_()
+            self._mover.begin_step()
+
+    def end_step(self) -> None:
+        """Once a step, after all else."""
+        if self._mover is not None:
+            self._mover.end_step(self._moved[-1, 0])
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Experts `ids` (int64 [B, K], others are no expert) of x [B, H]: [B, H]."""
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         if self._resident:
             return self._run_residents(layer, x, ids, weights)
-        (picked, fetched), self._pending = self._pending, (None, None)
-        if picked is not None:
-            torch.cuda.current_stream().wait_event(picked)
-        sums = self._new_sums(x)
+        mover, sums = self._mover, self._new_sums(x)
         for index in range(len(self._ranges)):
+            if mover is not None and index == 0:
+                mover.before_plan()
             self._run_plan(layer, ids, index, x)
-            if fetched is not None and index == 0:
-                torch.cuda.current_stream().wait_event(fetched)
+            if mover is not None and index == 0:
+                mover.after_plan()
             is_last = index == len(self._ranges) - 1
-            has_next = self.prefetches and is_last and layer + 1 < self._cache.num_layers
-            if has_next:
-                picked = self._run_pick(layer + 1, x)
+            moves = mover is not None and is_last and mover.wants(layer + 1)
+            if mover is not None and moves:
+                mover.choose(layer + 1, x, self._plan[1], self._counts[layer, -1])
             self._run_gate_up(layer, x, FETCHERS, index)
-            if has_next:
-                self._pending = picked, self._run_fetch(layer + 1)
+            if mover is not None and moves:
+                mover.bring()
             self._run_gate_up(layer, x, 0, index)
             if self._order is not None:
                 self._order.collect(self._counts[layer, index])
@@ -146,7 +143,7 @@ class ExpertsCall:
         device, size = x.device, self.max_used
         alone._units_SN, alone.compiled = stored_N[None], {}
         alone._slots_SN = alone._units_SN.view(self._layout.dtype)
-        alone._plan = torch.zeros(3, size, dtype=torch.int32, device=device)
+        alone._plan = torch.zeros(4, size, dtype=torch.int32, device=device)
         alone._counts = torch.tensor([[[1, 0, 0]]], dtype=torch.int32, device=device)
         ids = torch.full((1, self._top_k), -1, device=device)
         ids[0, 0] = 0
@@ -165,16 +162,16 @@ class ExpertsCall:
 
     def _run_plan(self, layer: int, ids: Tensor, index: int = 0, x: Tensor | None = None) -> None:
         """Plan a range, given by its index, as below."""
-        cache, planned, order = self._cache, self._ranges[index], self._order
+        cache, planned, order, mover = self._cache, self._ranges[index], self._order, self._mover
         plan_kernel.plan[(1,)](
             ids, *self._plan, self._counts[layer, index],
             cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
-            cache.clock, self._routes[layer],
-            self._prefetched[layer:], self._slot[layer:], self._used[layer:],
-            self._choices, self._trust, self._stop[layer:], self._step,
-            *((ids, *(self._step,) * 4) if order is None or x is None else order.plan_inputs(x)),
+            cache.clock, cache.rest, cache.sent, self._routes[layer], self._moved[layer, index],
+            *((ids,) * 4 if mover is None else mover.plan_inputs),
+            *((ids,) * 5 if order is None or x is None else order.plan_inputs(x)),
             layer, planned.first, planned.end, ids.numel(), len(cache.key_of_slot),
-            E=cache.num_experts, RULE=cache.rule, PREFETCH=self.prefetches,
+            E=cache.num_experts, RULE=cache.rule, PREFETCH=mover is not None,
+            **(NO_MOVES if mover is None else mover.constants),
             **(NO_ORDER if order is None else order.plan_constants),
             BLOCK_E=triton.next_power_of_2(cache.num_experts),
             BLOCK_S=triton.next_power_of_2(len(cache.key_of_slot)),
@@ -192,20 +189,17 @@ class ExpertsCall:
 
     def _run_gate_up(self, layer: int, x: Tensor, fetchers: int, index: int = 0) -> None:
         blocks, num_blocks = self._blocks, triton.cdiv(self._layout.width, self._blocks.rows)
-        experts, slots, order = self._plan
         grid = (fetchers + num_blocks * self.max_used,)
         self.compiled["gate_up"] = gate_up_kernels.gate_up[grid](
             x, self._h, self._slots_SN, self._units_SN, self._host.layers[layer],
-            experts, slots, order, self._counts[layer, index],
-            self._prefetched[layer:], self._progress[layer], len(x),
-            FETCHERS=fetchers, PREFETCHERS=PREFETCHERS if self.prefetches else 0,
-            RESIDENT=self._resident, SHARE=self._order is not None, M=blocks.padded,
-            **self._gate_up,
+            *self._plan, self._counts[layer, index], len(x),
+            FETCHERS=fetchers, PREFETCH=self.prefetches, RESIDENT=self._resident,
+            SHARE=self._order is not None, M=blocks.padded, **self._gate_up,
         )  # fmt: skip
 
     def _run_gate_up_of_one(self, layer: int, x: Tensor, ids: Tensor) -> None:
         cache, num_blocks = self._cache, triton.cdiv(self._layout.width, self._blocks.rows)
-        experts, slots, _ = self._plan
+        experts, slots = self._plan[:2]
         gate_up_kernels.gate_up_of_one[(num_blocks * self.max_used,)](
             x, self._h, self._slots_SN, self._units_SN, ids, experts, slots, self._counts[layer, 0],
             cache.slot_of_key, cache.values, cache.before, cache.after, cache.clock,
@@ -230,7 +224,7 @@ class ExpertsCall:
         self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, sums: Tensor, index: int
     ) -> None:
         shape, blocks, num_tokens = self._layout, self._blocks, len(x)
-        (experts, slots, _), summed, order = self._plan, self._ranges[index], self._order
+        (experts, slots), summed, order = self._plan[:2], self._ranges[index], self._order
         grid = triton.cdiv(shape.hidden, blocks.down_rows), summed.num_parts
         self.compiled["down"] = down_kernels.down[grid](
             self._h, sums, ids, weights, self._slots_SN, self._units_SN, experts, slots,
@@ -253,38 +247,3 @@ class ExpertsCall:
             sums, y, num_tokens, H=hidden, PARTS=self._blocks.parts, BLOCK=block
         )
         return y
-
-    def _run_pick(self, layer: int, x: Tensor) -> torch.cuda.Event:
-        assert self._side is not None
-        cache, router = self._cache, self._routers[layer]
-        bias = None if router is None else router._parameters.get("bias")
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            prefetch_kernels.pick[(1,)](
-                x, x if router is None else router.weight, x if bias is None else bias,
-                x if self._forecast is None else self._forecast,
-                self._trust, self._choices, self._prefetched[layer:], self._slot[layer:],
-                self._plan[1],
-                self._counts[layer - 1, -1],
-                cache.slot_of_key, cache.key_of_slot, cache.values, cache.before, cache.after,
-                THRESHOLD, layer, len(x), len(cache.key_of_slot),
-                H=self._layout.hidden, E=cache.num_experts, K=self._top_k, RULE=cache.rule,
-                HAS_ROUTER=router is not None, HAS_BIAS=bias is not None,
-                HAS_FORECAST=self._forecast is not None,
-                BLOCK_E=triton.next_power_of_2(cache.num_experts),
-                BLOCK_S=triton.next_power_of_2(len(cache.key_of_slot)),
-                BLOCK_H=min(128, triton.next_power_of_2(self._layout.hidden)),
-                num_warps=8,
-            )  # fmt: skip
-        return self._side.record_event()
-
-    def _run_fetch(self, layer: int) -> torch.cuda.Event:
-        assert self._side is not None
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            transfer_kernels.fetch[(PREFETCHERS,)](
-                self._units_SN, self._host.layers[layer],
-                self._prefetched[layer:], self._slot[layer:], self._stop[layer:], self._step,
-                self._progress[layer], **self._stored, PROGRAMS=PREFETCHERS, num_warps=4,
-            )  # fmt: skip
-        return self._side.record_event()
