@@ -213,6 +213,6 @@ def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) 
         return layer(owner, index, number_of_states)
     if kind.mask is None:
         return RowRecurrentLayer(owner, index)  # it stays empty
-    layer = (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
-    layer.expands = kind.expands
-    return layer
+    attending = (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
+    attending.expands = kind.expands
+    return attending

@@ -315,7 +315,7 @@ def test_prefill_prints_a_row_for_every_length_with_its_bounds(
     assert rows[1]["ratio"] == 1.0 and rows[3]["missing_bytes"] > 0
     assert list(result["lanes"]) == [
         f"expertflow lru {residency}, prompt {prompt}"
-        for residency in ("1.0", "0.25")
+        for residency in ("1.0", "prefetch=auto 0.25")
         for prompt in (8, 24)
     ]
     assert rows[3]["busy_ms"]["link"] > 0 and rows[5]["recorded_ms"] is None
