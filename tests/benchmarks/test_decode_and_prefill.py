@@ -322,5 +322,5 @@ def test_prefill_prints_a_row_for_every_length_with_its_bounds(
     assert {path.name for path in tmp_path.iterdir()} == {
         "tiny-prefill.png",
         *(f"tiny-prefill-lanes-expertflow-lru-{arm}.png"
-          for arm in ("1.0-8", "1.0-24", "0.25-8", "0.25-24")),
+          for arm in ("1.0-8", "1.0-24", "prefetch=auto-0.25-8", "prefetch=auto-0.25-24")),
     }  # fmt: skip
