@@ -220,14 +220,29 @@ class ServingLoop:
             if not self._is_whole():
                 return
             try:
-                ran = self._runner.run([part], self._renew)
+                self._run_alone(part)
             except Exception as error:
                 log.error("request %s fails by itself", part.sequence.request.id, exc_info=error)
                 self._sequences.end(part.sequence, "error", reason_of(error), "server")
-                continue
-            if self._holds_rows():
-                self._advance([part], *ran)
         self._is_whole()
+
+    def _run_alone(self, part: Part) -> None:
+        """Run a part of a step that failed; all tokens of its sequence, where some may have run and
+        must not run twice.
+        """
+        sequence, is_done = part.sequence, self._rows.can_repeat
+        if not is_done:
+            sequence.num_cached, sequence.routes = 0, []
+            part = self._admission.next_part(sequence)
+        while True:
+            is_done = is_done or part.completes
+            ran = self._runner.run([part], self._renew)
+            if not self._holds_rows():
+                return
+            self._advance([part], *ran)
+            if is_done:
+                return
+            part = self._admission.next_part(sequence)
 
     def _fail(self, error: Exception) -> None:
         """After an error of no sequence in particular: end those in flight, or, where that did not

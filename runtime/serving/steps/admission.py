@@ -104,11 +104,15 @@ class Admission:
         turns = turns_of(self._choices.leaders(self._sequences.active))
         for sequence in sorted(turns, key=lambda one: turns[one]):
             if left > 0:
-                whole = self._rows.runs_prompts_whole
-                num_tokens = sequence.num_pending if whole else sequence.next_chunk(left)
-                parts.append(Part(sequence, num_tokens))
+                parts.append(self.next_part(sequence, left))
                 left -= parts[-1].num_tokens
         return parts
+
+    def next_part(self, sequence: ServedSequence, most: int | None = None) -> Part:
+        """The next piece of a prompt, of at most `most` tokens where it may come in pieces."""
+        if self._rows.runs_prompts_whole:
+            return Part(sequence, sequence.num_pending)
+        return Part(sequence, sequence.next_chunk(most or self._settings.chunk))
 
     def _scheduled(self, choose: Callable[[], Chosen]) -> Chosen:
         """The scheduler's choice; where it fails over forecasts, the choice without them."""

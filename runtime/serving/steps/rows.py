@@ -68,6 +68,11 @@ class Rows:
         return self._cache.runs_prompts_whole
 
     @property
+    def can_repeat(self) -> bool:
+        """Whether tokens that ran may run once more: they leave what they left the first time."""
+        return not any(kind.recurs for kind in self._cache.kinds)
+
+    @property
     def num_free(self) -> int:
         return self._cache.num_free
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import runtime
+from runtime.serving.model_runner import ModelRunner
 from runtime.serving.request import Request
 from tests.helpers.architectures import architecture_model
 from tests.helpers.capturing import served
@@ -34,6 +35,31 @@ def test_a_sequence_that_is_parked_goes_on_as_if_it_had_stayed(kind: str) -> Non
     ]
     found = by_id(engine.serve(requests, batch=1, rows=2, context=32, chunk=4))
     assert {id: result.token_ids for id, result in found.items()} == alone
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "zaya", "deepseek_v32"])
+def test_a_step_that_fails_after_a_part_of_it_has_run_changes_no_token(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recurrence would go on twice where its token ran again."""
+    stock: Any = architecture_model(kind)
+    given = prompts(5, 4, longest=9)
+    alone = {str(i): greedy(stock, prompt, 6) for i, prompt in enumerate(given)}
+    own, failed = ModelRunner._pass, []
+
+    def fail(runner: Any, parts: Any, *, stacked: bool = False) -> Any:
+        ran = own(runner, parts, stacked=stacked)
+        if len(failed) < 3 and parts[0].sequence.num_generated == len(failed) + 1:
+            failed.append(len(parts))
+            raise RuntimeError("a device that was busy")
+        return ran
+
+    monkeypatch.setattr(ModelRunner, "_pass", fail)
+    engine = runtime.load(architecture_model(kind), memory=0.6).expertflow
+    requests = [Request(id=str(i), prompt=prompt, max_tokens=6) for i, prompt in enumerate(given)]
+    found = by_id(engine.serve(requests, batch=3, rows=3, context=32, chunk=4))
+    assert {id: result.token_ids for id, result in found.items()} == alone
+    assert len(failed) == 3
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "lfm2_moe", "deepseek_v32"])
