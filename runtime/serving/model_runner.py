@@ -121,10 +121,12 @@ class CapturedRunner(ModelRunner):
         return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
 
     def _captures(self, decoding: Sequence[Part], prompts: Sequence[Part]) -> bool:
-        """Whether to capture: a prompt uses nearly every expert, and fetches it for the others."""
+        """Whether to capture: a prompt uses nearly every expert, and fetches it for the others in
+        its pass, if they can be in it.
+        """
         if not decoding or not self._rows.fits(len(decoding)):
             return False
-        return not (prompts and self._rows.is_starved)
+        return not (prompts and self._rows.is_starved) or self._cache.stacks
 
     @torch.no_grad()
     def _decode(self, sequences: Sequence[ServedSequence], renew: Callable[[], None]) -> Ran:

@@ -45,7 +45,7 @@ def test_a_step_that_fails_after_a_part_of_it_has_run_changes_no_token(
     stock: Any = architecture_model(kind)
     given = prompts(5, 4, longest=9)
     alone = {str(i): greedy(stock, prompt, 6) for i, prompt in enumerate(given)}
-    own, failed = ModelRunner._pass, []
+    own, failed = ModelRunner._pass, list[int]()
 
     def fail(runner: Any, parts: Any, *, stacked: bool = False) -> Any:
         ran = own(runner, parts, stacked=stacked)
