@@ -72,13 +72,12 @@ class Block(NamedTuple):
         own = self.hidden(args, kwargs)
         args = tuple(hidden if value is own else value for value in args)
         kwargs = {key: hidden if value is own else value for key, value in kwargs.items()}
-        chosen = self._route(args, kwargs)
+        chosen = self._route(self.layer, args, kwargs)
         with self._choosing(count):
-            wide = self._route(args, kwargs)
+            wide = self._route(self.layer._replace(top_k=count), args, kwargs)
         return _ranked(chosen, wide, count)
 
-    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
-        layer = self.layer
+    def _route(self, layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Routes:
         if self.module is layer.module:
             return read_routes(layer, args, kwargs)
 

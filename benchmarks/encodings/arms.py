@@ -24,6 +24,9 @@ MEMORY = {
     "gpt-oss-120b": "20GiB",
     "qwen3-30b-a3b": "10GiB",
     "mixtral-8x7b": "10GiB",
+    "qwen3-next-80b-a3b": "24GiB",
+    "deepseek-v2-lite": "6GiB",
+    "granite-4-h-tiny": "3GiB",
     "tiny": "6MiB",
     "tiny-gpt-oss": "8MiB",
 }
@@ -34,6 +37,9 @@ OF_SHAPE = {
     "tiny-gpt-oss": ("mxfp4", PLAIN),
     "qwen3-30b-a3b": ("int4", "fp8", PLAIN),
     "mixtral-8x7b": ("int4",),
+    "qwen3-next-80b-a3b": ("int4",),
+    "deepseek-v2-lite": ("int4", PLAIN),
+    "granite-4-h-tiny": ("int4", PLAIN),
 }
 """Encodings of a shape, where not all of them: those in which such models are published, and
 bfloat16 where a host of 128 GB holds it."""
@@ -75,6 +81,8 @@ def encoding_arms(
     arms: list[CodedArm] = []
     for shape in settings.shapes:
         shape_named(shape)
+        if shape not in MEMORY:
+            raise ValueError(f"shape {shape} has no rows here: give one of {', '.join(MEMORY)}")
         routes = [TRACE] if shape in traced else [str(x) for x in settings.localities]
         policy = "predicted" if shape in predicted else "reuse"
         arms += _arms_of(shape, routes, policy, settings.memory or MEMORY[shape])

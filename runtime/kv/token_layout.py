@@ -51,6 +51,18 @@ class RaggedTokens(StepTokens, Protocol):
         """
 
 
+def rows_up_to(states: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Of states [R, ..., context, width], copies of rows, zero behind these positions.
+
+    What is behind them may be anything, and a mask does not keep a NaN from a sum.
+    """
+    copies = states[rows_B]
+    columns_C = torch.arange(states.shape[-2], device=states.device)
+    behind_BC = columns_C > positions_B[:, None]
+    shape = len(rows_B), *[1] * (states.dim() - 3), states.shape[-2], 1
+    return copies.masked_fill_(behind_BC.view(shape), 0)
+
+
 class TokenLayout:
     """Where each of a step's tokens belongs.
 
@@ -100,7 +112,7 @@ class TokenLayout:
     def gathered(self, states: Tensor) -> Tensor:
         """As of `RaggedTokens`."""
         if self._stacked:
-            return states[self.rows_B]
+            return rows_up_to(states, self.rows_B, self.positions_B)
         (span,) = self.spans
         return states[span.row : span.row + 1, ..., : span.start + span.num_tokens, :]
 

@@ -17,10 +17,10 @@ from benchmarks.common.coded_models import (
     coded_bytes,
     coded_source,
 )
-from benchmarks.common.shapes import SCALE, SHAPES, empty_model, shape_named
+from benchmarks.common.shapes import SCALE, empty_model, shape_named
 from benchmarks.encodings import __main__ as encodings
 from benchmarks.encodings import page
-from benchmarks.encodings.arms import TRACE, CodedArm, encoding_arms, groups
+from benchmarks.encodings.arms import MEMORY, TRACE, CodedArm, encoding_arms, groups
 from benchmarks.encodings.runner import EncodingRunner, expected_s
 from benchmarks.encodings.settings import EncodingSettings
 from benchmarks.encodings.subject import CodedSubject
@@ -99,7 +99,7 @@ def test_an_unknown_encoding_is_refused() -> None:
 
 
 def test_every_shape_has_arms_and_those_of_one_load_stand_together() -> None:
-    settings = EncodingSettings(shapes=[name for name in SHAPES if name != "tiny"])
+    settings = EncodingSettings(shapes=[name for name in MEMORY if name != "tiny"])
     arms = encoding_arms(settings, traced=set(), predicted=set())
     assert {arm.shape for arm in arms} == set(settings.shapes)
     assert len({arm.name for arm in arms}) == len(arms)

@@ -27,6 +27,7 @@ from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
 from runtime.kv.row_cache import RowCache
+from runtime.kv.token_layout import rows_up_to
 
 
 class TokensOfRows(SingleTokens):
@@ -60,7 +61,7 @@ class TokensOfRows(SingleTokens):
 
     def gathered(self, states: Tensor) -> Tensor:
         """As of `RaggedTokens`."""
-        return states[self.rows_B]
+        return rows_up_to(states, self.rows_B, self.positions_B)
 
     def attend(
         self,
@@ -79,7 +80,7 @@ class TokensOfRows(SingleTokens):
         rows_B, positions_B = self.rows_B, self.positions_B
         if seen is not None:
             if not gathered:
-                key, value = key[rows_B], value[rows_B]
+                key, value = self.gathered(key), self.gathered(value)
             return function(module, query, key, value, seen, **kwargs)[0]
         if gathered:
             rows_B = torch.arange(len(rows_B), device=rows_B.device)

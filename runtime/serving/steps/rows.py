@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.kv.row_cache import RowCache
 from runtime.kv.saved_row import SavedRow, copy_row
-from runtime.kv.state_kinds import layer_types
+from runtime.kv.state_kinds import KINDS, layer_types
 from runtime.serving.sequence import ServedSequence
 
 SHORTEST = 8
@@ -44,8 +44,7 @@ class Rows:
     """The rows of one serving loop. reuse: whether requests may begin with the rows of others."""
 
     def __init__(self, cache: RowCache, config: object, *, reuse: bool) -> None:
-        kinds = zip(layer_types(config), cache.kinds, strict=True)
-        others = {name for name, kind in kinds if not kind.keeps_positions}
+        others = {name for name in layer_types(config) if not KINDS[name].keeps_positions}
         if reuse and others:
             raise ValueError(
                 f"prefix_reuse: what layers of type {', '.join(sorted(others))} keep cannot be cut "

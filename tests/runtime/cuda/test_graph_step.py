@@ -47,6 +47,8 @@ class StockExperts:
 
     def begin_step(self) -> None: ...
 
+    def end_step(self) -> None: ...
+
 
 def make(name: str) -> Any:
     if name in STATES:

@@ -103,8 +103,8 @@ def test_experts_that_no_kernel_runs_are_refused_with_the_reason() -> None:
     assert "no kernel" in refusal(tiny_model("switch_transformers"))
     assert "float64" in refusal(tiny_model("olmoe").to(torch.float64))
     assert "activation" in refusal(tiny_model("mixtral", hidden_act="tanh"))
-    assert "plain gated" in refusal(tiny_model("olmoe"), has_gate=False)
-    assert "plain gated" in refusal(tiny_model("olmoe"), has_post_expert_norm=True)
+    assert "gate_up_proj have no kernel" in refusal(tiny_model("olmoe"), has_gate=False)
+    assert "a norm behind" in refusal(tiny_model("olmoe"), has_post_expert_norm=True)
 
 
 def test_an_experts_class_whose_gate_fails_is_refused() -> None:

@@ -114,6 +114,24 @@ def test_a_row_that_was_parked_goes_on_in_another_bit_by_bit(kind: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v3", "deepseek_v32", "qwen3_next"])
+def test_numbers_that_were_not_finite_do_not_outlive_their_sequence(kind: str) -> None:
+    """A row that had a NaN in it serves the next sequence as any other."""
+    model: Any = architecture_model(kind)
+    found = []
+    for poisoned in (False, True):
+        cache = row_cache(model, 4, CONTEXT)
+        run_prompt(model, cache, 3, ids_of(2))
+        for tensor in cache.by_position + cache.by_row:
+            tensor.fill_(float("nan") if poisoned else 0.5)
+        first = run_prompt(model, cache, 3, ids_of(3))
+        step = step_of(model, cache, 2)
+        logits = continued(model, step, {3: int(first.argmax())}, {3: LENGTHS[3]}, 2)[3]
+        found.append(torch.stack([first, *logits]))
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "lfm2_moe", "minimax"])
 def test_a_step_of_rows_that_is_taken_back_leaves_no_trace(kind: str) -> None:
     """As the warm-up before a capture does it."""
