@@ -128,8 +128,11 @@ def render(results: dict[str, dict[str, Any]]) -> str:
 
 
 def render_steps(results: dict[str, dict[str, Any]], versions: list[str], notes: list[str]) -> str:
-    """The table of captured steps and serving: two columns for each version."""
+    """The table of captured steps and serving: two columns for each version that they were tried
+    in.
+    """
     names = "captured", "served"
+    versions = [v for v in versions if any(row.get("captured") for row in results[v].values())]
     lines = [
         [kind, *(_noted(results[version].get(kind, {}).get(name, ""), notes)
                  for version in versions for name in names)]
@@ -167,10 +170,11 @@ def _summary(version: str, rows: dict[str, Any]) -> str:
     verdicts = [Verdict(**row) for row in rows.values()]
     counts = {name: sum(getattr(v, name) == "yes" for v in verdicts) for name in CHECKS}
     exact = sum(verdict.is_exact for verdict in verdicts)
+    more = f", {counts['captured']} captured, {counts['served']} served"
+    more = more if any(verdict.captured for verdict in verdicts) else ""
     return (
         f"transformers {version}: {len(verdicts)} architectures, {exact} exact, "
-        f"{counts['traced']} traced, {counts['generates']} generate, {counts['lazy']} lazy, "
-        f"{counts['captured']} captured, {counts['served']} served"
+        f"{counts['traced']} traced, {counts['generates']} generate, {counts['lazy']} lazy{more}"
     )
 
 
