@@ -32,7 +32,7 @@ types: $(INSTALLED)
 
 # One process a core and one thread a process: threads of two processes on one core starve each other.
 tests: $(INSTALLED)
-	@echo "running the tests: about 14 minutes on 2 cores"
+	@echo "running the tests: about 25 minutes on 2 cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=10
 
 test-gpu:
