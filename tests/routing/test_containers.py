@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from routing.layers import MoELayer, Routes, find_moe_layers, read_routes
 from routing.topology import NO_EXPERT
-from tests.helpers.architectures import architecture_model
+from tests.helpers.architectures import OVERRIDES, architecture_model
 
 TOKENS = torch.arange(2, 26).view(2, 12)
 
@@ -45,7 +45,13 @@ def assert_same_experts(ours_TK: Tensor, theirs_TK: Tensor) -> None:
     assert torch.equal(ours_TK.sort(-1).values, theirs_TK.sort(-1).values)
 
 
-def test_llama4_routes_are_read_off_the_rows_that_are_not_zero() -> None:
+@pytest.fixture
+def two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 with two experts a token, not one."""
+    monkeypatch.setitem(OVERRIDES, "llama4_text", {"num_experts_per_tok": 2})
+
+
+def test_llama4_routes_are_read_off_the_rows_that_are_not_zero(two_experts: None) -> None:
     model: Any = architecture_model("llama4_text")
     for layer, routes, hidden_TH in calls(model, "router"):
         router = model.get_submodule(layer.name.removesuffix("experts") + "router")
@@ -53,7 +59,7 @@ def test_llama4_routes_are_read_off_the_rows_that_are_not_zero() -> None:
         assert (routes.weights_TK == 1).all()
 
 
-def test_a_llama4_score_of_zero_is_no_expert() -> None:
+def test_a_llama4_score_of_zero_is_no_expert(two_experts: None) -> None:
     (layer, *_) = find_moe_layers(architecture_model("llama4_text"))
     hidden_ETH = torch.zeros(8, 2, 32)
     hidden_ETH[5, 0] = hidden_ETH[1, 1] = hidden_ETH[2, 1] = 1
