@@ -34,7 +34,8 @@ def captured(kind: str) -> str:
     padded_BT = mask_BT.clone()
     padded_BT[0, :3] = 0
     stock: Any = architecture_model(kind)
-    _assert_norms_are_the_models(stock)
+    if not stock.config.is_encoder_decoder:
+        _assert_norms_are_the_models(stock)
     inputs = (ids_BT[:1], mask_BT[:1]), (ids_BT, padded_BT)
     expected = [_continued(stock, *given) for given in inputs]
     with pytest.MonkeyPatch.context() as patch, fake_cuda(patch), warnings.catch_warnings():

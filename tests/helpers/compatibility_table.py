@@ -24,7 +24,8 @@ from tests.helpers.compatibility import TOLERANCE, Verdict, check
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "compatibility.json"
 TABLE = DOCS / "compatibility.md"
-CHECKS = ("traced", "parity", "generates", "lazy", "captured", "served")
+CHECKS = ("traced", "parity", "generates", "lazy")
+STEP_CHECKS = ("captured", "served")
 
 INTRODUCTION = """# Architectures
 
@@ -131,7 +132,7 @@ def render_steps(results: dict[str, dict[str, Any]], versions: list[str], notes:
     """The table of captured steps and serving: two columns for each version that they were tried
     in.
     """
-    names = "captured", "served"
+    names = STEP_CHECKS
     versions = [v for v in versions if any(row.get("captured") for row in results[v].values())]
     lines = [
         [kind, *(_noted(results[version].get(kind, {}).get(name, ""), notes)
@@ -168,7 +169,9 @@ def _table(heads: list[str], lines: list[list[str]]) -> str:
 
 def _summary(version: str, rows: dict[str, Any]) -> str:
     verdicts = [Verdict(**row) for row in rows.values()]
-    counts = {name: sum(getattr(v, name) == "yes" for v in verdicts) for name in CHECKS}
+    counts = {
+        name: sum(getattr(v, name) == "yes" for v in verdicts) for name in CHECKS + STEP_CHECKS
+    }
     exact = sum(verdict.is_exact for verdict in verdicts)
     more = f", {counts['captured']} captured, {counts['served']} served"
     more = more if any(verdict.captured for verdict in verdicts) else ""
