@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routing.layers import MoELayer, Routes
+from routing.layers import MoELayer, Routes, bound_call
 
 Slots = Callable[[list[int]], Iterator[tuple[int, dict[str, Tensor]]]]
 """Given distinct expert ids, yields each with its parameters, resident for the moment."""
@@ -36,6 +36,22 @@ def run_experts(layer: MoELayer, hidden: Tensor, routes: Routes, slots: Slots) -
     outputs_TKH = outputs_TKH.view(num_rows, top_k, -1)
     summed_TH = (outputs_TKH * routes.weights_TK[..., None]).sum(1).to(hidden.dtype)
     return summed_TH.view_as(hidden)
+
+
+def call_kernels(
+    layer: MoELayer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The experts call of `layer` by kernels, without a host sync.
+
+    run: from hidden states [T, H], ids and weights [T, K] to the sums over experts [T, H].
+    """
+    call = bound_call(layer, args, kwargs)
+    hidden, routes = layer.container.tokens(layer, call)
+    sums = with_rest(layer, hidden, routes, run(hidden, *routes))
+    return layer.container.output(layer, call, sums)
 
 
 def with_rest(layer: MoELayer, hidden: Tensor, routes: Routes, sums: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from routing.layers import bound_call, read_call
+from routing.layers import read_call
 from runtime.cache.forecast import Forecast
 from runtime.engine.backend import Backend
-from runtime.engine.experts import with_bias, with_rest
+from runtime.engine.experts import call_kernels, with_bias
 from runtime.engine.gradients import LayerCall, in_backward, refuse_transforms
 from runtime.engine.observer import NoObserver
 from runtime.engine.step_inputs import StepInputs, read_inputs
@@ -160,10 +160,7 @@ class Steps:
                 output: Tensor = layer.module.forward(*args, **kwargs)
                 return output
             if self._backend.is_capturing:
-                call = bound_call(layer, args, kwargs)
-                hidden, routes = layer.container.tokens(layer, call)
-                sums = self._backend.run_captured(index, hidden, *routes)
-                return layer.container.output(layer, call, with_rest(layer, hidden, routes, sums))
+                return call_kernels(layer, args, kwargs, partial(self._backend.run_captured, index))
             hidden, routes = read_call(layer, args, kwargs)
             if not self._is_running:
                 return with_bias(layer, self._alone(index)(hidden, routes))

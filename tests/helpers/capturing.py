@@ -22,9 +22,9 @@ NEW = 4
 MEMORY = 0.6
 
 
-def captured(kind: str) -> str:
+def captured(kind: str, **options: Any) -> str:
     """ "yes": captured steps give the stock model's greedy tokens, of one sequence and of two of
-    which one is padded; else the reason that it decodes otherwise.
+    which one is padded; else the reason that it decodes otherwise. options: of `load_fake`.
     """
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     from tests.helpers.fake_cuda import fake_cuda, load_fake
@@ -40,7 +40,7 @@ def captured(kind: str) -> str:
     expected = [_continued(stock, *given) for given in inputs]
     with pytest.MonkeyPatch.context() as patch, fake_cuda(patch), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = load_fake(architecture_model(kind), memory=MEMORY, batch=2, context=32)
+        model = load_fake(architecture_model(kind), memory=MEMORY, batch=2, context=32, **options)
         for given, want in zip(inputs, expected, strict=True):
             got = _continued(model, *given)
             if model.expertflow.decode_path != "graph":

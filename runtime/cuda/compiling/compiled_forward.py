@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from routing.layers import MoELayer, bound_call
+from routing.layers import MoELayer
 from runtime.cuda.decode.fused_top_k import FusedTopKPass
+from runtime.engine.experts import call_kernels
 
 COMPILER: dict[str, Any] = {
     "coordinate_descent_tuning": True,
@@ -74,5 +75,8 @@ def _replaced(calls: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Itera
 
 
 def _call(layer: MoELayer, index: int, *args: Any, **kwargs: Any) -> Tensor:
-    output: Tensor = torch.ops.expertflow.experts(*bound_call(layer, args, kwargs), index)
-    return output
+    def run(*inputs: Tensor) -> Tensor:
+        sums: Tensor = torch.ops.expertflow.experts(*inputs, index)
+        return sums
+
+    return call_kernels(layer, args, kwargs, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,13 @@ from tests.helpers.capturing import captured
 def test_they_give_the_stock_models_tokens(kind: str) -> None:
     """Scaled tokens, experts without parameters, positions of three kinds, convolutions."""
     assert captured(kind) == "yes"
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_next"])
+def test_they_do_when_they_are_compiled_too(kind: str) -> None:
+    """Scaled tokens, experts without parameters of which a step needs some, recurrences."""
+    torch._dynamo.reset()
+    assert captured(kind, compile=True) == "yes"
 
 
 def test_a_token_that_two_experts_get_scaled_differently_is_refused_by_name(
