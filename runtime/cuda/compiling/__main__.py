@@ -92,7 +92,7 @@ def step_of(blueprint: Blueprint, forward: Callable[..., Any]) -> DecodeStep | R
     cache: Any
     step: DecodeStep | RowStep
     if shape.key.kind == GENERATING:
-        cache = shared_cache(storage, len(shape.states))
+        cache = shared_cache(storage, model.config.get_text_config(decoder=True))
         step = DecodeStep(model, forward, cache, nothing, context=storage.context, **common)
         if not shape.has_own_attention:
             step.leave_attention()
