@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cuda.kernels import attention as kernels
-from runtime.kv.own_attention import OF_NO_MATTER, TAKEN
+from runtime.kv.own_attention import UNDERSTOOD
 from runtime.kv.state_kinds import KINDS, Mask, masks_of, state_kinds
 
 
@@ -124,7 +124,7 @@ class PaddedTokens(SingleTokens):
         if getattr(module, "sinks", None) is not None and "s_aux" not in given:
             return False
         fits = key.shape[::2] == self._real_BC.shape and not query.shape[1] % key.shape[1]
-        return fits and given <= TAKEN | OF_NO_MATTER | {"dropout"}
+        return fits and given <= UNDERSTOOD | {"dropout"}
 
     def masks(self) -> Tensor | dict[str, Tensor | None]:
         """The mask of each row's new token: one, or one for each layer type where they differ.

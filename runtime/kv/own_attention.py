@@ -28,6 +28,7 @@ OF_NO_MATTER = {
     "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
 """Meant for the forward pass, and handed through."""
+UNDERSTOOD = TAKEN | OF_NO_MATTER
 
 
 class OwnAttention:

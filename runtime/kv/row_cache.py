@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from runtime.kv.own_attention import OF_NO_MATTER, TAKEN, OwnAttention
+from runtime.kv.own_attention import UNDERSTOOD, OwnAttention
 from runtime.kv.row_layers import RowRecurrentLayer, row_layer
 from runtime.kv.state_kinds import WHOLE_PROMPTS, Mask, require_rows, state_kinds
 from runtime.kv.static_cache import class_for
@@ -70,16 +70,22 @@ class RowCache(Cache):
         ]
         Cache.__init__(self, layers=list(self._own_layers))
         self._recurrent = [one for one in self._own_layers if isinstance(one, RowRecurrentLayer)]
-
-    @property
-    def stacks(self) -> bool:
+        self._chooses = any(kind.indexes for kind in self.kinds)
+        self.stacks = any(kind.stacks for kind in self.kinds)
         """Whether single tokens run as a batch [T, 1], and prompts one at a time."""
-        return any(kind.stacks for kind in self.kinds)
 
     @property
-    def chooses(self) -> bool:
-        """Whether layers choose what they attend to, from a mask that they must be given."""
-        return any(kind.indexes for kind in self.kinds)
+    def room(self) -> int:
+        """Positions of a row; an engine's storage may have more than are asked for."""
+        return self.context if self.storage is None else self.storage.context
+
+    def allocate(self, index: int, name: str, like: Tensor) -> Tensor:
+        """Memory of layer `index` for a state `like` [*, ...] of every row, [R, ...]: of the
+        engine's storage, where it has one.
+        """
+        if self.storage is not None:
+            return self.storage.state(index, name, like, self.num_rows)
+        return like.new_empty(self.num_rows, *like.shape[1:])
 
     @property
     def num_free(self) -> int:
@@ -155,10 +161,10 @@ class RowCache(Cache):
             tensor[rows_B] = before
 
     def mask(self, layout: RaggedTokens) -> Tensor | None:
-        """The mask that the model must be given; None: it needs none, the layout knows better."""
-        if not self.chooses:
-            return None
-        return layout.seen(self.context if self.storage is None else self.storage.context)
+        """The mask that layers must be given which choose what they attend to; None: there are
+        none, and the layout knows better.
+        """
+        return layout.seen(self.room) if self._chooses else None
 
     def _attend(
         self,
@@ -173,7 +179,7 @@ class RowCache(Cache):
         unknown = sorted(
             name
             for name, given in kwargs.items()
-            if isinstance(given, Tensor) and name not in TAKEN | OF_NO_MATTER
+            if isinstance(given, Tensor) and name not in UNDERSTOOD
         )
         kind = self.kinds[getattr(module, "layer_idx", 0)]
         if unknown and not kind.indexes:

@@ -10,35 +10,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from runtime.kv.state_kinds import StateKind
-from runtime.kv.static_layers import CONV, RECURRENT
-from runtime.kv.storage import Storage
+from runtime.kv.static_layers import CONV, RECURRENT, StatesLayer, keys_and_values
 from runtime.kv.token_layout import RaggedTokens
 
 
 class Owner(Protocol):
     """The cache that layers belong to."""
 
-    num_rows: int
     context: int
-    storage: Storage | None
     layout: RaggedTokens
 
+    @property
+    def room(self) -> int:
+        """Positions of a row."""
 
-class RowStates:
-    """Tensors of one layer with a row for each sequence."""
-
-    def __init__(self, owner: Owner, index: int) -> None:
-        self._owner, self._index = owner, index
-
-    def allocate(self, name: str, like: Tensor) -> Tensor:
-        """[R, ...] for states `like` [*, ...]: of the engine's storage, where it has one."""
-        owner = self._owner
-        if owner.storage is not None:
-            return owner.storage.state(self._index, name, like, owner.num_rows)
-        return like.new_empty(owner.num_rows, *like.shape[1:])
+    def allocate(self, index: int, name: str, like: Tensor) -> Tensor:
+        """Memory of layer `index` for a state `like` [*, ...] of every row: [R, ...]."""
 
 
 class RowLayer(CacheLayerMixin):
@@ -49,20 +39,17 @@ class RowLayer(CacheLayerMixin):
 
     def __init__(self, owner: Owner, index: int) -> None:
         super().__init__()
-        self._owner, self._states = owner, RowStates(owner, index)
+        self._owner, self._index = owner, index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            self._tensor("keys", key_states),
-            self._tensor("values", value_states),
-        )
+        self.keys = self._allocate("keys", key_states)
+        self.values = self._allocate("values", value_states)
         self.is_initialized = True
 
-    def _tensor(self, name: str, like: Tensor) -> Tensor:
-        storage = self._owner.storage
-        context = self._owner.context if storage is None else storage.context
-        shape = 0, like.shape[1], context, like.shape[-1]
-        return self._states.allocate(name, like.new_empty(shape))
+    def _allocate(self, name: str, like: Tensor) -> Tensor:
+        """[R, ..., context, width] for new entries `like` [*, ..., T, width]."""
+        shape = 0, *like.shape[1:-2], self._owner.room, like.shape[-1]
+        return self._owner.allocate(self._index, name, like.new_empty(shape))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -91,7 +78,7 @@ class RowLayer(CacheLayerMixin):
     @property
     def by_position(self) -> list[Tensor]:
         """Tensors with an entry for each position, [R, ..., context, width]."""
-        return [x for x in (self.keys, self.values) if isinstance(x, Tensor)]
+        return keys_and_values(self)
 
     @property
     def by_row(self) -> list[Tensor]:
@@ -111,10 +98,7 @@ class RowIndexedLayer(RowLayer):
         """Add the keys [batch, T, width] of new tokens: all keys of their sequences."""
         new, layout = indexer_key_states, self._owner.layout
         if self.indexer_keys is None:
-            storage = self._owner.storage
-            context = self._owner.context if storage is None else storage.context
-            like = new.new_zeros(0, context, new.shape[-1])
-            self.indexer_keys = self._states.allocate("indexer", like).zero_()
+            self.indexer_keys = self._allocate("indexer", new)
         self.indexer_keys[layout.rows_B, layout.positions_B] = new.flatten(0, 1)
         return layout.gathered(self.indexer_keys)
 
@@ -123,34 +107,19 @@ class RowIndexedLayer(RowLayer):
         return super().by_position + ([] if self.indexer_keys is None else [self.indexer_keys])
 
 
-class RowRecurrentLayer(LinearAttentionLayer):
-    """States of one size: between `take` and `put`, those of the sequences of a step."""
+class RowRecurrentLayer(StatesLayer):
+    """States of one size: between `take` and `put`, those of the sequences of a step. Of a layer
+    that keeps nothing it stays empty.
+    """
 
     def __init__(self, owner: Owner, index: int, number_of_states: int = 1) -> None:
         super().__init__(number_of_states=number_of_states)
-        self._states = RowStates(owner, index)
+        self._owner, self._index = owner, index
         self._stored: dict[tuple[str, int], Tensor] = {}
         """[R, ...] of each state, by its kind and number."""
 
-    def lazy_initialization(
-        self,
-        conv_states: Tensor | None = None,
-        recurrent_states: Tensor | None = None,
-        state_idx: int = 0,
-        conv_kernel_size: int | None = None,
-    ) -> None:
-        given = conv_states if recurrent_states is None else recurrent_states
-        assert given is not None
-        if self.device is None:
-            self.dtype, self.device = given.dtype, given.device  # type: ignore[assignment]
-        if recurrent_states is not None:
-            self.recurrent_states[state_idx] = torch.zeros_like(given)
-            self.is_recurrent_states_initialized[state_idx] = True
-            return
-        kernel = given.shape[-1] if conv_kernel_size is None else conv_kernel_size
-        self.conv_kernel_size[state_idx] = kernel
-        self.conv_states[state_idx] = given.new_zeros(*given.shape[:-1], kernel)
-        self.is_conv_states_initialized[state_idx] = True
+    def zeros(self, name: str, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
 
     def take(self, rows_B: Tensor, *, is_new: bool) -> None:
         """Take the states of these rows, or begin without."""
@@ -171,7 +140,8 @@ class RowRecurrentLayer(LinearAttentionLayer):
                 if state is None:
                     continue
                 if key not in self._stored:
-                    self._stored[key] = self._states.allocate(f"{name}{number}", state)
+                    name = f"{name}{number}"
+                    self._stored[key] = self._owner.allocate(self._index, name, state)
                 self._stored[key][rows_B] = state
                 states[number] = None
 
@@ -200,10 +170,7 @@ class RowHybridLayer(RowRecurrentLayer, RowLayer):  # type: ignore[override]
         RowRecurrentLayer.__init__(self, owner, index, number_of_states)
 
     get_max_length = RowLayer.get_max_length
-
-    @property
-    def by_position(self) -> list[Tensor]:
-        return [x for x in (self.keys, self.values) if isinstance(x, Tensor)]
+    by_position = RowLayer.by_position
 
 
 def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) -> Any:
@@ -212,7 +179,7 @@ def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) 
         layer = RowRecurrentLayer if kind.mask is None else RowHybridLayer
         return layer(owner, index, number_of_states)
     if kind.mask is None:
-        return RowRecurrentLayer(owner, index)  # it stays empty
+        return RowRecurrentLayer(owner, index)
     attending = (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
     attending.expands = kind.expands
     return attending

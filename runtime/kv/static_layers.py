@@ -6,11 +6,12 @@ size; it knows the step that runs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from runtime.kv.state_kinds import StateKind
 from runtime.kv.storage import StepTokens, Storage
@@ -26,6 +27,11 @@ class Owner(Protocol):
 
     def lengths(self, device: torch.device) -> Tensor:
         """Tokens in each layer, int64 [L]."""
+
+
+def keys_and_values(layer: CacheLayerMixin) -> list[Tensor]:
+    """Those that there are yet."""
+    return [x for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
 
 
 class SharedLayer(StaticLayer):
@@ -95,7 +101,7 @@ class SharedLayer(StaticLayer):
     @property
     def stored(self) -> list[Tensor]:
         """All tensors of the layer."""
-        return [x for x in (self.keys, self.values) if isinstance(x, Tensor)]
+        return keys_and_values(self)
 
     @property
     def recurrent(self) -> list[Tensor]:
@@ -138,14 +144,12 @@ class SharedIndexedLayer(SharedLayer):
         return super().stored + indexer
 
 
-class SharedRecurrentLayer(LinearAttentionLayer):
-    """transformers' own layer of states of one size, which are views of the storage."""
+class StatesLayer(LinearAttentionLayer):
+    """transformers' own layer of states of one size, in memory that a subclass gives."""
 
-    def __init__(
-        self, owner: Owner, storage: Storage, index: int, number_of_states: int = 1
-    ) -> None:
-        super().__init__(number_of_states=number_of_states)
-        self._storage, self._index = storage, index
+    @abstractmethod
+    def zeros(self, name: str, like: Tensor) -> Tensor:
+        """Memory of a state of that name, zero."""
 
     def lazy_initialization(
         self,
@@ -159,18 +163,27 @@ class SharedRecurrentLayer(LinearAttentionLayer):
         if self.device is None:
             self.dtype, self.device = given.dtype, given.device  # type: ignore[assignment]
         if recurrent_states is not None:
-            self.recurrent_states[state_idx] = self._state(RECURRENT, state_idx, recurrent_states)
+            self.recurrent_states[state_idx] = self.zeros(f"{RECURRENT}{state_idx}", given)
             self.is_recurrent_states_initialized[state_idx] = True
             return
         kernel = given.shape[-1] if conv_kernel_size is None else conv_kernel_size
         self.conv_kernel_size[state_idx] = kernel
-        like = given.new_empty(len(given), *given.shape[1:-1], kernel)
-        self.conv_states[state_idx] = self._state(CONV, state_idx, like)
+        like = given.new_empty(*given.shape[:-1], kernel)
+        self.conv_states[state_idx] = self.zeros(f"{CONV}{state_idx}", like)
         self.is_conv_states_initialized[state_idx] = True
 
-    def _state(self, name: str, state_idx: int, like: Tensor) -> Tensor:
-        state = self._storage.state(self._index, f"{name}{state_idx}", like, len(like))
-        return state.zero_()
+
+class SharedRecurrentLayer(StatesLayer):
+    """States that are views of the storage. Of a layer that keeps nothing it stays empty."""
+
+    def __init__(
+        self, owner: Owner, storage: Storage, index: int, number_of_states: int = 1
+    ) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self._storage, self._index = storage, index
+
+    def zeros(self, name: str, like: Tensor) -> Tensor:
+        return self._storage.state(self._index, name, like, len(like)).zero_()
 
     def forget(self) -> None:
         """What a new sequence changes on the host."""
@@ -207,11 +220,7 @@ class SharedHybridLayer(SharedRecurrentLayer, SharedLayer):  # type: ignore[misc
 
     @property
     def stored(self) -> list[Tensor]:
-        return SharedLayer.stored.fget(self) + self.recurrent  # type: ignore[attr-defined]
-
-
-class NoLayer(SharedRecurrentLayer):
-    """Of a layer that keeps nothing: it stays empty."""
+        return keys_and_values(self) + self.recurrent
 
 
 def static_layer(
@@ -222,5 +231,5 @@ def static_layer(
         layer = SharedRecurrentLayer if kind.mask is None else SharedHybridLayer
         return layer(owner, storage, index, number_of_states)
     if kind.mask is None:
-        return NoLayer(owner, storage, index)
+        return SharedRecurrentLayer(owner, storage, index)
     return (SharedIndexedLayer if kind.indexes else SharedLayer)(owner, storage, index)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from runtime.kv.own_attention import Attention
-from runtime.kv.storage import StepTokens
 
 
 class Span(NamedTuple):
@@ -20,35 +20,6 @@ class Span(NamedTuple):
     """Tokens of the sequence that are in the cache already."""
     num_tokens: int
     """Tokens of this step."""
-
-
-class RaggedTokens(StepTokens, Protocol):
-    """The tokens of a step, of any rows: side by side [1, T], or one of each row [T, 1]."""
-
-    is_new: bool
-    """Whether they begin their sequences."""
-    is_one_sequence: bool
-
-    def seen(self, context: int) -> Tensor:
-        """Who sees whom, bool [1, 1, T, all tokens] of one sequence, or [T, 1, 1, context]."""
-
-    def gathered(self, states: Tensor) -> Tensor:
-        """Of states [R, ..., context, width], those of the tokens' sequences."""
-
-    def attend(
-        self,
-        function: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        **kwargs: Any,
-    ) -> Tensor:
-        """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width], or
-        from [T, heads, 1, width] to [T, 1, heads, width]. chunk: tokens that see each other only.
-        seen: bool, as of `seen` below, of a layer that chooses. gathered: keys and values are those
-        of the tokens' sequences already.
-        """
 
 
 def rows_up_to(states: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
@@ -63,7 +34,56 @@ def rows_up_to(states: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
     return copies.masked_fill_(behind_BC.view(shape), 0)
 
 
-class TokenLayout:
+class RaggedTokens(ABC):
+    """The tokens of a step, of any rows: side by side [1, T], or stacked, one of each row [T, 1].
+
+    is_new: whether they begin their sequences. is_one_sequence: whether there is but one.
+    """
+
+    def __init__(
+        self, rows_B: Tensor, positions_B: Tensor, *, stacked: bool, is_new: bool = False,
+        is_one_sequence: bool = False,
+    ) -> None:  # fmt: skip
+        self.rows_B, self.positions_B, self._stacked = rows_B, positions_B, stacked
+        self.is_new, self.is_one_sequence = is_new, is_one_sequence
+
+    def shaped(self, values_T: Tensor) -> Tensor:
+        """What is one for each token as the model takes it."""
+        return values_T[:, None] if self._stacked else values_T[None]
+
+    def seen(self, context: int) -> Tensor:
+        """Who sees whom, bool: of stacked tokens [T, 1, 1, context], of one sequence's [1, 1, T,
+        all tokens].
+        """
+        columns_C = torch.arange(context, device=self.rows_B.device)
+        return (columns_C <= self.positions_B[:, None])[:, None, None]
+
+    def gathered(self, states: Tensor) -> Tensor:
+        """Of states [R, ..., context, width], those of the tokens' sequences."""
+        return rows_up_to(states, self.rows_B, self.positions_B)
+
+    @abstractmethod
+    def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+
+    @abstractmethod
+    def attend(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width], or
+        from [T, heads, 1, width] to [T, 1, heads, width]. chunk: tokens that see each other only.
+        seen: of a layer that chooses, from what the method says. gathered: keys and values are
+        those of the tokens' sequences already.
+        """
+
+
+class TokenLayout(RaggedTokens):
     """Where each of a step's tokens belongs.
 
     attend_singles: attention of single tokens together, as
@@ -79,20 +99,16 @@ class TokenLayout:
         *,
         stacked: bool = False,
     ) -> None:
-        self._attend_singles = attend_singles
-        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
-        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
-        self.spans, self._stacked = spans, stacked
-        self.is_new = not any(span.start for span in spans)
-        self.is_one_sequence = len(spans) == 1
         rows = [span.row for span in spans for _ in range(span.num_tokens)]
         positions = [span.start + i for span in spans for i in range(span.num_tokens)]
-        self.rows_B, self.positions_B = torch.tensor([rows, positions], device=device)
+        super().__init__(
+            *torch.tensor([rows, positions], device=device), stacked=stacked,
+            is_new=not any(span.start for span in spans), is_one_sequence=len(spans) == 1,
+        )  # fmt: skip
+        self.spans, self._attend_singles = spans, attend_singles
+        ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
+        self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
         self._masks: dict[tuple[Span, int | None, int | None], Tensor] = {}
-
-    def shaped(self, values_T: Tensor) -> Tensor:
-        """What is one for each token as the model takes it: [1, T], or [T, 1]."""
-        return values_T[:, None] if self._stacked else values_T[None]
 
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
         """Keys and values [1, heads, T, width] or [T, heads, 1, width] to rows and positions."""
@@ -100,19 +116,16 @@ class TokenLayout:
             stored[self.rows_B, :, self.positions_B] = new.transpose(1, 2).flatten(0, 1)
 
     def seen(self, context: int) -> Tensor:
-        """As of `RaggedTokens`."""
         if self._stacked:
-            columns_C = torch.arange(context, device=self.rows_B.device)
-            return (columns_C <= self.positions_B[:, None])[:, None, None]
+            return super().seen(context)
         (span,) = self.spans
         mask = self.mask(span, None)
         length = span.start + span.num_tokens
         return self.rows_B.new_ones(1, 1, 1, length, dtype=torch.bool) if mask is None else mask
 
     def gathered(self, states: Tensor) -> Tensor:
-        """As of `RaggedTokens`."""
         if self._stacked:
-            return rows_up_to(states, self.rows_B, self.positions_B)
+            return super().gathered(states)
         (span,) = self.spans
         return states[span.row : span.row + 1, ..., : span.start + span.num_tokens, :]
 

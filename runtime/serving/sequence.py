@@ -103,6 +103,10 @@ class ServedSequence:
         """True while the logits after every token of the prompt are needed."""
         return self._prompt_scores is not None and self.num_generated == 0
 
+    def start_over(self) -> None:
+        """Let all tokens run again: what the cache had of them is gone, or cannot be gone on with."""
+        self.num_cached, self.routes = 0, []
+
     def next_chunk(self, most: int) -> int:
         """Pending tokens to run in a step that has room for `most`."""
         return min(self.num_pending, most, *([MOST_SCORED] if self.scores_prompt else []))

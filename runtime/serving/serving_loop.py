@@ -232,7 +232,7 @@ class ServingLoop:
         """
         sequence, is_done = part.sequence, self._rows.can_repeat
         if not is_done:
-            sequence.num_cached, sequence.routes = 0, []
+            sequence.start_over()
             part = self._admission.next_part(sequence)
         while True:
             is_done = is_done or part.completes

@@ -27,41 +27,26 @@ from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
 from runtime.kv.row_cache import RowCache
-from runtime.kv.token_layout import rows_up_to
+from runtime.kv.token_layout import RaggedTokens
 
 
-class TokensOfRows(SingleTokens):
-    """Tokens of any rows: side by side [1, B], or as a batch [B, 1]."""
-
-    is_new = is_one_sequence = False
+class TokensOfRows(SingleTokens, RaggedTokens):
+    """Single tokens of any rows."""
 
     def __init__(self, batch: int, device: torch.device, *, stacked: bool) -> None:
         self.inputs_3B = torch.zeros(3, batch, dtype=torch.int64, device=device)
         """Token ids, rows, positions."""
-        self._stacked = stacked
-        super().__init__(*self.inputs_3B[1:])
+        RaggedTokens.__init__(self, *self.inputs_3B[1:], stacked=stacked)
 
     @property
     def ids(self) -> Tensor:
         """The token ids as the model takes them."""
-        return self._shaped(self.inputs_3B[0])
+        return self.shaped(self.inputs_3B[0])
 
     @property
     def positions(self) -> Tensor:
         """The positions as the model takes them."""
-        return self._shaped(self.positions_B)
-
-    def _shaped(self, values_B: Tensor) -> Tensor:
-        return values_B[:, None] if self._stacked else values_B[None]
-
-    def seen(self, context: int) -> Tensor:
-        """As of `RaggedTokens`."""
-        columns_C = torch.arange(context, device=self.rows_B.device)
-        return (columns_C <= self.positions_B[:, None])[:, None, None]
-
-    def gathered(self, states: Tensor) -> Tensor:
-        """As of `RaggedTokens`."""
-        return rows_up_to(states, self.rows_B, self.positions_B)
+        return self.shaped(self.positions_B)
 
     def attend(
         self,

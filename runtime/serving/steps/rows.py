@@ -155,8 +155,7 @@ class Rows:
             return True
         self._held.clear()
         for sequence in active:
-            sequence.num_cached = 0
-            sequence.routes = []
+            sequence.start_over()
         return False
 
     def _room(self, source: Held | None, length: int) -> int:
