@@ -18,6 +18,10 @@ SHARED = QUARTER, "0.1"
 """Residencies at which the CPU's share is measured."""
 TIMED_WITH_CPU = ("olmoe-7b",)
 """Shapes whose CPU's share is measured."""
+TIMED_UNCAPTURED = "qwen3-next-80b-a3b", "deepseek-v2-lite", "granite-4-h-tiny"
+"""Shapes whose captured steps are compared with the same steps uncaptured: layers that recur, and
+those that keep compressed states.
+"""
 MEMORY = {
     "olmoe-7b": "4.2GiB",
     "gpt-oss-20b": "6GiB",
@@ -119,6 +123,9 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
         return replace(arm, **options)  # type: ignore[arg-type]
 
     leading = encodings[0]
+    if shape in TIMED_UNCAPTURED:
+        for residency, captured in product((FULL, QUARTER), (True, False)):
+            yield arm(leading, residency, policy=policy, is_captured=captured)
     if fits:
         yield from (arm(encoding, FULL) for encoding in narrow)
         yield from (arm(leading, QUARTER, at=at, policy=policy) for at in routes)

@@ -19,7 +19,7 @@ from benchmarks.replay.drawn_routes import LocalText
 from benchmarks.replay.passages import Text, TracedText
 from benchmarks.replay.relabel_predictor import relabel_predictor
 from benchmarks.replay.text_replay import TextReplay
-from benchmarks.systems.arm import sending_ahead
+from benchmarks.systems.arm import decoding_as
 from benchmarks.systems.running import Running, of_engine
 from routing.inspect_model import topology_of
 from routing.predictor_file.reader import PredictorFile, open_predictor
@@ -108,7 +108,7 @@ class CodedSubject:
         )
         with (
             replay.installed(),
-            sending_ahead(arm),
+            decoding_as(arm),
             self._engine(source, arm, context) as engine,
         ):
             yield Loaded(source, replay, of_engine(engine), best(self.link))

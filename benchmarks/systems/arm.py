@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 FULL = "1.0"
 """The residency with every expert in GPU memory."""
@@ -27,6 +28,8 @@ class Arm:
     policy: str | None = None
     prefetch: bool | str = False
     compile: bool = False
+    is_captured: bool = True
+    """Whether decode steps are CUDA graphs; else the model's own Python code runs in each."""
     cpu_share: bool = False
     """Whether the CPU computes a share of the missed experts, as the clock finds best."""
     batch: int = 1
@@ -50,6 +53,7 @@ class Arm:
             self.experts,
             ahead if self.prefetch else None,
             "compile" if self.compile else None,
+            None if self.is_captured else "uncaptured",
             "cpu" if self.cpu_share else None,
             self.residency,
             f"x{self.batch}" if self.batch > 1 else None,
@@ -74,16 +78,15 @@ def check_systems(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def sending_ahead(arm: Arm) -> Iterator[None]:
-    """While active, models that prefetch do so in the arm's way."""
-    if arm.prefetch != ONE_GUESS:
-        yield
-        return
-    from runtime.cuda.decode.experts import mover
+def decoding_as(arm: Arm) -> Iterator[None]:
+    """While active, models prefetch and capture their steps in the arm's way."""
+    with ExitStack() as changes:
+        if arm.prefetch == ONE_GUESS:
+            from runtime.cuda.decode.experts import mover
 
-    before = mover.DEPTH, mover.REACH
-    mover.DEPTH, mover.REACH = 1, 1
-    try:
+            changes.enter_context(patch.multiple(mover, DEPTH=1, REACH=1))
+        if not arm.is_captured:
+            from runtime.cuda.decode.decoder import Decoder
+
+            changes.enter_context(patch.object(Decoder, "objection", lambda _: "as asked for"))
         yield
-    finally:
-        mover.DEPTH, mover.REACH = before

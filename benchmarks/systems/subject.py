@@ -24,7 +24,7 @@ from benchmarks.replay.passages import (
 from benchmarks.replay.relabel_predictor import relabel_predictor
 from benchmarks.replay.text_replay import TextReplay
 from benchmarks.systems import other_systems
-from benchmarks.systems.arm import MIN, NO_CACHE, Arm, sending_ahead
+from benchmarks.systems.arm import MIN, NO_CACHE, Arm, decoding_as
 from benchmarks.systems.running import Running, offloaded
 from routing.inspect_model import topology_of
 from routing.predictor_file.reader import open_predictor
@@ -119,7 +119,7 @@ class Subject:
         Raises ValueError for an arm that lacks a device, a predictor or a trace.
         """
         replaying = nullcontext() if replay is None else replay.installed()
-        with replaying, sending_ahead(arm), self._system(arm, passes, context) as running:
+        with replaying, decoding_as(arm), self._system(arm, passes, context) as running:
             yield running
 
     def _system(

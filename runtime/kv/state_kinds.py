@@ -117,6 +117,8 @@ def unsupported(config: Any) -> str | None:
         return reason
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention implementation is {config._attn_implementation}, not sdpa or eager"
+    if most_independent_tokens(config) is not None:
+        return "how it rotates keys depends on the longest position of every step"
     return None
 
 

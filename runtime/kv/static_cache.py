@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from runtime.kv.state_kinds import state_kinds
+from runtime.kv.state_kinds import Mask, state_kinds
 from runtime.kv.static_layers import static_layer
 from runtime.kv.storage import StepTokens, Storage
 
@@ -59,6 +59,14 @@ class SharedCache(Cache):
             static_layer(kind, self, storage, index, number) for index, kind in enumerate(kinds)
         ]
         Cache.__init__(self, layers=list(self._own_layers))
+        self._has_chunks = any(kind.mask is Mask.CHUNKED for kind in kinds)
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether a prompt's masks shall be made before the model runs. Masks of chunks the model
+        makes itself: transformers 5.17 fails to make them for a static cache.
+        """
+        return not self._has_chunks
 
     def lengths(self, device: torch.device) -> Tensor:
         """Tokens in each layer, int64 [L]."""

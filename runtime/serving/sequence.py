@@ -104,7 +104,7 @@ class ServedSequence:
         return self._prompt_scores is not None and self.num_generated == 0
 
     def start_over(self) -> None:
-        """Let all tokens run again: what the cache had of them is gone, or cannot be gone on with."""
+        """Let all tokens run again: what the cache had of them cannot be gone on with."""
         self.num_cached, self.routes = 0, []
 
     def next_chunk(self, most: int) -> int:

@@ -31,6 +31,7 @@ from runtime.cuda.prefetching import Prefetching
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.cuda.share.cpu_share import CpuShare
 from runtime.engine.guards.changes import fingerprint, uncapturable
+from runtime.kv.state_kinds import unsupported
 
 
 class StepInFlight(NamedTuple):
@@ -98,7 +99,7 @@ class Decoder:
     def objection(self) -> str | None:
         """Why captured steps would not do what the model does now; None: they would."""
         model = self.model.model
-        if (reason := uncapturable(model)) is not None:
+        if (reason := uncapturable(model) or unsupported(self.model.config)) is not None:
             return reason
         now = fingerprint(model)
         self._captured = self._captured or now

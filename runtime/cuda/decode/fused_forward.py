@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cuda.decode.fused_top_k import FusedTopK
+from runtime.cuda.host_constants import HostConstants
 from runtime.cuda.kernels.dense.norm import rms_norm
 
 EPSILONS = "variance_epsilon", "eps"
@@ -28,10 +29,11 @@ class FusedForward:
 
     def __init__(self, model: nn.Module) -> None:
         self._forward, self._norms = model.forward, FusedNorms(model)
+        self._constants = HostConstants()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; its modules are their own again afterwards."""
-        with self._norms.in_use(), FusedTopK():
+        with self._norms.in_use(), FusedTopK(), self._constants:
             return self._forward(*args, **kwargs)
 
 

@@ -19,7 +19,6 @@ from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.generate_loop import Prompt, decode, takes_over
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.engine.next_tokens import NOT_FINITE
-from runtime.kv.state_kinds import unsupported
 from runtime.prediction.route_log import RouteLog
 
 
@@ -29,7 +28,6 @@ class CapturedGenerate:
     def __init__(self, model: Any, decoder: Decoder, route_log: RouteLog | None) -> None:
         self._model, self._decoder = model, decoder
         self.batch_decoder = BatchDecoder(decoder, route_log)
-        self._config: Any = model.config.get_text_config(decoder=True)
         self.num_rows: int | None = None
         """Sequences of the running generation; None: as many as a forward pass has."""
         self.mask_BT: Tensor | None = None
@@ -56,7 +54,7 @@ class CapturedGenerate:
             self.num_rows, self.mask_BT = outer
 
     def _objection(self, generation_config: Any, kwargs: dict[str, Any]) -> str | None:
-        reason = unsupported(self._config) or self._decoder.objection()
+        reason = self._decoder.objection()
         if reason is not None:
             return reason
         for name in ("past_key_values", "custom_generate", "inputs_embeds"):
