@@ -59,6 +59,7 @@ class EncodingRunner:
             error: str | None = f"skipped: {spent:.0f} s of the time budget were spent"
         else:
             error = self._run_loaded(waiting, add)
+            free_memory()  # of a model that nothing holds any more
         for arm in waiting:
             add(Row(arm=arm, error=error))
 
@@ -75,8 +76,6 @@ class EncodingRunner:
                     waiting.pop(0)
         except Exception as error:  # one arm of many: the others still count
             return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        finally:
-            free_memory()
         return None
 
     @property

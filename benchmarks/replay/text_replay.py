@@ -43,7 +43,8 @@ class TextReplay:
         layers = layers or find_moe_layers(model)
         top_k = max(layer.top_k for layer in layers)
         self._model = model
-        self._rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+        rotaries = (m for name, m in model.named_modules() if name.endswith("rotary_emb"))
+        self._rotary: nn.Module | None = next(rotaries, None)
         self._routers = [router_of(model, layer.name) for layer in layers] if routes else []
         self._batch, self._length = batch, length
         self._tokens_BT = torch.zeros(batch, length, dtype=torch.int64, device=device)
@@ -73,7 +74,11 @@ class TextReplay:
     def installed(self) -> Iterator[None]:
         """Make the model follow the tables inside the block."""
         rotary, head = self._rotary, self._model.get_output_embeddings()
-        rotary.forward = partial(self._locate, rotary.forward)
+        if rotary is not None:
+            rotary.forward = partial(self._rotate, rotary.forward)
+        else:
+            decoder = self._model.get_decoder()
+            locating = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         choosing = head.register_forward_hook(self._choose)  # called whatever computes the head
         for layer, router in enumerate(self._routers):
             router.forward = partial(self._route, layer, router.forward)
@@ -81,17 +86,27 @@ class TextReplay:
             yield
         finally:
             choosing.remove()
-            for module in (rotary, *self._routers):
+            if rotary is None:
+                locating.remove()
+            for module in filter(None, (rotary, *self._routers)):
                 module.__dict__.pop("forward", None)
 
     @capturable
-    def _locate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
-        """The rotary embedding: every model computes it before its layers, from the positions."""
+    def _rotate(self, own: Any, hidden: Tensor, position_ids: Tensor) -> Any:
+        """The rotary embedding: most models compute it before their layers, from the positions."""
+        self._locate(position_ids)
+        return own(hidden, position_ids)
+
+    @capturable
+    def _begin(self, _decoder: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        """A pass of a model that rotates nothing."""
+        self._locate(kwargs["position_ids"])
+
+    def _locate(self, position_ids: Tensor) -> None:
         if self._routers:
             rows_BT = self._first_B1 + position_ids % self._length
             self._step_LPK = self._experts_LPK.index_select(1, rows_BT.reshape(-1))
         self._position.copy_(position_ids[0, -1:] + 1)
-        return own(hidden, position_ids)
 
     @capturable
     def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

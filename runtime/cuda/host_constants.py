@@ -41,7 +41,8 @@ class HostConstants(TorchDispatchMode):
         """The same numbers in pinned memory. They are there before a capture, in which nothing can
         be pinned: the same step has run.
         """
-        content = constant.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        constant = constant.contiguous()
+        content = constant.flatten().view(torch.uint8).numpy().tobytes()
         key = constant.dtype, tuple(constant.shape), content
         if key not in self._pinned:
             self._pinned[key] = constant.pin_memory()

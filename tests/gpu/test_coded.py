@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.serving.request import Request
 from tests.gpu.offloaded import (
     NEVER,
@@ -88,8 +89,13 @@ def assert_close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> 
 
 
 @pytest.mark.parametrize("layout", RUN)
-def test_captured_steps_give_the_twins_logits(layout: str, written: LayoutWriter) -> None:
-    """Prompts bit for bit, steps to rounding."""
+def test_captured_steps_give_the_twins_logits(
+    layout: str, written: LayoutWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts bit for bit, steps to rounding. The twin is not packed: a packed block's patches are
+    summed last.
+    """
+    monkeypatch.setattr(ExpertBlock, "can_pack", False)
     coded, twin = written(layout)
     for batch in (1, 4):
         ours, theirs = run(coded, batch, memory=0.4), run(twin, batch, memory=0.4)
