@@ -99,6 +99,7 @@ def _cells(row: dict[str, Any]) -> Sequence[str]:
     ahead = "one guess a layer" if row["prefetch"] == ONE_GUESS else "prefetch"
     words = [row["policy"], ahead if row["prefetch"] else "", row["routes"]]
     words.append("`compile`" if row["compile"] else "")
+    words.append("" if row.get("is_captured", True) else "uncaptured")
     words.append("the CPU's share" if row.get("cpu_share") else "")
     return (
         row["encoding"],
