@@ -77,6 +77,10 @@ class Container:
         """One expert's part of the parameter at `path`, as a view."""
         return tensor[expert]
 
+    def activation(self, module: Any) -> Any:
+        """What is applied to an expert's gate."""
+        return module.act_fn
+
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
         """The experts that a call runs on each row of its hidden states.
 
@@ -115,6 +119,15 @@ class Dbrx(Container):
 
     def part(self, tensor: Tensor, expert: int, num_experts: int) -> Tensor:
         return tensor.unflatten(0, (num_experts, -1))[expert]
+
+    def activation(self, module: Any) -> Any:
+        return module.mlp.activation_fn
+
+    def tokens(self, layer: MoELayer, arguments: tuple[Any, ...]) -> tuple[Tensor, Routes]:
+        return arguments[0].flatten(0, -2), self.rows(layer, arguments)
+
+    def output(self, layer: MoELayer, arguments: tuple[Any, ...], sums_TH: Tensor) -> Tensor:
+        return sums_TH.view_as(arguments[0])
 
 
 class Longcat(Container):

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu_tanh": "GELU_TANH",
     "relu": "RELU",
     "clamped_swiglu": "CLAMPED_SWIGLU",
+    "bounded_silu": "BOUNDED_SILU",
 }
 """Gated activations that the kernels know, and their names in C."""
 KINDS = {"mxfp4": "MXFP4", "fp8-block": "FP8", "int4-group": "INT4", "nvfp4": "NVFP4"}
@@ -38,6 +39,7 @@ WIDEST = 16
 """Lanes of the widest vectors."""
 NO_SECOND = (0, 1)
 """Stride and count where a step has only one."""
+NO_BOUNDS = (0.0, 0.0)
 
 Step = tuple[int, int] | tuple[int, int, int, int]
 Steps = tuple[Step, ...]
@@ -96,6 +98,8 @@ class ExpertShape:
     width: int
     """W, rows of the gate (and of the up) projection."""
     activation: str
+    bounds: tuple[float, float] | None = None
+    """Of gate and up, where the activation has any."""
     alternating: bool = False
     """Gate and up rows alternate, instead of gate first, then up."""
     has_bias: bool = False
@@ -109,8 +113,8 @@ class ExpertShape:
         """The experts of a layout, summed in these orders. stored: packing or encodings."""
         return ExpertShape(
             hidden=layout.hidden, width=layout.width, activation=layout.activation,
-            alternating=layout.alternating, has_bias=layout.has_bias, gate_up=gate_up, down=down,
-            **stored,
+            bounds=layout.bounds, alternating=layout.alternating, has_bias=layout.has_bias,
+            gate_up=gate_up, down=down, **stored,
         )  # fmt: skip
 
     def lanes(self, order: SumOrder) -> int:
@@ -153,6 +157,8 @@ def header(shape: ExpertShape) -> str:
         "WIDTH": shape.width,
         "ALTERNATING": int(shape.alternating),
         "ACTIVATION": ACTIVATIONS[shape.activation],
+        "GATE_BOUND": f"{(shape.bounds or NO_BOUNDS)[0]!r}f",
+        "UP_BOUND": f"{(shape.bounds or NO_BOUNDS)[1]!r}f",
         "HAS_BIAS": int(shape.has_bias),
         "FEWEST_LANES": min(*lanes, PATCH_LANES),
         "LONGEST": max(

@@ -47,6 +47,7 @@ from runtime.kv.storage import Storage
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import RouteLog
 from runtime.sizing.budget import SlotBudget
+from runtime.weights.fused_store import as_model, fused
 from runtime.weights.source import ShapeGroup, Source
 
 
@@ -58,15 +59,11 @@ class CudaBackend:
     """
 
     def __init__(
-        self,
-        source: Source,
-        budget: SlotBudget,
-        device: torch.device,
-        policy: Policy,
-        options: CudaOptions,
-        forecaster: Forecaster | None = None,
+        self, source: Source, budget: SlotBudget, device: torch.device, policy: Policy,
+        options: CudaOptions, forecaster: Forecaster | None = None,
         route_log: RouteLog | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
+        source = self._source = fused(source)
         layout = common_layout(source)
         self._why = layout if isinstance(layout, str) else None
         self._layout = layout if isinstance(layout, KernelLayout) else None
@@ -249,13 +246,13 @@ class CudaBackend:
     def run_layer(self, layer: MoELayer, index: int, hidden_TH: Tensor, routes: Routes) -> Tensor:
         ahead = partial(self._look_ahead.after, index, hidden_TH)
         if self._grouped is not None:
-            sums = self._grouped.run(index, hidden_TH, routes, ahead)
-            return with_rest(layer, hidden_TH, routes, sums)
+            sums = self._grouped.run(index, hidden_TH.flatten(0, -2), routes, ahead)
+            return with_rest(layer, hidden_TH, routes, sums.view_as(hidden_TH))
         serve = partial(self._pools[index].serve, index, ahead=ahead)
         return run_experts(layer, hidden_TH, routes, serve)
 
     def read_expert(self, index: int, expert: int) -> dict[str, Tensor]:
-        return self._host.read(index, expert)
+        return as_model(self._source, self._host.read(index, expert))
 
     def guard(self) -> AbstractContextManager[None]:
         return self._streams.turn()

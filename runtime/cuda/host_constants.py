@@ -1,4 +1,4 @@
-"""What a model makes on the host in every step, kept where a captured step can read it."""
+"""Constants that a model makes on the host in every step, where a captured step can read them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from runtime.kv.state_kinds import Mask, state_kinds
+from runtime.kv.state_kinds import Mask, StateKind, state_kinds
 from runtime.kv.static_layers import static_layer
 from runtime.kv.storage import StepTokens, Storage
 
@@ -46,6 +46,14 @@ def class_for(config: Any, base: type[Cache]) -> Any:
     return LightningCache
 
 
+def _makes_masks(kind: StateKind) -> bool:
+    """Whether the model has to make a prompt's masks itself: for static caches transformers 5.17
+    fails to make those of chunks, and to 5.23 makes those of windows beside a recurrence without
+    the window.
+    """
+    return kind.mask is Mask.CHUNKED or (kind.recurs and kind.mask is Mask.SLIDING)
+
+
 class SharedCache(Cache):
     """The cache of one batch size of a model with the text configuration `config`."""
 
@@ -59,14 +67,12 @@ class SharedCache(Cache):
             static_layer(kind, self, storage, index, number) for index, kind in enumerate(kinds)
         ]
         Cache.__init__(self, layers=list(self._own_layers))
-        self._has_chunks = any(kind.mask is Mask.CHUNKED for kind in kinds)
+        self._makes_masks = any(map(_makes_masks, kinds))
 
     @property
     def is_compileable(self) -> bool:
-        """Whether a prompt's masks shall be made before the model runs. Masks of chunks the model
-        makes itself: transformers 5.17 fails to make them for a static cache.
-        """
-        return not self._has_chunks
+        """Whether a prompt's masks shall be made before the model runs."""
+        return not self._makes_masks
 
     def lengths(self, device: torch.device) -> Tensor:
         """Tokens in each layer, int64 [L]."""

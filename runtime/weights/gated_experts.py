@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain, product
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from routing.layers import MoELayer
 from runtime.weights.arena import Specs
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "relu2")
+ACTIVATIONS = (
+    "silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu", "relu2", "bounded_silu",
+    "softcapped_silu",
+)  # fmt: skip
 """In the order of the kernels' constants."""
+BOUNDED = "bounded_silu", "softcapped_silu"
+"""Those with bounds of the gate and of the up projection, which a model chooses."""
 UNGATED = "relu2"
 """The one that has no gate: its experts have an up projection alone."""
 
@@ -29,6 +35,8 @@ class KernelLayout:
     width: int
     """I, rows of the up (and of the gate) projection."""
     activation: str
+    bounds: tuple[float, float] | None = None
+    """Of gate and up, where the activation has any."""
     alternating: bool
     """Gate and up rows alternate, instead of gate first, then up."""
     transposed: bool
@@ -66,7 +74,7 @@ def gated_layout(
     dtypes = {spec.dtype for spec in specs.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32}:
         return f"no kernel for experts in {', '.join(map(str, dtypes))}"
-    found = _activation(module) if is_gated else _ungated_activation(module)
+    found = _activation(layer) if is_gated else _ungated_activation(module)
     if found is None:
         return f"the activation of {type(module).__name__} has no kernel"
     shape = specs["down_proj"].shape
@@ -75,15 +83,26 @@ def gated_layout(
     return KernelLayout(
         hidden=hidden,
         width=width,
-        activation=found[0],
-        alternating=found[1],
+        activation=found.activation,
+        bounds=found.bounds,
+        alternating=found.alternating,
         transposed=transposed,
         has_bias=set(specs) == biased,
         dtype=dtypes.pop(),
     )
 
 
-def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
+class Found(NamedTuple):
+    """What a container computes between its products."""
+
+    activation: str
+    alternating: bool = False
+    bounds: tuple[float, float] | None = None
+
+
+def activate(
+    gate_up: Tensor, activation: str, alternating: bool, bounds: tuple[float, float] | None = None
+) -> Tensor:
     """The activations that kernels know, in torch: [..., 2I] to [..., I]; without a gate [..., I]
     to [..., I].
     """
@@ -94,6 +113,9 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
     if activation == "clamped_swiglu":
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
         return gate * torch.sigmoid(gate * 1.702) * up
+    if activation in BOUNDED:
+        assert bounds is not None
+        return _bounded(gate, up, activation, bounds)
     if activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
     plain: dict[str, Callable[[Tensor], Tensor]]
@@ -101,32 +123,55 @@ def activate(gate_up: Tensor, activation: str, alternating: bool) -> Tensor:
     return plain[activation](gate) * up
 
 
-def _gated(module: Any, gate_up: Tensor) -> Tensor:
+def _bounded(gate: Tensor, up: Tensor, activation: str, bounds: tuple[float, float]) -> Tensor:
+    of_gate, of_up = bounds
+    if activation == "bounded_silu":
+        return F.silu(gate.clamp(max=of_gate)) * up.clamp(-of_up, of_up)
+    capped_gate, capped_up = (
+        torch.tanh(x / cap) * cap for x, cap in ((gate, of_gate), (up, of_up))
+    )
+    return capped_gate * torch.sigmoid(gate) * capped_up
+
+
+def _gated(layer: MoELayer, gate_up: Tensor) -> Tensor:
     """As containers have it that say only their activation."""
     gate, up = gate_up.chunk(2, -1)
-    activated: Tensor = module.act_fn(gate) * up
+    activated: Tensor = layer.container.activation(layer.module)(gate) * up
     return activated
 
 
 @torch.no_grad()
-def _activation(module: Any) -> tuple[str, bool] | None:
+def _activation(layer: MoELayer) -> Found | None:
     """The known activation that the container's own gate computes, found by numbers that differ."""
     gate_up = _numbers()
     try:
-        own = getattr(module, "_apply_gate", partial(_gated, module))(gate_up[None])
+        own = getattr(layer.module, "_apply_gate", partial(_gated, layer))(gate_up[None])
     except Exception:
         return None
-    for activation in (one for one in ACTIVATIONS if one != UNGATED):
-        for alternating in (False, True):
-            known = activate(gate_up[None], activation, alternating)
-            same_shape = own.shape == known.shape
-            if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
-                return activation, alternating
+    plain = [one for one in ACTIVATIONS if one not in (UNGATED, *BOUNDED)]
+    candidates = [Found(*pair) for pair in product(plain, (False, True))]
+    candidates += [Found(*way) for way in product(BOUNDED, (False,), _bounds(layer.module))]
+    for found in candidates:
+        known = activate(gate_up[None], *found)
+        same_shape = own.shape == known.shape
+        if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
+            return found
     return None
 
 
+def _bounds(module: nn.Module) -> list[tuple[float, float]]:
+    """Pairs of the numbers that a container and its activation call a limit or a cap."""
+    named = chain.from_iterable(vars(one).items() for one in module.modules())
+    limits = [
+        float(value)
+        for name, value in named
+        if isinstance(value, int | float) and value > 0 and ("limit" in name or "cap" in name)
+    ]
+    return list(dict.fromkeys(product(limits, limits)))
+
+
 @torch.no_grad()
-def _ungated_activation(module: Any) -> tuple[str, bool] | None:
+def _ungated_activation(module: Any) -> Found | None:
     """As `_activation`, of a container whose experts have no gate."""
     numbers = _numbers()
     try:
@@ -134,7 +179,7 @@ def _ungated_activation(module: Any) -> tuple[str, bool] | None:
     except Exception:
         return None
     same = torch.allclose(own.float(), activate(numbers, UNGATED, False), atol=1e-4, rtol=1e-4)
-    return (UNGATED, False) if same else None
+    return Found(UNGATED) if same else None
 
 
 def _numbers() -> Tensor:

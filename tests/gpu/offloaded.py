@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import runtime
 from runtime.cuda.decode.graph_step import CapturedStep
+from tests.helpers.logits_recorder import with_logits
 from tests.helpers.tiny import PAD, tiny_model
 
 needs_gpu = pytest.mark.skipif(
@@ -76,22 +76,9 @@ def stock_tokens(kind: str, batch: int, **options: Any) -> Tensor:
     return tokens
 
 
-class Recorder(LogitsProcessor):
-    """Keeps the logits of every step as they are."""
-
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits.append(scores.cpu())
-        return scores
-
-
 def generate_with_logits(model: Any, batch: int = 1, **options: Any) -> tuple[Tensor, Tensor]:
     """Tokens [B, T], and the logits [B, N, V] in float32 of every new one."""
-    recorder = Recorder()
-    tokens = generate(model, batch, logits_processor=LogitsProcessorList([recorder]), **options)
-    return tokens, torch.stack(recorder.logits, 1)
+    return with_logits(generate, model, batch, **options)
 
 
 def check_slots(model: Any) -> None:

@@ -161,7 +161,9 @@ def exponential(x: Array) -> Array:
 
 
 @quietly
-def activated(gate: Array, up: Array, activation: str) -> Array:
+def activated(
+    gate: Array, up: Array, activation: str, bounds: tuple[float, float] | None = None
+) -> Array:
     def sigmoid(z: Array) -> Array:
         return F(1) / (F(1) + exponential(-z))
 
@@ -169,7 +171,11 @@ def activated(gate: Array, up: Array, activation: str) -> Array:
         gate = np.fmin(gate, F(7))
         up = np.fmin(np.fmax(up, F(-7)), F(7)) + F(1)
         return (gate * sigmoid(gate * F(1.702))) * up
-    if activation == "silu":
+    if activation == "bounded_silu":
+        assert bounds is not None
+        gate = np.fmin(gate, F(bounds[0]))
+        up = np.fmin(np.fmax(up, F(-bounds[1])), F(bounds[1]))
+    if activation in ("silu", "bounded_silu"):
         return (gate * sigmoid(gate)) * up
     if activation == "gelu_tanh":
         inner = F(1.5957691216057308) * fma((F(0.044715) * gate) * gate, gate, gate)
@@ -184,4 +190,4 @@ def expert_output(shape: ExpertShape, gate_up: Any, down: Any, x_H: Tensor) -> A
     """
     both = gate_up(x_H.float().numpy())
     gate, up = (both[::2], both[1::2]) if shape.alternating else np.split(both, 2)
-    return down(to_bfloat16(activated(gate, up, shape.activation)))
+    return down(to_bfloat16(activated(gate, up, shape.activation, shape.bounds)))

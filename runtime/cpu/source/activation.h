@@ -6,6 +6,7 @@
 #define GELU_TANH 2
 #define RELU 3
 #define CLAMPED_SWIGLU 4
+#define BOUNDED_SILU 6
 
 INLINE float exponential(float x) {
   float t = x < -87.f ? -87.f : x;
@@ -35,6 +36,11 @@ INLINE float activated(float gate, float up) {
   up = up > -7.f ? up : -7.f;
   up = (up < 7.f ? up : 7.f) + 1.f;
   return (gate * sigmoid(gate * 1.702f)) * up;
+#elif ACTIVATION == BOUNDED_SILU
+  gate = gate < GATE_BOUND ? gate : GATE_BOUND;
+  up = up > -UP_BOUND ? up : -UP_BOUND;
+  up = up < UP_BOUND ? up : UP_BOUND;
+  return (gate * sigmoid(gate)) * up;
 #elif ACTIVATION == SILU
   return (gate * sigmoid(gate)) * up;
 #elif ACTIVATION == GELU_TANH

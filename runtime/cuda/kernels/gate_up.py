@@ -15,6 +15,8 @@ Shapes: x [B, H], gate_up [2W, H] (gate rows, then up rows; or alternating).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -24,8 +26,19 @@ from runtime.cuda.kernels.plan import touch
 from runtime.cuda.kernels.transfer import fetch_missing
 from runtime.cuda.kernels.unpacked import record_elements, rows_of
 
-SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU, RELU2 = (tl.constexpr(kind) for kind in range(6))
+SILU, GELU, GELU_TANH, RELU, CLAMPED_SWIGLU, RELU2, BOUNDED_SILU, SOFTCAPPED_SILU = map(
+    tl.constexpr, range(8)
+)
 SWIGLU_ALPHA, SWIGLU_LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)
+
+
+class Activation(NamedTuple):
+    """What comes between the products; a compile-time constant of kernels."""
+
+    kind: int
+    gate: float = 0.0
+    """Bound of the gate, where the kind has any."""
+    up: float = 0.0
 
 
 @triton.jit
@@ -49,20 +62,39 @@ def sigmoid(z):
 
 
 @triton.jit
+def softcapped(x, CAP: tl.constexpr):
+    """CAP tanh(x / CAP) in float32 (for small numbers the coefficients of Cephes' tanhf)."""
+    y = tl.div_rn(x, CAP)
+    z = y * y
+    p = tl.fma(z, -5.70498872745e-3, 2.06390887954e-2)
+    p = tl.fma(p, z, -5.37397155531e-2)
+    p = tl.fma(p, z, 1.33314422036e-1)
+    p = tl.fma(p, z, -3.33332819422e-1)
+    small = tl.fma(p * z, y, y)
+    return CAP * tl.where(tl.abs(y) < 0.625, small, tl.fma(sigmoid(2.0 * y), 2.0, -1.0))
+
+
+@triton.jit
 def activate(gate, up, ACT: tl.constexpr):
     """The gated activation, in float32."""
-    if ACT == CLAMPED_SWIGLU:
+    if ACT.kind == BOUNDED_SILU:
+        gate = tl.minimum(gate, ACT.gate)
+        up = tl.minimum(tl.maximum(up, -ACT.up), ACT.up)
+        return gate * sigmoid(gate) * up
+    if ACT.kind == SOFTCAPPED_SILU:
+        return softcapped(gate, ACT.gate) * sigmoid(gate) * softcapped(up, ACT.up)
+    if ACT.kind == CLAMPED_SWIGLU:
         gate = tl.minimum(gate, SWIGLU_LIMIT)
         up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT) + 1.0
         return gate * sigmoid(gate * SWIGLU_ALPHA) * up
-    if ACT == SILU:
+    if ACT.kind == SILU:
         return gate * sigmoid(gate) * up
-    if ACT == GELU:
+    if ACT.kind == GELU:
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    if ACT == GELU_TANH:
+    if ACT.kind == GELU_TANH:
         inner = 1.5957691216057308 * tl.fma(0.044715 * gate * gate, gate, gate)
         return gate * sigmoid(inner) * up
-    if ACT == RELU2:
+    if ACT.kind == RELU2:
         return tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
     return tl.maximum(gate, 0.0) * up
 
@@ -121,7 +153,7 @@ def run_tile(
     mask_I = row_I < W
     gate_row_I = 2 * row_I if ALTERNATING else row_I
     up_row_I = 2 * row_I + 1 if ALTERNATING else W + row_I
-    if ACT == RELU2:  # no gate: the first product is the only one
+    if ACT.kind == RELU2:  # no gate: the first product is the only one
         gate_MI = rows_of_matrix(
             x, block, units + slot * STORED, first, row_I, mask_I, num_tokens, UP, MATRICES,
             PATCHES, CODE, CHUNK, H, M, BLOCK_I, BLOCK_H,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from routing.layers import MoELayer
 from runtime.cuda.kernels.coded import reason_against
+from runtime.cuda.kernels.gate_up import Activation
 from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.encodings.coded import Coding
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-KINDS = "fused", "longcat", "llama4"
+KINDS = "fused", "longcat", "llama4", "dbrx"
 """Kinds of containers whose calls become a kernel's."""
 
 
@@ -111,12 +112,16 @@ def _constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _activation(layout: KernelLayout) -> Activation:
+    return Activation(ACTIVATIONS.index(layout.activation), *layout.bounds or ())
+
+
 def gate_up_constants(block: ExpertBlock, layout: KernelLayout) -> dict[str, Any]:
     """Compile-time constants of a kernel that reads gate and up projections of stored blocks."""
     name, _ = layout.matrices
     return _constants(block, layout) | {
         "UP": block.start(name), "UP_BIAS": block.start_stored(f"{name}_bias"),
-        "CODE": block.code(name), "ACT": ACTIVATIONS.index(layout.activation),
+        "CODE": block.code(name), "ACT": _activation(layout),
         "ALTERNATING": layout.alternating,
     }  # fmt: skip
 

@@ -92,11 +92,13 @@ def compare_all(case: Case) -> None:
 @pytest.mark.parametrize(
     "rest", [{}, {"alternating": True, "has_bias": True}], ids=("plain", "biased")
 )
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "clamped_swiglu"])
+@pytest.mark.parametrize(
+    "activation", ["silu", "gelu_tanh", "relu", "clamped_swiglu", "bounded_silu"]
+)
 def test_plain_experts(activation: str, rest: dict[str, bool]) -> None:
     up = SumOrder(columns=128, steps=IN_THREADS)
     down = SumOrder(columns=64, steps=halving(64))
-    given: dict[str, Any] = {"activation": activation} | rest
+    given: dict[str, Any] = {"activation": activation, "bounds": (0.5, 2.0)} | rest
     case = Case(shape_of(360, 88, up, down, **given))
     compare_all(case)
 

@@ -14,12 +14,32 @@ from runtime.weights.gated_experts import gated_layout
 from runtime.weights.source import from_module
 from tests.helpers.architectures import OVERRIDES, architecture_model
 from tests.helpers.capturing import captured
+from tests.helpers.fake_cuda import fake_cuda, load_fake
 
 
-@pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe", "hy_v4", "inkling2_text", "dbrx"],
+)
 def test_they_give_the_stock_models_tokens(kind: str) -> None:
-    """Scaled tokens, experts without parameters, positions of three kinds, convolutions."""
+    """Scaled tokens, experts without parameters, positions of three kinds, convolutions, bounded
+    and capped activations, matrices that lie apart.
+    """
     assert captured(kind) == "yes"
+
+
+def test_matrices_that_lie_apart_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock: Any = architecture_model("dbrx")
+    experts = "transformer.blocks.0.ffn.experts.mlp"
+    with fake_cuda(monkeypatch):
+        model = load_fake(architecture_model("dbrx"), memory=0.5)
+        found = model.expertflow._backend.read_expert(0, 3)
+        for name in ("w1", "v1", "w2"):
+            whole = stock.get_parameter(f"{experts}.{name}")
+            assert torch.equal(found[f"mlp.{name}"], whole.unflatten(0, (8, -1))[3])
+        model.expertflow.detach()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, stock.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_next"])
@@ -38,11 +58,18 @@ def test_a_token_that_two_experts_get_scaled_differently_is_refused_by_name(
 
 @pytest.mark.parametrize("limit", [7.0, 10.0, 500.0])
 def test_a_bound_of_an_activation_is_seen_wherever_it_is(limit: float) -> None:
-    """Else kernels would leave it out."""
+    """Else kernels would leave it out. Behind SiLU it is another one than before it, but from where
+    SiLU changes nothing any more.
+    """
     model: Any = architecture_model("step3p7")
     source = from_module(model, None)
     layers = find_moe_layers(model)
     specs = source.store.specs(0)
     assert not isinstance(gated_layout(layers[0], specs), str)
     layers[0].module.limit = limit  # type: ignore[assignment]
-    assert "activation" in str(gated_layout(layers[0], specs))
+    found = gated_layout(layers[0], specs)
+    if limit < 100:
+        assert "activation" in str(found)
+    else:
+        assert not isinstance(found, str)
+        assert (found.activation, found.bounds) == ("bounded_silu", (limit, limit))

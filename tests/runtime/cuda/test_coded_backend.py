@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 pytest.importorskip("triton")
 
@@ -22,6 +21,7 @@ from runtime.weights.arena import expert_bytes
 from runtime.weights.source import Source, from_path
 from tests.helpers import interpreter
 from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.logits_recorder import with_logits
 from tests.helpers.quantised import LayoutWriter
 
 interpreter.mend()
@@ -49,26 +49,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> LayoutWriter:
     return LayoutWriter(tmp_path_factory.mktemp("layouts"), SIZES)
 
 
-class Recorder(LogitsProcessor):
-    """Keeps the logits of every step."""
-
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.logits.append(scores.clone())
-        return scores
-
-
 def logits_of(model: Any, rows: int = 1) -> Tensor:
     """Logits [N, B, V] of greedy tokens; the first are of the prompt."""
     ids_BT = torch.randint(2, 256, (rows, 5), generator=torch.Generator().manual_seed(3))
-    recorder = Recorder()
-    model.generate(
-        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=2, do_sample=False,
-        eos_token_id=1 << 20, pad_token_id=0, logits_processor=LogitsProcessorList([recorder]),
+    _, logits_BNV = with_logits(
+        model.generate, ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=2,
+        do_sample=False, eos_token_id=1 << 20, pad_token_id=0,
     )  # fmt: skip
-    return torch.stack(recorder.logits)
+    return logits_BNV.transpose(0, 1)
 
 
 @pytest.mark.parametrize("layout", RUN)

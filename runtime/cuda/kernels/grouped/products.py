@@ -48,7 +48,7 @@ def grouped_gate_up(
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
         gate_MN = tl.dot(x_MK, tl.trans(gate_NK), gate_MN, input_precision="ieee")
-        if ACT != RELU2:  # which has no gate: the first product is the only one
+        if ACT.kind != RELU2:  # which has no gate: the first product is the only one
             up_NK = weights_of_rows(
                 block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
                 BLOCK_N, BLOCK_K,
@@ -61,7 +61,7 @@ def grouped_gate_up(
             gate_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else column,
             gate_row_N, UP, H, MATRICES, CHUNK, PATCHES, SPAN,
         )  # fmt: skip
-        if ACT != RELU2:
+        if ACT.kind != RELU2:
             up_MN = add_patches(
                 up_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else W + column,
                 up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
