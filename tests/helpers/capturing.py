@@ -26,9 +26,9 @@ MEMORY = 0.6
 
 
 def captured(kind: str, **options: Any) -> str:
-    """ "yes": captured steps give the stock model's greedy tokens and logits, of one sequence, of two
-    of which one is padded, and of one that is longer than windows; else the reason that it decodes
-    otherwise. options: of `load_fake`.
+    """ "yes": captured steps give the stock model's greedy tokens and logits, of one sequence, of
+    two of which one is padded, and of one that is longer than windows; else the reason that it
+    decodes otherwise. options: of `load_fake`.
     """
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     from tests.helpers.fake_cuda import fake_cuda, load_fake
