@@ -25,10 +25,10 @@ LONG = 600
 MEMORY = 0.6
 
 
-def captured(kind: str, **options: Any) -> str:
+def captured(kind: str, *, long: bool = False, **options: Any) -> str:
     """ "yes": captured steps give the stock model's greedy tokens and logits, of one sequence, of
-    two of which one is padded, and of one that is longer than windows; else the reason that it
-    decodes otherwise. options: of `load_fake`.
+    two of which one is padded, and, if `long`, of one that is longer than windows; else the reason
+    that it decodes otherwise. options: of `load_fake`.
     """
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
     from tests.helpers.fake_cuda import fake_cuda, load_fake
@@ -43,7 +43,9 @@ def captured(kind: str, **options: Any) -> str:
     stock = _model(kind)
     if not stock.config.is_encoder_decoder:
         _assert_norms_are_the_models(stock)
-    inputs = (ids_BT[:1], mask_BT[:1]), (ids_BT, padded_BT), (long_1T, torch.ones_like(long_1T))
+    inputs = [(ids_BT[:1], mask_BT[:1]), (ids_BT, padded_BT)]
+    if long:
+        inputs.append((long_1T, torch.ones_like(long_1T)))
     expected = [with_logits(_continued, stock, *given) for given in inputs]
     with pytest.MonkeyPatch.context() as patch, fake_cuda(patch), warnings.catch_warnings():
         warnings.simplefilter("ignore")

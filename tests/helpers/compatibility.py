@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def check(kind: str, *, whole: bool = False) -> Verdict:
         lazy=_attempt(_lazy, model, layers, expected, seen),
         difference=max(seen, default=0.0),
         encodings=check_encodings(kind, logits) if whole else {},
-        captured=_attempt(_generated, captured, model, kind) if whole else "",
+        captured=_attempt(_generated, partial(captured, long=True), model, kind) if whole else "",
         served=_attempt(_generated, served, model, kind) if whole else "",
     )
 

@@ -28,6 +28,11 @@ def test_they_give_the_stock_models_tokens(kind: str) -> None:
     assert captured(kind) == "yes"
 
 
+def test_a_long_prompt_of_a_window_beside_a_recurrence_sees_no_more_than_the_window() -> None:
+    """transformers' own masks for static caches leave the window out."""
+    assert captured("inkling_text", long=True) == "yes"
+
+
 def test_matrices_that_lie_apart_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     stock: Any = architecture_model("dbrx")
     experts = "transformer.blocks.0.ffn.experts.mlp"
