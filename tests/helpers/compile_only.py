@@ -53,6 +53,7 @@ from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
 from runtime.weights.encodings.nvfp4 import NVFP4
+from runtime.weights.gated_experts import BOUNDED
 from runtime.weights.packed.packing import PATCHES
 from tests.helpers.device_twins import coding_of, specs_of
 from tests.helpers.fake_cuda import without_streams
@@ -154,13 +155,15 @@ ENCODINGS: dict[str, Callable[[int, int], Encoding]] = {
 class Kernels:
     """Launches every kernel at one size, of packed bfloat16 experts or of those in an encoding."""
 
-    def __init__(self, size: Size, encoding: str = "") -> None:
+    def __init__(self, size: Size, encoding: str = "", **layout: Any) -> None:
+        """layout: fields of the layout that are others than the size's."""
         self.size = size
-        self.layout = KernelLayout(
-            hidden=size.hidden, width=size.width, transposed=size.is_oss, has_bias=size.is_oss,
-            activation="clamped_swiglu" if size.is_oss else "silu", alternating=size.is_oss,
-            dtype=torch.bfloat16,
-        )  # fmt: skip
+        own: dict[str, Any] = {
+            "hidden": size.hidden, "width": size.width, "transposed": size.is_oss,
+            "has_bias": size.is_oss, "activation": "clamped_swiglu" if size.is_oss else "silu",
+            "alternating": size.is_oss, "dtype": torch.bfloat16,
+        }  # fmt: skip
+        self.layout = KernelLayout(**own | layout)
         specs = specs_of(self.layout)
         coding = coding_of(specs, ENCODINGS[encoding]) if encoding else None
         self.expert_block = ExpertBlock(specs, 0 if encoding else PATCHES[0], coding)
@@ -239,7 +242,7 @@ def compile_coded(kernels: Kernels) -> None:
     kernels.prefill()
 
 
-SMALL_HEADS = "small-heads"
+SMALL_HEADS, BOUNDS = "small-heads", "bounds"
 
 
 def compile_small_heads() -> None:
@@ -254,6 +257,16 @@ def compile_small_heads() -> None:
             attend(query, keys, values, rows, positions, scale=0.1, softcap=3.0)
 
 
+def compile_bounds() -> None:
+    """Activations with bounds, which are compile-time constants."""
+    size = Size(128, 256, 8, 2, 10, 4, 4, 32, 256, 3)
+    for activation in BOUNDED:
+        kernels = Kernels(size, activation=activation, bounds=(10.0, 7.5))
+        kernels.decode(1, LRU)
+        kernels.decode(1, LRU, resident=True)
+        kernels.prefill()
+
+
 def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
     """What every kernel takes, at the named sizes."""
     compiler = Compiler(capability)
@@ -261,8 +274,8 @@ def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
         without_streams(patch)
         for name in names:
             size, _, encoding = name.partition(":")
-            if name == SMALL_HEADS:
-                compile_small_heads()
+            if name in (SMALL_HEADS, BOUNDS):
+                (compile_small_heads if name == SMALL_HEADS else compile_bounds)()
                 continue
             if encoding:
                 compile_coded(Kernels(SIZES[size], encoding))

@@ -66,6 +66,12 @@ def test_attention_of_small_heads_compiles_in_any_format() -> None:
     assert {"attend_blocks", "join_blocks", "write_tokens"} == {k["name"] for k in kernels}
 
 
+def test_activations_with_bounds_compile() -> None:
+    names = Counter(kernel["name"] for kernel in compiled(90, "bounds"))
+    assert names["gate_up_of_one"] == 2  # one for each activation
+    assert {"gate_up", "grouped_gate_up"} <= names.keys()
+
+
 CODED = {
     80: ["olmoe-7b:fp8", "olmoe-7b:nvfp4"],
     90: ["gpt-oss-20b:mxfp4", "olmoe-7b:int4-zeros", "olmoe-7b:mxfp8"],
