@@ -47,7 +47,8 @@ Wrappers (of text models with images, sound ...) are tried with text.
 STEPS = """## Captured steps and serving
 
 - **captured**: on a GPU, decode steps run as CUDA graphs. Tried with that engine on the CPU, where
-  it gives the stock model's tokens for one sequence and for two of which one is padded.
+  it gives the stock model's tokens and logits for one sequence, for two of which one is padded, and
+  after a prompt of 600 tokens.
 - **served**: sequences of different lengths decode together, their prompts in pieces, each with the
   tokens that it has alone.
 """

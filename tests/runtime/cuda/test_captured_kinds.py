@@ -10,11 +10,13 @@ import torch
 pytest.importorskip("triton")
 
 from routing.layers import find_moe_layers
+from runtime.serving.request import Request
 from runtime.weights.gated_experts import gated_layout
 from runtime.weights.source import from_module
 from tests.helpers.architectures import OVERRIDES, architecture_model
 from tests.helpers.capturing import captured
 from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -78,3 +80,24 @@ def test_a_bound_of_an_activation_is_seen_wherever_it_is(limit: float) -> None:
     else:
         assert not isinstance(found, str)
         assert (found.activation, found.bounds) == ("bounded_silu", (limit, limit))
+
+
+def test_keys_rotated_by_the_longest_position_of_a_step_are_not_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Phi-3.5-MoE's: each step waits for that position."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+            "factor": 8.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}  # fmt: skip
+    stock: Any = tiny_model("olmoe", rope_parameters=rope, max_position_embeddings=256)
+    asked = [Request(id="one", prompt=[5, 6, 7], max_tokens=3, ignore_eos=True)]
+    ids_BT = torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    expected = stock.generate(ids_BT, pad_token_id=0, **settings)
+    with fake_cuda(monkeypatch):
+        model = load_fake(stock, memory=1.0, context=32)
+        with pytest.warns(UserWarning, match="longest position"):
+            found = model.generate(ids_BT, pad_token_id=0, **settings)
+        assert "longest position" in model.expertflow.decode_path
+        (result,) = model.expertflow.serve(asked)
+    assert torch.equal(found, expected)
+    assert list(result.token_ids) == expected[0, 3:].tolist()
