@@ -147,6 +147,9 @@ class Aria(Container):
     def num_experts(self, module: Any) -> int:
         return int(module.config.moe_num_experts)
 
+    def activation(self, module: Any) -> Any:
+        return nn.functional.silu
+
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
         experts: Any = layer.module
         return Routes(*experts.route_tokens_to_experts(arguments[1]))

@@ -1,4 +1,4 @@
-"""Experts whose gate and up projections lie apart, as kernels read them: one above the other."""
+"""Experts whose matrices lie apart or have other names, as kernels read them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,53 @@ from runtime.weights.arena import Spec, Specs
 from runtime.weights.source import Source
 from runtime.weights.store import ExpertStore
 
-GATE, UP, DOWN = "mlp.w1", "mlp.v1", "mlp.w2"
-"""DBRX's matrices of one expert, [I, H] each."""
+Parameters = dict[str, Tensor]
 
 
 def fused(source: Source) -> Source:
-    """The same model with all its experts fused, where they are DBRX's."""
-    apart = all(layer.kind == "dbrx" for layer in source.layers)
-    if not apart or isinstance(source.store, FusedStore):
+    """The same model with all its experts fused, where they are DBRX's or Aria's, and plain."""
+    kinds, store = {layer.kind for layer in source.layers}, source.store
+    if len(kinds) != 1 or not kinds <= PARTED.keys() or isinstance(store, FusedStore):
         return source
-    return source._replace(store=FusedStore(source.store))
+    if any(map(store.coding, range(len(source.layers)))):
+        return source
+    return source._replace(store=FusedStore(store, kinds.pop()))
 
 
-def as_model(source: Source, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_model(source: Source, parameters: Parameters) -> Parameters:
     """Parameters of one expert of a source that was `fused`, as the model has them: views."""
-    return parted(parameters) if isinstance(source.store, FusedStore) else parameters
+    return source.store.parted(parameters) if isinstance(source.store, FusedStore) else parameters
 
 
-def parted(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of fused parameters, by the model's names."""
+def _dbrx(parameters: Parameters) -> Parameters:
+    """w1 and v1, gate and up, and w2: [I, H] each."""
     gate, up = parameters["gate_up_proj"].chunk(2)
-    return {GATE: gate, UP: up, DOWN: parameters["down_proj"].mT}
+    return {"mlp.w1": gate, "mlp.v1": up, "mlp.w2": parameters["down_proj"].mT}
+
+
+def _aria(parameters: Parameters) -> Parameters:
+    """fc1 [H, 2I] and fc2 [I, H] of Aria under transformers 5.17."""
+    return {
+        "fc1.weight": parameters["gate_up_proj"].mT, "fc2.weight": parameters["down_proj"].mT
+    }  # fmt: skip
+
+
+PARTED = {"dbrx": _dbrx, "aria": _aria}
+"""Views of fused parameters by the names of a kind of container, and in its shapes."""
+DOWN = {"dbrx": "mlp.w2", "aria": "fc2.weight"}
+"""The parameter [I, H] of each kind."""
 
 
 class FusedStore(ExpertStore):
-    """The experts of `store`, which has DBRX's, under the names and in the shapes of kernels."""
+    """The experts of `store`, under the names and in the shapes of kernels. kind: of `PARTED`."""
 
-    def __init__(self, store: ExpertStore) -> None:
-        self._store = store
+    def __init__(self, store: ExpertStore, kind: str) -> None:
+        self._store, self._kind, self.parted = store, kind, PARTED[kind]
         self.owns_experts, self.loss, self.advice = store.owns_experts, store.loss, store.advice
 
     def specs(self, layer: int) -> Specs:
-        (width, hidden), dtype = self._store.specs(layer)[GATE]
+        own = self._store.specs(layer)
+        (width, hidden), dtype = own[DOWN[self._kind]]
         shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
         return {name: Spec(shape, dtype) for name, shape in shapes.items()}
 
@@ -49,7 +64,7 @@ class FusedStore(ExpertStore):
         return self._store.whole_specs(layer)
 
     def read(self, layer: int, expert: int, into: dict[str, Tensor]) -> None:
-        self._store.read(layer, expert, parted(into))
+        self._store.read(layer, expert, self.parted(into))
 
     def release(self, layer: int) -> None:
         self._store.release(layer)
@@ -58,7 +73,7 @@ class FusedStore(ExpertStore):
         return self._store.is_released(layer)
 
     def refill(self, layer: int, read: Callable[[int], dict[str, Tensor]]) -> None:
-        self._store.refill(layer, lambda expert: parted(read(expert)))
+        self._store.refill(layer, lambda expert: self.parted(read(expert)))
 
     def take(self, layer: int) -> None:
         self._store.take(layer)

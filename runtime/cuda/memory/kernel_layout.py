@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-KINDS = "fused", "longcat", "llama4", "dbrx"
+KINDS = "fused", "longcat", "llama4", "dbrx", "aria"
 """Kinds of containers whose calls become a kernel's."""
 
 
