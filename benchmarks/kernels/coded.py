@@ -96,7 +96,7 @@ class CodedBench(Bench):
             token, place = (ids == expert).nonzero(as_tuple=True)
             one = {name: view[expert].float() for name, view in views.items()}
             h = x[token].float() @ one["gate_up_proj"].T + one.get("gate_up_proj_bias", 0.0)
-            h = activate(h, layout.activation, layout.alternating, layout.bounds)
+            h = activate(h, layout)
             z = h @ one["down_proj"].T + one.get("down_proj_bias", 0.0)
             y.index_add_(0, token, z * weights[token, place][:, None].float())
         return y

@@ -68,7 +68,7 @@ def moments(
     inputs_TH = inputs_TH.to(parameters["down_proj"])
     bias = parameters.get("gate_up_proj_bias")
     gate_up = F.linear(inputs_TH, parameters["gate_up_proj"], bias)
-    middle_TI = activate(gate_up, layout.activation, layout.alternating, layout.bounds)
+    middle_TI = activate(gate_up, layout)
     return {"gate_up_proj": _moments(inputs_TH), "down_proj": _moments(middle_TI)}
 
 

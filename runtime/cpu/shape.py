@@ -39,7 +39,6 @@ WIDEST = 16
 """Lanes of the widest vectors."""
 NO_SECOND = (0, 1)
 """Stride and count where a step has only one."""
-NO_BOUNDS = (0.0, 0.0)
 
 Step = tuple[int, int] | tuple[int, int, int, int]
 Steps = tuple[Step, ...]
@@ -157,14 +156,15 @@ def header(shape: ExpertShape) -> str:
         "WIDTH": shape.width,
         "ALTERNATING": int(shape.alternating),
         "ACTIVATION": ACTIVATIONS[shape.activation],
-        "GATE_BOUND": f"{(shape.bounds or NO_BOUNDS)[0]!r}f",
-        "UP_BOUND": f"{(shape.bounds or NO_BOUNDS)[1]!r}f",
         "HAS_BIAS": int(shape.has_bias),
         "FEWEST_LANES": min(*lanes, PATCH_LANES),
         "LONGEST": max(
             -(-width // order.columns) * order.columns for order, width in sums.values()
         ),
     }
+    if shape.bounds:
+        gate, up = shape.bounds
+        constants |= {"GATE_BOUND": f"{gate!r}f", "UP_BOUND": f"{up!r}f"}
     if shape.packing:
         constants |= {"CHUNK": shape.packing.chunk, "PATCHES": shape.packing.patches}
         constants |= {"UP_FIRST": shape.packing.gate_up, "DOWN_FIRST": shape.packing.down}

@@ -26,6 +26,14 @@ UNGATED = "relu2"
 """The one that has no gate: its experts have an up projection alone."""
 
 
+class Gating(NamedTuple):
+    """How an expert's first product becomes the input of its second."""
+
+    activation: str
+    alternating: bool = False
+    bounds: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelLayout:
     """The way kernels read a gated expert's parameters."""
@@ -92,35 +100,25 @@ def gated_layout(
     )
 
 
-class Found(NamedTuple):
-    """What a container computes between its products."""
-
-    activation: str
-    alternating: bool = False
-    bounds: tuple[float, float] | None = None
-
-
-def activate(
-    gate_up: Tensor, activation: str, alternating: bool, bounds: tuple[float, float] | None = None
-) -> Tensor:
+def activate(gate_up: Tensor, gating: Gating | KernelLayout) -> Tensor:
     """The activations that kernels know, in torch: [..., 2I] to [..., I]; without a gate [..., I]
     to [..., I].
     """
-    if activation == UNGATED:
+    if gating.activation == UNGATED:
         return F.relu(gate_up).square()
-    pair = (gate_up[..., ::2], gate_up[..., 1::2]) if alternating else gate_up.chunk(2, -1)
-    gate, up = pair
-    if activation == "clamped_swiglu":
+    halves = (gate_up[..., ::2], gate_up[..., 1::2]) if gating.alternating else None
+    gate, up = halves or gate_up.chunk(2, -1)
+    if gating.activation == "clamped_swiglu":
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
         return gate * torch.sigmoid(gate * 1.702) * up
-    if activation in BOUNDED:
-        assert bounds is not None
-        return _bounded(gate, up, activation, bounds)
-    if activation == "gelu_tanh":
+    if gating.activation in BOUNDED:
+        assert gating.bounds is not None
+        return _bounded(gate, up, gating.activation, gating.bounds)
+    if gating.activation == "gelu_tanh":
         return F.gelu(gate, approximate="tanh") * up
     plain: dict[str, Callable[[Tensor], Tensor]]
     plain = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-    return plain[activation](gate) * up
+    return plain[gating.activation](gate) * up
 
 
 def _bounded(gate: Tensor, up: Tensor, activation: str, bounds: tuple[float, float]) -> Tensor:
@@ -141,7 +139,7 @@ def _gated(layer: MoELayer, gate_up: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _activation(layer: MoELayer) -> Found | None:
+def _activation(layer: MoELayer) -> Gating | None:
     """The known activation that the container's own gate computes, found by numbers that differ."""
     gate_up = _numbers()
     try:
@@ -149,10 +147,10 @@ def _activation(layer: MoELayer) -> Found | None:
     except Exception:
         return None
     plain = [one for one in ACTIVATIONS if one not in (UNGATED, *BOUNDED)]
-    candidates = [Found(*pair) for pair in product(plain, (False, True))]
-    candidates += [Found(*way) for way in product(BOUNDED, (False,), _bounds(layer.module))]
+    candidates = [Gating(*pair) for pair in product(plain, (False, True))]
+    candidates += [Gating(*way) for way in product(BOUNDED, (False,), _bounds(layer.module))]
     for found in candidates:
-        known = activate(gate_up[None], *found)
+        known = activate(gate_up[None], found)
         same_shape = own.shape == known.shape
         if same_shape and torch.allclose(own.float(), known, atol=1e-4, rtol=1e-4):
             return found
@@ -171,15 +169,15 @@ def _bounds(module: nn.Module) -> list[tuple[float, float]]:
 
 
 @torch.no_grad()
-def _ungated_activation(module: Any) -> Found | None:
+def _ungated_activation(module: Any) -> Gating | None:
     """As `_activation`, of a container whose experts have no gate."""
     numbers = _numbers()
     try:
         own: Tensor = module.act_fn(numbers)
     except Exception:
         return None
-    same = torch.allclose(own.float(), activate(numbers, UNGATED, False), atol=1e-4, rtol=1e-4)
-    return Found(UNGATED) if same else None
+    same = torch.allclose(own.float(), activate(numbers, Gating(UNGATED)), atol=1e-4, rtol=1e-4)
+    return Gating(UNGATED) if same else None
 
 
 def _numbers() -> Tensor:

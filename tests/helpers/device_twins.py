@@ -92,7 +92,7 @@ class Twin:
         h = parameters[name][expert] @ x_H
         if self.layout.has_bias:
             h = h + parameters[f"{name}_bias"][expert]
-        h = activate(h, self.layout.activation, self.layout.alternating, self.layout.bounds)
+        h = activate(h, self.layout)
         y = parameters["down_proj"][expert] @ h
         return y + parameters["down_proj_bias"][expert] if self.layout.has_bias else y
 

@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from runtime.cpu.shape import ACTIVATIONS as ON_THE_CPU
 from runtime.cuda.kernels.gate_up import Activation, activate
 from runtime.cuda.memory.kernel_layout import ACTIVATIONS
-from runtime.weights.gated_experts import BOUNDED
+from runtime.weights.gated_experts import BOUNDED, Gating
 from runtime.weights.gated_experts import activate as on_the_host
 from tests.helpers import interpreter, written_order
 
@@ -62,5 +62,5 @@ def test_bounded_activations_are_torchs_to_rounding(activation: str) -> None:
     found = torch.empty(COUNT)
     act = Activation(ACTIVATIONS.index(activation), *BOUNDS)
     activations[(1,)](gate, up, found, ACT=act, N=COUNT)
-    expected = on_the_host(torch.cat([gate, up]), activation, False, BOUNDS)
+    expected = on_the_host(torch.cat([gate, up]), Gating(activation, bounds=BOUNDS))
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-30)

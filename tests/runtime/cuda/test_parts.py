@@ -134,7 +134,7 @@ def test_the_known_activations_are_the_models_own(kind: str) -> None:
     layout = layout_of(layer, specs)
     assert isinstance(layout, KernelLayout)
     gate_up = torch.randn(5, 48) * 6
-    ours = activate(gate_up, layout.activation, layout.alternating, layout.bounds)
+    ours = activate(gate_up, layout)
     own: Any = layer.module
     torch.testing.assert_close(ours, own._apply_gate(gate_up))
 
