@@ -92,7 +92,8 @@ def test_prompts_and_captured_steps_give_the_twins_logits(
     layout: str, written: LayoutWriter
 ) -> None:
     """To rounding, of prompts too: their weights are the twin's bit for bit, but which sixteen of
-    them a tensor core sums at once follows from how they come into registers (Triton's `kWidth`).
+    them a tensor core sums at once follows from how they come into registers (Triton's `kWidth`:
+    8 where zeros or scales are bytes, 4 in the twin's packed blocks).
     """
     coded, twin = written(layout)
     for batch in (1, 4):

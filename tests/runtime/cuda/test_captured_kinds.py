@@ -23,7 +23,7 @@ from tests.helpers.tiny import tiny_model
     "kind",
     ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe", "hy_v4", "inkling2_text", "dbrx"],
 )
-def test_they_give_the_stock_models_tokens(kind: str) -> None:
+def test_they_give_the_stock_models_tokens_and_logits(kind: str) -> None:
     """Scaled tokens, experts without parameters, positions of three kinds, convolutions, bounded
     and capped activations, matrices that lie apart.
     """

@@ -73,7 +73,7 @@ def test_activations_with_bounds_compile() -> None:
 
 
 CODED = {
-    80: ["olmoe-7b:fp8", "olmoe-7b:nvfp4"],
+    80: ["olmoe-7b:fp8", "olmoe-7b:int4", "olmoe-7b:nvfp4"],
     90: ["gpt-oss-20b:mxfp4", "olmoe-7b:int4-zeros", "olmoe-7b:mxfp8"],
 }
 
