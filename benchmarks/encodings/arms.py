@@ -18,9 +18,9 @@ SHARED = QUARTER, "0.1"
 """Residencies at which the CPU's share is measured."""
 TIMED_WITH_CPU = ("olmoe-7b",)
 """Shapes whose CPU's share is measured."""
-TIMED_UNCAPTURED = "qwen3-next-80b-a3b", "deepseek-v2-lite", "granite-4-h-tiny"
-"""Shapes whose captured steps are compared with the same steps uncaptured: layers that recur, and
-those that keep compressed states.
+TIMED_UNCAPTURED = "qwen3-next-80b-a3b", "deepseek-v2-lite", "granite-4-h-tiny", "llama-4-scout"
+"""Shapes whose captured steps are compared with the same steps uncaptured: layers that recur, that
+keep compressed states, and that attend in chunks.
 """
 MEMORY = {
     "olmoe-7b": "4.2GiB",
@@ -31,6 +31,7 @@ MEMORY = {
     "qwen3-next-80b-a3b": "24GiB",
     "deepseek-v2-lite": "6GiB",
     "granite-4-h-tiny": "3GiB",
+    "llama-4-scout": "32GiB",
     "tiny": "6MiB",
     "tiny-gpt-oss": "8MiB",
 }
@@ -44,6 +45,7 @@ OF_SHAPE = {
     "qwen3-next-80b-a3b": ("int4",),
     "deepseek-v2-lite": ("int4", PLAIN),
     "granite-4-h-tiny": ("int4", PLAIN),
+    "llama-4-scout": ("int4",),
 }
 """Encodings of a shape, where not all of them: those in which such models are published, and
 bfloat16 where a host of 128 GB holds it."""
@@ -69,7 +71,7 @@ class CodedArm(Arm):
     @property
     def load(self) -> CodedArm:
         """Equal for the arms that one loaded model serves."""
-        return replace(self, routes="")
+        return replace(self, routes="", is_captured=True)
 
 
 def encoding_arms(
@@ -135,8 +137,9 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
     yield from (arm(encoding, memory, policy=policy) for encoding in encodings)
     if fits:
         yield from (arm(encoding, FULL, compile=True) for encoding in narrow)
-        for ahead in (False, ONE_GUESS, True):
-            yield arm(leading, QUARTER, policy=policy, prefetch=ahead, compile=True)
+        timed = (PLAIN, leading) if shape in TIMED_WITH_CPU else (leading,)
+        for encoding, ahead in product(timed, (False, ONE_GUESS, True)):
+            yield arm(encoding, QUARTER, policy=policy, prefetch=ahead, compile=True)
     else:
         yield arm(leading, QUARTER)  # another residency, for the logits
     yield from (arm(encoding, memory, compile=True) for encoding in narrow)

@@ -15,6 +15,7 @@ from benchmarks.encodings.report import print_row
 from benchmarks.encodings.settings import EncodingSettings
 from benchmarks.encodings.subject import CodedSubject, Loaded
 from benchmarks.replay.passages import Passages
+from benchmarks.systems.arm import decoding_as
 from benchmarks.systems.logits import compare_logits
 from benchmarks.systems.placement import free_memory
 from benchmarks.systems.row import Row
@@ -71,7 +72,8 @@ class EncodingRunner:
                 load_s = time.perf_counter() - start
                 while waiting:
                     row = Row(arm=waiting[0], load_s=load_s, held_bytes=held)
-                    self._measure(waiting[0], loaded, row)
+                    with decoding_as(waiting[0]):
+                        self._measure(waiting[0], loaded, row)
                     add(row)
                     waiting.pop(0)
         except Exception as error:  # one arm of many: the others still count

@@ -101,14 +101,14 @@ class CodedSubject:
 
     @contextmanager
     def loaded(self, arm: CodedArm, context: int) -> Iterator[Loaded]:
-        """A new model, offloaded as `arm` says."""
+        """A new model, offloaded as `arm` and those with an equal `load` say."""
         source = coded_source(shape_named(arm.shape), arm.encoding, self.device, seed=self._seed)
         replay = TextReplay(
             source.model, 1, context, self.device, routes=True, layers=source.layers
         )
         with (
             replay.installed(),
-            decoding_as(arm),
+            decoding_as(arm.load),
             self._engine(source, arm, context) as engine,
         ):
             yield Loaded(source, replay, of_engine(engine), best(self.link))

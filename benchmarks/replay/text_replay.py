@@ -109,10 +109,17 @@ class TextReplay:
         self._position.copy_(position_ids[0, -1:] + 1)
 
     @capturable
-    def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights_PK, _ = own(hidden)
+    def _route(self, layer: int, own: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+        """The router's result with other experts in it: of (logits, weights [P, K], experts), or of
+        (scores [P, E], logits) in Llama 4, whose scores are zero but for the chosen.
+        """
         assert self._step_LPK is not None
-        return logits, weights_PK, self._step_LPK[layer]
+        experts_PK, result = self._step_LPK[layer], own(hidden)
+        if len(result) == 3:
+            return result[0], result[1], experts_PK
+        scores_PE, logits = result
+        best_PK = scores_PE.topk(experts_PK.shape[-1], dim=-1).values
+        return torch.zeros_like(scores_PE).scatter(-1, experts_PK, best_PK), logits
 
     @capturable
     def _choose(self, _head: Any, _inputs: Any, logits_BTV: Tensor) -> Tensor:
@@ -122,7 +129,7 @@ class TextReplay:
 
 
 def router_of(model: nn.Module, experts_name: str) -> nn.Module:
-    """The router beside a container of experts: it returns (logits, weights [P, K], experts)."""
+    """The router beside a container of experts."""
     block = model.get_submodule(experts_name.rpartition(".")[0])
     names = [name for name, _ in block.named_children() if name in ROUTERS]
     return block.get_submodule(names[0])

@@ -78,15 +78,16 @@ def logits_after(model: Any, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return found
 
 
-def assert_same(found_BTV: Tensor, expected_BTV: Tensor, case: tuple[int, int]) -> None:
-    """Logits are the same to rounding."""
-    gap = float((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max())
-    assert gap <= ROUNDING, (case, gap)
+def gap(found_BTV: Tensor, expected_BTV: Tensor) -> float:
+    """How far logits are apart, as a share of the largest."""
+    return float((found_BTV - expected_BTV).abs().max() / expected_BTV.abs().max())
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_captured_steps_give_the_stock_models_logits(kind: str) -> None:
-    """In float32: those of each new token after the ones before it, in one pass."""
+    """In float32: those of each new token after the ones before it, in one pass; or, where the
+    stock model's own steps give others than that (Nemotron-H: by 1e-3 in float64 too), in steps.
+    """
     stock = model_of(kind)
     skip_uncaptured(stock)
     offloaded: Any = runtime.load(
@@ -102,7 +103,11 @@ def test_captured_steps_give_the_stock_models_logits(kind: str) -> None:
                 if engine.decode_path != "graph":
                     pytest.skip(f"not captured: {engine.decode_path}")
                 expected_BTV = logits_after(stock, tokens_BT.cuda(), mask_BT)
-                assert_same(logits_BTV, expected_BTV, (length, batch))
+                if gap(logits_BTV, expected_BTV) > ROUNDING:
+                    stock_BT, expected_BTV = generate(stock, ids_BT, mask_BT)
+                    assert torch.equal(tokens_BT, stock_BT), (length, batch)
+                found = gap(logits_BTV, expected_BTV)
+                assert found <= ROUNDING, (length, batch, found)
         engine.check_integrity()
 
 
