@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.replay.recorded_requests import Recorded
 from benchmarks.replay.text_replay import router_of
-from routing.layers import find_moe_layers
+from routing.layers import MoELayer, find_moe_layers
 from runtime.engine.guards.changes import capturable
 from runtime.kv.row_cache import RowCache
 from runtime.serving.model_runner import ModelRunner, Part, Ran
@@ -27,15 +27,18 @@ from runtime.serving.model_runner import ModelRunner, Part, Ran
 class RowReplay:
     """Tables for all requests, and the request of each row.
 
-    model: not offloaded yet, because its containers of experts are looked up.
+    model: not offloaded yet, because its containers of experts are looked up. layers: of one that
+    was built without experts.
     """
 
     def __init__(
-        self, model: Any, recorded: dict[str, Recorded], num_rows: int, device: torch.device
-    ) -> None:
+        self, model: Any, recorded: dict[str, Recorded], num_rows: int, device: torch.device,
+        *, layers: Sequence[MoELayer] | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._recorded = model, recorded
         assert not hasattr(model, "expertflow")
-        self._routers = [router_of(model, layer.name) for layer in find_moe_layers(model)]
+        layers = layers or find_moe_layers(model)
+        self._routers = [router_of(model, layer.name) for layer in layers]
         lengths = [len(one.token_ids_T) for one in recorded.values()]
         self._starts = dict(zip(recorded, accumulate(lengths, initial=0), strict=False))
         table = np.concatenate([one.experts_TLK for one in recorded.values()])

@@ -49,6 +49,8 @@ class ExpertCache:
         self.policy = policy
         self.slot_of_key = np.empty(num_layers * num_experts, np.int64)
         self.key_of_slot = np.empty(num_slots, np.int64)
+        self.version = 0
+        """Another one whenever the table changes."""
         self.clear()
 
     @property
@@ -112,6 +114,7 @@ class ExpertCache:
         num_evicted = max(len(missing) - len(self._free), 0)
         if num_evicted:
             self._free.extend(self._evict(num_evicted, pinned, later).tolist())
+        self.version += 1
         slots = [self._free.pop() for _ in missing]
         self.slot_of_key[missing] = slots
         self.key_of_slot[slots] = missing
@@ -136,6 +139,7 @@ class ExpertCache:
 
     def clear(self) -> None:
         """Start empty again, whatever the slot table says: some bytes did not arrive."""
+        self.version += 1
         self.slot_of_key.fill(FREE)
         self.key_of_slot.fill(FREE)
         self._free = list(range(self.num_slots - 1, -1, -1))

@@ -40,6 +40,7 @@ from runtime.cuda.prefill.look_ahead import LookAhead, router_of
 from runtime.cuda.prefill.streaming_pool import StreamingPool
 from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.streams import CUDNN_ATTENTION, StreamOrder
+from runtime.cuda.wide.wide_rows import WideRows
 from runtime.engine.experts import run_experts, with_rest
 from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
@@ -182,7 +183,9 @@ class CudaBackend:
         if self.decoder is None or self.decoder.objection() is not None:
             return None
         if self._rows is None or not self._rows.take_on(cache):
-            self._rows = RowDecoder(self.decoder, cache)
+            assert self._grouped is not None
+            wide = WideRows(self.decoder, cache, self._grouped)
+            self._rows = RowDecoder(self.decoder, cache, wide)
         return self._rows
 
     @property

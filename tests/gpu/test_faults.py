@@ -187,19 +187,19 @@ FULL = torch.OutOfMemoryError, ValueError
 def test_memory_that_runs_out_in_a_capture_leaves_the_engine_usable() -> None:
     with offloaded(tiny_model("olmoe")) as model:
         decoder = decoder_of(model)
-        forward = decoder.model.forwards._plain
+        forward = decoder.model.forwards.plain
 
         def failing(*args: Any, **kwargs: Any) -> Any:
             if torch.cuda.is_current_stream_capturing():
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return forward(*args, **kwargs)
 
-        decoder.model.forwards._plain = failing
+        decoder.model.forwards.plain = failing
         with pytest.raises(FULL):
             generate(model)
         for step in decoder.steps.values():
             step._forward = forward
-        decoder.model.forwards._plain = forward
+        decoder.model.forwards.plain = forward
         assert torch.equal(generate(model), stock_tokens("olmoe", 1))
         assert model.expertflow.decode_path == "graph"
         check_slots(model)

@@ -54,7 +54,8 @@ class StepForwards:
         self._model, self._layers, self._device = model, source.layers, device
         self._asked, self._storage = asked, storage
         self._description = model_description(model)
-        self._plain: Forward = FusedForward(model)
+        self.plain: Forward = FusedForward(model)
+        """The model's own."""
         self._compile = partial(
             CompiledForward, model.forward, source.layers, num_sizes=num_sizes,
             fullgraph=asked == AUTO,
@@ -77,8 +78,8 @@ class StepForwards:
         if self._asked is True:
             return KeptForward(self._compiled, self._artefacts(key))
         if key in self._switched:
-            return CachedForward(self._compiled, self._artefacts(key), self._plain, self._give_up)
-        return self._plain
+            return CachedForward(self._compiled, self._artefacts(key), self.plain, self._give_up)
+        return self.plain
 
     # ------------------------------------------------------------------ under "auto"
 
@@ -185,7 +186,7 @@ class CachedForward:
         plain: Forward,
         give_up: Callable[[str], None],
     ) -> None:
-        self._compiled, self._artefacts, self._plain = compiled, artefacts, plain
+        self._compiled, self._artefacts, self.plain = compiled, artefacts, plain
         self._give_up = give_up
         self._run: Forward = self._first
 
@@ -203,8 +204,8 @@ class CachedForward:
         except Exception as error:  # of dynamo, of a compiler, of a driver
             self._artefacts.discard()
             self._give_up(f"{type(error).__name__}: {error!s:.300}")
-            self._run = self._plain
-            return self._plain(*args, **kwargs)
+            self._run = self.plain
+            return self.plain(*args, **kwargs)
         log.info("decode steps are compiled from here on")
         self._run = self._compiled
         return output

@@ -22,7 +22,7 @@ from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.decode.experts.ledger import Ledger
 from runtime.cuda.decode.experts.ranges import Range, choose_ranges, most_used
-from runtime.cuda.decode.graph_step import CapturedStep
+from runtime.cuda.decode.graph_step import CapturedStep, StepExperts
 from runtime.cuda.decode.policy_driver import PolicyDriver
 from runtime.cuda.kernels.custom_ops import running
 from runtime.cuda.memory.kernel_layout import KernelLayout
@@ -84,7 +84,7 @@ class Decoder:
         self._device_cache, self._routers = device_cache, routers
         self.steps: dict[Hashable, CapturedStep] = {}
         """The steps captured so far."""
-        self._running: ExpertsCall | None = None
+        self._running: StepExperts | None = None
         self._spare: defaultdict[int, list[Tensor]] = defaultdict(list)
         """Pinned memory of outcomes, by the batch of their steps."""
         self._num_free = 0
@@ -144,9 +144,15 @@ class Decoder:
             self._device_cache.upload()
             self._num_free = self._pool.num_slots - self._pool.cache.num_resident
 
+    def hand_over(self) -> None:
+        """Make the host's slot table the truth: what runs next does not plan on the device."""
+        self.rest()
+        self._device_cache.download()
+
     def enqueue(self, step: CapturedStep, num_rows: int) -> StepInFlight:
         """Enqueue a step, whose values are on the device, and the copy of its outcome to here."""
         if self._share is not None and step.batch == 1:
+            assert isinstance(step.experts, ExpertsCall)
             self._share.begin_step(step.experts)
         if step.experts.prefetches:
             self._device_cache.has_parts = True

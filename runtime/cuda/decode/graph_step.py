@@ -11,12 +11,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
+from runtime.cuda.decode.experts.ledger import Ledger
 from runtime.cuda.single_tokens import PaddedTokens, UnknownAttention
 from runtime.cuda.streams import CUDNN_ATTENTION
 from runtime.kv.own_attention import OwnAttention
@@ -26,13 +28,37 @@ WARM_UPS = 2
 """Eager runs before the capture: Triton compiles, cuBLAS takes its workspace."""
 
 
+class StepExperts(Protocol):
+    """What a step's expert layers call."""
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether experts are sent ahead."""
+
+    @property
+    def ledger(self) -> Tensor:
+        """int32, what the host wants to know of a step."""
+
+    def read(self, ledger: np.ndarray) -> Ledger:
+        """The parts of a ledger that was copied to the host."""
+
+    def begin_step(self) -> None:
+        """Once a step, before its first layer."""
+
+    def end_step(self) -> None:
+        """Once a step, after all else."""
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Experts `ids` (int64 [B, K]) of x [B, H]: [B, H]."""
+
+
 class CapturedStep(ABC):
     """A captured step. Subclasses hold the static tensors that a forward pass runs between.
 
     experts: what the model's expert layers call. stream: where it is captured.
     """
 
-    def __init__(self, experts: ExpertsCall, stream: torch.cuda.Stream) -> None:
+    def __init__(self, experts: StepExperts, stream: torch.cuda.Stream) -> None:
         self.experts, self._stream = experts, stream
         self.logits_BV: Tensor | None = None
         self.outcome: Tensor | None = None

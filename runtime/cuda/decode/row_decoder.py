@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from runtime.cache.forecast import Forecast
 from runtime.cuda.compiling.blueprint import StepKey
-from runtime.cuda.decode.decoder import Decoder, StepInFlight
-from runtime.cuda.decode.experts.experts_call import ExpertsCall
-from runtime.cuda.decode.graph_step import CapturedStep
+from runtime.cuda.decode.decoder import Decoder, StepInFlight, StepResult
+from runtime.cuda.decode.graph_step import CapturedStep, StepExperts
 from runtime.cuda.prefetching import SERVING
 from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
 from runtime.kv.row_cache import RowCache
 from runtime.kv.token_layout import RaggedTokens
+
+if TYPE_CHECKING:
+    from runtime.cuda.wide.wide_rows import WideRows
 
 
 class TokensOfRows(SingleTokens, RaggedTokens):
@@ -90,7 +92,7 @@ class RowStep(CapturedStep):
         self,
         forward: Callable[..., Any],
         cache: RowCache,
-        experts: ExpertsCall,
+        experts: StepExperts,
         *,
         batch: int,
         device: torch.device,
@@ -146,13 +148,21 @@ class Run(NamedTuple):
     start: float
 
 
+def next_tokens(flight: StepInFlight, result: StepResult) -> NextTokens:
+    """The B next tokens of a finished step; -1 where logits are not finite."""
+    logits_BV = flight.step.logits_BV
+    assert logits_BV is not None
+    greedy_B = np.where(np.isnan(result.best_B), -1, result.tokens_B).tolist()
+    return NextTokens(greedy_B, logits_BV[: flight.num_rows])
+
+
 class RowDecoder:
-    """Runs captured steps over the rows of `cache`."""
+    """Runs captured steps over the rows of `cache`. wide: those of more rows than most."""
 
     attend_singles = staticmethod(attend_singles)
 
-    def __init__(self, decoder: Decoder, cache: RowCache) -> None:
-        self._decoder, self._cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: RowCache, wide: WideRows) -> None:
+        self._decoder, self._cache, self._wide = decoder, cache, wide
         self._steps: dict[tuple[int, bool], RowStep] = {}
         self._epoch = cache.epoch
 
@@ -161,11 +171,15 @@ class RowDecoder:
         if cache.num_rows != self._cache.num_rows:
             return False
         self._cache = cache  # for steps that are captured from here on
+        self._wide.take_on(cache)
         self._epoch = -1
         return True
 
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step."""
+        return self._is_narrow(num_rows) or self._wide.fits(num_rows)
+
+    def _is_narrow(self, num_rows: int) -> bool:
         decoder = self._decoder
         return (
             num_rows <= decoder.model.batch and decoder.most_experts(num_rows) <= decoder.num_slots
@@ -185,6 +199,8 @@ class RowDecoder:
         forecast: Forecast | None,
     ) -> Run:
         """Enqueue one step: a token of each sequence, with its row and position."""
+        if not self._is_narrow(len(tokens)):
+            return self._wide.launch(tokens, rows, positions)
         start, decoder = time.perf_counter(), self._decoder
         prefetch = decoder.prefetching.in_next_step(SERVING)
         step = self._step_for(len(tokens), prefetch=prefetch)
@@ -202,17 +218,15 @@ class RowDecoder:
 
     def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
         """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+        if not self._is_narrow(run.flight.num_rows):
+            return self._wide.finish(run)
         decoder, flight = self._decoder, run.flight
         result = decoder.finish(flight)
         decoder.count(flight, result.ledger)
         decoder.driver.end_served_step(result.routes_LBK)
         seconds = time.perf_counter() - run.start
         decoder.count_time(flight, SERVING, seconds)
-        logits_BV = flight.step.logits_BV
-        assert logits_BV is not None
-        greedy_B = np.where(np.isnan(result.best_B), -1, result.tokens_B).tolist()
-        following = NextTokens(greedy_B, logits_BV[: flight.num_rows])
-        return following, result.routes_LBK.swapaxes(0, 1)
+        return next_tokens(flight, result), result.routes_LBK.swapaxes(0, 1)
 
     def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
         if self._epoch != self._cache.epoch:

@@ -1,11 +1,12 @@
 """A layer's experts for many tokens: in one go where all are resident, else as they arrive.
 
     all resident   sort | gate_up | down | combine              the host waits for nothing
+    streamed       sort | gate_up, down | gate_up, down | ... | combine         nor here (`wide`)
     else           sort | (host: what is missing?) | residents: gate_up, down | arrived: gate_up,
                    down | ... | combine
 
-Both run the same kernels with the same tiles, so what is resident changes no bit. The counts that
-the host wants of a pass in which all was resident come when it has ended.
+All run the same kernels with the same tiles, so what is resident changes no bit. The counts of a
+pass in which the host waited for nothing come when it has ended.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.streaming_pool import Ahead, Group, StreamingPool, nothing_ahead
 from runtime.cuda.prefill.telling import on_device, told
 from runtime.cuda.prefill.tiling import Tiling, most_tiles, table_of
+from runtime.cuda.wide.wide_experts import WideExperts
+from runtime.cuda.wide.wide_pass import WidePasses
+
+LEAST_SLOTS = 2
+"""Of a pool that passes are streamed through: one expert runs while another comes."""
 
 
 class GroupedExperts:
@@ -38,13 +44,13 @@ class GroupedExperts:
         self, pool: StreamingPool, layout: KernelLayout, stats: Stats, num_experts: list[int]
     ) -> None:
         self._pool, self._layout, self._stats = pool, layout, stats
-        self._device, self._num_experts = pool.device, num_experts
+        self.device, self._num_experts = pool.device, num_experts
         block, workspace_RN = pool.expert_block, pool.workspace_RN
         self._stored = Products(block, pool.slots_SN, layout)
         self._plain = None if workspace_RN is None else Products(block.plain, workspace_RN, layout)
         shape = len(num_experts), max(num_experts)
         self._counts_LE, self._slots_LE = torch.zeros(
-            2, *shape, dtype=torch.int32, device=self._device
+            2, *shape, dtype=torch.int32, device=self.device
         )
         self._counts = _rows(self._counts_LE, num_experts)
         self._slots = _rows(self._slots_LE, num_experts)
@@ -54,6 +60,18 @@ class GroupedExperts:
         self._work: Work | None = None
         self._ran: list[int] = []
         """Layers of the running pass whose counts the host does not know yet."""
+        self._used = 0
+        """Experts that the running pass has used, as far as they are counted."""
+        self._wide = self._wide_passes()
+
+    def _wide_passes(self) -> WidePasses | None:
+        """None where none need be streamed, or none can."""
+        pool, (first, *others) = self._pool, self._num_experts
+        if self._stats.all_fit or pool.num_slots < LEAST_SLOTS or set(others) - {first}:
+            return None
+        room = first if self._plain is None else self._room
+        experts = WideExperts(pool, 1 + len(others), self._stored, self._unpacked, room)
+        return WidePasses(pool, experts)
 
     def end_pass(self) -> None:
         """A forward pass has ended: count what ran, and free its memory.
@@ -62,6 +80,9 @@ class GroupedExperts:
         """
         self._work = None
         self._count()
+        used, self._used = self._used / self._stats.total_experts, 0
+        if self._wide is not None:
+            self._wide.end_pass(used)
         if self._stats.all_fit and self._pool.cache.num_resident and not self._pool.is_full:
             self._pool.fill()
 
@@ -71,9 +92,19 @@ class GroupedExperts:
             return
         counts_LE = self._counts_LE.cpu().numpy()
         for layer in ran:
-            needed = np.flatnonzero(counts_LE[layer])
-            self._pool.cache.policy.touch(layer, needed)
-            self._stats.count(layer, Lookup(needed, needed, np.zeros(len(needed), bool), 0), 0)
+            self._count_layer(layer, np.flatnonzero(counts_LE[layer]))
+
+    def _count_layer(self, layer: int, needed: np.ndarray) -> None:
+        """Count a layer in which all was resident, or streamed, of which it used `needed`."""
+        self._pool.cache.policy.touch(layer, needed)
+        self._used += len(needed)
+        came = np.zeros(len(needed), bool)
+        if self._wide is not None:
+            came = needed >= self._wide.staying[layer]
+            in_vain = self._num_experts[layer] - self._wide.staying[layer] - int(came.sum())
+            self._pool.count_sent(layer, in_vain, in_vain=True)
+        lookup = Lookup(needed, needed, came, 0)
+        self._stats.count(layer, lookup, self._pool.link_bytes(layer))
 
     # ------------------------------------------------------------------ an experts call
 
@@ -90,31 +121,90 @@ class GroupedExperts:
         if not num_pairs:
             return torch.zeros_like(x_TH)
         if self._work is None or len(self._work.order_P) != num_pairs:
-            most = max(self._num_experts)
-            self._work = Work.of(num_pairs, most, self._layout, self._device)
-        work = self._work
-        tiling = Tiling.of(num_pairs, self._num_experts[layer], is_plain=self._plain is None)
+            self._work = self.work_of(num_pairs)
+        work, tiling = self._work, self._tiling(layer, num_pairs)
+        given = layer, x_TH, routes.experts_TK, tiling, work
+        if self._pool.is_full or self._wide is not None:
+            if layer in self._ran:  # a layer that runs twice in a pass
+                self._count()
         if self._pool.is_full:
-            self._run_full(layer, x_TH, routes.experts_TK, tiling, work)
+            self._follow_slots()
+            self._pool.wait_for_layer(layer)
+            self._run_full(*given)
+            self._ran.append(layer)
+        elif self._wide is not None and self._wide.run(*given, self._counts[layer]):
+            self._ran.append(layer)
         else:
-            self._run_arriving(layer, x_TH, routes.experts_TK, tiling, work, ahead)
+            self._run_arriving(*given, ahead)
         return combined(x_TH, routes, work, self._num_experts[layer])
+
+    def work_of(self, num_pairs: int) -> Work:
+        """Memory for calls of so many pairs."""
+        return Work.of(num_pairs, max(self._num_experts), self._layout, self.device)
+
+    def _tiling(self, layer: int, num_pairs: int) -> Tiling:
+        return Tiling.of(num_pairs, self._num_experts[layer], is_plain=self._plain is None)
+
+    # ------------------------------------------------------------------ captured passes
+
+    def captures(self, num_tokens: int) -> bool:
+        """Whether passes of so many tokens can be captured: the host need decide nothing."""
+        if self._pool.is_full:
+            return True
+        return self._wide is not None and self._wide.expects_all(num_tokens)
+
+    def prepare(self) -> None:
+        """Before a captured pass, on the host."""
+        if self._wide is not None:
+            self._wide.prepare()
+        else:
+            self._follow_slots()
+            self._pool.wait_for_copies()
+
+    def begin_captured(self) -> None:
+        """Within it, before its first layer."""
+        if self._wide is not None:
+            self._wide.begin_captured()
+
+    def run_captured(self, layer: int, x_TH: Tensor, routes: Routes, work: Work) -> Tensor:
+        """Within it: an experts call of `layer`."""
+        tiling = self._tiling(layer, routes.experts_TK.numel())
+        given = layer, x_TH, routes.experts_TK, tiling, work
+        if self._wide is not None:
+            self._wide.run_captured(*given, self._counts[layer])
+        else:
+            self._run_full(*given)
+        return combined(x_TH, routes, work, self._num_experts[layer])
+
+    def end_captured(self) -> None:
+        """Within it, after all else."""
+        if self._wide is not None:
+            self._wide.end_captured()
+
+    def count_captured(self, routes_LBK: np.ndarray) -> None:
+        """After it, on the host: count what ran. int64 [L, B, K], others than experts are none."""
+        for layer, (chosen_BK, num) in enumerate(zip(routes_LBK, self._num_experts, strict=True)):
+            chosen = np.unique(chosen_BK)
+            self._count_layer(layer, chosen[(chosen >= 0) & (chosen < num)])
+        used, self._used = self._used / self._stats.total_experts, 0
+        num_tokens = routes_LBK.shape[1]
+        self._stats.steps += 1
+        self._stats.tokens += num_tokens
+        if self._wide is not None:
+            self._wide.ran_captured(num_tokens, used)
+
+    # ------------------------------------------------------------------ the ways to run a layer
 
     def _run_full(
         self, layer: int, x_TH: Tensor, experts_TK: Tensor, tiling: Tiling, work: Work
     ) -> None:
         """Every expert has its slot: nobody has to know which are used."""
-        if layer in self._ran:  # a layer that runs twice in a pass
-            self._count()
-        self._follow_slots()
-        self._pool.wait_for_layer(layer)
         slots_E, num_experts = self._slots[layer], self._num_experts[layer]
         places_E, together = slots_E, num_experts
         if tiling.unpacks:
             together = self._room
-            places_E = (torch.arange(num_experts, device=self._device) % together).int()
+            places_E = (torch.arange(num_experts, device=self.device) % together).int()
         sort(experts_TK, work, self._counts[layer], places_E, together, tiling.tiles.rows)
-        self._ran.append(layer)
         top_k, height = experts_TK.shape[1], tiling.tiles.rows
         for group, start in enumerate(range(0, num_experts, together)):
             picked_R = slots_E[start : start + together]
@@ -138,6 +228,7 @@ class GroupedExperts:
         sort(experts_TK, work, counts_E, self._slots[layer], num_experts, height)
         wanted, likely = told(counts_E), ahead()
         counts = wanted().astype(np.int64)
+        self._used += np.count_nonzero(counts)
         for groups in self._pool.waves(layer, np.flatnonzero(counts)):
             if tiling.unpacks:
                 groups = [part for group in groups for part in group.parts(self._room)]
@@ -160,7 +251,7 @@ class GroupedExperts:
         table = table_of(experts, places, counts, tiling.tiles.rows)
         slots = np.concatenate([one.slots for one in groups])
         parts = table.tiles_N3.reshape(-1), table.starts_G, slots
-        tiles, starts_G, slots_N = on_device(np.concatenate(parts), self._device).split(
+        tiles, starts_G, slots_N = on_device(np.concatenate(parts), self.device).split(
             [len(part) for part in parts]
         )
         picked = list(slots_N.split([len(one.slots) for one in groups])) if tiling.unpacks else []

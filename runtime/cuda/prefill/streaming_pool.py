@@ -92,7 +92,8 @@ class StreamingPool:
         self.workspace_RN = None if is_plain else workspace(block, device)
         """Where records are unpacked or decoded for many tokens, int16 [R, units]."""
         self._host, self._stats, self._layout = host, stats, layout
-        self._copies = torch.cuda.Stream(device)
+        self.copies = torch.cuda.Stream(device)
+        """The stream on which experts come."""
         self._slots = list(self.slots_SN)
         self._group = min(max(GROUP_BYTES // (2 * block.stored_units), 1), MOST_GROUPED)
         self._arrived: dict[int, torch.cuda.Event] = {}
@@ -231,16 +232,16 @@ class StreamingPool:
         if not len(missing):
             return
         if self._before is None:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))
         else:
-            self._copies.wait_event(self._before)
-        with self._stats.timer("load"), torch.cuda.stream(self._copies):
+            self.copies.wait_event(self._before)
+        with self._stats.timer("load"), torch.cuda.stream(self.copies):
             experts, slots = (x[missing].tolist() for x in (lookup.experts, lookup.slots))
             for start in range(0, len(experts), self._group):
                 some = slice(start, start + self._group)
                 for expert, slot in zip(experts[some], slots[some], strict=True):
                     self._bring(layer, expert, self._slots[slot])
-                self._arrived |= dict.fromkeys(slots[some], self._copies.record_event())
+                self._arrived |= dict.fromkeys(slots[some], self.copies.record_event())
 
     def _bring(self, layer: int, expert: int, slot_N: Tensor) -> None:
         """Bring an expert into a slot, on the current stream."""
@@ -249,6 +250,20 @@ class StreamingPool:
         else:
             self._host.send(layer, expert, self._landing.stored_N)
             self._landing.decode(slot_N)
+
+    def send(self, layer: int, first: int, end: int, into_GN: Tensor) -> None:
+        """Bring experts `first` to `end` of a layer in one copy, on the current stream."""
+        into_GN.copy_(self._host.layers[layer][first:end], non_blocking=True)
+
+    def link_bytes(self, layer: int) -> int:
+        """Bytes that an expert of `layer` takes on the link."""
+        return self._host.link_bytes(layer)
+
+    def count_sent(self, layer: int, num_experts: int, *, in_vain: bool = False) -> None:
+        """Count experts that were sent before any token asked for them."""
+        num_bytes = num_experts * self._host.link_bytes(layer)
+        self._stats.bytes_loaded += num_bytes
+        self._stats.bytes_wasted += num_bytes if in_vain else 0
 
     def seconds_per_load(self) -> float:
         """What one expert of layer 0 takes to cross the link, which nothing else may use now."""
@@ -262,7 +277,7 @@ class StreamingPool:
 
     def wait_for_copies(self) -> None:
         """Make the current stream wait for every copy under way."""
-        torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        torch.cuda.current_stream(self.device).wait_stream(self.copies)
         self._arrived.clear()
 
     def close(self) -> None:

@@ -38,6 +38,12 @@ class Moved(NamedTuple):
         return int(self.whole_L.sum())
 
 
+def nothing_moved(num_layers: int) -> Moved:
+    """Of a step that sends nothing ahead."""
+    none_L = np.zeros(num_layers, np.int64)
+    return Moved(none_L, none_L, 0, 0, 0, 0)
+
+
 class Ledger(NamedTuple):
     """The record of one step, on the host."""
 

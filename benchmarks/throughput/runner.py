@@ -1,0 +1,132 @@
+"""The run of one arm: load, serve all requests, measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common.coded_models import coded_source
+from benchmarks.common.shapes import Shape
+from benchmarks.replay.recorded_requests import Recorded, recorded_requests
+from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
+from benchmarks.throughput.arm import ThroughputArm, running_as
+from benchmarks.throughput.settings import ThroughputSettings
+from runtime.cuda.options import CudaOptions
+from runtime.engine.cpu_backend import CpuBackend
+from runtime.engine.engine import Engine
+from runtime.loading import choose_policy, offload_on_gpu
+from runtime.serving.request import Request
+from runtime.serving.serving_loop import ServingLoop
+from runtime.serving.settings import ServeSettings
+from runtime.sizing.budget import slot_budget
+from runtime.sizing.units import parse_memory
+from runtime.weights.source import Source
+
+MEASURED = 0.8
+"""The share of the rows that is in flight in the steps whose time is called a full step's."""
+
+
+def run_arm(
+    settings: ThroughputSettings, shape: Shape, arm: ThroughputArm, bandwidth: float | None
+) -> dict[str, Any]:
+    """One arm. bandwidth: of the link, bytes a second; None on a CPU."""
+    device = torch.device(settings.device)
+    requests, recorded = drawn(settings)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    source = coded_source(shape, arm.encoding, device, seed=settings.seed)
+    replay = RowReplay(source.model, recorded, arm.batch, device, layers=source.layers)
+    with replay.installed(), running_as(arm), load(settings, source, arm) as engine:
+        load_s = time.perf_counter() - start
+        serve = ServeSettings(
+            scheduler="fifo", batch=arm.batch, rows=arm.batch, chunk=settings.chunk,
+            context=context_of(settings), lookahead=len(requests),
+        )  # fmt: skip
+        loop: Any = ServingLoop(engine, None, serve)
+        replay.cache = loop._cache
+        loop._runner = ReplayingRunner(loop._runner, replay)
+        for request in requests:
+            loop.submit(request)
+        found = measured(loop, engine, settings, arm)
+        engine.check_integrity()
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"arm": arm.name, "load_s": load_s, "peak_bytes": peak} | bounded(found, bandwidth)
+
+
+def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Recorded]]:
+    """The requests, and what was recorded of each."""
+    new, count = [settings.tokens] * 2, settings.requests
+    options: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens, "output_tokens": new}
+    while True:
+        try:
+            some, recorded = recorded_requests(
+                settings.trace, count, seed=settings.seed, **options
+            )
+            break
+        except ValueError as error:
+            count = int(str(error).split(" has ")[1].split()[0])  # as many as there are
+            if not count:
+                raise
+    requests = [
+        replace(some[number % count], id=f"{number}") for number in range(settings.requests)
+    ]
+    ids = {f"{number}": some[number % count].id for number in range(settings.requests)}
+    return requests, {id: recorded[of] for id, of in ids.items()}
+
+
+def context_of(settings: ThroughputSettings) -> int:
+    """Tokens of the longest sequence."""
+    return settings.prompt_tokens[1] + settings.tokens
+
+
+def load(settings: ThroughputSettings, source: Source, arm: ThroughputArm) -> Engine:
+    """The model, offloaded as the arm says."""
+    device, budget = torch.device(settings.device), parse_memory(arm.residency)
+    policy = choose_policy(None, source, None, None)
+    if device.type == "cuda":
+        options = CudaOptions(context=context_of(settings), batch=arm.batch, cpu_share=False)
+        engine: Engine = offload_on_gpu(source, budget, device, policy, options).expertflow
+        return engine
+    backend = CpuBackend(source, slot_budget(budget, source), device, policy)
+    return Engine(source, backend, None, None, device)
+
+
+def measured(
+    loop: Any, engine: Engine, settings: ThroughputSettings, arm: ThroughputArm
+) -> dict[str, Any]:
+    """Serve until all requests have ended, or the time is over."""
+    stats = engine.stats()
+    stats.reset()
+    steps: list[tuple[float, int, int]] = []
+    start = time.perf_counter()
+    done = 0
+    while not loop.is_idle and time.perf_counter() - start < settings.arm_seconds:
+        began, generated, prefilled = time.perf_counter(), loop.num_generated, loop.num_prefilled
+        done += len(loop.step())
+        seconds = time.perf_counter() - began
+        steps.append((seconds, loop.num_generated - generated, loop.num_prefilled - prefilled))
+    seconds, stats = time.perf_counter() - start, engine.stats()
+    loop.cancel_all()
+    full = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and not prompt]
+    mixed = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and prompt]
+    return {
+        "tokens_per_s": sum(new for _, new, _ in steps) / seconds,
+        "prompt_tokens_per_s": sum(prompt for *_, prompt in steps) / seconds,
+        "seconds": seconds, "steps": len(steps), "ended": done, "is_whole": loop.is_idle,
+        "full_step_ms": 1e3 * float(np.median(full)) if full else None, "full_steps": len(full),
+        "mixed_step_ms": 1e3 * float(np.median(mixed)) if mixed else None,
+        "mixed_steps": len(mixed), "bytes": stats.bytes_loaded, "bytes_wasted": stats.bytes_wasted,
+        "hit_rate": stats.hit_rate, "failed_steps": loop.num_failed_steps,
+        "slots": stats.num_slots, "experts": stats.total_experts,
+    }  # fmt: skip
+
+
+def bounded(found: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:
+    """With the seconds that the link alone takes for what crossed it, and their share."""
+    link_s = found["bytes"] / bandwidth if bandwidth else None
+    return found | {"link_s": link_s, "of_link": link_s and link_s / found["seconds"]}

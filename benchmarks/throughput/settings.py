@@ -1,0 +1,40 @@
+"""Settings of the throughput benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputSettings:
+    """Generate for many requests at once, and compare with what the link allows."""
+
+    trace: Path
+    """Trace directory of the shape's topology, the source of requests and of their routes."""
+    shape: str = "olmoe-7b"
+    """Model shape; tiny for a rehearsal."""
+    arms: list[str] = field(
+        default_factory=lambda: ["bf16 0.25 x384", "mxfp4 0.25 x384", "bf16 1.0 x128"]
+    )
+    """Arms, each an encoding, the resident share of the experts' bytes, and the sequences in
+    flight. A last word `passes` keeps steps out of CUDA graphs, `arriving` experts from being
+    streamed."""
+    requests: int = 2000
+    """Requests, passages of the trace; they come again where it has fewer."""
+    prompt_tokens: list[int] = field(default_factory=lambda: [16, 128])
+    """Fewest and most tokens of a prompt."""
+    tokens: int = 128
+    """New tokens of each request."""
+    chunk: int = 2048
+    """Most prompt tokens that join a step."""
+    arm_seconds: float = 150.0
+    """Seconds of an arm after which it ends, wherever it is."""
+    budget_seconds: float = 500.0
+    """Seconds after which no arm begins."""
+    device: str = "cuda"
+    """Device that computes; a CPU for a rehearsal."""
+    seed: int = 0
+    """Seed of the weights and of the lengths."""
+    out: Path | None = None
+    """File for the JSON, written anew after every arm."""

@@ -1,0 +1,66 @@
+"""Captured steps of many rows: more sequences than the kernels of a few tokens are made for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.cuda.decode.decoder import Decoder
+from runtime.cuda.decode.row_decoder import RowStep, Run, next_tokens
+from runtime.cuda.prefill.grouped_experts import GroupedExperts
+from runtime.cuda.wide.wide_call import WideCall
+from runtime.engine.next_tokens import NextTokens
+from runtime.kv.row_cache import RowCache
+
+SIZES = 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
+"""Rows of captured steps."""
+
+
+class WideRows:
+    """Runs captured steps over many rows of `cache`, whose experts `grouped` runs."""
+
+    def __init__(self, decoder: Decoder, cache: RowCache, grouped: GroupedExperts) -> None:
+        self._decoder, self._cache, self._grouped = decoder, cache, grouped
+        self._steps: dict[int, RowStep] = {}
+
+    def take_on(self, cache: RowCache) -> None:
+        """Go on with the rows of another cache, in the same memory."""
+        self._cache = cache
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many sequences can decode in one captured step now."""
+        return (
+            self._decoder.model.batch < num_rows <= min(SIZES[-1], self._cache.num_rows)
+            and self._grouped.captures(num_rows)
+        )
+
+    def launch(
+        self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
+    ) -> Run:
+        """Enqueue one step: a token of each sequence, with its row and position."""
+        start = time.perf_counter()
+        self._decoder.hand_over()
+        self._grouped.prepare()
+        size = min(next(size for size in SIZES if size >= len(tokens)), self._cache.num_rows)
+        if size not in self._steps:
+            self._steps[size] = self._build(size)
+        step = self._steps[size]
+        step.set_inputs(tokens, rows, positions)
+        return Run(self._decoder.enqueue(step, len(tokens)), start)
+
+    def _build(self, size: int) -> RowStep:
+        model, stats = self._decoder.model, self._decoder.stats
+        call = WideCall(self._grouped, stats.num_layers, size, model.top_k)
+        plain = model.forwards.plain
+        return RowStep(
+            plain, self._cache, call, batch=size, device=model.device, stream=model.stream
+        )
+
+    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
+        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+        result = self._decoder.finish(run.flight)
+        self._grouped.count_captured(result.routes_LBK)
+        self._decoder.stats.add_time("step", time.perf_counter() - run.start)
+        return next_tokens(run.flight, result), result.routes_LBK.swapaxes(0, 1)

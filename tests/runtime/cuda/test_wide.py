@@ -1,0 +1,230 @@
+"""Streamed passes and captured steps of many rows: interpreted kernels, copies in host order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from runtime.cache.policies import LRU
+from runtime.cuda.decode import captured_model
+from runtime.cuda.prefill import tiling
+from runtime.cuda.wide import wide_rows
+from runtime.cuda.wide.regime import Regime
+from runtime.cuda.wide.schedule import Schedule
+from runtime.cuda.wide.wide_rows import WideRows
+from runtime.serving.request import Request
+from runtime.serving.serving_loop import ServingLoop
+from runtime.serving.settings import ServeSettings
+from tests.helpers.breaking import POISON, drain, poison
+from tests.helpers.device_twins import Twin
+from tests.helpers.fake_cuda import fake_cuda, load_fake
+from tests.helpers.serving import by_id, greedy, prompts
+from tests.helpers.tiny import tiny_model
+from tests.runtime.cuda.test_prefill import CASES, EXPERTS, Prompts, drawn
+
+LAYERS, TOKENS = 3, 24
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with fake_cuda(monkeypatch):
+        yield
+
+
+# ---------------------------------------------------------------------- the schedule
+
+
+@given(
+    st.integers(1, 6), st.integers(1, 20), st.floats(0, 1), st.integers(1, 24), st.integers(1, 3)
+)
+def test_every_expert_is_in_its_slot_when_its_group_runs(
+    layers: int, experts: int, share: float, most: int, passes: int
+) -> None:
+    if layers * experts < 3:
+        return
+    num_slots = 2 + int(share * (layers * experts - 3))
+    schedule = Schedule(layers, experts, num_slots, most)
+    held: dict[int, tuple[int, int]] = {}
+
+    def bring(index: int) -> None:
+        group = schedule.groups[index]
+        assert 0 <= group.slot <= num_slots - group.size
+        for place in range(group.size):
+            held[group.slot + place] = (group.layer, group.first + place)
+
+    for index, group in enumerate(schedule.groups):
+        if not group.streams:
+            bring(index)
+    first = schedule.copies[: schedule.ahead]
+    for copy in first:
+        bring(copy.group)
+    for _ in range(passes):
+        coming, ran = [*schedule.copies[schedule.ahead :], *first], []
+        for index, group in enumerate(schedule.groups):
+            ran += [held.get(group.slot + place) for place in range(group.size)]
+            while coming and coming[0].after <= index:
+                bring(coming.pop(0).group)
+        assert ran == [(layer, expert) for layer in range(layers) for expert in range(experts)]
+        assert not coming
+    assert schedule.num_streamed == layers * experts - sum(schedule.staying)
+    assert max(schedule.staying) - min(schedule.staying) <= 1
+
+
+def test_passes_are_streamed_when_two_of_their_length_have_used_nearly_all_experts() -> None:
+    regime = Regime()
+    for used, expected in ((0.9, False), (0.95, True), (0.75, True), (0.6, False), (0.9, False)):
+        regime.saw(100, used)
+        assert regime.expects_all(100) == expected
+    regime.saw(100, 0.9)
+    assert regime.expects_all(100)
+    assert not regime.expects_all(49)
+    regime.broke_off()
+    assert not regime.expects_all(100)
+
+
+# ---------------------------------------------------------------------- passes
+
+
+def passes(twin: Twin, num_slots: int, count: int, tokens: int = TOKENS) -> tuple[Any, Prompts]:
+    """The results of some passes over all layers."""
+    pool = Prompts(twin, num_slots)
+    found = []
+    for number in range(count):
+        torch.manual_seed(number)
+        x_TH, chosen = drawn(twin, tokens, seed=number)
+        found.append([pool.experts.run(layer, x_TH, chosen) for layer in range(LAYERS)])
+        pool.experts.end_pass()
+        pool.pool.cache.check_integrity()
+    return found, pool
+
+
+@pytest.mark.parametrize("name", ["few", "gpt-oss", "packed", "mxfp4", "int4 with zeros"])
+@pytest.mark.parametrize("num_slots", [2, 7, 17])
+def test_streaming_changes_no_bit(name: str, num_slots: int) -> None:
+    torch.manual_seed(0)
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2,
+                **CASES[name][1])  # fmt: skip
+    expected, _ = passes(twin, LAYERS * EXPERTS, 5)
+    found, streamed = passes(twin, num_slots, 5)
+    for before, after in zip(expected, found, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one, other)
+    wide = streamed.experts._wide
+    assert wide is not None
+    assert wide._stream.is_whole, "the last passes were streamed"
+    per_pass = wide._experts.schedule.num_streamed * streamed.link_bytes(0)
+    streamed.stats.reset()
+    torch.manual_seed(0)
+    x_TH, chosen = drawn(twin, TOKENS)
+    for layer in range(LAYERS):
+        streamed.experts.run(layer, x_TH, chosen)
+    streamed.experts.end_pass()
+    assert streamed.stats.bytes_loaded == per_pass
+
+
+def test_streamed_experts_of_many_rows_are_unpacked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "MOST_DECODED_ROWS", 0)
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2,
+                **CASES["packed"][1])  # fmt: skip
+    expected, _ = passes(twin, LAYERS * EXPERTS, 4)
+    found, _ = passes(twin, 8, 4)
+    assert all(
+        torch.equal(one, other)
+        for before, after in zip(expected, found, strict=True)
+        for one, other in zip(before, after, strict=True)
+    )
+
+
+def test_a_layer_out_of_turn_ends_the_streaming_of_its_pass_and_no_more() -> None:
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
+    _, pool = passes(twin, 8, 3)
+    x_TH, chosen = drawn(twin, TOKENS)
+    want = {layer: Prompts(twin, 18).run(layer, x_TH, chosen) for layer in range(LAYERS)}
+    for order in ((0, 2, 1), (0, 1, 1, 2), (1, 0), (0,), (0, 1, 2)):
+        for layer in order:
+            assert torch.equal(pool.experts.run(layer, x_TH, chosen), want[layer])
+        pool.experts.end_pass()
+        pool.pool.cache.check_integrity()
+
+
+def test_few_tokens_and_other_slots_end_the_streaming() -> None:
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
+    _, pool = passes(twin, 8, 3)
+    wide: Any = pool.experts._wide
+    assert wide.expects_all(TOKENS)
+    assert not wide.expects_all(TOKENS // 2 - 1)
+    pool.pool.cache.clear()
+    assert not wide.expects_all(TOKENS)
+    x_TH, chosen = drawn(twin, TOKENS)
+    want = Prompts(twin, 18).run(0, x_TH, chosen)
+    assert torch.equal(pool.run(0, x_TH, chosen), want)
+
+
+# ---------------------------------------------------------------------- captured steps
+
+
+SERVED: dict[str, Any] = {"batch": 6, "rows": 6, "context": 24, "chunk": 40}
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps of more than two rows are wide; the rows of each that ran."""
+    monkeypatch.setattr(captured_model, "LARGEST_BATCH", 2)
+    monkeypatch.setattr(wide_rows, "SIZES", (4, 8))
+    ran: list[int] = []
+    launch = WideRows.launch
+
+    def watched(self: Any, tokens: Any, *rest: Any) -> Any:
+        ran.append(len(tokens))
+        return launch(self, tokens, *rest)
+
+    monkeypatch.setattr(WideRows, "launch", watched)
+    return ran
+
+
+def asked_of(count: int, max_tokens: int = 6) -> list[Request]:
+    given = prompts(3, count, longest=9)
+    return [Request(id=str(i), prompt=p, max_tokens=max_tokens) for i, p in enumerate(given)]
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("memory", [1.0, 0.6])
+def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
+    kind: str, memory: float, few_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
+    monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
+    model: Any = tiny_model(kind)
+    asked = asked_of(9)
+    alone = {r.id: greedy(model, r.prompt, 6) for r in asked}  # type: ignore[arg-type]
+    engine = load_fake(model, memory=memory, batch=6, context=24).expertflow
+    served = by_id(engine.serve(asked, **SERVED))
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    assert few_rows
+    assert max(few_rows) > 2
+    engine.check_integrity()
+    assert engine.stats().tokens >= sum(few_rows)
+    some = greedy(engine.model, asked[0].prompt, 6)  # type: ignore[arg-type]
+    assert some == alone["0"], "the slots serve a single sequence again"
+
+
+def test_a_request_that_fails_in_a_step_of_many_rows_fails_alone(few_rows: list[int]) -> None:
+    model: Any = tiny_model("olmoe")
+    asked = asked_of(5)
+    alone = {r.id: greedy(model, r.prompt, 6) for r in asked}  # type: ignore[arg-type]
+    engine = load_fake(model, memory=1.0, batch=6, context=24).expertflow
+    loop = ServingLoop(engine, None, ServeSettings(**SERVED))
+    poison(loop)
+    for request in (*asked, Request(id="broken", prompt=[5, 6], max_tokens=6, label=POISON)):
+        loop.submit(request)
+    served = drain(loop)
+    assert served.pop("broken").finish == "error"
+    assert {id: result.token_ids for id, result in served.items()} == alone
+    engine.check_integrity()
