@@ -245,6 +245,14 @@ INLINE void NAME(coded)(vec *sums, const uint8_t *codes, const struct NAME(scale
     ADD(0) ADD(4) ADD(1) ADD(5) ADD(2) ADD(6) ADD(3) ADD(7)
     sums[i] = fused(products[i] * 0x1p63f, scale[i], sums[i]);
   }
+#elif KIND == NVFP4 && VEC == 8
+  EACH_VECTOR {
+    vec code[8];
+    all_decoded(&E2M1, eight[i], code);
+#define ADD(element) \
+  sums[i] = fused(NAME(weight)(code[element], scale[i]), X(i, element), sums[i]);
+    ADD(0) ADD(4) ADD(1) ADD(5) ADD(2) ADD(6) ADD(3) ADD(7)
+  }
 #else
 #define ADD(element)                                                                         \
   EACH_VECTOR sums[i] =                                                                      \
