@@ -39,7 +39,14 @@ def load_library(shape: ExpertShape) -> Library | str:
     compiler = _compiler()
     if compiler is None:
         return "there is no C compiler (install gcc, or set CC) for kernels on the CPU"
-    constants = header(shape)
+    try:
+        return _loaded(compiler, header(shape))
+    except OSError as error:
+        return f"the CPU kernels do not load: {error}"
+
+
+def _loaded(compiler: str, constants: str) -> Library | str:
+    """The kernels for these constants, kept or compiled; or why there are none."""
     name = f"{_key(constants, compiler)}.so"
     with tempfile.TemporaryDirectory() as scratch:
         path = _cached(name)
@@ -48,10 +55,7 @@ def load_library(shape: ExpertShape) -> Library | str:
             if isinstance(made, str):
                 return made
             path = _keep(made, path)
-        try:
-            return _declared(ctypes.CDLL(str(path)))
-        except OSError as error:
-            return f"the CPU kernels do not load: {error}"
+        return _declared(ctypes.CDLL(str(path)))
 
 
 def _compiler() -> str | None:

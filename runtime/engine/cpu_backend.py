@@ -128,6 +128,6 @@ def _kernels_of(source: Source, pools: list[Pool]) -> dict[Pool, SlotExperts]:
         pool, top_k = pools[group.layers[0]], max(layer.top_k for layer in layers)
         try:
             found[pool] = SlotExperts(pool.arena, shape, top_k)
-        except ValueError as reason:  # no compiler: all else runs as ever
+        except (ValueError, MemoryError) as reason:  # no compiler, no memory: all else runs as ever
             logger.warning("experts run without the CPU kernels: %s", reason)
     return found

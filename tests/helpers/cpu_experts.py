@@ -38,6 +38,8 @@ class Case:
         self.shape, self.special = shape, special
         self.outliers: dict[int, int] = {}
         """Bits of single weights, by their place in an unpacked block."""
+        self.exponents = (0, 256) if special else (110, 125)
+        """Of scales that are powers of two: from the first to below the second."""
         self.specs = {
             "gate_up_proj": Spec((2 * shape.width, shape.hidden), torch.bfloat16),
             "down_proj": Spec((shape.hidden, shape.width), torch.bfloat16),
@@ -93,7 +95,7 @@ class Case:
                 view.copy_((torch.randn(view.shape) * 40).clamp(-448, 448))
         elif view.dtype == torch.uint8:
             view.random_(
-                *((0, 256) if self.special else (110, 125) if "scale" in name else (4, 12))
+                *(self.exponents if "scale" in name else (0, 256) if self.special else (4, 12))
             )
         elif view.dtype == torch.float8_e4m3fn:
             view.copy_(torch.rand(view.shape) * 16)

@@ -8,8 +8,10 @@
  *               as (p + 2^16 p) - ((p + 2^16 p) - p), where each sum is rounded once
  *     IN_PARTS  e2m1 numbers are powers of two times 1 or 1.5, so that a scale has two roundings
  *     TABLES    128 columns of e4m3 numbers have one scale: their weights are looked up (e4m3.h)
+ *     IN_PAIRS  e2m1 numbers whose scales wait are multiplied two at a time (dots.h)
  *
  * The first two are for rows whose scales are all usual: nothing overflows or loses bits below.
+ * The last is for vectors of usual numbers.
  */
 
 #define WORDS_OF_SCALE (OF(GROUP) / 8)
@@ -26,7 +28,8 @@
 #define SPLIT 0
 #endif
 #define IN_PARTS (VEC == 16 && KIND == NVFP4)
-#define SIMPLE (SPLIT || IN_PARTS)
+#define BY_SCALES (SPLIT || IN_PARTS)
+#define SIMPLE (BY_SCALES || IN_PAIRS)
 #if VEC == 16 && defined(__AVX512VBMI__) && KIND == FP8 && ONE_SCALE_A_VECTOR
 #define TABLES GROUPS
 #else
@@ -102,8 +105,8 @@ static void NAME(read_scales)(struct matrix m, long row, struct NAME(scales) *sc
   ints unusual = {};
   for (int i = 0; i < GROUPS; i += VEC) {
     vec some = NAME(multiples_at)(m, row, at + i, GROUPS - i);
-    if (SIMPLE) unusual |= NAME(unusual)(some);
-    else some = without_payload(some);
+    if (BY_SCALES) unusual |= NAME(unusual)(some);
+    else if (OF(SCALE) != E8M0) some = without_payload(some); /* those are never NaN */
 #if IN_PARTS
     const vec more = rounded(some * 1.5f);
     memcpy(values + PADDED + i, &more, sizeof more);
@@ -111,18 +114,27 @@ static void NAME(read_scales)(struct matrix m, long row, struct NAME(scales) *sc
 #elif OF(ZEROS)
     const vec zeros = __builtin_convertvector(
         (ints)widened_bytes(load_bytes(m.extra + at + i, GROUPS - i)), vec);
-    if (SIMPLE) unusual |= zeros > splat(MOST_ZERO);
+    if (BY_SCALES) unusual |= zeros > splat(MOST_ZERO);
     memcpy(values + PADDED + i, &zeros, sizeof zeros);
 #endif
     memcpy(values + i, &some, sizeof some);
   }
-  scales->simple = SIMPLE && !any_of(unusual);
-  for (int i = 0; SIMPLE && !scales->simple && i < GROUPS; i += VEC) {
+  scales->simple = BY_SCALES && !any_of(unusual);
+  for (int i = 0; BY_SCALES && !scales->simple && i < GROUPS; i += VEC) {
     const vec some = without_payload(NAME(multiples_at)(m, row, at + i, GROUPS - i));
     memcpy(values + i, &some, sizeof some);
   }
 #if TABLES
   for (int i = 0; i < TABLES; i++) NAME(fill_table)(scales->tables + i, splat(values[i]));
+#endif
+}
+
+/* Whether a row is summed in the simple way. */
+INLINE int NAME(is_simple)(const struct prepared *p, const struct NAME(scales) *scales) {
+#if IN_PAIRS
+  return p->in_pairs;
+#else
+  return scales->simple;
 #endif
 }
 
@@ -216,16 +228,38 @@ INLINE void NAME(coded)(vec *sums, const uint8_t *codes, const struct NAME(scale
     products[i] = (vec){};
   }
 #if KIND == MXFP4 /* scales are powers of two: the eight products wait for theirs */
+#if IN_PAIRS
+  if (simple) {
+#define ADD(k) \
+  EACH_VECTOR products[i] = plus_pairs(products[i], pair_of_codes(eight[i], k), (words)X(i, k));
+    ADD(0) ADD(1) ADD(2) ADD(3)
+#undef ADD
+    EACH_VECTOR sums[i] = fused(products[i], scale[i], sums[i]);
+    return;
+  }
+#endif
+  EACH_VECTOR {
+    vec code[8];
+    all_decoded(&E2M1, eight[i], code);
+#define ADD(element) products[i] = fused(code[element], X(i, element), products[i]);
+    ADD(0) ADD(4) ADD(1) ADD(5) ADD(2) ADD(6) ADD(3) ADD(7)
+    sums[i] = fused(products[i] * 0x1p63f, scale[i], sums[i]);
+  }
+#elif KIND == NVFP4 && VEC == 8
+  EACH_VECTOR {
+    vec code[8];
+    all_decoded(&E2M1, eight[i], code);
 #define ADD(element) \
-  EACH_VECTOR products[i] = fused(decoded(&E2M1, eight[i], element), X(i, element), products[i]);
+  sums[i] = fused(NAME(weight)(code[element], scale[i]), X(i, element), sums[i]);
+    ADD(0) ADD(4) ADD(1) ADD(5) ADD(2) ADD(6) ADD(3) ADD(7)
+  }
 #else
 #define ADD(element)                                                                         \
   EACH_VECTOR sums[i] =                                                                      \
       fused(NAME(weight_of)(eight[i], element, scale[i], other[i], simple), X(i, element), sums[i]);
-#endif
   ADD(0) ADD(4) ADD(1) ADD(5) ADD(2) ADD(6) ADD(3) ADD(7)
+#endif
 #undef ADD
-  EACH_VECTOR if (KIND == MXFP4) sums[i] = fused(products[i] * 0x1p63f, scale[i], sums[i]);
 #undef EACH_VECTOR
   (void)simple, (void)other;
 }

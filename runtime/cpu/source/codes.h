@@ -10,18 +10,28 @@
 #define EXPONENT 0
 #endif
 
-/* Sixteen numbers: in float32, and twice in bfloat16. */
+/* Sixteen numbers: in float32, and in bfloat16 twice; for bytes of it, twice, too. */
 struct table {
   float floats[16];
   uint16_t units[32];
+  uint8_t low[32], high[32];
 } __attribute__((aligned(64)));
 #define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
 #define TIMES(unit, a, b, c, d, e, f, g, h)                                                     \
   {a * unit, b * unit, c * unit, d * unit, e * unit, f * unit, g * unit, h * unit, -a * unit, \
    -b * unit, -c * unit, -d * unit, -e * unit, -f * unit, -g * unit, -h * unit}
-#define SIGNED(a, b, c, d, e, f, g, h)                                                           \
-  TWICE(a, b, c, d, e, f, g, h, 0x8000 | a, 0x8000 | b, 0x8000 | c, 0x8000 | d, 0x8000 | e, \
-        0x8000 | f, 0x8000 | g, 0x8000 | h)
+#define SAME(bits) (bits)
+#define LOW(bits) ((bits) & 0xFF)
+#define HIGH(bits) ((bits) >> 8)
+#define OF_EACH(OF, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p)                              \
+  OF(a), OF(b), OF(c), OF(d), OF(e), OF(f), OF(g), OF(h), OF(i), OF(j), OF(k), OF(l), OF(m), \
+      OF(n), OF(o), OF(p)
+#define BITS(...)                                                                \
+  TWICE(OF_EACH(SAME, __VA_ARGS__)), TWICE(OF_EACH(LOW, __VA_ARGS__)), \
+      TWICE(OF_EACH(HIGH, __VA_ARGS__))
+#define SIGNED(a, b, c, d, e, f, g, h)                                                      \
+  BITS(a, b, c, d, e, f, g, h, 0x8000 | a, 0x8000 | b, 0x8000 | c, 0x8000 | d, 0x8000 | e, \
+       0x8000 | f, 0x8000 | g, 0x8000 | h)
 #define E(bits) ((bits)-EXPONENT)
 static const struct table E2M1 = {
     TIMES(E2M1_UNIT, 0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f),
@@ -34,12 +44,12 @@ static const struct table OTHERS = {TIMES(1.f, 0.f, 0.f, 0.f, 1.f, 0.f, 2.f, 0.f
 #elif KIND == INT4
 static const struct table INTEGERS = {
     {0.f, 1.f, 2.f, 3.f, 4.f, 5.f, 6.f, 7.f, 8.f, 9.f, 10.f, 11.f, 12.f, 13.f, 14.f, 15.f},
-    TWICE(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120,
-          0x4130, 0x4140, 0x4150, 0x4160, 0x4170)};
+    BITS(0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0, 0x4100, 0x4110, 0x4120, 0x4130,
+         0x4140, 0x4150, 0x4160, 0x4170)};
 static const struct table LESS_EIGHT = {
     {-8.f, -7.f, -6.f, -5.f, -4.f, -3.f, -2.f, -1.f, 0.f, 1.f, 2.f, 3.f, 4.f, 5.f, 6.f, 7.f},
-    TWICE(0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000,
-          0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0)};
+    BITS(0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040,
+         0x4080, 0x40A0, 0x40C0, 0x40E0)};
 #endif
 
 /* The entry for code `number` of each word. Of a table of eight and their negatives, unless VEC is
@@ -49,6 +59,38 @@ INLINE vec decoded(const struct table *table, words eight, int number) {
   if (number >= 4) return looked_up_above(table->units, eight >> 4 * (number - 4));
 #endif
   return looked_up(table->floats, eight >> 4 * number);
+}
+
+/* The entries for all eight codes of each word. 32 of them at a time are looked up by bytes, which
+ * come out in pairs:
+ *
+ *     bytes of a word    0 1     2 3                       0 1     2 3
+ *     low four bits     (0 2)   (4 6)      high four bits (1 3)   (5 7)
+ */
+INLINE void all_decoded(const struct table *table, words eight, vec *codes) {
+#if VEC == 8
+  const __m128i halves_apart = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i bytes =
+      _mm256_shuffle_epi8((__m256i)eight, _mm256_broadcastsi128_si256(halves_apart));
+  const __m256i four_bits = _mm256_set1_epi8(15);
+  const __m256i of_low = _mm256_load_si256((const __m256i *)table->low);
+  const __m256i of_high = _mm256_load_si256((const __m256i *)table->high);
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; odd++) {
+    const __m256i from = _mm256_and_si256(odd ? _mm256_srli_epi16(bytes, 4) : bytes, four_bits);
+    const __m256i low = _mm256_shuffle_epi8(of_low, from);
+    const __m256i high = _mm256_shuffle_epi8(of_high, from);
+    const words first = (words)_mm256_unpacklo_epi8(low, high);
+    const words second = (words)_mm256_unpackhi_epi8(low, high);
+    codes[odd] = (vec)(first << 16);
+    codes[odd + 2] = (vec)(first & 0xFFFF0000);
+    codes[odd + 4] = (vec)(second << 16);
+    codes[odd + 6] = (vec)(second & 0xFFFF0000);
+  }
+#else
+#pragma GCC unroll 8
+  for (int number = 0; number < 8; number++) codes[number] = decoded(table, eight, number);
+#endif
 }
 
 /* Code `number` of each word, less the zero: put into the mantissa of a larger power of two. */
@@ -91,7 +133,9 @@ INLINE vec scales_of_e4m3(const uint8_t *from, long at, long many) {
 /* Halves of powers of two where `half` is 1: they are finite for 255 too. */
 INLINE vec scales_of_e8m0(const uint8_t *from, long at, long many, uint32_t half) {
   words codes = widened_bytes(load_bytes(from + at, many));
-  return (vec)chosen((ints)codes > (int)half, (codes - half) << 23, 0x00400000 >> half << codes);
+  const ints small = (ints)codes <= (int)half;
+  const words usual = (codes - half) << 23;
+  return (vec)(any_of(small) ? chosen(small, 0x00400000 >> half << codes, usual) : usual);
 }
 
 #if VEC == 16 && defined(__AVX512VBMI__)

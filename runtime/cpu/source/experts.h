@@ -18,6 +18,7 @@
 
 #include "activation.h"
 #include "codes.h"
+#include "dots.h"
 #include "lanes.h"
 
 #if VEC == 16
@@ -39,6 +40,9 @@ struct matrix {
 struct prepared {
   float values[LONGEST] __attribute__((aligned(64)));
   uint64_t service, order, product;
+#if IN_PAIRS
+  int in_pairs; /* not in float32 */
+#endif
 };
 
 #define NAME(x) up_##x
@@ -60,17 +64,17 @@ struct prepared {
 #endif
 
 static void prepare_up(struct matrix m, const uint16_t *x, struct prepared *to) {
-  up_prepare(x, FACTOR(m, UP_FIRST), to->values);
+  up_prepare(x, FACTOR(m, UP_FIRST), to);
 }
 
 static void prepare_down(struct matrix m, const uint16_t *h, struct prepared *to) {
-  down_prepare(h, FACTOR(m, DOWN_FIRST), to->values);
+  down_prepare(h, FACTOR(m, DOWN_FIRST), to);
 }
 
 /* One row of gate_up; first_row: the first of those that a GPU's program does together. */
 INLINE float up_row(struct matrix m, const uint16_t *x, const struct prepared *p,
                     struct up_scales *scales, long row, long first_row) {
-  float sum = up_row_sum(m, p->values, scales, row);
+  float sum = up_row_sum(m, p, scales, row);
 #if KIND == PACKED
   sum = __builtin_fmaf(sum, 0x1p64f, up_patched(m, x, row, first_row));
 #endif
@@ -105,7 +109,7 @@ static void down_span(struct matrix m, const uint16_t *h, const struct prepared 
   struct down_scales scales;
   down_no_scales(&scales);
   for (long row = first; row < last; row++) {
-    float sum = down_row_sum(m, p->values, &scales, row);
+    float sum = down_row_sum(m, p, &scales, row);
 #if KIND == PACKED
     sum = __builtin_fmaf(sum, 0x1p64f, down_patched(m, h, row, row / DOWN_SPAN * DOWN_SPAN));
 #endif

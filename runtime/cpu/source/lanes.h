@@ -122,6 +122,14 @@ INLINE vec spread_out(const float *few, int times) {
     return repeated((vec)_mm512_castps128_ps512(_mm_loadu_ps(few)), 4, 0);
   if (times == 2)
     return repeated((vec)_mm512_castps256_ps512(_mm256_loadu_ps(few)), 2, 0);
+#elif VEC == 8 /* no wider loads than that: they would wait for several stores before them */
+  if (times == 4)
+    return (vec)_mm256_permutevar_ps(
+        (__m256)_mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)few)),
+        _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  if (times == 2)
+    return (vec)_mm256_permutevar_ps((__m256)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)few)),
+                                     _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
 #endif
   return repeated(load_floats(few), (uint32_t)times, 0);
 }
@@ -181,6 +189,8 @@ INLINE vec widened(halves x) { return (vec)(__builtin_convertvector(x, words) <<
 INLINE int any_of(ints which) {
 #if VEC == 16
   return _mm512_test_epi32_mask((__m512i)which, (__m512i)which) != 0;
+#elif VEC == 8
+  return !_mm256_testz_si256((__m256i)which, (__m256i)which);
 #else
   int any = 0;
   for (int i = 0; i < VEC; i++) any |= which[i];
@@ -233,11 +243,18 @@ INLINE void dealt(words *groups, int stride, int count) {
   }
 }
 
-/* One step of a sum over lanes: elements at distance `stride`, `count` of them, and then those at
- * distance `stride2`, `count2` times, are replaced by ((a0 + a1) + a2) + ... All are powers of two;
- * stride2 is 0 or whole vectors. `sums` has room for max(vectors, count). */
-INLINE int folded(vec *sums, int vectors, int stride, int count, int stride2, int count2) {
+/* One step of a sum over so many lanes: elements at distance `stride`, `count` of them, and then those
+ * at distance `stride2`, `count2` times, are replaced by ((a0 + a1) + a2) + ... All are powers of
+ * two; stride2 is 0 or whole vectors. `sums` has room for max(vectors, count). Returns how many
+ * lanes are left; those behind them are anything. */
+INLINE int folded(vec *sums, int lanes, int stride, int count, int stride2, int count2) {
   const int apart = stride < VEC ? 1 : stride / VEC;
+  int vectors = lanes < VEC ? 1 : lanes / VEC;
+  if (lanes <= VEC && lanes == 2 * stride && count == 2 && count2 == 1) {
+    const words i = INDICES;
+    sums[0] += (vec)picked((words)sums[0], (words)sums[0], (i + (uint32_t)stride) % VEC);
+    return stride;
+  }
 #pragma GCC unroll 16
   for (int i = vectors; i < count; i++) sums[i] = (vec){};
   vectors = vectors > count ? vectors : count;
@@ -264,5 +281,5 @@ INLINE int folded(vec *sums, int vectors, int stride, int count, int stride2, in
       }
     }
   }
-  return left;
+  return lanes / (count * count2);
 }

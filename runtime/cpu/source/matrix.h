@@ -18,17 +18,40 @@
 #define TOGETHER (VECTORS < MOST_TOGETHER ? VECTORS : MOST_TOGETHER)
 #define BY_TURNS (TOGETHER < MOST_BY_TURNS ? TOGETHER : MOST_BY_TURNS)
 
-static void NAME(prepare)(const uint16_t *x, float factor, float *prepared) {
+#if IN_PAIRS
+/* The same in bfloat16: instead of elements 0 to 3, these (high) and elements 4 to 7. */
+static void NAME(prepare_pairs)(const uint16_t *x, float *prepared) {
+  for (int tile = 0; tile < TILES; tile++) {
+    const int lanes = tile < TILES - 1 ? LANES : LAST_LANES;
+    const uint16_t *from = x + tile * OF(BLOCK_K);
+    uint32_t pairs[4 * LANES] = {0};
+    for (int lane = 0; lane < lanes; lane++)
+      for (int k = 0; k < 4; k++)
+        pairs[k * LANES + lane] =
+            (uint32_t)from[lane * EACH + k] << 16 | from[lane * EACH + k + 4];
+    memcpy(prepared + tile * OF(BLOCK_K), pairs, sizeof pairs);
+  }
+}
+#endif
+
+static void NAME(prepare)(const uint16_t *x, float factor, struct prepared *to) {
+#if IN_PAIRS
+  to->in_pairs = pairs_are_exact(x, OF(COLUMNS));
+  if (to->in_pairs) {
+    NAME(prepare_pairs)(x, to->values);
+    return;
+  }
+#endif
   for (int tile = 0; tile < TILES; tile++) {
     int lanes = tile < TILES - 1 ? LANES : LAST_LANES;
     const uint16_t *from = x + tile * OF(BLOCK_K);
-    float *to = prepared + tile * OF(BLOCK_K);
+    float *values = to->values + tile * OF(BLOCK_K);
     for (int element = 0; element < EACH; element++)
       for (int lane = 0; lane < LANES; lane++)
-        to[element * LANES + lane] =
+        values[element * LANES + lane] =
             lane < lanes ? of_bfloat16(from[lane * EACH + element]) * factor : 0.f;
 #if KIND == MXFP4 /* infinite where the GPU's 2^64 times as much is */
-    for (int i = 0; i < OF(BLOCK_K); i++) to[i] = to[i] * 0x1p64f * 0x1p-64f;
+    for (int i = 0; i < OF(BLOCK_K); i++) values[i] = values[i] * 0x1p64f * 0x1p-64f;
 #endif
   }
 }
@@ -123,7 +146,7 @@ INLINE float NAME(sum_of)(struct matrix m, const float *x, const struct NAME(sca
 #pragma GCC unroll 16
     for (int i = 0; i < TOGETHER; i++) sums[first + i] = some[i];
   }
-  int left = VECTORS;
+  int left = LANES;
 #define STEP(...) left = folded(sums, left, __VA_ARGS__);
   OF(STEPS)
 #undef STEP
@@ -138,21 +161,22 @@ static __attribute__((noinline)) float NAME(unusual_sum)(
 #endif
 
 /* The sum of products of a row; patches and biases are left out. */
-INLINE float NAME(row_sum)(struct matrix m, const float *x, struct NAME(scales) *scales, long row) {
+INLINE float NAME(row_sum)(struct matrix m, const struct prepared *p, struct NAME(scales) *scales,
+                           long row) {
 #if KIND >= MXFP4
   NAME(read_scales)(m, row, scales);
 #endif
 #if SIMPLE
-  if (!scales->simple) return NAME(unusual_sum)(m, x, scales, row);
+  if (!NAME(is_simple)(p, scales)) return NAME(unusual_sum)(m, p->values, scales, row);
 #endif
-  return NAME(sum_of)(m, x, scales, SIMPLE, row);
+  return NAME(sum_of)(m, p->values, scales, SIMPLE, row);
 }
 
 #if KIND == PACKED
 static float NAME(patch_sum)(const float *lanes) {
   vec sums[PATCH_LANES / VEC < 16 ? 16 : PATCH_LANES / VEC];
   for (int i = 0; i < PATCH_LANES / VEC; i++) sums[i] = load_floats(lanes + i * VEC);
-  int left = PATCH_LANES / VEC;
+  int left = PATCH_LANES;
 #define STEP(...) left = folded(sums, left, __VA_ARGS__);
   OF(PATCH_STEPS)
 #undef STEP
@@ -192,6 +216,7 @@ static float NAME(patched)(struct matrix m, const uint16_t *x, long row, long fi
 #undef X
 #undef ABSENT
 #undef SIMPLE
+#undef BY_SCALES
 #undef SPLIT
 #undef IN_PARTS
 #undef TABLES

@@ -298,6 +298,9 @@ void *service_open(const struct layout *layout, void *memory, const uint64_t *ba
   s->layout = *layout;
   s->memory = memory;
   s->bases = bases;
+#if IN_PAIRS
+  if (!pairs_are_sums) pairs_are_sums = pairs_in_order();
+#endif
   static _Atomic uint64_t opened;
   s->number = atomic_fetch_add(&opened, 1) + 1;
   pthread_mutex_init(&s->lock, NULL);

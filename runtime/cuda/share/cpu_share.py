@@ -19,8 +19,9 @@ import torch
 
 from runtime.cpu.cores import split_cores, usable_cores
 from runtime.cpu.doorbell import Doorbell
-from runtime.cpu.library import load_library
+from runtime.cpu.library import Library, load_library
 from runtime.cpu.service import CpuExperts, ExpertTable
+from runtime.cpu.shape import ExpertShape
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.cpu_blocks import cpu_table
 from runtime.cuda.memory.kernel_layout import KernelLayout
@@ -63,8 +64,15 @@ class CpuShare:
         self._top_k = top_k
         doorbell = Doorbell(top_k, layout.hidden)
         self._memory = PinnedMemory()
-        self._bytes = self._memory.empty((doorbell.num_bytes,), torch.uint8)
-        self.order = OrderToCpu(doorbell, self._bytes, device)
+        self.order: OrderToCpu | None = None
+        """None where there is no memory for a doorbell: steps are captured without one."""
+        self._why: str | None = None
+        """Why there is no share."""
+        try:
+            self._bytes = self._memory.empty((doorbell.num_bytes,), torch.uint8)
+            self.order = OrderToCpu(doorbell, self._bytes, device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self._refuse(str(error))
         self._service: CpuExperts | None = None
         self._trial: ShareTrial | None = None
         self._builder: threading.Thread | None = None
@@ -72,8 +80,6 @@ class CpuShare:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         """Held while threads are started or ended: a compiler may outlast the model."""
-        self._why: str | None = None
-        """Why there is no share."""
 
     # ------------------------------------------------------------------ steps
 
@@ -93,7 +99,7 @@ class CpuShare:
             self._try(call)
         if self._trial is not None:
             share_M = self._trial.next_share()
-            if share_M is not None:
+            if share_M is not None and self.order is not None:
                 self.order.set_share(share_M)
             if self._service is not None and self._trial.is_on:
                 self._service.wake(AWAKE_S)
@@ -121,21 +127,28 @@ class CpuShare:
             shape = shape_of(self._layout, self._host.expert_blocks[0], compiled)
             library = load_library(shape)
             if isinstance(library, str):
-                self._why = library
+                self._refuse(library)
                 return
             cores, _ = split_cores(usable_cores(), self._spare)
             if len(cores) < 2:
-                self._why = "there are too few cores"
+                self._refuse("there are too few cores")
                 return
             with self._lock:
                 if not self._closing.is_set():  # the memory is still there
-                    self._service = CpuExperts(
-                        library, shape, self._table, self._top_k, cores=cores, memory=self._bytes
-                    )
-        except ValueError as error:
-            self._why = str(error)
+                    self._service = self._started(library, shape, cores)
+        except (ValueError, MemoryError) as error:
+            self._refuse(str(error))
         except Exception as error:
-            self._why = f"{type(error).__name__}: {error!s:.200}"
+            self._refuse(f"{type(error).__name__}: {error!s:.200}")
+
+    def _started(self, library: Library, shape: ExpertShape, cores: list[int]) -> CpuExperts:
+        service = CpuExperts(
+            library, shape, self._table, self._top_k, cores=cores, memory=self._bytes
+        )
+        if service.num_threads == 0:
+            service.close()
+            raise MemoryError("the system starts no threads for them")
+        return service
 
     @property
     def _table(self) -> ExpertTable:
@@ -177,11 +190,17 @@ class CpuShare:
             yield torch.equal(gpu_H.view(torch.int32), cpu_H.view(torch.int32))
 
     def _give_up(self, why: str) -> None:
-        self._why, self._trial = why, None
-        self.order.set_share([0] * (self._top_k + 1))
+        self._trial = None
+        if self.order is not None:
+            self.order.set_share([0] * (self._top_k + 1))
         if self._service is not None:
             self._service.close()
             self._service = None
+        self._refuse(why)
+
+    def _refuse(self, why: str) -> None:
+        """Leave nothing to the CPU from now on, and say so where it was asked for."""
+        self._why = why
         if self._asked is True:
             warnings.warn(f"the CPU computes no experts: {why}", stacklevel=2)
 

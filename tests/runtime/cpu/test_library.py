@@ -51,6 +51,14 @@ def test_kept_nowhere_where_nothing_can_be_written(
     assert not isinstance(load_library(SHAPE), str)
 
 
+def test_there_is_no_room_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(library, "_compile", full)
+    assert "no space left" in str(load_library(SHAPE))
+
+
 def test_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)

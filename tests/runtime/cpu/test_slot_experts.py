@@ -138,6 +138,19 @@ def test_it_runs_without_a_compiler(
     assert torch.equal(steps(offloaded), steps(model()))
 
 
+def test_it_runs_where_no_memory_is_left_for_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(slot_experts, "CpuExperts", no_memory)
+    offloaded = offload(model(), 1.0)
+    assert kernels(offloaded) == []
+    assert "no memory is left" in caplog.text
+    assert torch.equal(steps(offloaded), steps(model()))
+
+
 def test_threads_of_its_own_where_torchs_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = steps(offload(model(), 0.25))
     monkeypatch.setattr(slot_experts, "openmp_team", lambda: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from runtime.cpu.shape import ExpertShape, SumOrder, halving
 from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
 from runtime.cuda.memory.cpu_blocks import cpu_shape, cpu_table
-from runtime.cuda.share.cpu_share import CpuShare
 from runtime.cuda.share.order_to_cpu import OrderToCpu
 from runtime.cuda.share.share_trial import NEEDED, TURN, ShareTrial, split
 from runtime.cuda.share.sum_order import row_sums
@@ -32,7 +30,6 @@ from runtime.weights.encodings.int4_group import Int4Group
 from runtime.weights.encodings.mxfp4 import MXFP4
 from runtime.weights.encodings.nvfp4 import NVFP4
 from tests.helpers.device_twins import Twin, routes
-from tests.helpers.fake_cuda import fake_cuda
 
 CPU = torch.device("cpu")
 HIDDEN, WIDTH, EXPERTS, TOP_K, SLOTS = 64, 64, 12, 3, 8
@@ -262,32 +259,3 @@ def test_a_layout_of_an_unknown_kind_is_refused_by_name() -> None:
     unknown = BLOCKED.replace("#ttg.blocked<", "#ttg.swizzled<")
     with pytest.raises(ValueError, match=r"#ttg.swizzled<.* have no known order"):
         row_sums(unknown)
-
-
-# ---------------------------------------------------------------------- who decides
-
-
-class Calls:
-    """Stands in for the kernels of a step."""
-
-    def __init__(self, row_H: Tensor) -> None:
-        self.compiled: dict[str, Any] = {"gate_up": None, "down": None}
-        self._row_H = row_H
-
-    def one_expert(self, stored_N: Tensor, x: Tensor) -> Tensor:
-        return self._row_H
-
-
-def test_a_share_that_cannot_be_is_off_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = twin_of("packed")
-    host: Any = SimpleNamespace(expert_blocks=[twin.expert_block], layers=twin.layers)
-    with fake_cuda(monkeypatch):
-        share = CpuShare(twin.layout, host, TOP_K, CPU, lambda: 1.0, asked="auto")
-        call: Any = Calls(torch.zeros(HIDDEN))
-        share.begin_step(call)
-        assert share._builder is not None
-        share._builder.join()
-        share.begin_step(call)
-        share.count_step(1.0)
-        assert share.verdict == "the CPU computes no experts: the GPU's kernels are interpreted"
-        share.close()
