@@ -51,6 +51,12 @@ class MoELayer(NamedTuple):
         return CONTAINERS[self.kind]
 
 
+def best_experts(logits_TE: Tensor, top_k: int) -> Routes:
+    """The experts of the highest logits, weighted by a softmax over these in float32."""
+    logits_TK, experts_TK = logits_TE.float().topk(top_k, dim=-1)
+    return Routes(experts_TK, logits_TK.softmax(-1).to(logits_TE.dtype))
+
+
 class Container:
     """The fused layout, the base of the others."""
 
@@ -98,11 +104,11 @@ class Container:
         """The call as kernels take it, without a host sync: hidden states [T, H] and their routes,
         where ids that are no expert's stand for none.
         """
-        return arguments[0], self.rows(layer, arguments)
+        return arguments[0].flatten(0, -2), self.rows(layer, arguments)
 
     def output(self, layer: MoELayer, arguments: tuple[Any, ...], sums_TH: Tensor) -> Tensor:
         """What the call returns, from the weighted sums over experts."""
-        return sums_TH
+        return sums_TH.view_as(arguments[0])
 
     def without_experts(self, layer: MoELayer, hidden: Tensor, routes: Routes) -> Tensor | None:
         """What is added to the sums over experts for ids that are no expert's; None: nothing."""
@@ -122,12 +128,6 @@ class Dbrx(Container):
 
     def activation(self, module: Any) -> Any:
         return module.mlp.activation_fn
-
-    def tokens(self, layer: MoELayer, arguments: tuple[Any, ...]) -> tuple[Tensor, Routes]:
-        return arguments[0].flatten(0, -2), self.rows(layer, arguments)
-
-    def output(self, layer: MoELayer, arguments: tuple[Any, ...], sums_TH: Tensor) -> Tensor:
-        return sums_TH.view_as(arguments[0])
 
 
 class Longcat(Container):
@@ -156,22 +156,21 @@ class Aria(Container):
 
 
 class JetMoe(Container):
-    """JetMoE's feed-forward block, whose router gives (token, expert) pairs sorted by expert."""
+    """JetMoE's feed-forward block, which routes by itself."""
 
     holders = ("input_linear", "output_linear")
 
     def num_experts(self, module: Any) -> int:
         return int(module.input_linear.num_experts)
 
+    def activation(self, module: Any) -> Any:
+        return module.activation
+
     def rows(self, layer: MoELayer, arguments: tuple[Any, ...]) -> Routes:
-        block: Any = layer.module
+        """As its router chooses, which waits for the number of each expert's tokens."""
+        router: Any = layer.module.router
         hidden_TH = arguments[0].flatten(0, -2)
-        order_P, _, gates_P, counts, _ = block.router(hidden_TH)
-        numbers = torch.arange(len(counts), device=order_P.device)
-        sorted_P = numbers.repeat_interleave(torch.tensor(counts, device=order_P.device))
-        experts_P = torch.empty_like(order_P).index_copy_(0, order_P, sorted_P)
-        weights_P = torch.empty_like(gates_P).index_copy_(0, order_P, gates_P)
-        return Routes(experts_P.view(len(hidden_TH), -1), weights_P.view(len(hidden_TH), -1))
+        return best_experts(router.layer(hidden_TH), router.top_k)
 
 
 class Llama4(Container):

@@ -51,7 +51,7 @@ def call_kernels(
     call = bound_call(layer, args, kwargs)
     hidden, routes = layer.container.tokens(layer, call)
     sums = with_rest(layer, hidden, routes, run(hidden, *routes))
-    return layer.container.output(layer, call, sums)
+    return with_bias(layer, layer.container.output(layer, call, sums))
 
 
 def with_rest(layer: MoELayer, hidden: Tensor, routes: Routes, sums: Tensor) -> Tensor:

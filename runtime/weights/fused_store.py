@@ -14,7 +14,7 @@ Parameters = dict[str, Tensor]
 
 
 def fused(source: Source) -> Source:
-    """The same model with all its experts fused, where they are DBRX's or Aria's, and plain."""
+    """The same model with its experts fused, where they are of a kind in `PARTED` and plain."""
     kinds, store = {layer.kind for layer in source.layers}, source.store
     if len(kinds) != 1 or not kinds <= PARTED.keys() or isinstance(store, FusedStore):
         return source
@@ -41,10 +41,18 @@ def _aria(parameters: Parameters) -> Parameters:
     }  # fmt: skip
 
 
-PARTED = {"dbrx": _dbrx, "aria": _aria}
+def _jetmoe(parameters: Parameters) -> Parameters:
+    """As kernels have them, under other names."""
+    gate_up, down = parameters["gate_up_proj"], parameters["down_proj"]
+    return {"input_linear.weight": gate_up, "output_linear.weight": down}
+
+
+PARTED = {"dbrx": _dbrx, "aria": _aria, "jetmoe": _jetmoe}
 """Views of fused parameters by the names of a kind of container, and in its shapes."""
-DOWN = {"dbrx": "mlp.w2", "aria": "fc2.weight"}
-"""The parameter [I, H] of each kind."""
+DOWN = {"dbrx": "mlp.w2", "aria": "fc2.weight", "jetmoe": "output_linear.weight"}
+"""The down projection of each kind."""
+ACROSS = "dbrx", "aria"
+"""Kinds that keep it as [I, H], where the others have [H, I]."""
 
 
 class FusedStore(ExpertStore):
@@ -56,7 +64,8 @@ class FusedStore(ExpertStore):
 
     def specs(self, layer: int) -> Specs:
         own = self._store.specs(layer)
-        (width, hidden), dtype = own[DOWN[self._kind]]
+        shape, dtype = own[DOWN[self._kind]]
+        width, hidden = shape if self._kind in ACROSS else shape[::-1]
         shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
         return {name: Spec(shape, dtype) for name, shape in shapes.items()}
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from routing.predictor_file.reader import open_predictor
 from runtime.cuda.backend import CudaBackend
 from runtime.cuda.decode.experts import experts_call as experts
 from runtime.cuda.decode.experts import mover
-from runtime.cuda.decode.fused_forward import FusedNorms
+from runtime.cuda.decode.fused_forward import FusedForward, FusedNorms
 from runtime.cuda.decode.graph_step import CapturedStep
 from runtime.cuda.device_budget import device_budget
 from runtime.cuda.memory import pinned
@@ -31,6 +32,13 @@ from runtime.weights.source import from_module, from_path
 from tests.helpers import interpreter
 
 interpreter.mend()
+
+WAITS = (
+    torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__int__,
+    torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.nonzero, torch.nonzero,
+    torch.Tensor.unique, torch.unique, torch.masked_select, torch.Tensor.masked_select,
+)  # fmt: skip
+"""Operations that wait for the numbers of a tensor."""
 
 
 class Stream:
@@ -72,10 +80,29 @@ def fake_cuda(patch: pytest.MonkeyPatch) -> Iterator[None]:
     patch.setattr(pinned.PinnedMemory, "register", lambda self, tensor: None)
     patch.setattr(pinned, "_cores_of_gpu", set)
     patch.setattr(CapturedStep, "__call__", CapturedStep._run)
+    patch.setattr(FusedForward, "__call__", _run_without_waiting)
     patch.setattr(FusedNorms, "in_use", lambda _: nullcontext())  # a program a token takes long
     patch.setattr(experts, "FETCHERS", 2)
     patch.setattr(mover, "PREFETCHERS", 2)
     yield
+
+
+class Waiting(TorchFunctionMode):
+    """While active, what would wait for a GPU is refused, as CUDA refuses it in a capture."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        assert func not in WAITS, f"a captured step waits for the device: {func.__name__}"
+        return func(*args, **kwargs or {})
+
+
+def _run_without_waiting(
+    forward: FusedForward, *args: Any, own: Any = FusedForward.__call__, **kwargs: Any
+) -> Any:
+    """Plain steps: what a compiler takes apart would depend on what is active."""
+    with Waiting():
+        return own(forward, *args, **kwargs)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from runtime.cuda.compiling.compiled_forward import COMPILER, CompiledForward
 from runtime.cuda.decode.graph_step import DecodeStep
 from runtime.cuda.decode.row_decoder import RowStep
 from runtime.cuda.prefetching import GENERATING
+from runtime.cuda.sorted_experts import sorted_forwards
 from runtime.kv.row_cache import row_cache
 from runtime.kv.static_cache import shared_cache
 from runtime.kv.storage import Storage
@@ -59,8 +60,8 @@ def compile_only(content: bytes) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         forward = CompiledForward(
-            blueprint.model.forward, blueprint.layers, num_sizes=1, fullgraph=True,
-            backend=_compile_and_stop,
+            blueprint.model.forward, blueprint.layers, sorted_forwards(blueprint.model),
+            num_sizes=1, fullgraph=True, backend=_compile_and_stop,
         )  # fmt: skip
         step = step_of(blueprint, forward)
         try:

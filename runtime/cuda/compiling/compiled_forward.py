@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from routing.layers import MoELayer
 from runtime.cuda.decode.fused_top_k import FusedTopKPass
+from runtime.cuda.sorted_experts import Forwards, replaced
 from runtime.engine.experts import call_kernels
 
 COMPILER: dict[str, Any] = {
@@ -29,14 +29,16 @@ Backend = Callable[..., Callable[..., Any]]
 class CompiledForward:
     """`forward` of a model with these MoE layers, compiled anew for every kind and size of step.
 
-    num_sizes: of each kind; torch's own limit is eight, beyond which it would run uncompiled.
-    fullgraph: raise where it cannot be one graph. backend: in place of torch's compiler.
+    others: of further modules. num_sizes: of each kind; torch's own limit is eight, beyond which it
+    would run uncompiled. fullgraph: raise where it cannot be one graph. backend: in place of
+    torch's compiler.
     """
 
     def __init__(
         self,
         forward: Callable[..., Any],
         layers: list[MoELayer],
+        others: Forwards = (),
         *,
         num_sizes: int,
         fullgraph: bool = False,
@@ -44,34 +46,15 @@ class CompiledForward:
     ) -> None:
         given: dict[str, Any] = {"options": COMPILER} if backend is None else {"backend": backend}
         self._run = torch.compile(forward, dynamic=False, fullgraph=fullgraph, **given)
-        self._calls = [
-            (layer.module, partial(_call, layer, index)) for index, layer in enumerate(layers)
-        ]
+        calls = [(layer.module, partial(_call, layer, n)) for n, layer in enumerate(layers)]
+        self._forwards: Forwards = [*others, *calls]
         self._limit = max(torch._dynamo.config.recompile_limit, 4 * num_sizes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         limit = torch._dynamo.config.patch(recompile_limit=self._limit)
-        with limit, _replaced(self._calls):
+        with limit, replaced(self._forwards):
             return self._run(*args, **kwargs)
-
-
-@contextmanager
-def _replaced(calls: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """Within the block, experts calls are the operator, which a compiler does not look into. They
-    are the same objects each time: code is compiled for them.
-    """
-    before = [module.__dict__.get("forward") for module, _ in calls]
-    try:
-        for module, call in calls:
-            module.__dict__["forward"] = call
-        yield
-    finally:
-        for (module, _), forward in zip(calls, before, strict=True):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
 
 
 def _call(layer: MoELayer, index: int, *args: Any, **kwargs: Any) -> Tensor:

@@ -24,6 +24,7 @@ from runtime.cuda.decode.fused_forward import FusedForward
 from runtime.cuda.decode.fused_top_k import cached_only
 from runtime.cuda.options import AUTO
 from runtime.cuda.single_tokens import UnknownAttention
+from runtime.cuda.sorted_experts import sorted_forwards
 from runtime.weights.source import Source
 
 Forward = Callable[..., Any]
@@ -57,8 +58,8 @@ class StepForwards:
         self.plain: Forward = FusedForward(model)
         """The model's own."""
         self._compile = partial(
-            CompiledForward, model.forward, source.layers, num_sizes=num_sizes,
-            fullgraph=asked == AUTO,
+            CompiledForward, model.forward, source.layers, sorted_forwards(model),
+            num_sizes=num_sizes, fullgraph=asked == AUTO,
         )  # fmt: skip
         self._seen: set[StepKey] = set()
         self._waiting: deque[tuple[StepKey, bytes]] = deque()

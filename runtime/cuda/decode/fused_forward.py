@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from runtime.cuda.decode.fused_top_k import FusedTopK
 from runtime.cuda.host_constants import HostConstants
 from runtime.cuda.kernels.dense.norm import rms_norm
+from runtime.cuda.sorted_experts import replaced, sorted_forwards
 
 EPSILONS = "variance_epsilon", "eps"
 """Names under which modules keep what they add to the mean square."""
@@ -30,10 +31,12 @@ class FusedForward:
     def __init__(self, model: nn.Module) -> None:
         self._forward, self._norms = model.forward, FusedNorms(model)
         self._constants = HostConstants()
+        self._sorted = sorted_forwards(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; its modules are their own again afterwards."""
-        with self._norms.in_use(), FusedTopK(), self._constants:
+        own = replaced(self._sorted)
+        with self._norms.in_use(), own, FusedTopK(), self._constants:
             return self._forward(*args, **kwargs)
 
 

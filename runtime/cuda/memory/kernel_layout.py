@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-KINDS = "fused", "longcat", "llama4", "dbrx", "aria"
+KINDS = "fused", "longcat", "llama4", "dbrx", "aria", "jetmoe"
 """Kinds of containers whose calls become a kernel's."""
 
 

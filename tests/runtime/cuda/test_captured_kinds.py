@@ -21,11 +21,12 @@ from tests.helpers.tiny import tiny_model
 
 @pytest.mark.parametrize(
     "kind",
-    ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe", "hy_v4", "inkling2_text", "dbrx"],
-)
+    ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe", "hy_v4", "inkling2_text", "dbrx",
+     "jetmoe"],
+)  # fmt: skip
 def test_they_give_the_stock_models_tokens_and_logits(kind: str) -> None:
     """Scaled tokens, experts without parameters, positions of three kinds, convolutions, bounded
-    and capped activations, matrices that lie apart.
+    and capped activations, matrices that lie apart, experts in attention.
     """
     assert captured(kind) == "yes"
 
@@ -49,9 +50,32 @@ def test_matrices_that_lie_apart_come_back_as_they_were(monkeypatch: pytest.Monk
         assert torch.equal(weight, stock.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_next"])
+def test_matrices_of_other_names_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock: Any = architecture_model("jetmoe")
+    with fake_cuda(monkeypatch):
+        model = load_fake(architecture_model("jetmoe"), memory=0.5)
+        found = model.expertflow._backend.read_expert(1, 3)
+        for name in ("input_linear.weight", "output_linear.weight"):
+            assert torch.equal(found[name], stock.get_parameter(f"model.layers.1.mlp.{name}")[3])
+        model.expertflow.detach()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, stock.state_dict()[name]), name
+
+
+def test_a_step_that_would_wait_for_the_device_is_noticed_without_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check has teeth."""
+    monkeypatch.setattr("runtime.cuda.decode.fused_forward.sorted_forwards", lambda _: [])
+    with pytest.raises(AssertionError, match="waits for the device: tolist"):
+        captured("jetmoe")
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_next", "jetmoe", "phimoe"])
 def test_they_do_when_they_are_compiled_too(kind: str) -> None:
-    """Scaled tokens, experts without parameters of which a step needs some, recurrences."""
+    """Scaled tokens, experts without parameters of which a step needs some, recurrences, experts in
+    attention, constants made on the host.
+    """
     torch._dynamo.reset()
     assert captured(kind, compile=True) == "yes"
 
