@@ -124,9 +124,8 @@ class GroupedExperts:
             self._work = self.work_of(num_pairs)
         work, tiling = self._work, self._tiling(layer, num_pairs)
         given = layer, x_TH, routes.experts_TK, tiling, work
-        if self._pool.is_full or self._wide is not None:
-            if layer in self._ran:  # a layer that runs twice in a pass
-                self._count()
+        if layer in self._ran:  # a layer that runs twice in a pass
+            self._count()
         if self._pool.is_full:
             self._follow_slots()
             self._pool.wait_for_layer(layer)
