@@ -227,7 +227,7 @@ class GroupedExperts:
         sort(experts_TK, work, counts_E, self._slots[layer], num_experts, height)
         wanted, likely = told(counts_E), ahead()
         counts = wanted().astype(np.int64)
-        self._used += np.count_nonzero(counts)
+        self._used += int(np.count_nonzero(counts))
         for groups in self._pool.waves(layer, np.flatnonzero(counts)):
             if tiling.unpacks:
                 groups = [part for group in groups for part in group.parts(self._room)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from runtime.serving.batch.rows import FORMATS
 from runtime.serving.chat import read_template
@@ -12,11 +12,18 @@ from runtime.serving.model_settings import ModelSettings
 from runtime.serving.request import Result
 from runtime.serving.settings import ServeSettings
 
+AS_MANY = 0
+"""The number of sequences is to be chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(ModelSettings):
     """Continue every prompt of a data set; interrupted, the same command goes on."""
 
+    batch: int = AS_MANY
+    """Sequences that decode together in one step. 0 takes as many as give the most tokens a second
+    within `memory` on a GPU, and 32 on a CPU or with `workers`.
+    """
     dataset: str
     """Rows with `prompt` or `messages`, and options of their own, or lines of OpenAI's batch API: a
     file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt a line; .gz, .bz2 and .xz are
@@ -53,6 +60,8 @@ class BatchSettings(ModelSettings):
     """
     worker_cpus: int = 1
     """Cores of a worker."""
+
+    LEAST_BATCH: ClassVar[int] = AS_MANY
 
     def __post_init__(self) -> None:
         super().__post_init__()
