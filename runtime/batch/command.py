@@ -67,7 +67,7 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
         settings = sized(settings, found.num_rows - len(journal.done))
         with (
             closing(_crew(settings, tokenizer)) as crew,
-            Progress(settings.out, found.num_rows, journal) as progress,
+            Progress(settings.out, found.num_rows, journal, max(settings.workers, 1)) as progress,
         ):
             run = BatchRun(jobs, journal, progress)
             run.serve(crew, unchanged(rows(), found.digest))

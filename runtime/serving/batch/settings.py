@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from runtime.cache.stats import Stats
 from runtime.serving.batch.rows import FORMATS
 from runtime.serving.chat import read_template
 from runtime.serving.model_settings import ModelSettings
@@ -84,10 +85,17 @@ class BatchSettings(ModelSettings):
 
 
 class Served(NamedTuple):
-    """A result and the hit rate, so far, of the engine that gave it."""
+    """A result, and what the engine that gave it has done so far."""
 
     result: Result
     hit_rate: float
+    bytes_loaded: int
+    """Bytes of experts that were brought into slots."""
+
+    @classmethod
+    def by(cls, stats: Stats, result: Result) -> Served:
+        """By an engine with these counts."""
+        return cls(result, stats.hit_rate, stats.bytes_loaded)
 
 
 def serve_settings(settings: BatchSettings) -> dict[str, Any]:
