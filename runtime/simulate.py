@@ -70,8 +70,7 @@ def _replay(
         predictor=predictor,
         fit=None if settings.fit_trace is None else fit_calls(settings, reader),
     )
-    num_tokens = sum(len(document.token_ids_T) for document in documents)
-    title = f"{num_tokens} tokens of {len(documents)} documents, {reader.topology.model_type}"
+    title = _title(reader, documents)
     print_whole(table(results, title))
     if settings.json is not None:
         write_json(settings.json, settings, [asdict(result) for result in results])
@@ -83,13 +82,20 @@ def _compare_all(
     settings: SimulateSettings, reader: TraceReader, documents: list[Document]
 ) -> None:
     """Every predictor and baseline, with prefetching on a modelled link."""
-    from runtime.simulation.hit_rates import write_json
+    from runtime.simulation.hit_rates import plot_contenders, write_json
     from runtime.simulation.report import as_json, compare
 
     results, remarks = compare(settings, reader, documents)
     print("\n".join(remarks))
     if settings.json is not None:
         write_json(settings.json, settings, as_json(results))
+    if settings.plot is not None:
+        plot_contenders(settings.plot, results, _title(reader, documents))
+
+
+def _title(reader: TraceReader, documents: list[Document]) -> str:
+    num_tokens = sum(len(document.token_ids_T) for document in documents)
+    return f"{num_tokens} tokens of {len(documents)} documents, {reader.topology.model_type}"
 
 
 def _documents(reader: TraceReader, settings: SimulateSettings) -> list[Document]:

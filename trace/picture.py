@@ -69,7 +69,7 @@ def _draw_whole(figure: Figure, usage: Usage, order_LE: np.ndarray, *, by_label:
     )
     axes.set_title(f"All {usage.num_tokens:,} tokens", loc="left", fontsize=10)
     order = "the domain that favours them most" if by_label else "how often they are used"
-    axes.set_xlabel(f"experts of each layer, sorted by {order}")
+    axes.set_xlabel(f"{usage.stack.num_experts} experts of each layer, sorted by {order}")
     _label_layers(axes)
     figure.colorbar(image, ax=axes, pad=0.01, extend="max", label="use / even share")
 
@@ -97,4 +97,4 @@ def _label_layers(axes: Axes) -> None:
 
     axes.set_ylabel("MoE layer")
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xticks([])  # a place is no expert's number

@@ -265,5 +265,5 @@ class Stats:
             below = below + counts_L
         axes.set(xlabel="MoE layer", ylabel="expert requests")
         axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)

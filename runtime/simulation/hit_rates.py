@@ -1,4 +1,4 @@
-"""The hit rates of a replay as a table, as JSON and as a plot."""
+"""Hit rates as a table, as JSON and as plots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.cache.policies import FREE_RULES
+from runtime.simulation.comparison import ContenderResult
 from runtime.simulation.gap import best_free_rule, gap_closed
 from runtime.simulation.replay import ReplayResult
 from runtime.simulation.settings import SimulateSettings
@@ -113,6 +114,36 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def plot_contenders(path: Path, results: Sequence[ContenderResult], title: str) -> None:
+    """Draw the hit rate of every contender into an image file, a panel for each cache size."""
+    from matplotlib.figure import Figure
+
+    shares = list(dict.fromkeys(result.residency for result in results))
+    rows = {share: [r for r in results if r.residency == share] for share in shares}
+    height = 1.2 + 0.22 * max(map(len, rows.values()))
+    figure = Figure(figsize=(1 + 4 * len(shares), height), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    panels = figure.subplots(1, len(shares), squeeze=False, sharex=True)[0]
+    for axes, (share, row) in zip(panels, rows.items(), strict=True):
+        row = sorted(row, key=lambda result: result.hit_rate)
+        rates = [result.hit_rate for result in row]
+        bars = axes.barh(
+            [result.name for result in row], rates, color=[_color(result) for result in row]
+        )
+        axes.bar_label(bars, [f"{rate:.3f}" for rate in rates], padding=2, fontsize=7)
+        axes.set(xlabel="hit rate", xlim=(0, 1.1), title=f"{share * 100:g} % of experts resident")
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def _color(result: ContenderResult) -> str:
+    """By what a contender knows: the future, a forecast, or what it has seen."""
+    if result.name.startswith("belady"):
+        return COLORS["belady"]
+    return COLORS["predicted" if result.recall_this is not None else "lru"]
 
 
 def _style(policy: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class SimulateSettings:
     json: Path | None = None
     """Write the results to this JSON file."""
     plot: Path | None = None
-    """Plot hit rates over cache sizes into this image file."""
+    """Plot hit rates over cache sizes, or those of all contenders, into this image file."""
     all: bool = False
     """Compare every predictor and baseline instead, with prefetching on a modelled link."""
     fit_trace: Path | None = None

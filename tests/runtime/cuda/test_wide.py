@@ -22,7 +22,6 @@ from runtime.cuda.wide.wide_rows import WideRows
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
-from tests.helpers.architectures import architecture_model
 from tests.helpers.breaking import POISON, drain, poison
 from tests.helpers.device_twins import Twin
 from tests.helpers.fake_cuda import fake_cuda, load_fake
@@ -197,15 +196,13 @@ def asked_of(count: int, max_tokens: int = 6) -> list[Request]:
     return [Request(id=str(i), prompt=p, max_tokens=max_tokens) for i, p in enumerate(given)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "memory"), [("olmoe", 1.0), ("olmoe", 0.6), ("gpt_oss", 0.6), ("qwen3_next", 0.6)]
-)
+@pytest.mark.parametrize(("kind", "memory"), [("olmoe", 1.0), ("olmoe", 0.6), ("gpt_oss", 0.6)])
 def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
     kind: str, memory: float, few_rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
     monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
-    model: Any = architecture_model(kind) if kind == "qwen3_next" else tiny_model(kind)
+    model: Any = tiny_model(kind)
     asked = asked_of(8)
     alone = {r.id: greedy(model, r.prompt, 6) for r in asked}  # type: ignore[arg-type]
     engine = load_fake(model, memory=memory, batch=6, context=24).expertflow

@@ -211,7 +211,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     trace = with_look_ahead(write_trace(folder / "t", num_documents=6, seed=5), folder / "t2", 0.2)
     predictor = write_predictor(folder / "ours.onnx", TOPOLOGY)
     words = ["--all", f"--trace={trace}", f"--fit_trace={fit}", f"--predictor={predictor}"]
-    return folder, [*words, "--residency", "0.25", f"--json={folder / 'all.json'}"]
+    files = [f"--json={folder / 'all.json'}", f"--plot={folder / 'all.png'}"]
+    return folder, [*words, "--residency", "0.25", *files]
 
 
 def test_look_aheads_of_a_trace_join_the_comparison(compared, capsys) -> None:
@@ -227,6 +228,7 @@ def test_look_aheads_of_a_trace_join_the_comparison(compared, capsys) -> None:
         assert row["ms_per_token"]["priced"] < row["ms_per_token"]["none"]
         assert row["hit_rate"] <= rows["belady"]["hit_rate"] + 1e-9
     assert "recall of the experts of a coming layer" in capsys.readouterr().out
+    assert (folder / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_look_ahead_that_cannot_be_calibrated_is_left_out_with_a_message(
