@@ -209,9 +209,10 @@ class Engine:
         """The log of the routes of what runs, if one is kept."""
         return self._observer.route_log
 
-    def watch_routes(self, wanted: bool) -> None:
-        """Let `run_ragged` and `tracked` give routes, whether or not anything else needs them."""
-        self._observer.is_watched = wanted
+    @property
+    def watchers(self) -> set[object]:
+        """Who wants routes of `run_ragged` and `tracked`, whether or not anything else does."""
+        return self._observer.watchers
 
     @property
     def device(self) -> torch.device:

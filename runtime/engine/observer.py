@@ -42,8 +42,8 @@ class Observer:
         at once when the step has ended."""
         self._cache: weakref.ref[Any] | None = None
         """The key/value cache of the last step."""
-        self.is_watched = False
-        """Whether somebody looks at the routes who is neither predictor nor route log."""
+        self.watchers: set[object] = set()
+        """Whoever else looks at the routes; any thread may join or leave."""
 
     @property
     def _is_fed(self) -> bool:
@@ -52,7 +52,7 @@ class Observer:
 
     @property
     def _is_on(self) -> bool:
-        return self.is_watched or self._is_fed
+        return bool(self.watchers) or self._is_fed
 
     def begin_step(self) -> dict[int, Tensor]:
         """A step is about to run. Returns what `resume` takes when it has ended."""

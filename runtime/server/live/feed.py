@@ -50,12 +50,12 @@ class Feed:
     def _begin(self) -> None:
         self._observation = Observation(self._server.loop, self._engine.stats())
         self._rendered = ("", 0)
-        self._engine.watch_routes(True)
+        self._engine.watchers.add(self)
         self._server.loop.watch.watcher = self._observation.see
 
     def _end(self) -> None:
         self._server.loop.watch.watcher = None
-        self._engine.watch_routes(False)
+        self._engine.watchers.discard(self)
         self._observation = None
 
     def topology(self) -> str:
