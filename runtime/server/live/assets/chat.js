@@ -29,7 +29,9 @@ export class Chat {
     this.chats = about.chat;
     this.find("system").disabled = !about.chat;
     this.find("prompt").placeholder = about.chat ? "Message" : "Text to continue (this model has no chat template)";
-    this.find("max_tokens").max = about.context;
+    const most = this.find("max_tokens");
+    most.max = about.context;
+    most.value = Math.max(1, Math.min(most.valueAsNumber || 1, about.context >> 1));
   }
 
   send() {
