@@ -1,4 +1,4 @@
-"""What the server shows of a running model: a stream of events, and a page that draws them.
+"""The live view of a running model: a stream of events about its steps, and a page that draws them.
 
 observation   the steps since somebody watches, as the steps' thread tells them
 shadow        an LRU cache of as many slots over the same routes

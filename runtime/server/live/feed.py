@@ -10,6 +10,7 @@ Every event is whole in itself, so that a slow watcher may miss some, and a new 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class Feed:
         return {
             "active": len(loop.active),
             "waiting": len(loop.waiting),
-            "recall": stats.as_dict()["recall"],
+            "recall": None if math.isnan(stats.recall) else round(stats.recall, 4),
             "memory": {"process": process_bytes(), "device": on_device},
         }
 

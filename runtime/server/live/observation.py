@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class Observation:
         self._pending: deque[tuple[Sighting, Counts]] = deque()
         self._lock = threading.Lock()
         """Held by whoever catches up."""
-        self._shadow: LRUShadow | None = None
+        self._shadow = LRUShadow(0, 1)
         self._before: Counts = {}
         self._number = 0
         self._newest: Seen | None = None
@@ -65,26 +66,37 @@ class Observation:
 
     def _catch_up(self) -> None:
         with self._lock:
+            totals: Counts = {}
             while self._pending:
-                self._take(*self._pending.popleft())
+                sighting, totals = self._pending.popleft()
+                keys = self._run_shadow(sighting)
+                if not self._before:
+                    self._before = self._compared(totals)
+            if totals:
+                compared, before = self._compared(totals), self._before
+                counts = {name: compared[name] - before[name] for name in compared}
+                self._newest = Seen(self._number, sighting, keys, counts)
 
-    def _take(self, sighting: Sighting, totals: Counts) -> None:
-        keys, shadow = used_keys(sighting), self._shadow
-        if shadow is None:
-            shadow = self._shadow = shadow_of(sighting, self._stats.num_slots)
-        num_experts = sighting.missing_LE.shape[1]
-        for part in np.split(keys, layer_edges(keys, num_experts)):
-            shadow.step(part.tolist())
+    def _run_shadow(self, sighting: Sighting) -> np.ndarray:
+        """The keys that the step used, which the shadow has served."""
+        keys = used_keys(sighting)
+        if self._number == 0:
+            self._shadow = shadow_of(sighting, self._stats.num_slots)
+        self._number += 1
+        edges = layer_edges(keys, sighting.missing_LE.shape[1])
+        for start, end in pairwise([0, *edges.tolist(), len(keys)]):
+            self._shadow.step(keys[start:end].tolist())
             time.sleep(0)  # lets the thread of the steps go on, should it wait for the interpreter
-        totals |= {
+        return keys
+
+    def _compared(self, totals: Counts) -> Counts:
+        """The counts of a moment beside the shadow's."""
+        shadow = self._shadow
+        return totals | {
             "lru_hits": shadow.hits,
             "lru_misses": shadow.misses,
             "lru_bytes": round(shadow.misses * self._stats.expert_bytes),
         }
-        self._before = self._before or totals
-        self._number += 1
-        counts = {name: total - self._before[name] for name, total in totals.items()}
-        self._newest = Seen(self._number, sighting, keys, counts)
 
     def _totals(self) -> Counts:
         stats, loop = self._stats, self._loop

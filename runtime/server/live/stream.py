@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from runtime.server.live.feed import Feed
 
-INTERVAL = 0.1
+INTERVAL = 0.2
 """Seconds between two events at the least."""
 SILENCE = 15.0
 """Seconds of silence after which a comment shows that the connection is alive."""

@@ -41,6 +41,10 @@ class Watch:
         """May be set from any thread, between any two steps."""
         self._missing_K = np.zeros(0, np.float32)
 
+    @property
+    def is_watched(self) -> bool:
+        return self.watcher is not None
+
     def begin(self, missing_K: np.ndarray) -> None:
         """A step is about to run. missing_K: per expert key, 1 where it is in no slot."""
         self._missing_K = missing_K

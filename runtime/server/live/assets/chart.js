@@ -1,10 +1,10 @@
 // A chart of two lines: this cache, and LRU's shadow.
 
-import { colours, fitted } from "./canvas.js";
+import { colour, fitted } from "./canvas.js";
 
 const HEIGHT = 150;
 const SPACE = { left: 54, right: 6, top: 8, bottom: 6 };
-const MOST = 240;
+const MOST = 150;
 
 export class Chart {
   // format: of the axis. most: the axis's end where it is fixed.
@@ -32,20 +32,19 @@ export class Chart {
     const width = this.canvas.parentElement.clientWidth;
     if (!width) return;
     const pen = fitted(this.canvas, width, HEIGHT);
-    const paint = colours(["hit", "lru", "grid", "dim"]);
     const end = this.most ?? niceAbove(Math.max(0, ...this.points.flat()));
     const at = (value) => SPACE.top + (HEIGHT - SPACE.top - SPACE.bottom) * (1 - value / end);
-    this.axis(pen, paint, width, end, at);
-    this.line(pen, paint.lru, width, at, 1, [5, 4]);
-    this.line(pen, paint.hit, width, at, 0, []);
+    this.axis(pen, width, end, at);
+    this.line(pen, colour("lru"), width, at, 1, [5, 4]);
+    this.line(pen, colour("hit"), width, at, 0, []);
   }
 
-  axis(pen, paint, width, end, at) {
+  axis(pen, width, end, at) {
     pen.font = "11px system-ui, sans-serif";
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    pen.strokeStyle = paint.grid;
-    pen.fillStyle = paint.dim;
+    pen.strokeStyle = colour("grid");
+    pen.fillStyle = colour("dim");
     for (const value of [0, end / 2, end]) {
       pen.beginPath();
       pen.moveTo(SPACE.left, Math.round(at(value)) + 0.5);
@@ -55,9 +54,9 @@ export class Chart {
     }
   }
 
-  line(pen, colour, width, at, column, dashes) {
+  line(pen, ink, width, at, column, dashes) {
     const step = (width - SPACE.left - SPACE.right) / (MOST - 1);
-    pen.strokeStyle = colour;
+    pen.strokeStyle = ink;
     pen.lineWidth = 2;
     pen.lineJoin = "round";
     pen.setLineDash(dashes);

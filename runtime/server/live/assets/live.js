@@ -4,7 +4,7 @@ import { Chart } from "./chart.js";
 import * as format from "./format.js";
 import { ExpertMap } from "./map.js";
 
-const WINDOW = 12; // events, a little more than a second of steps
+const WINDOW = 7; // events, a little more than a second of steps
 
 export class LivePanel {
   constructor(find) {

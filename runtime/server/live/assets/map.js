@@ -1,10 +1,9 @@
 // The map: a row a layer, a cell an expert.
 
-import { fitted, colours } from "./canvas.js";
+import { colour, fitted } from "./canvas.js";
 
-const NAMES = ["resident", "absent", "hit", "missed", "predicted", "dim", "card"];
 const LABELS = 26;
-const FADE = 0.8;
+const FADE = 0.7;
 
 export class ExpertMap {
   constructor(canvas, told) {
@@ -58,43 +57,59 @@ export class ExpertMap {
     if (!this.layers || !this.canvas.parentElement.clientWidth) return;
     const { width, across, down, height } = this.grid();
     const pen = fitted(this.canvas, width, height);
-    const paint = colours(NAMES);
     const gap = across > 6 ? 1 : across > 3 ? 0.5 : 0;
     const round = Math.min(across, down) > 9 ? 3 : 0;
-    for (let layer = 0; layer < this.layers; layer += 1) {
-      for (let expert = 0; expert < this.experts; expert += 1) {
-        const key = layer * this.experts + expert;
-        const x = LABELS + expert * across;
-        const box = [x, layer * down, across - gap, down - gap, round];
-        this.cell(pen, paint, key, box);
-      }
-    }
-    this.label(pen, paint, down);
+    const boxOf = (key) => [
+      LABELS + (key % this.experts) * across, Math.floor(key / this.experts) * down,
+      across - gap, down - gap, round,
+    ];
+    for (const [name, alpha, keys] of this.shades()) this.fill(pen, name, alpha, keys.map(boxOf));
+    this.outline(pen, keysWhere(this.predicted, (flag) => flag).map(boxOf));
+    this.label(pen, down);
   }
 
-  cell(pen, paint, key, [x, y, w, h, round]) {
-    const fill = (colour, alpha) => {
-      pen.globalAlpha = alpha;
-      pen.fillStyle = colour;
-      pen.beginPath();
-      pen.roundRect(x, y, w, h, round);
-      pen.fill();
-    };
-    fill(this.resident[key] ? paint.resident : paint.absent, 1);
-    if (this.used[key]) fill(this.used[key] === 1 ? paint.hit : paint.missed, 1);
-    else if (this.resident[key] && this.heat[key] > 0.05) fill(paint.hit, 0.45 * this.heat[key]);
-    pen.globalAlpha = 1;
-    if (!this.predicted[key]) return;
-    const line = Math.max(1, Math.min(2, w / 6));
-    pen.strokeStyle = paint.predicted;
-    pen.lineWidth = line;
+  // The cells by their look: [colour, opacity, keys], those below first.
+  shades() {
+    const { resident, used, heat } = this;
+    const lately = [1, 2, 3].map((level) => [
+      "hit", 0.15 * level,
+      keysWhere(used, (use, key) => !use && resident[key] && Math.round(3 * heat[key]) === level),
+    ]);
+    return [
+      ["absent", 1, keysWhere(resident, (flag) => !flag)],
+      ["resident", 1, keysWhere(resident, (flag) => flag)],
+      ...lately,
+      ["hit", 1, keysWhere(used, (use) => use === 1)],
+      ["missed", 1, keysWhere(used, (use) => use === 2)],
+    ];
+  }
+
+  // One path a colour: a path a cell would take most of a small machine's time.
+  fill(pen, name, alpha, boxes) {
+    pen.globalAlpha = alpha;
+    pen.fillStyle = colour(name);
     pen.beginPath();
-    pen.roundRect(x + line / 2, y + line / 2, w - line, h - line, Math.max(0, round - 1));
+    for (const box of boxes) {
+      if (box[4]) pen.roundRect(...box);
+      else pen.rect(...box.slice(0, 4));
+    }
+    pen.fill();
+    pen.globalAlpha = 1;
+  }
+
+  outline(pen, boxes) {
+    pen.strokeStyle = colour("predicted");
+    pen.beginPath();
+    for (const [x, y, w, h, round] of boxes) {
+      const line = Math.max(1, Math.min(2, w / 6));
+      pen.lineWidth = line;
+      pen.roundRect(x + line / 2, y + line / 2, w - line, h - line, Math.max(0, round - 1));
+    }
     pen.stroke();
   }
 
-  label(pen, paint, down) {
-    pen.fillStyle = paint.dim;
+  label(pen, down) {
+    pen.fillStyle = colour("dim");
     pen.font = "11px system-ui, sans-serif";
     pen.textAlign = "right";
     pen.textBaseline = "middle";
@@ -115,6 +130,12 @@ export class ExpertMap {
     if (this.predicted[key]) parts.push("predicted");
     this.told.textContent = `Layer ${layer}, expert ${expert}: ${parts.join(", ")}`;
   }
+}
+
+function keysWhere(flags, holds) {
+  const keys = [];
+  for (let key = 0; key < flags.length; key += 1) if (holds(flags[key], key)) keys.push(key);
+  return keys;
 }
 
 // The flags of a bitmap in base64, the lowest bit of each byte first; null has none.

@@ -16,7 +16,7 @@ import pytest
 import runtime
 from runtime.engine.engine import Engine
 from runtime.server.live import feed as feeds
-from runtime.serving.request import Request
+from runtime.serving.request import Request, Result
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
 from runtime.serving.steps.watch import Sighting
@@ -81,10 +81,10 @@ def test_a_step_names_the_experts_it_used_and_which_of_them_were_there(
         assert residents.sum() <= engine.stats().num_slots
 
 
-def test_counts_only_grow_and_events_come_at_most_ten_times_a_second(address: str) -> None:
+def test_counts_only_grow_and_events_come_at_most_five_times_a_second(address: str) -> None:
     began = time.monotonic()
     steps = steps_of(address, num_tokens=120)
-    assert len(steps) <= 10 * (time.monotonic() - began) + 1
+    assert len(steps) <= 5 * (time.monotonic() - began) + 1
     for name in steps[0]["counts"]:
         counts = [step["counts"][name] for step in steps]
         assert counts == sorted(counts), name
@@ -112,8 +112,8 @@ def test_routes_are_seen_without_a_predictor_while_somebody_watches() -> None:
 def test_nothing_is_observed_once_nobody_watches(engine: Engine) -> None:
     with running(engine) as address:
         with ExitStack() as stack:
-            for _ in range(3):
-                next(stack.enter_context(watching(address)))
+            streams = [stack.enter_context(watching(address)) for _ in range(3)]
+            assert [next(stream)[0] for stream in streams] == ["topology"] * 3
             assert engine.watchers
         wait_until(lambda: not engine.watchers)
         complete(address)
@@ -169,12 +169,12 @@ def test_a_watcher_that_fails_stops_no_step(engine: Engine) -> None:
     loop = ServingLoop(engine, tiny_tokenizer(), ServeSettings(batch=2, context=64))
     loop.watch.watcher = fail
     loop.submit(Request(prompt=[1, 2, 3], max_tokens=6, ignore_eos=True))
-    results = []
+    results: list[Result] = []
     while not results:
         results += loop.step()
     assert results[0].finish == "length"
     assert len(seen) == 1
-    assert loop.watch.watcher is None
+    assert not loop.watch.is_watched
     assert seen[0].routes_TLK.shape[0] == 3
     assert np.isin(seen[0].missing_LE, (0, 1)).all()
 
