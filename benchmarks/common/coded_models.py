@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -60,8 +59,8 @@ class CodedStore(SkeletonStore):
     def coding(self, layer: int) -> Coding:
         if self._encoding == PLAIN:
             return {}
-        module: Any = self.meta_layers[layer].module
-        transposed = bool(getattr(module, "is_transposed", False))
+        meta = self.meta_layers[layer]
+        transposed = bool(getattr(meta.module, "is_transposed", meta.kind == "llama4"))
         matrices = {name: s for name, s in self.specs(layer).items() if len(s.shape) == 2}
         return {name: self._matrix(name, spec.shape, transposed) for name, spec in matrices.items()}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 Row = Sequence[str]
 
@@ -13,6 +14,14 @@ def table(head: Row, rows: Iterable[Row]) -> Iterator[str]:
     yield _line(head)
     yield f"|{' --- |' * len(head)}"
     yield from map(_line, rows)
+
+
+def provenance(document: Mapping[str, Any]) -> list[str]:
+    """The command and the machine that gave a file of results, with the best speed of its link."""
+    machine = ", ".join(f"{name} {value}" for name, value in document["machine"].items())
+    speeds = document["link_bytes_per_s"]
+    link = "none" if speeds is None else f"{max(speeds.values()) / 1e9:.1f} GB/s"
+    return [f"    {document['command']}", "", f"{machine}; link {link}."]
 
 
 def percent(share: float) -> str:

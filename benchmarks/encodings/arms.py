@@ -45,7 +45,7 @@ OF_SHAPE = {
     "qwen3-next-80b-a3b": ("int4",),
     "deepseek-v2-lite": ("int4", PLAIN),
     "granite-4-h-tiny": ("int4", PLAIN),
-    "llama-4-scout": ("int4",),
+    "llama-4-scout": ("nvfp4",),
 }
 """Encodings of a shape, where not all of them: those in which such models are published, and
 bfloat16 where a host of 128 GB holds it."""
@@ -138,8 +138,9 @@ def _arms_of(shape: str, routes: list[str], policy: str, memory: str) -> Iterato
     if fits:
         yield from (arm(encoding, FULL, compile=True) for encoding in narrow)
         timed = (PLAIN, leading) if shape in TIMED_WITH_CPU else (leading,)
-        for encoding, ahead in product(timed, (False, ONE_GUESS, True)):
-            yield arm(encoding, QUARTER, policy=policy, prefetch=ahead, compile=True)
+        for encoding in timed:
+            for ahead in (False, ONE_GUESS, True):
+                yield arm(encoding, QUARTER, policy=policy, prefetch=ahead, compile=True)
     else:
         yield arm(leading, QUARTER)  # another residency, for the logits
     yield from (arm(encoding, memory, compile=True) for encoding in narrow)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.markdown import table
+from benchmarks.common.markdown import provenance, table
 from benchmarks.common.report import number
 from benchmarks.systems.arm import ONE_GUESS
 from routing.cli import run
@@ -68,8 +68,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
 
 def measured(one: dict[str, Any]) -> list[str]:
     """A run: its command and machine, and a table for each of its shapes."""
-    machine = ", ".join(f"{name} {value}" for name, value in one["machine"].items())
-    lines = [f"    {one['command']}", "", f"{machine}; link {_link(one)}."]
+    lines = provenance(one)
     for shape in dict.fromkeys(row["shape"] for row in one["rows"]):
         own = [row for row in one["rows"] if row["shape"] == shape and row["error"] is None]
         if own:
@@ -82,11 +81,6 @@ def llama_cpp() -> list[str]:
     others = [(name, share, f"{speed:g}") for name, share, speed in LLAMA_CPP]
     head = f"{LLAMA_SHAPE} in llama.cpp", "on the GPU", "tok/s"
     return [*table(head, others), "", SOURCE]
-
-
-def _link(one: dict[str, Any]) -> str:
-    link = one["link_bytes_per_s"]
-    return "none" if link is None else f"{max(link.values()) / 1e9:.1f} GB/s"
 
 
 def _routes(rows: Iterable[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from benchmarks.pages import others
 from benchmarks.pages.blocks import Tables
 from benchmarks.prefill import page as prefill
 from benchmarks.rounding import page as rounding
+from benchmarks.throughput import page as throughput
 
 TABLES: Tables = {
     "adaptation-learnt": adaptation.learnt,
@@ -42,5 +43,6 @@ TABLES: Tables = {
     "recall": others.recall,
     "rounding-quality": rounding.quality,
     "rounding-routes": rounding.routes,
+    "throughput": throughput.throughput,
 }
 """The functions take the JSON objects of the files, then the options, all texts."""

@@ -28,7 +28,7 @@ def main(settings: ThroughputSettings) -> None:
     from benchmarks.common.shapes import shape_named
     from benchmarks.systems.placement import free_memory
     from benchmarks.throughput.arm import ThroughputArm
-    from benchmarks.throughput.page import throughput
+    from benchmarks.throughput.page import by_arm
     from benchmarks.throughput.runner import run_arm
 
     transformers.utils.logging.set_verbosity_error()
@@ -56,7 +56,7 @@ def main(settings: ThroughputSettings) -> None:
             free_memory()
         print(json.dumps(rows[-1]), flush=True)
         save(facts | {"rows": rows}, settings.out)
-    print("\n".join(throughput(facts | {"rows": rows})))
+    print("\n".join(by_arm(rows)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An arm: how the experts are stored, how many are resident, and how many sequences share a step."""
+"""An arm: how experts are stored, how many are resident, how many sequences share a step."""
 
 from __future__ import annotations
 

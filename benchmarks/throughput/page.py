@@ -1,11 +1,11 @@
-"""The table of the throughput benchmark, as Markdown."""
+"""Tables of the throughput benchmark, as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.common.markdown import table
+from benchmarks.common.markdown import provenance, table
 
 HEAD = (
     "arm", "resident", "tok/s", "prompt tok/s", "ms a full step", "with prompts", "GB a step",
@@ -14,8 +14,13 @@ HEAD = (
 
 
 def throughput(document: dict[str, Any]) -> Iterator[str]:
+    """A run: its command and machine, and its arms."""
+    yield from (*provenance(document), "")
+    yield from by_arm(document["rows"])
+
+
+def by_arm(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A row for each arm; arms that failed say why behind the table."""
-    rows = document["rows"]
     yield from table(HEAD, (_cells(row) for row in rows if "error" not in row))
     for row in rows:
         if "error" in row:

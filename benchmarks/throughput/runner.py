@@ -28,6 +28,7 @@ from runtime.weights.source import Source
 
 MEASURED = 0.8
 """The share of the rows that is in flight in the steps whose time is called a full step's."""
+WARM_UP_TOKENS = 8
 
 
 def run_arm(
@@ -50,12 +51,19 @@ def run_arm(
         loop: Any = ServingLoop(engine, None, serve)
         replay.cache = loop._cache
         loop._runner = ReplayingRunner(loop._runner, replay)
+        began = time.perf_counter()
+        for request in requests[: settings.warm_up]:
+            loop.submit(replace(request, max_tokens=WARM_UP_TOKENS))
+        while not loop.is_idle:
+            loop.step()
+        warm_up_s = time.perf_counter() - began
         for request in requests:
             loop.submit(request)
         found = measured(loop, engine, settings, arm)
         engine.check_integrity()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    return {"arm": arm.name, "load_s": load_s, "peak_bytes": peak} | bounded(found, bandwidth)
+    timed = {"load_s": load_s, "warm_up_s": warm_up_s, "peak_bytes": peak}
+    return {"arm": arm.name} | timed | bounded(found, bandwidth)
 
 
 def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Recorded]]:
@@ -64,9 +72,7 @@ def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Record
     options: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens, "output_tokens": new}
     while True:
         try:
-            some, recorded = recorded_requests(
-                settings.trace, count, seed=settings.seed, **options
-            )
+            some, recorded = recorded_requests(settings.trace, count, seed=settings.seed, **options)
             break
         except ValueError as error:
             count = int(str(error).split(" has ")[1].split()[0])  # as many as there are
@@ -110,20 +116,35 @@ def measured(
         done += len(loop.step())
         seconds = time.perf_counter() - began
         steps.append((seconds, loop.num_generated - generated, loop.num_prefilled - prefilled))
-    seconds, stats = time.perf_counter() - start, engine.stats()
+    seconds, is_whole = time.perf_counter() - start, loop.is_idle
+    stats = engine.stats()
     loop.cancel_all()
+    other = [s for s, new, _ in steps if new < MEASURED * arm.batch]
     full = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and not prompt]
     mixed = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and prompt]
     return {
         "tokens_per_s": sum(new for _, new, _ in steps) / seconds,
         "prompt_tokens_per_s": sum(prompt for *_, prompt in steps) / seconds,
-        "seconds": seconds, "steps": len(steps), "ended": done, "is_whole": loop.is_idle,
-        "full_step_ms": 1e3 * float(np.median(full)) if full else None, "full_steps": len(full),
-        "mixed_step_ms": 1e3 * float(np.median(mixed)) if mixed else None,
-        "mixed_steps": len(mixed), "bytes": stats.bytes_loaded, "bytes_wasted": stats.bytes_wasted,
-        "hit_rate": stats.hit_rate, "failed_steps": loop.num_failed_steps,
-        "slots": stats.num_slots, "experts": stats.total_experts,
-    }  # fmt: skip
+        "seconds": seconds,
+        "steps": len(steps),
+        "ended": done,
+        "is_whole": is_whole,
+        **_median("full_step", full),
+        **_median("mixed_step", mixed),
+        **_median("other_step", other),
+        "bytes": stats.bytes_loaded,
+        "bytes_wasted": stats.bytes_wasted,
+        "hit_rate": stats.hit_rate,
+        "failed_steps": loop.num_failed_steps,
+        "slots": stats.num_slots,
+        "experts": stats.total_experts,
+    }
+
+
+def _median(name: str, seconds: list[float]) -> dict[str, Any]:
+    """Of the steps of a kind: their median, number and sum."""
+    median = 1e3 * float(np.median(seconds)) if seconds else None
+    return {f"{name}_ms": median, f"{name}s": len(seconds), f"{name}s_s": sum(seconds)}
 
 
 def bounded(found: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:

@@ -26,7 +26,9 @@ class ThroughputSettings:
     """Fewest and most tokens of a prompt."""
     tokens: int = 128
     """New tokens of each request."""
-    chunk: int = 2048
+    warm_up: int = 256
+    """Requests that are served before the clock starts: kernels compile, steps are captured."""
+    chunk: int = 8192
     """Most prompt tokens that join a step."""
     arm_seconds: float = 150.0
     """Seconds of an arm after which it ends, wherever it is."""

@@ -56,6 +56,7 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
     from runtime.batch.batch_run import BatchRun
     from runtime.batch.jobs import Jobs
     from runtime.batch.progress import Progress, announce
+    from runtime.batch.sequences import sized
     from runtime.batch.survey import unchanged
 
     tokenizer = settings.read_tokenizer()
@@ -63,9 +64,10 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
     announce(found.num_rows, journal)
     summary = [f"{settings.out}: {found.num_rows} rows, all of them done before"]
     if len(journal.done) < found.num_rows:
+        settings = sized(settings, found.num_rows - len(journal.done))
         with (
             closing(_crew(settings, tokenizer)) as crew,
-            Progress(settings.out, found.num_rows, journal) as progress,
+            Progress(settings.out, found.num_rows, journal, max(settings.workers, 1)) as progress,
         ):
             run = BatchRun(jobs, journal, progress)
             run.serve(crew, unchanged(rows(), found.digest))

@@ -13,6 +13,7 @@ from runtime.batch.jobs import Outcome
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.rows import Row
 from runtime.serving.batch.settings import Served
+from runtime.sizing.units import format_bytes
 
 
 def announce(num_rows: int, journal: Journal) -> None:
@@ -26,11 +27,14 @@ def announce(num_rows: int, journal: Journal) -> None:
 
 
 class Progress:
-    """Counts of the rows of `out`: done before, done now, failed."""
+    """Counts of the rows of `out`: done before, done now, failed.
 
-    def __init__(self, out: Path, num_rows: int, journal: Journal) -> None:
+    num_engines: that serve them; each is taken to move as many bytes as the one heard of last.
+    """
+
+    def __init__(self, out: Path, num_rows: int, journal: Journal, num_engines: int) -> None:
         self._out, self._num_rows, self._journal = out, num_rows, journal
-        self._before = len(journal.done)
+        self._before, self._num_engines = len(journal.done), num_engines
         self._num_tokens = 0
         self._bar = tqdm(total=num_rows, initial=self._before, unit="row", desc="batch")
 
@@ -43,10 +47,13 @@ class Progress:
         self._bar.update()
 
     def served(self, served: Served) -> None:
-        """Tell the speed so far."""
+        """Tell the speed so far, and what every token has moved."""
         self._num_tokens += served.result.num_prompt + len(served.result.token_ids)
         rate = self._num_tokens / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} tok/s, hit rate {served.hit_rate:.1%}")
+        each = format_bytes(served.bytes_loaded * self._num_engines // max(self._num_tokens, 1))
+        self._bar.set_postfix_str(
+            f"{rate:.1f} tok/s, hit rate {served.hit_rate:.1%}, {each} a token"
+        )
 
     @property
     def summary(self) -> str:

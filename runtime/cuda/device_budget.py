@@ -15,6 +15,10 @@ from runtime.weights.source import ShapeGroup, Source
 
 CUBLAS_BYTES = 64 << 20
 """cuBLAS keeps 32 MiB for each stream that it works on: the current and the captured one."""
+GENERATED = 32
+"""The most sequences of captured steps that `generate` runs."""
+SERVED_TOKENS = 8192
+"""Prompt tokens of a step of more sequences."""
 DECODED_BYTES = 12
 """Bytes for each weight of a matrix that torch decodes: two numbers in float32, and the weight."""
 
@@ -61,7 +65,9 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     sizes = [expert_bytes(group.specs) for group in source.groups]
     top_k = max(layer.top_k for layer in source.layers)
     width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
-    activations = context * batch * (top_k * (text.hidden_size + width) + 8 * text.hidden_size)
+    activations = _tokens_of_a_pass(context, batch) * (
+        top_k * (text.hidden_size + width) + 8 * text.hidden_size
+    )
     logits = 4 * batch * text.vocab_size * 4
     cache = storage_bytes(source.model, batch, context)
     decodes = isinstance(common_layout(source), str)
@@ -74,6 +80,15 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
         + logits
         + cache
     )
+
+
+def _tokens_of_a_pass(context: int, batch: int) -> int:
+    """The most tokens that run together: prompts that fill the key/value cache, as `generate` runs
+    them; where only serving fills it, those that it lets join a step.
+    """
+    if batch <= GENERATED:
+        return context * batch
+    return min(context * batch, max(context, SERVED_TOKENS) + batch)
 
 
 def landing_bytes(group: ShapeGroup) -> int:

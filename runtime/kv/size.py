@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from runtime.kv.storage import Storage
 CACHE_MODULE = "transformers.cache_utils"
 SHORTEST = 8
 """Tokens of a pass that shows what a cache keeps."""
+_OF_A_ROW: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+"""Bytes of one sequence's storage by its context: to find them takes seconds."""
 SHORT = (128, 256, 384)
 """Lengths that a cache of recurrent layers is measured at: their steps over longer sequences take
 minutes, and the cache grows by the same bytes for every token."""
@@ -90,10 +93,13 @@ def storage_bytes(model: nn.Module, batch: int, context: int) -> int:
     config = whole.config
     if config.is_encoder_decoder or unsupported(config.get_text_config(decoder=True)) is not None:
         return 0
-    try:
-        return _storage_of_copy(whole, batch, context)
-    except NotImplementedError:  # numbers were asked for that the copy does not have
-        return 0
+    known = _OF_A_ROW.setdefault(model, {})
+    if context not in known:
+        try:
+            known[context] = _storage_of_copy(whole, 1, context)
+        except NotImplementedError:  # numbers were asked for that the copy does not have
+            known[context] = 0
+    return batch * known[context]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,39 @@ def rows_up_to(states: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
     behind_BC = columns_C > positions_B[:, None]
     shape = len(rows_B), *[1] * (states.dim() - 3), states.shape[-2], 1
     return copies.masked_fill_(behind_BC.view(shape), 0)
+
+
+class PromptBatch(NamedTuple):
+    """Sequences of about one length that begin in a step, for their attention together.
+
+    A row of the batch is a sequence, filled up at its end with tokens that nobody sees.
+    """
+
+    longest: int
+    rows_N: Tensor
+    lasts_N: Tensor
+    """The position of each sequence's last token."""
+    given_NT: Tensor
+    """int64 [N, longest], which of the step's tokens each is; the first, where it is filled up."""
+    places_P: Tensor
+    """int64, where the P tokens of the sequences are among all N * longest."""
+    tokens_P: Tensor
+    """Which of the step's tokens they are."""
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[int, Span]], device: torch.device) -> PromptBatch:
+        """spans: with the number of the first token of each."""
+        longest = max(span.num_tokens for _, span in spans)
+        rows = [span.row for _, span in spans]
+        lasts = [span.num_tokens - 1 for _, span in spans]
+        tokens = [first + i for first, span in spans for i in range(span.num_tokens)]
+        places = [n * longest + i for n, last in enumerate(lasts) for i in range(last + 1)]
+        given = torch.tensor([first for first, _ in spans]).repeat_interleave(longest)
+        given[places] = torch.tensor(tokens)
+        numbers = (torch.tensor(one, device=device) for one in (rows, lasts, places, tokens))
+        rows_N, lasts_N, places_P, tokens_P = numbers
+        given_NT = given.view(-1, longest).to(device)
+        return cls(longest, rows_N, lasts_N, given_NT, places_P, tokens_P)
 
 
 class RaggedTokens(ABC):
@@ -109,6 +143,23 @@ class TokenLayout(RaggedTokens):
         ends = (index for index, span in enumerate(spans) if span.num_tokens > 1)
         self._num_singles = 0 if attend_singles is None else next(ends, len(spans))
         self._masks: dict[tuple[Span, int | None, int | None], Tensor] = {}
+        self._batches = [] if stacked else self._prompt_batches(device)
+
+    def _prompt_batches(self, device: torch.device) -> list[PromptBatch]:
+        """All spans behind the single tokens by length, up to twice the shortest together; none
+        where some go on from tokens before, or there is but one.
+        """
+        firsts = accumulate((span.num_tokens for span in self.spans), initial=0)
+        prompts = [*zip(firsts, self.spans, strict=False)][self._num_singles :]
+        if len(prompts) < 2 or any(span.start for _, span in prompts):
+            return []
+        prompts.sort(key=lambda prompt: prompt[1].num_tokens)
+        batches: list[list[tuple[int, Span]]] = []
+        for prompt in prompts:
+            if not batches or prompt[1].num_tokens > 2 * batches[-1][0][1].num_tokens:
+                batches.append([])
+            batches[-1].append(prompt)
+        return [PromptBatch.of(batch, device) for batch in batches]
 
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
         """Keys and values [1, heads, T, width] or [T, heads, 1, width] to rows and positions."""
@@ -168,6 +219,9 @@ class TokenLayout(RaggedTokens):
             rows_B = torch.arange(at, device=key.device) if gathered else self.rows_B[:at]
             places = rows_B, self.positions_B[:at]
             outputs.append(self._attend_singles(singles, key, value, *places, **kwargs))
+        if self._batches and at == self._num_singles and not gathered:
+            together = self._attend_batches(function, module, query, key, value, chunk, **kwargs)
+            return torch.cat([*outputs, together[:, at:]], dim)
         for index, span in enumerate(self.spans[at:], at):
             length = span.start + span.num_tokens
             if self._stacked:
@@ -184,3 +238,26 @@ class TokenLayout(RaggedTokens):
             outputs.append(function(module, queries, *states, mask, **kwargs)[0])
             at += span.num_tokens
         return torch.cat(outputs, dim)
+
+    def _attend_batches(
+        self,
+        function: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chunk: int | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[1, T, heads, width], of the tokens of prompts alone."""
+        output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+        for batch in self._batches:
+            queries = query[0][:, batch.given_NT].transpose(0, 1)
+            states = [
+                rows_up_to(stored[:, :, : batch.longest], batch.rows_N, batch.lasts_N)
+                for stored in (key, value)
+            ]
+            mask = self.mask(Span(-1, 0, batch.longest), kwargs.get("sliding_window"), chunk)
+            found = function(module, queries, *states, mask, **kwargs)[0].flatten(0, 1)
+            output[0].index_copy_(0, batch.tokens_P, found.index_select(0, batch.places_P))
+        return output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from runtime.kv.storage import Storage
@@ -53,10 +53,14 @@ class ServeSettings:
     served before as it does on what is served beside.
     """
 
+    LEAST_BATCH: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={self.scheduler!r} is not one of {', '.join(SCHEDULERS)}")
-        for name in ("batch", "rows", "context", "chunk", "lookahead"):
+        if self.batch < self.LEAST_BATCH:
+            raise ValueError(f"batch={self.batch}: give at least {self.LEAST_BATCH}")
+        for name in ("rows", "context", "chunk", "lookahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
         for name in ("patience", "max_skips"):

@@ -41,7 +41,7 @@ def test_tokens_of_many_rows_are_those_of_each_request_alone(
         return launch(self, tokens, *rest)
 
     monkeypatch.setattr(WideRows, "launch", watched)
-    stock = architecture_model(kind, max_position_embeddings=256).cuda()
+    stock: Any = architecture_model(kind, max_position_embeddings=256).cuda()
     model: Any = runtime.load(
         architecture_model(kind, max_position_embeddings=256), memory=memory, device="cuda",
         batch=ROWS, context=96, cpu_share=False,

@@ -79,6 +79,7 @@ def test_bad_rows_are_reported_and_not_fatal_and_the_exit_code_tells(
         assert f"row {index} (line {index + 1}): {out[index]['error']}" in said
     assert f"{len(bad) + 2} rows: 2 rows done now, {len(bad)} failed" in said
     assert "hit rate" in said
+    assert "B a token" in said
 
 
 def test_an_interrupted_batch_goes_on_without_repeating_a_row(

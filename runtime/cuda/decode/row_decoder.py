@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
 from runtime.kv.row_cache import RowCache
 from runtime.kv.token_layout import RaggedTokens
-
-if TYPE_CHECKING:
-    from runtime.cuda.wide.wide_rows import WideRows
 
 
 class TokensOfRows(SingleTokens, RaggedTokens):
@@ -156,12 +153,28 @@ def next_tokens(flight: StepInFlight, result: StepResult) -> NextTokens:
     return NextTokens(greedy_B, logits_BV[: flight.num_rows])
 
 
+class ManyRows(Protocol):
+    """Steps of more rows than the kernels of a few tokens are made for: `cuda.wide` has them."""
+
+    def take_on(self, cache: RowCache) -> None:
+        """Go on with the rows of another cache, in the same memory."""
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether so many sequences can decode in one captured step now."""
+
+    def launch(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Run:
+        """Enqueue one step: a token of each sequence, with its row and position."""
+
+    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
+        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+
+
 class RowDecoder:
     """Runs captured steps over the rows of `cache`. wide: those of more rows than most."""
 
     attend_singles = staticmethod(attend_singles)
 
-    def __init__(self, decoder: Decoder, cache: RowCache, wide: WideRows) -> None:
+    def __init__(self, decoder: Decoder, cache: RowCache, wide: ManyRows) -> None:
         self._decoder, self._cache, self._wide = decoder, cache, wide
         self._steps: dict[tuple[int, bool], RowStep] = {}
         self._epoch = cache.epoch

@@ -124,9 +124,8 @@ class GroupedExperts:
             self._work = self.work_of(num_pairs)
         work, tiling = self._work, self._tiling(layer, num_pairs)
         given = layer, x_TH, routes.experts_TK, tiling, work
-        if self._pool.is_full or self._wide is not None:
-            if layer in self._ran:  # a layer that runs twice in a pass
-                self._count()
+        if layer in self._ran:  # a layer that runs twice in a pass
+            self._count()
         if self._pool.is_full:
             self._follow_slots()
             self._pool.wait_for_layer(layer)
@@ -228,7 +227,7 @@ class GroupedExperts:
         sort(experts_TK, work, counts_E, self._slots[layer], num_experts, height)
         wanted, likely = told(counts_E), ahead()
         counts = wanted().astype(np.int64)
-        self._used += np.count_nonzero(counts)
+        self._used += int(np.count_nonzero(counts))
         for groups in self._pool.waves(layer, np.flatnonzero(counts)):
             if tiling.unpacks:
                 groups = [part for group in groups for part in group.parts(self._room)]

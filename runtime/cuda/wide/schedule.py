@@ -12,6 +12,7 @@ to where and after what, is known before any token is routed.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 RING_GROUPS = 4
@@ -120,4 +121,4 @@ def _cut(first: int, end: int, most: int) -> list[tuple[int, int]]:
         return []
     count = -(-(end - first) // most)
     bounds = [first + (end - first) * part // count for part in range(count + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))

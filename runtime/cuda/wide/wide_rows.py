@@ -16,6 +16,9 @@ from runtime.kv.row_cache import RowCache
 
 SIZES = 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
 """Rows of captured steps."""
+SPARE = 2.0
+"""Rows of a step over those that are in use, up to which a captured one serves: another capture
+takes as long as some steps."""
 
 
 class WideRows:
@@ -31,24 +34,27 @@ class WideRows:
 
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step now."""
-        return (
-            self._decoder.model.batch < num_rows <= min(SIZES[-1], self._cache.num_rows)
-            and self._grouped.captures(num_rows)
-        )
+        return self._decoder.model.batch < num_rows <= min(
+            SIZES[-1], self._cache.num_rows
+        ) and self._grouped.captures(num_rows)
 
-    def launch(
-        self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
-    ) -> Run:
+    def launch(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Run:
         """Enqueue one step: a token of each sequence, with its row and position."""
         start = time.perf_counter()
         self._decoder.hand_over()
         self._grouped.prepare()
-        size = min(next(size for size in SIZES if size >= len(tokens)), self._cache.num_rows)
-        if size not in self._steps:
-            self._steps[size] = self._build(size)
-        step = self._steps[size]
+        step = self._step_for(len(tokens))
         step.set_inputs(tokens, rows, positions)
         return Run(self._decoder.enqueue(step, len(tokens)), start)
+
+    def _step_for(self, num_rows: int) -> RowStep:
+        """A captured one of at most `SPARE` times as many rows, if there is one."""
+        size = min(next(size for size in SIZES if size >= num_rows), self._cache.num_rows)
+        fitting = [known for known in self._steps if size <= known <= SPARE * num_rows]
+        if fitting:
+            return self._steps[min(fitting)]
+        self._steps[size] = self._build(size)
+        return self._steps[size]
 
     def _build(self, size: int) -> RowStep:
         model, stats = self._decoder.model, self._decoder.stats

@@ -22,7 +22,7 @@ class LocalWorker:
         with warnings.catch_warnings():  # a batch reports errors by their rows
             warnings.filterwarnings("ignore", message=".* ended with an error")
             for result in self._engine.serve(requests, **self._options):
-                yield Served(result, self._engine.stats().hit_rate)
+                yield Served.by(self._engine.stats(), result)
 
     def report(self) -> str:
         """One line about the run so far."""

@@ -26,7 +26,8 @@ class Worker:
     async def complete(self, request: Request) -> Served:
         """The end of `request`. The first loads the model, so that its errors can be told."""
         server = await self._open()
-        return Served(await server.complete(request), server.engine.stats().hit_rate)
+        result = await server.complete(request)
+        return Served.by(server.engine.stats(), result)
 
     async def report(self) -> str:
         """One line about the run so far."""

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+from runtime.cache.stats import Stats
 from runtime.serving.batch.rows import FORMATS
 from runtime.serving.chat import read_template
 from runtime.serving.model_settings import ModelSettings
 from runtime.serving.request import Result
 from runtime.serving.settings import ServeSettings
 
+AS_MANY = 0
+"""The number of sequences is to be chosen."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings(ModelSettings):
     """Continue every prompt of a data set; interrupted, the same command goes on."""
 
+    batch: int = AS_MANY
+    """Sequences that decode together in one step. 0 takes as many as give the most tokens a second
+    within `memory` on a GPU, and 32 on a CPU or with `workers`.
+    """
     dataset: str
     """Rows with `prompt` or `messages`, and options of their own, or lines of OpenAI's batch API: a
     file (.jsonl, .json, .csv, .tsv, .parquet, or .txt with a prompt a line; .gz, .bz2 and .xz are
@@ -54,6 +62,8 @@ class BatchSettings(ModelSettings):
     worker_cpus: int = 1
     """Cores of a worker."""
 
+    LEAST_BATCH: ClassVar[int] = AS_MANY
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format is not None and self.format not in FORMATS:
@@ -75,10 +85,17 @@ class BatchSettings(ModelSettings):
 
 
 class Served(NamedTuple):
-    """A result and the hit rate, so far, of the engine that gave it."""
+    """A result, and what the engine that gave it has done so far."""
 
     result: Result
     hit_rate: float
+    bytes_loaded: int
+    """Bytes of experts that were brought into slots."""
+
+    @classmethod
+    def by(cls, stats: Stats, result: Result) -> Served:
+        """By an engine with these counts."""
+        return cls(result, stats.hit_rate, stats.bytes_loaded)
 
 
 def serve_settings(settings: BatchSettings) -> dict[str, Any]:

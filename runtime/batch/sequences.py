@@ -1,0 +1,69 @@
+"""The number of sequences that a batch decodes together, where the user leaves it open."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from runtime.serving.batch.settings import AS_MANY, BatchSettings
+from runtime.sizing.row_plan import RowChoice, best_choice
+
+ON_CPU = 32
+
+
+def sized(settings: BatchSettings, num_rows: int) -> BatchSettings:
+    """The settings with a number of sequences for so many rows of a data set.
+
+    Raises ValueError as `runtime.load` would.
+    """
+    from runtime.loading import target_device
+
+    if settings.batch != AS_MANY:
+        return settings
+    device = target_device(settings.device, settings.model)
+    if settings.workers or device.type != "cuda":
+        return replace(settings, batch=min(ON_CPU, settings.rows))
+    choice = _chosen(settings, num_rows, device)
+    print(told(choice), file=sys.stderr)
+    return replace(settings, batch=choice.rows, rows=choice.rows, chunk=_chunk(settings, choice))
+
+
+def told(choice: RowChoice) -> str:
+    """The choice in a line."""
+    return (
+        f"{choice.rows} sequences decode together, {choice.slots} experts stay on the GPU: "
+        f"{choice.tokens_per_s:,.0f} tokens a second at best, bound by {choice.bound} "
+        "(--batch takes another number)"
+    )
+
+
+def _chosen(settings: BatchSettings, num_rows: int, device: object) -> RowChoice:
+    import torch
+
+    from runtime.cuda.row_choices import row_choices
+    from runtime.sizing.units import parse_memory
+    from runtime.weights.repository.hub import HubOptions
+    from runtime.weights.source import from_path_on_meta
+
+    assert isinstance(device, torch.device)
+    hub = HubOptions(revision=settings.revision, cache_dir=settings.cache_dir)
+    source = from_path_on_meta(settings.model, settings.dtype, hub)
+    choices = row_choices(
+        source, parse_memory(settings.memory), context=settings.context, most=num_rows,
+        device=device,
+    )  # fmt: skip
+    found = list(choices)
+    if not found:
+        raise ValueError(
+            f"memory={settings.memory} has no room for {settings.context} tokens of 8 sequences "
+            "beside the least experts; give a larger memory=, a smaller context= or batch="
+        )
+    return best_choice(found)
+
+
+def _chunk(settings: BatchSettings, choice: RowChoice) -> int:
+    """Prompt tokens that join a step: with many sequences a pass has room for more."""
+    from runtime.cuda.device_budget import SERVED_TOKENS
+
+    is_default = settings.chunk == BatchSettings.chunk
+    return SERVED_TOKENS if is_default and choice.rows > ON_CPU else settings.chunk

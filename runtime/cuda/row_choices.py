@@ -1,0 +1,80 @@
+"""The numbers of sequences that a GPU's memory has room for, and how fast each could be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from runtime.cuda.device_budget import device_budget, reserved_bytes
+from runtime.kv.size import storage_bytes
+from runtime.sizing.budget import SlotBudget
+from runtime.sizing.link import measure_link
+from runtime.sizing.row_plan import RowChoice
+from runtime.weights.source import Source
+
+ROWS = 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
+BLOCK_BYTES = 4 << 20
+"""Of the copies that measure the link."""
+COPIED_BYTES = 1 << 28
+COPIES = 4
+PACKED_SHARE = 0.75
+"""Bytes of packed bfloat16 experts over those of plain ones, as a rule."""
+LEFT_FREE = 0.9
+"""Of the memory that is free, what a share of the experts may take with all that is beside them."""
+
+
+def row_choices(
+    source: Source, memory: float | int, *, context: int, most: int, device: torch.device
+) -> Iterator[RowChoice]:
+    """Those up to the next number above `most` that fit. memory: as for `device_budget`."""
+    link, bandwidth = measure_link(device, BLOCK_BYTES), device_bandwidth(device)
+    free = LEFT_FREE * torch.cuda.mem_get_info(device)[0]
+    for rows in ROWS:
+        try:
+            budget = device_budget(source, memory, context=context, batch=rows)
+        except ValueError:
+            return
+        choice, num_bytes = choice_of(source, budget, rows, context, link, bandwidth)
+        if isinstance(memory, float) and num_bytes > free:
+            return
+        yield choice
+        if rows >= most:
+            return
+
+
+def choice_of(
+    source: Source, budget: SlotBudget, rows: int, context: int, link: float, bandwidth: float
+) -> tuple[RowChoice, int]:
+    """A number of sequences, and the bytes that it takes on the device."""
+    share = stored_share(source)
+    sizes = [int(size * share) for size in budget.slot_bytes]
+    slots = budget.slots(share)
+    pairs = list(zip(sizes, slots, budget.num_experts, strict=True))
+    missing = sum(size * (count - held) for size, held, count in pairs)
+    weights = source.fixed_bytes + sum(size * count for size, _, count in pairs)
+    states = storage_bytes(source.model, rows, context)
+    choice = RowChoice(rows, sum(slots), missing / link, (weights + states / 2) / bandwidth)
+    reserved = reserved_bytes(source, context=context, batch=rows)
+    return choice, weights - missing + reserved
+
+
+def stored_share(source: Source) -> float:
+    """Bytes of an expert as it is kept over those counted for its slot: bfloat16 is packed."""
+    dtypes = {spec.dtype for group in source.groups for spec in group.specs.values()}
+    is_coded = any(group.coding for group in source.groups)
+    return PACKED_SHARE if dtypes == {torch.bfloat16} and not is_coded else 1.0
+
+
+def device_bandwidth(device: torch.device) -> float:
+    """Bytes a second that kernels read and write of the device's memory, by copies within it."""
+    one = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
+    other = torch.empty_like(one)
+    other.copy_(one)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(COPIES):
+        other.copy_(one)
+    end.record()
+    end.synchronize()
+    return 2 * COPIES * COPIED_BYTES / (begin.elapsed_time(end) / 1e3)
