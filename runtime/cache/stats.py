@@ -35,6 +35,8 @@ class Stats:
     codes."""
     encoding: str | None = None
     """Encoding of the experts in their checkpoint, e.g. "mxfp4"; None if they are plain."""
+    stored_bytes: float = 0.0
+    """Mean bytes of an expert as its checkpoint stores it."""
     loss: str | None = None
     """A line about experts that are not the original model's any more; None where they are."""
 
@@ -108,6 +110,11 @@ class Stats:
     def prediction_ms_median(self) -> float:
         """Median wall-clock milliseconds of one prediction (NaN without any)."""
         return float(np.median(self.prediction_ms)) if self.prediction_ms else float("nan")
+
+    @property
+    def expert_bytes(self) -> float:
+        """Mean bytes of an expert on its way over the link: in codes, packed, or as it is."""
+        return self.stored_bytes * (self.packing if self.encoding is None else 1.0)
 
     def count(self, layer: int, lookup: Lookup, slot_bytes: int) -> None:
         """Count one served wave of `layer`."""

@@ -23,7 +23,7 @@ from runtime.engine.attachment import Attachment
 from runtime.engine.backend import Backend, RowDecoder
 from runtime.engine.gradients import ConstantExperts
 from runtime.engine.guards.guard import guard
-from runtime.engine.observer import build_observer
+from runtime.engine.observer import Observer
 from runtime.engine.steps import Steps
 from runtime.engine.turns import Turns
 from runtime.kv.row_cache import RowCache
@@ -59,19 +59,14 @@ class Engine:
         self._layers = source.layers
         self._store = source.store
         self._backend = backend
-        backend.stats.encoding, backend.stats.loss = source.encoding, source.store.loss
+        stats = backend.stats
+        stats.encoding, stats.loss = source.encoding, source.store.loss
+        stats.stored_bytes = source.mean_stored_bytes
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
-        self._observer = build_observer(source.layers, layer_map, backend, forecaster, route_log)
-        experts = (
-            (
-                parameter
-                for layer in source.layers
-                for parameter in expert_parameters(layer).values()
-            )
-            if source.store.owns_experts
-            else ()
-        )
+        self._observer = Observer(source.layers, layer_map, backend, forecaster, route_log)
+        owned = source.layers if source.store.owns_experts else []
+        experts = (one for layer in owned for one in expert_parameters(layer).values())
         self._constants = ConstantExperts(source.model, experts)
         self._steps = Steps(source, backend, self._observer, self._constants.warn)
         self._attachment = Attachment()
@@ -215,6 +210,11 @@ class Engine:
         return self._observer.route_log
 
     @property
+    def watchers(self) -> set[object]:
+        """Who wants routes of `run_ragged` and `tracked`, whether or not anything else does."""
+        return self._observer.watchers
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
@@ -245,7 +245,7 @@ class Engine:
         """One step over tokens of several sequences side by side, [1, T].
 
         Returns the logits, and the routes [T, L, K] of the predicted stack, NO_EXPERT where there
-        is none ([T, 0, 0] with neither a predictor nor a route log).
+        is none ([T, 0, 0] with no predictor, no route log and nobody who watches).
         """
         with self.turn():
             return self._steps.run_ragged(forecast, **inputs)

@@ -1,6 +1,7 @@
 """The observer of a model's routes: it predicts before a step and learns the truth after it.
 
-`Observer` feeds the predictor and the route log; `NoObserver` stands in where there is neither.
+`Observer` feeds the predictor and the route log, where there are any; without either it watches
+nothing unless it is told to.
 """
 
 from __future__ import annotations
@@ -22,48 +23,8 @@ from runtime.prediction.layer_map import LayerMap
 from runtime.prediction.route_log import RouteLog
 
 
-class NoObserver:
-    """Predicts nothing and remembers nothing."""
-
-    forecaster: Forecaster | None = None
-    route_log: RouteLog | None = None
-
-    def begin_step(self) -> dict[int, Tensor]:
-        """A step is about to run. Returns what `resume` takes when it has ended."""
-        return {}
-
-    def resume(self, outer: dict[int, Tensor]) -> None:
-        """Go on with the step within which the last one ran, if there is one."""
-
-    def predict(self, inputs: StepInputs) -> Forecast | None:
-        """A forecast of the step; None where nothing is predicted."""
-        return None
-
-    def spread(self, forecast: Forecast | None) -> Forecast | None:
-        """A forecast for the observed layers as one for all layers."""
-        return None
-
-    def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layer `index` is called with these arguments."""
-
-    def routes(self, num_tokens: int) -> np.ndarray:
-        """The step's true routes, int64 [T, L, K] of the observed layers."""
-        return np.zeros((num_tokens, 0, 0), np.int64)
-
-    def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
-        """The observed layers among all of the model's, along `axis`."""
-        return per_layer
-
-    def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
-        """Of routes of all layers, those that `routes` would give."""
-        return routes_TLK[:, :0, :0]
-
-    def end_step(self, inputs: StepInputs, cache: Any) -> None:
-        """The step has run, and left its keys and values in `cache` (None: not known)."""
-
-
-class Observer(NoObserver):
-    """Watches the experts calls of one stack. At least one of forecaster and route log is given."""
+class Observer:
+    """Watches the experts calls of one stack, for as long as anything needs their routes."""
 
     def __init__(
         self,
@@ -81,15 +42,29 @@ class Observer(NoObserver):
         at once when the step has ended."""
         self._cache: weakref.ref[Any] | None = None
         """The key/value cache of the last step."""
+        self.watchers: set[object] = set()
+        """Whoever else looks at the routes; any thread may join or leave."""
+
+    @property
+    def _is_fed(self) -> bool:
+        """Whether there is a predictor or a route log."""
+        return self.forecaster is not None or self.route_log is not None
+
+    @property
+    def _is_on(self) -> bool:
+        return bool(self.watchers) or self._is_fed
 
     def begin_step(self) -> dict[int, Tensor]:
+        """A step is about to run. Returns what `resume` takes when it has ended."""
         outer, self._routes = self._routes, {}
         return outer
 
     def resume(self, outer: dict[int, Tensor]) -> None:
+        """Go on with the step within which the last one ran, if there is one."""
         self._routes = outer
 
     def predict(self, inputs: StepInputs) -> Forecast | None:
+        """A forecast of the step; None where nothing is predicted."""
         if self.forecaster is None or inputs.token_ids_BT is None:
             return None
         if self._backend.predict_beside(inputs):
@@ -102,24 +77,35 @@ class Observer(NoObserver):
         return self._map.spread(forecast)
 
     def spread(self, forecast: Forecast | None) -> Forecast | None:
+        """A forecast for the observed layers as one for all layers."""
         return forecast and self._map.spread(forecast)
 
     def see(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._routes[index] = read_routes(self._layers[index], args, kwargs).experts_TK
+        """Layer `index` is called with these arguments."""
+        if self._is_on:
+            self._routes[index] = read_routes(self._layers[index], args, kwargs).experts_TK
 
     def routes(self, num_tokens: int) -> np.ndarray:
-        """NO_EXPERT where a token uses none, or a layer did not run."""
+        """The step's true routes, int64 [T, L, K] of the observed layers, NO_EXPERT where a token
+        uses none or a layer did not run; [T, 0, 0] where nothing needs them.
+        """
+        if not self._is_on:
+            return np.zeros((num_tokens, 0, 0), np.int64)
         return self._map.routes(_on_host(self._routes), num_tokens)
 
     def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
-        return np.take(per_layer, self._map.rows, axis)
+        """The observed layers among all of the model's, along `axis`; all where none is."""
+        return np.take(per_layer, self._map.rows, axis) if self._is_on else per_layer
 
     def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
-        return self.of_stack(routes_TLK, 1)
+        """Of routes of all layers, those that `routes` would give."""
+        return self.of_stack(routes_TLK, 1) if self._is_on else routes_TLK[:, :0, :0]
 
     def end_step(self, inputs: StepInputs, cache: Any) -> None:
-        """Tell the predictor and the route log what the step used."""
-        if inputs.token_ids_BT is None:
+        """Tell the predictor and the route log what the step used, and left in `cache` (None: not
+        known).
+        """
+        if not self._is_fed or inputs.token_ids_BT is None:
             return
         routes_NLK = self.routes(inputs.token_ids_BT.size)
         routes_BTLK = routes_NLK.reshape(*inputs.token_ids_BT.shape, *routes_NLK.shape[1:])
@@ -153,16 +139,3 @@ def _on_host(routes: dict[int, Tensor]) -> dict[int, np.ndarray]:
         index: part.view(experts.shape).numpy()
         for (index, experts), part in zip(routes.items(), parts, strict=True)
     }
-
-
-def build_observer(
-    layers: list[MoELayer],
-    map: LayerMap,
-    backend: Backend,
-    forecaster: Forecaster | None,
-    route_log: RouteLog | None,
-) -> NoObserver:
-    """An observer of what there is to feed."""
-    if forecaster is None and route_log is None:
-        return NoObserver()
-    return Observer(layers, map, backend, forecaster, route_log)

@@ -21,7 +21,7 @@ from runtime.cache.forecast import Forecast
 from runtime.engine.backend import Backend
 from runtime.engine.experts import call_kernels, with_bias
 from runtime.engine.gradients import LayerCall, in_backward, refuse_transforms
-from runtime.engine.observer import NoObserver
+from runtime.engine.observer import Observer
 from runtime.engine.step_inputs import StepInputs, read_inputs
 from runtime.engine.turns import Turns
 from runtime.weights.source import Source
@@ -45,7 +45,7 @@ class Steps:
         self,
         source: Source,
         backend: Backend,
-        observer: NoObserver,
+        observer: Observer,
         on_backward: Callable[[], None],
     ) -> None:
         self.turns = Turns(backend.guard)

@@ -5,6 +5,7 @@
     handlers      requests for text; tokenization: for tokens
     runs          the choices of an answer while they are generated; events: as they come
     protocol/     requests and answers as OpenAI writes them
+    live/         the events about the steps, and the page that shows them
     auth          the bearer token and the limits on a body; json_body: the JSON in it
     errors        answers other than 200
     metrics       counts for Prometheus

@@ -18,7 +18,7 @@ def main(settings: ServerSettings) -> None:
             f"the server needs {missing.name}: install moe-expertflow[serve]"
         ) from missing
     token = settings.read_token()
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and token is None:
+    if not settings.is_local and token is None:
         who = f"anyone who reaches {settings.host} can use this server"
         print(f"{program(PROG)}: {who}: no token is asked")
     if settings.replicas:

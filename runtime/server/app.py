@@ -15,6 +15,7 @@ from runtime.engine.engine import Engine
 from runtime.server.auth import Guard
 from runtime.server.errors import Refused
 from runtime.server.handlers import Handlers
+from runtime.server.live.page import page_routes
 from runtime.server.settings import ServerSettings
 from runtime.server.tokenization import Tokenization
 from runtime.serving.async_server import AsyncServer
@@ -37,6 +38,7 @@ def build_app(
     options = {f.name: getattr(settings, f.name) for f in fields(ServeSettings)}
     server = AsyncServer(engine, tokenizer=tokenizer, **options)
     handlers = Handlers(server, tokenizer, settings, template)
+    page = page_routes() if settings.has_page else []
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -46,8 +48,13 @@ def build_app(
     app = FastAPI(title="ExpertFlow", lifespan=lifespan)
     app.state.handlers = handlers
     app.add_middleware(
-        Guard, token=token, max_body=settings.max_body, body_timeout=settings.body_timeout
+        Guard,
+        token=token,
+        max_body=settings.max_body,
+        body_timeout=settings.body_timeout,
+        unguarded=[route.path for route in page],
     )
+    app.router.routes.extend(page)
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(HTTPException, _no_route)
     _add_routes(app, handlers)
@@ -72,6 +79,7 @@ def _add_routes(app: FastAPI, handlers: Handlers) -> None:
     for path, handler in asked.items():
         app.add_api_route(path, handler, methods=["GET"])
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/v1/expertflow/events", handlers.events, methods=["GET"])
     app.add_api_route("/v1/completions", handlers.completions, methods=POST)
     app.add_api_route("/v1/chat/completions", handlers.chat, methods=POST)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+from collections.abc import Iterable
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +16,7 @@ from runtime.server.errors import Refused
 log = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ping")
-"""Paths that need no token."""
+"""Paths that need no token, whatever else is served."""
 
 REQUEST_ID = "x-request-id"
 
@@ -23,10 +24,19 @@ REQUEST_ID = "x-request-id"
 class Guard:
     """ASGI middleware: a bearer token (None asks for none), limits on the body's bytes and on the
     seconds until it is there, and an id for every answer.
+
+    unguarded: more paths that need no token.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, max_body: int, body_timeout: float) -> None:
-        self._app, self._token = app, token
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None,
+        max_body: int,
+        body_timeout: float,
+        unguarded: Iterable[str] = (),
+    ) -> None:
+        self._app, self._token, self._open = app, token, frozenset((*OPEN, *unguarded))
         self._max_body, self._body_timeout = max_body, body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +69,7 @@ class Guard:
             await failed.response()(scope, receive, send)
 
     def _admit(self, path: str, headers: Headers) -> None:
-        if path not in OPEN and not self._is_known(headers.get("authorization", "")):
+        if path not in self._open and not self._is_known(headers.get("authorization", "")):
             challenge = {"WWW-Authenticate": "Bearer"}
             raise Refused(401, "this server asks for its bearer token", headers=challenge)
 

@@ -12,6 +12,8 @@ from fastapi.responses import JSONResponse
 from runtime.server.errors import Refused, bad_request
 from runtime.server.events import EventResponse
 from runtime.server.json_body import read_json
+from runtime.server.live.feed import Feed
+from runtime.server.live.stream import WatchResponse
 from runtime.server.metrics import Metrics
 from runtime.server.protocol.answers import Answer
 from runtime.server.protocol.chat import ChatBody
@@ -41,6 +43,8 @@ class Handlers:
         self._stopping = False
         self._since = int(time.time())
         self._metrics = Metrics(server)
+        chats = template is not None or bool(getattr(tokenizer, "chat_template", None))
+        self._feed = Feed(server, settings.model_name, context=settings.context, chats=chats)
 
     # ------------------------------------------------------------------ what others call
 
@@ -76,6 +80,10 @@ class Handlers:
     async def model(self, name: str) -> dict[str, Any]:
         self.check_model(name)
         return self._model()
+
+    async def events(self) -> Response:
+        self._check_open()
+        return WatchResponse(self._feed, lambda: self._stopping)
 
     async def completions(self, http: Request) -> Response:
         body = CompletionBody.of(await read_json(http))

@@ -10,6 +10,8 @@ from runtime.serving.model_settings import ModelSettings
 
 FORMATS = ("hermes", "mistral", "llama", "harmony")
 """Formats of calls of tools."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Addresses that only this machine reaches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,10 @@ class ServerSettings(ModelSettings):
     """Address to listen at. The default can be reached from this machine only."""
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
+    page: bool | None = None
+    """Whether to show a page at `/`: a chat, and the experts at work. By default where this machine
+    alone reaches the server.
+    """
     token_file: Path | None = None
     """File with the bearer token that clients must send."""
     max_body: int = 1 << 20
@@ -54,6 +60,8 @@ class ServerSettings(ModelSettings):
             raise ValueError(f"replicas={self.replicas} is negative")
         if self.replicas and self.record:
             raise ValueError("record: several replicas cannot write one recording; serve without")
+        if self.replicas and self.page:
+            raise ValueError("page: it shows one process, not replicas; serve without either")
         if self.replicas and not self.port:
             raise ValueError("port=0: Ray Serve takes no free port by itself, so name one")
         if not 0 <= self.port < 65536:
@@ -67,6 +75,15 @@ class ServerSettings(ModelSettings):
             raise ValueError(f"grace={self.grace} is negative")
         if self.tool_format not in (None, *FORMATS):
             raise ValueError(f"tool_format={self.tool_format!r} is not one of {', '.join(FORMATS)}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this machine alone reaches the server."""
+        return self.host in LOOPBACK
+
+    @property
+    def has_page(self) -> bool:
+        return self.is_local and not self.replicas if self.page is None else self.page
 
     @property
     def model_name(self) -> str:

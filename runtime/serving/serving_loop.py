@@ -38,6 +38,7 @@ from runtime.serving.steps.failures import reason_of
 from runtime.serving.steps.forecasting import Forecasting
 from runtime.serving.steps.in_flight import InFlight
 from runtime.serving.steps.rows import Rows
+from runtime.serving.steps.watch import Watch
 from runtime.serving.validation import Validator
 
 MOST_LOST = 8
@@ -79,6 +80,7 @@ class ServingLoop:
         )
         validator = Validator(tokenizer, engine.topology.vocab_size, settings.context)
         self._arrivals = Arrivals(validator, self._sequences)
+        self.watch = Watch()
         self.failure = ""
         """The reason that no request can be served any more; empty while they can."""
         self.num_steps, self.num_prefilled = 0, 0
@@ -173,6 +175,7 @@ class ServingLoop:
         self._admission.admit(missing_K)
         decoding, prompts = self._admission.decoding(missing_K), self._admission.chunks()
         if parts := [*decoding, *prompts]:
+            self.watch.begin(missing_K)
             self._run(parts)
             self.num_steps += 1
         if decoding and not prompts:
@@ -272,6 +275,7 @@ class ServingLoop:
         self, parts: Sequence[Part], following: NextTokens, routes_TLK: np.ndarray
     ) -> None:
         """Choose the next tokens and predict for them."""
+        self.watch.show(parts, routes_TLK)
         going, at, row = [], 0, 0
         for part in parts:
             sequence, completes, decoded = part.sequence, part.completes, part.sequence.is_ready

@@ -84,6 +84,13 @@ class Source(NamedTuple):
         return expert_bytes(self.store.stored_specs(layer))
 
     @property
+    def mean_stored_bytes(self) -> float:
+        """Bytes of an expert as it is stored, over all layers' experts."""
+        counts = [layer.num_experts for layer in self.layers]
+        sizes = [self.stored_bytes(layer) * count for layer, count in enumerate(counts)]
+        return sum(sizes) / sum(counts)
+
+    @property
     def encoding(self) -> str | None:
         """Names of the encodings of the experts, as users see them; None if they are plain."""
         codings = (self.store.coding(layer) for layer in range(len(self.layers)))

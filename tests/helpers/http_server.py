@@ -22,15 +22,22 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 @contextmanager
 def running(
-    engine: Engine, *, template: str | None = TEMPLATE, tokenizer: Any = None, **options: Any
+    engine: Engine,
+    *,
+    template: str | None = TEMPLATE,
+    tokenizer: Any = None,
+    at: int = 0,
+    **options: Any,
 ) -> Iterator[str]:
-    """The address of a server that runs in a thread. template: the tokenizer's own."""
+    """The address of a server that runs in a thread. template: the tokenizer's own. at: the port;
+    0 takes a free one.
+    """
     tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
     tokenizer.chat_template = template
     given: dict[str, Any] = {"model": "models/tiny", "context": 200} | options
     settings = ServerSettings(**given)
     app = build_app(engine, tokenizer, settings, settings.read_token())
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("127.0.0.1", at))
     server = Listener(app, settings, log_level="warning")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -1,0 +1,26 @@
+// Canvases that are sharp, in the colours of the style sheet.
+
+// A blank context that draws in CSS pixels.
+export function fitted(canvas, width, height) {
+  const scale = window.devicePixelRatio || 1;
+  const [across, down] = [Math.round(width * scale), Math.round(height * scale)];
+  const pen = canvas.getContext("2d");
+  if (canvas.width !== across || canvas.height !== down) {
+    canvas.width = across;
+    canvas.height = down;
+    canvas.style.height = `${height}px`;
+  }
+  pen.setTransform(scale, 0, 0, scale, 0, 0);
+  pen.clearRect(0, 0, width, height);
+  return pen;
+}
+
+let known = {};
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { known = {}; });
+
+// A colour by its name in the style sheet.
+export function colour(name) {
+  known[name] ??= getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  return known[name];
+}
