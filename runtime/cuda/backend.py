@@ -82,7 +82,8 @@ class CudaBackend:
         self._seconds_per_load: float | None = None
         self._has_begun = False
         """Whether the policy has begun the next pass, which is being predicted beside it."""
-        groups = source.groups  # the store has no experts any more once the host tier is filled
+        # the store has no experts any more once the host tier is filled
+        groups, stored_bytes = source.groups, source.mean_stored_bytes
         self._dense = HostDense(source.model, budget.host_bytes)
         try:
             self._host = host_tier(source, self._layout, device)
@@ -93,7 +94,7 @@ class CudaBackend:
             slots = budget.slots(self._stored_share if self._host.packed else 1.0)
             self.stats = Stats(
                 layers=source.layers, num_slots=sum(slots), policy=policy.name,
-                packing=self._stored_share,
+                packing=self._stored_share, stored_bytes=stored_bytes,
             )  # fmt: skip
             self.prefetches = Prefetching(options.prefetch, all_fit=self.stats.all_fit)
             self._build_pools(groups, slots, device)

@@ -49,7 +49,10 @@ class CpuBackend:
         self, source: Source, budget: SlotBudget, device: torch.device, policy: Policy
     ) -> None:
         slots, self._policy = budget.slots(), policy
-        self.stats = Stats(layers=source.layers, num_slots=sum(slots), policy=policy.name)
+        self.stats = Stats(
+            layers=source.layers, num_slots=sum(slots), policy=policy.name,
+            stored_bytes=source.mean_stored_bytes,
+        )  # fmt: skip
         self.pools = build_pools(source, slots, device, policy, self.stats)
         """The pool of each layer; layers of one expert shape share theirs."""
         self._kernels = {} if device.type != "cpu" else _kernels_of(source, self.pools)

@@ -59,9 +59,7 @@ class Engine:
         self._layers = source.layers
         self._store = source.store
         self._backend = backend
-        stats = backend.stats
-        stats.encoding, stats.loss = source.encoding, source.store.loss
-        stats.stored_bytes = source.mean_stored_bytes
+        backend.stats.encoding, backend.stats.loss = source.encoding, source.store.loss
         stack = source.topology.stack() if forecaster is None else forecaster.file.stack
         layer_map = LayerMap(source.layers, stack)
         self._observer = Observer(source.layers, layer_map, backend, forecaster, route_log)

@@ -182,15 +182,15 @@ class GroupedExperts:
 
     def count_captured(self, routes_LBK: np.ndarray) -> None:
         """After it, on the host: count what ran. int64 [L, B, K], others than experts are none."""
-        for layer, (chosen_BK, num) in enumerate(zip(routes_LBK, self._num_experts, strict=True)):
-            chosen = np.unique(chosen_BK)
-            self._count_layer(layer, chosen[(chosen >= 0) & (chosen < num)])
-        used, self._used = self._used / self._stats.total_experts, 0
+        for layer, (routes_BK, num) in enumerate(zip(routes_LBK, self._num_experts, strict=True)):
+            used = np.unique(routes_BK)
+            self._count_layer(layer, used[(used >= 0) & (used < num)])
+        share, self._used = self._used / self._stats.total_experts, 0
         num_tokens = routes_LBK.shape[1]
         self._stats.steps += 1
         self._stats.tokens += num_tokens
         if self._wide is not None:
-            self._wide.ran_captured(num_tokens, used)
+            self._wide.ran_captured(num_tokens, share)
 
     # ------------------------------------------------------------------ the ways to run a layer
 
