@@ -29,7 +29,7 @@ from tests.helpers.serving import by_id, greedy, prompts
 from tests.helpers.tiny import tiny_model
 from tests.runtime.cuda.test_prefill import CASES, EXPERTS, Prompts, drawn
 
-LAYERS, TOKENS = 3, 14
+LAYERS, TOKENS = 2, 12
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +106,8 @@ def passes(twin: Twin, num_slots: int, count: int, tokens: int = TOKENS) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("name", "num_slots"), [("few", 2), ("few", 7), ("few", 17), ("gpt-oss", 7), ("packed", 8),
-                            ("mxfp4", 8)],
+    ("name", "num_slots"), [("few", 2), ("few", 5), ("few", 11), ("gpt-oss", 5), ("packed", 6),
+                            ("mxfp4", 6)],
 )  # fmt: skip
 def test_streaming_changes_no_bit(name: str, num_slots: int) -> None:
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def test_streamed_experts_of_many_rows_are_unpacked_first(monkeypatch: pytest.Mo
     twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2,
                 **CASES["packed"][1])  # fmt: skip
     expected, _ = passes(twin, LAYERS * EXPERTS, 4)
-    found, _ = passes(twin, 8, 4)
+    found, _ = passes(twin, 6, 4)
     assert all(
         torch.equal(one, other)
         for before, after in zip(expected, found, strict=True)
@@ -146,10 +146,12 @@ def test_streamed_experts_of_many_rows_are_unpacked_first(monkeypatch: pytest.Mo
 
 def test_a_layer_out_of_turn_ends_the_streaming_of_its_pass_and_no_more() -> None:
     twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
-    _, pool = passes(twin, 8, 3)
+    _, pool = passes(twin, 6, 3)
     x_TH, chosen = drawn(twin, TOKENS)
-    want = {layer: Prompts(twin, 18).run(layer, x_TH, chosen) for layer in range(LAYERS)}
-    for order in ((0, 2, 1), (0, 1, 1, 2), (1, 0), (0,), (0, 1, 2)):
+    want = {
+        layer: Prompts(twin, LAYERS * EXPERTS).run(layer, x_TH, chosen) for layer in range(LAYERS)
+    }
+    for order in ((0, 0, 1), (0, 1, 1), (1, 0), (0,), (0, 1)):
         for layer in order:
             assert torch.equal(pool.experts.run(layer, x_TH, chosen), want[layer])
         pool.experts.end_pass()
@@ -158,14 +160,14 @@ def test_a_layer_out_of_turn_ends_the_streaming_of_its_pass_and_no_more() -> Non
 
 def test_few_tokens_and_other_slots_end_the_streaming() -> None:
     twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
-    _, pool = passes(twin, 8, 3)
+    _, pool = passes(twin, 6, 3)
     wide: Any = pool.experts._wide
     assert wide.expects_all(TOKENS)
     assert not wide.expects_all(TOKENS // 2 - 1)
     pool.pool.cache.clear()
     assert not wide.expects_all(TOKENS)
     x_TH, chosen = drawn(twin, TOKENS)
-    want = Prompts(twin, 18).run(0, x_TH, chosen)
+    want = Prompts(twin, LAYERS * EXPERTS).run(0, x_TH, chosen)
     assert torch.equal(pool.run(0, x_TH, chosen), want)
 
 
@@ -191,7 +193,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ran
 
 
-def asked_of(count: int, max_tokens: int = 6) -> list[Request]:
+def asked_of(count: int, max_tokens: int = 4) -> list[Request]:
     given = prompts(3, count, longest=9)
     return [Request(id=str(i), prompt=p, max_tokens=max_tokens) for i, p in enumerate(given)]
 
@@ -203,8 +205,8 @@ def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
     monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
     monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
     model: Any = tiny_model(kind)
-    asked = asked_of(8)
-    alone = {r.id: greedy(model, r.prompt, 6) for r in asked}  # type: ignore[arg-type]
+    asked = asked_of(6)
+    alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
     engine = load_fake(model, memory=memory, batch=6, context=24).expertflow
     served = by_id(engine.serve(asked, **SERVED))
     assert {id: result.token_ids for id, result in served.items()} == alone
@@ -212,18 +214,19 @@ def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
     assert max(few_rows) > 2
     engine.check_integrity()
     assert engine.stats().tokens >= sum(few_rows)
-    some = greedy(engine.model, asked[0].prompt, 6)  # type: ignore[arg-type]
+    assert engine.stats().expert_bytes > 0, "known although the host tier has emptied the store"
+    some = greedy(engine.model, asked[0].prompt, 4)  # type: ignore[arg-type]
     assert some == alone["0"], "the slots serve a single sequence again"
 
 
 def test_a_request_that_fails_in_a_step_of_many_rows_fails_alone(few_rows: list[int]) -> None:
     model: Any = tiny_model("olmoe")
-    asked = asked_of(5)
-    alone = {r.id: greedy(model, r.prompt, 6) for r in asked}  # type: ignore[arg-type]
+    asked = asked_of(4)
+    alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
     engine = load_fake(model, memory=1.0, batch=6, context=24).expertflow
     loop = ServingLoop(engine, None, ServeSettings(**SERVED))
     poison(loop)
-    for request in (*asked, Request(id="broken", prompt=[5, 6], max_tokens=6, label=POISON)):
+    for request in (*asked, Request(id="broken", prompt=[5, 6], max_tokens=4, label=POISON)):
         loop.submit(request)
     served = drain(loop)
     assert served.pop("broken").finish == "error"
