@@ -54,6 +54,11 @@ def recorded_requests(
     return [requests[i] for i in random.permutation(count)], recorded
 
 
+def num_passages(trace: Path, num_tokens: int) -> int:
+    """Passages of so many tokens that a trace has."""
+    return sum(1 for _ in _spots(TraceReader(trace), num_tokens))
+
+
 def _spots(reader: TraceReader, longest: int) -> Iterator[tuple[int, int]]:
     """(document, first token) of passages: every document's beginning, then the parts after it."""
     for start in range(0, int(reader.doc_lengths.max(initial=0)), longest):

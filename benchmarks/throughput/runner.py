@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common.coded_models import coded_source
 from benchmarks.common.shapes import Shape
-from benchmarks.replay.recorded_requests import Recorded, recorded_requests
+from benchmarks.replay.recorded_requests import Recorded, num_passages, recorded_requests
 from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
 from benchmarks.throughput.arm import ThroughputArm, running_as
 from benchmarks.throughput.settings import ThroughputSettings
@@ -68,16 +68,11 @@ def run_arm(
 
 def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Recorded]]:
     """The requests, and what was recorded of each."""
-    new, count = [settings.tokens] * 2, settings.requests
-    options: dict[str, Any] = {"prompt_tokens": settings.prompt_tokens, "output_tokens": new}
-    while True:
-        try:
-            some, recorded = recorded_requests(settings.trace, count, seed=settings.seed, **options)
-            break
-        except ValueError as error:
-            count = int(str(error).split(" has ")[1].split()[0])  # as many as there are
-            if not count:
-                raise
+    count = min(settings.requests, num_passages(settings.trace, context_of(settings)))
+    some, recorded = recorded_requests(
+        settings.trace, max(count, 1), prompt_tokens=settings.prompt_tokens,
+        output_tokens=[settings.tokens] * 2, seed=settings.seed,
+    )  # fmt: skip
     requests = [
         replace(some[number % count], id=f"{number}") for number in range(settings.requests)
     ]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from runtime.serving.batch.settings import AS_MANY, BatchSettings
+from runtime.serving.settings import ServeSettings
 from runtime.sizing.row_plan import RowChoice, best_choice
 
-ON_CPU = 32
+if TYPE_CHECKING:
+    import torch
+
+ON_CPU = ServeSettings.batch
 
 
 def sized(settings: BatchSettings, num_rows: int) -> BatchSettings:
@@ -37,15 +42,12 @@ def told(choice: RowChoice) -> str:
     )
 
 
-def _chosen(settings: BatchSettings, num_rows: int, device: object) -> RowChoice:
-    import torch
-
+def _chosen(settings: BatchSettings, num_rows: int, device: torch.device) -> RowChoice:
     from runtime.cuda.row_choices import row_choices
     from runtime.sizing.units import parse_memory
     from runtime.weights.repository.hub import HubOptions
     from runtime.weights.source import from_path_on_meta
 
-    assert isinstance(device, torch.device)
     hub = HubOptions(revision=settings.revision, cache_dir=settings.cache_dir)
     source = from_path_on_meta(settings.model, settings.dtype, hub)
     choices = row_choices(

@@ -7,6 +7,7 @@ from typing import Any
 
 from runtime.cuda.memory.host_dense import movable_bytes
 from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_layout
+from runtime.cuda.options import LARGEST_BATCH
 from runtime.cuda.prefill.slots import workspace_bytes
 from runtime.kv.size import storage_bytes
 from runtime.sizing.budget import SlotBudget, slot_budget
@@ -15,8 +16,6 @@ from runtime.weights.source import ShapeGroup, Source
 
 CUBLAS_BYTES = 64 << 20
 """cuBLAS keeps 32 MiB for each stream that it works on: the current and the captured one."""
-GENERATED = 32
-"""The most sequences of captured steps that `generate` runs."""
 SERVED_TOKENS = 8192
 """Prompt tokens of a step of more sequences."""
 DECODED_BYTES = 12
@@ -86,7 +85,7 @@ def _tokens_of_a_pass(context: int, batch: int) -> int:
     """The most tokens that run together: prompts that fill the key/value cache, as `generate` runs
     them; where only serving fills it, those that it lets join a step.
     """
-    if batch <= GENERATED:
+    if batch <= LARGEST_BATCH:
         return context * batch
     return min(context * batch, max(context, SERVED_TOKENS) + batch)
 

@@ -8,6 +8,12 @@ from typing import Any
 AUTO = "auto"
 """Let a trial by the clock decide whether to prefetch; compile beside steps that are not."""
 
+LARGEST_BATCH = 32
+"""Most sequences of a step in the kernels of few tokens: with more, they would compute more than
+they load."""
+WIDE_SIZES = 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
+"""Sequences of the captured steps beyond."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CudaOptions:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from runtime.cuda.device_budget import device_budget, reserved_bytes
+from runtime.cuda.options import LARGEST_BATCH, WIDE_SIZES
 from runtime.kv.size import storage_bytes
 from runtime.sizing.budget import SlotBudget
 from runtime.sizing.link import measure_link
 from runtime.sizing.row_plan import RowChoice
 from runtime.weights.source import Source
 
-ROWS = 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
+ROWS = 8, 16, LARGEST_BATCH, *WIDE_SIZES
 BLOCK_BYTES = 4 << 20
 """Of the copies that measure the link."""
 COPIED_BYTES = 1 << 28

@@ -212,6 +212,12 @@ class TokenLayout(RaggedTokens):
     ) -> Tensor:
         """`function`, once a sequence, with the masks of this layout."""
         dim, outputs, at = (0 if self._stacked else 1), list[Tensor](), self._num_singles
+        window = kwargs.get("sliding_window")
+
+        def attended(queries: Tensor, *others: Tensor | None) -> Tensor:
+            output: Tensor = function(module, queries, *others, **kwargs)[0]
+            return output
+
         if seen is not None or chunk is not None:
             at = 0
         elif self._attend_singles is not None and at:
@@ -219,8 +225,8 @@ class TokenLayout(RaggedTokens):
             rows_B = torch.arange(at, device=key.device) if gathered else self.rows_B[:at]
             places = rows_B, self.positions_B[:at]
             outputs.append(self._attend_singles(singles, key, value, *places, **kwargs))
-        if self._batches and at == self._num_singles and not gathered:
-            together = self._attend_batches(function, module, query, key, value, chunk, **kwargs)
+        if self._batches and at == self._num_singles and seen is None and not gathered:
+            together = self._attend_batches(attended, query, key, value, window, chunk)
             return torch.cat([*outputs, together[:, at:]], dim)
         for index, span in enumerate(self.spans[at:], at):
             length = span.start + span.num_tokens
@@ -229,26 +235,20 @@ class TokenLayout(RaggedTokens):
             else:
                 queries = query[:, :, at : at + span.num_tokens]
             if seen is None:
-                mask = self.mask(span, kwargs.get("sliding_window"), chunk)
+                mask = self.mask(span, window, chunk)
             else:
                 mask = seen[index : index + 1, ..., :length] if self._stacked else seen
             row = index if gathered else span.row
             one = slice(row, row + 1)
             states = key[one, :, :length], value[one, :, :length]
-            outputs.append(function(module, queries, *states, mask, **kwargs)[0])
+            outputs.append(attended(queries, *states, mask))
             at += span.num_tokens
         return torch.cat(outputs, dim)
 
     def _attend_batches(
-        self,
-        function: Attention,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        chunk: int | None,
-        **kwargs: Any,
-    ) -> Tensor:
+        self, attended: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor,
+        window: int | None, chunk: int | None,
+    ) -> Tensor:  # fmt: skip
         """[1, T, heads, width], of the tokens of prompts alone."""
         output = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
         for batch in self._batches:
@@ -257,7 +257,7 @@ class TokenLayout(RaggedTokens):
                 rows_up_to(stored[:, :, : batch.longest], batch.rows_N, batch.lasts_N)
                 for stored in (key, value)
             ]
-            mask = self.mask(Span(-1, 0, batch.longest), kwargs.get("sliding_window"), chunk)
-            found = function(module, queries, *states, mask, **kwargs)[0].flatten(0, 1)
+            mask = self.mask(Span(0, 0, batch.longest), window, chunk)
+            found = attended(queries, *states, mask).flatten(0, 1)
             output[0].index_copy_(0, batch.tokens_P, found.index_select(0, batch.places_P))
         return output

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import runtime
-from runtime.cuda.wide.wide_rows import WideRows
 from runtime.serving.request import Request
 from tests.gpu.offloaded import needs_gpu
 from tests.helpers.architectures import architecture_model
+from tests.helpers.wide_steps import watch_wide_steps
 
 pytestmark = needs_gpu
 ROWS, NEW = 96, 24
@@ -33,14 +33,7 @@ def requests() -> list[Request]:
 def test_tokens_of_many_rows_are_those_of_each_request_alone(
     kind: str, memory: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: list[int] = []
-    launch = WideRows.launch
-
-    def watched(self: Any, tokens: Any, *rest: Any) -> Any:
-        launched.append(len(tokens))
-        return launch(self, tokens, *rest)
-
-    monkeypatch.setattr(WideRows, "launch", watched)
+    launched = watch_wide_steps(monkeypatch)
     stock: Any = architecture_model(kind, max_position_embeddings=256).cuda()
     model: Any = runtime.load(
         architecture_model(kind, max_position_embeddings=256), memory=memory, device="cuda",

@@ -187,7 +187,7 @@ class CachedForward:
         plain: Forward,
         give_up: Callable[[str], None],
     ) -> None:
-        self._compiled, self._artefacts, self.plain = compiled, artefacts, plain
+        self._compiled, self._artefacts, self._plain = compiled, artefacts, plain
         self._give_up = give_up
         self._run: Forward = self._first
 
@@ -205,8 +205,8 @@ class CachedForward:
         except Exception as error:  # of dynamo, of a compiler, of a driver
             self._artefacts.discard()
             self._give_up(f"{type(error).__name__}: {error!s:.300}")
-            self._run = self.plain
-            return self.plain(*args, **kwargs)
+            self._run = self._plain
+            return self._plain(*args, **kwargs)
         log.info("decode steps are compiled from here on")
         self._run = self._compiled
         return output

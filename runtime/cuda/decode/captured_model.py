@@ -10,13 +10,10 @@ from transformers.cache_utils import Cache
 
 from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.compiling.step_forwards import StepForwards
-from runtime.cuda.options import CudaOptions
+from runtime.cuda.options import LARGEST_BATCH, CudaOptions
 from runtime.kv.state_kinds import state_kinds
 from runtime.kv.storage import Storage
 from runtime.weights.source import Source
-
-LARGEST_BATCH = 32
-"""Most sequences of a step: with more, decode kernels would compute more than they load."""
 
 
 class CapturedModel:

@@ -53,14 +53,8 @@ class FusedNorms:
         if self._norms is None:
             found = ((module, fused_norm(module)) for module in self._model.modules())
             self._norms = [(module, fused) for module, fused in found if fused is not None]
-        replaced = [norm for norm in self._norms if "forward" not in norm[0].__dict__]
-        try:
-            for norm, fused in replaced:
-                norm.__dict__["forward"] = fused
+        with replaced([norm for norm in self._norms if "forward" not in norm[0].__dict__]):
             yield
-        finally:
-            for norm, _ in replaced:
-                norm.__dict__.pop("forward", None)
 
 
 def fused_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

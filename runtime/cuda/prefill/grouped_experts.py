@@ -80,11 +80,16 @@ class GroupedExperts:
         """
         self._work = None
         self._count()
-        used, self._used = self._used / self._stats.total_experts, 0
+        used = self._take_used()
         if self._wide is not None:
             self._wide.end_pass(used)
         if self._stats.all_fit and self._pool.cache.num_resident and not self._pool.is_full:
             self._pool.fill()
+
+    def _take_used(self) -> float:
+        """The share of all experts that the pass that has ended used; the next one begins at 0."""
+        used, self._used = self._used, 0
+        return used / self._stats.total_experts
 
     def _count(self) -> None:
         ran, self._ran = self._ran, []
@@ -185,8 +190,7 @@ class GroupedExperts:
         for layer, (routes_BK, num) in enumerate(zip(routes_LBK, self._num_experts, strict=True)):
             used = np.unique(routes_BK)
             self._count_layer(layer, used[(used >= 0) & (used < num)])
-        share, self._used = self._used / self._stats.total_experts, 0
-        num_tokens = routes_LBK.shape[1]
+        share, num_tokens = self._take_used(), routes_LBK.shape[1]
         self._stats.steps += 1
         self._stats.tokens += num_tokens
         if self._wide is not None:

@@ -25,6 +25,8 @@ class ExpertStream:
         self._pool, self.schedule = pool, schedule
         self._coming = [*schedule.copies, *schedule.copies[: schedule.ahead]]
         """The copies of a pass: the last ones are the first of the next."""
+        self._number = {copy.group: number for number, copy in enumerate(schedule.copies)}
+        """Of the copy of each streamed group."""
         self._cache = pool.cache
         self._version = NEVER
         """Of the slot table when what stays was brought."""
@@ -64,7 +66,7 @@ class ExpertStream:
 
     def wait_for(self, index: int) -> None:
         """Make the current stream wait until a group is there."""
-        assert index not in [copy.group for copy in self.schedule.copies[self._next :]]
+        assert self._number.get(index, NEVER) < self._next, "its copy has not begun"
         arrival = self._arrived.pop(index, None)
         if arrival is not None:
             torch.cuda.current_stream(self._pool.device).wait_event(arrival)

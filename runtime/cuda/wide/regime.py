@@ -5,7 +5,7 @@ from __future__ import annotations
 MOST_USED, LEAST_USED = 0.85, 0.7
 """Shares of all experts that a pass uses: from which passes are streamed, and below which not."""
 SHORTER = 0.5
-"""Tokens, of those of the pass before, with which a pass is thought to use as much."""
+"""Tokens, of those of the shortest of these passes, with which one is thought to use as much."""
 PASSES = 2
 """Passes in a row that used so much."""
 

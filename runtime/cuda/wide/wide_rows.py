@@ -9,13 +9,12 @@ import numpy as np
 
 from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.row_decoder import RowStep, Run, next_tokens
+from runtime.cuda.options import WIDE_SIZES
 from runtime.cuda.prefill.grouped_experts import GroupedExperts
 from runtime.cuda.wide.wide_call import WideCall
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.row_cache import RowCache
 
-SIZES = 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024
-"""Rows of captured steps."""
 SPARE = 2.0
 """Rows of a step over those that are in use, up to which a captured one serves: another capture
 takes as long as some steps."""
@@ -35,7 +34,7 @@ class WideRows:
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step now."""
         return self._decoder.model.batch < num_rows <= min(
-            SIZES[-1], self._cache.num_rows
+            WIDE_SIZES[-1], self._cache.num_rows
         ) and self._grouped.captures(num_rows)
 
     def launch(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Run:
@@ -49,7 +48,7 @@ class WideRows:
 
     def _step_for(self, num_rows: int) -> RowStep:
         """A captured one of at most `SPARE` times as many rows, if there is one."""
-        size = min(next(size for size in SIZES if size >= num_rows), self._cache.num_rows)
+        size = min(next(size for size in WIDE_SIZES if size >= num_rows), self._cache.num_rows)
         fitting = [known for known in self._steps if size <= known <= SPARE * num_rows]
         if fitting:
             return self._steps[min(fitting)]

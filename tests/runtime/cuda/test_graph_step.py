@@ -152,7 +152,8 @@ def test_steps_give_the_librarys_logits(name: str, batch: int) -> None:
         by_steps(step, model, ids_BT, mask_BT, 5),
         by_the_library(model, ids_BT, mask_BT, 5),
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)  # 1.1e-5 on one processor
+    atol = 2e-5 if name == "qwen3_next" else 1e-5  # its recurrence: 1.1e-5 on one processor
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=atol)
     assert step.has_own_attention == (name not in ("deepseek_v32", "inkling_text"))
 
 

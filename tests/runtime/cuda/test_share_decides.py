@@ -32,15 +32,21 @@ class Calls:
         return self._row_H
 
 
+def settled_share(twin: Twin) -> CpuShare:
+    """A share that has been prepared, as far as it can be, and taken up by a step."""
+    share = CpuShare(twin.layout, host_of(twin), TOP_K, CPU, lambda: 1.0, asked="auto")
+    call: Any = Calls(torch.zeros(HIDDEN))
+    share.begin_step(call)
+    assert share._builder is not None
+    share._builder.join()
+    share.begin_step(call)
+    return share
+
+
 def test_a_share_that_cannot_be_is_off_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = twin_of("packed")
     with fake_cuda(monkeypatch):
-        share = CpuShare(twin.layout, host_of(twin), TOP_K, CPU, lambda: 1.0, asked="auto")
-        call: Any = Calls(torch.zeros(HIDDEN))
-        share.begin_step(call)
-        assert share._builder is not None
-        share._builder.join()
-        share.begin_step(call)
+        share = settled_share(twin)
         share.count_step(1.0)
         assert share.verdict == "the CPU computes no experts: the GPU's kernels are interpreted"
         share.close()
@@ -88,12 +94,7 @@ def test_a_service_that_does_not_start_leaves_nothing_to_the_cpu(
             cpu_share, "CpuExperts", lambda *args, cores, memory: threadless(*args, memory=memory)
         )
     with fake_cuda(monkeypatch):
-        share = CpuShare(twin.layout, host_of(twin), TOP_K, CPU, lambda: 1.0, asked="auto")
-        call: Any = Calls(torch.zeros(HIDDEN))
-        share.begin_step(call)
-        assert share._builder is not None
-        share._builder.join()
-        share.begin_step(call)
+        share = settled_share(twin)
         reason = "no memory is left" if fault == "memory" else "the system starts no threads"
         assert share.verdict.startswith(f"the CPU computes no experts: {reason}")
         assert share.order is not None and not share.order._share.any()

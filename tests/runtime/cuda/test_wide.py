@@ -18,7 +18,6 @@ from runtime.cuda.prefill import tiling
 from runtime.cuda.wide import wide_rows
 from runtime.cuda.wide.regime import Regime
 from runtime.cuda.wide.schedule import Schedule
-from runtime.cuda.wide.wide_rows import WideRows
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -27,6 +26,7 @@ from tests.helpers.device_twins import Twin
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.serving import by_id, greedy, prompts
 from tests.helpers.tiny import tiny_model
+from tests.helpers.wide_steps import watch_wide_steps
 from tests.runtime.cuda.test_prefill import CASES, EXPERTS, Prompts, drawn
 
 LAYERS, TOKENS = 2, 12
@@ -181,16 +181,8 @@ SERVED: dict[str, Any] = {"batch": 6, "rows": 6, "context": 24, "chunk": 40}
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps of more than two rows are wide; the rows of each that ran."""
     monkeypatch.setattr(captured_model, "LARGEST_BATCH", 2)
-    monkeypatch.setattr(wide_rows, "SIZES", (4, 8))
-    ran: list[int] = []
-    launch = WideRows.launch
-
-    def watched(self: Any, tokens: Any, *rest: Any) -> Any:
-        ran.append(len(tokens))
-        return launch(self, tokens, *rest)
-
-    monkeypatch.setattr(WideRows, "launch", watched)
-    return ran
+    monkeypatch.setattr(wide_rows, "WIDE_SIZES", (4, 8))
+    return watch_wide_steps(monkeypatch)
 
 
 def asked_of(count: int, max_tokens: int = 4) -> list[Request]:

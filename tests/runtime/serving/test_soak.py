@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 from collections import Counter
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 import runtime
+from runtime.server.live.memory import process_bytes
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -28,12 +28,6 @@ def random_request(random: np.random.Generator, number: int) -> Request:
     return Request(
         id=str(number), prompt=prompt, max_tokens=int(random.integers(1, 8)), stop_token_ids=stop
     )
-
-
-def resident_bytes() -> int:
-    """Of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.filterwarnings("ignore:.*ended with an error")
@@ -56,7 +50,7 @@ def test_every_request_ends_once_and_memory_stays_flat() -> None:
                 finishes[result.finish] += 1
             if loop.num_steps % 20 == 0:
                 gc.collect()
-                sizes.append(resident_bytes())
+                sizes.append(process_bytes())
         engine.check_integrity()
         assert loop.num_failed_steps == 0
     assert ended == {str(number): 1 for number in range(NUM_REQUESTS)}
