@@ -49,6 +49,13 @@ def start_workers(worker: type, count: int, *arguments: Any, cpus: int, gpus: in
     return [actor.remote(*arguments) for _ in range(count)]
 
 
+def gpus_of_worker(device: str | None) -> int:
+    """GPUs that Ray gives a worker which computes on `device`; None: on a GPU, if there are any."""
+    if device is None:
+        return int(connect().cluster_resources().get("GPU", 0) > 0)
+    return int(device.startswith("cuda"))
+
+
 @contextmanager
 def errors_as_here() -> Iterator[None]:
     """Raise what a worker raised as if it had happened here."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from runtime.offloaded_model import OffloadedModel
 
 
-HOSTS = ("file", "memory")
+HOSTS = ("file", "memory", "shared")
 
 
 def load(
@@ -87,7 +87,8 @@ def load(
         of other text, whose most used experts stay.
     host: where the experts of a path live when they are not in a slot: "file" reads each where it
         lies (the system keeps in memory what it has room for), "memory" reads all of them now. On a
-        GPU they always end in pinned memory.
+        GPU they always end in pinned memory; "shared" makes that one copy for all processes of this
+        machine that load the same prepared model, one for each of its GPUs.
     record: a directory that keeps the token ids and routes of everything that runs, as a trace to
         train the predictor further with. Off by default: the text can be read back from it.
     record_limit: bytes ("256MiB") at which recording into the directory ends.
@@ -135,7 +136,13 @@ def load(
             topology.require_match(file.topology, ours="the model", theirs=theirs)
 
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
-    host = host if target.type == "cpu" or host not in HOSTS else "file"
+    if host == "memory" and target.type != "cpu":
+        host = "file"
+    if host == "shared" and target.type == "cpu":
+        raise ValueError(
+            "host='shared' is for a GPU's pinned memory; on a CPU leave it out: processes that "
+            "read one file share its pages"
+        )
     source = _open(model, tokenizer, dtype, host, hub, attn_implementation, accept)
     chosen = choose_policy(policy, source, file, replay)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
@@ -200,6 +207,8 @@ def _open(
         raise ValueError(f"host={host!r} is not one of {', '.join(HOSTS)}")
     if isinstance(model, nn.Module):
         _refuse_for_module(hub, attention)
+        if host == "shared":
+            raise ValueError("host='shared': give the directory of a prepared model, not a module")
         source = from_module(model, tokenizer)
         accept(source.topology)
         return source
@@ -209,7 +218,9 @@ def _open(
             "one of transformers' own, as 'sdpa' or 'eager'"
         )
     options: dict[str, Any] = {"hub": hub, "attention": attention, "accept": accept}
-    return from_path(model, tokenizer, dtype, in_memory=host == "memory", **options)
+    return from_path(
+        model, tokenizer, dtype, in_memory=host == "memory", shared=host == "shared", **options
+    )
 
 
 def _refuse_for_module(hub: HubOptions, attention: str | None) -> None:

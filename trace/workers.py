@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from routing.cluster import connect, errors_as_here, start_workers
+from routing.cluster import connect, errors_as_here, gpus_of_worker, start_workers
 from trace.models import build_runner, load_model
 from trace.recorder import Recorder
 from trace.settings import CollectSettings
@@ -47,7 +47,7 @@ def ray_workers(settings: CollectSettings) -> Iterator[BatchTracer]:
     batches of a worker that died go to its replacement.
     """
     ray = connect()
-    gpus = int(settings.device.startswith("cuda"))
+    gpus = gpus_of_worker(settings.device)
     workers = start_workers(
         Worker, settings.workers, settings, cpus=settings.worker_cpus, gpus=gpus
     )

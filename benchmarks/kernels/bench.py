@@ -22,7 +22,7 @@ from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
-from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, sort
 from runtime.cuda.prefill.tiling import Tile, Tiling, most_tiles
 from runtime.weights.arena import Spec, Specs

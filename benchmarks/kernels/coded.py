@@ -16,7 +16,7 @@ from runtime.cuda.decode.experts.blocks import Blocks
 from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import activate
-from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.tiling import Tile
 from runtime.weights.arena import Specs
 from runtime.weights.encodings.coded import CodedMatrix, part_name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from routing.cluster import connect
+from routing.cluster import connect, gpus_of_worker
 from runtime.server.settings import ServerSettings
 
 
@@ -29,6 +29,7 @@ def start(settings: ServerSettings, *, blocking: bool = True) -> None:
     deploy = serve.deployment(
         name="expertflow",
         num_replicas=settings.replicas,
+        ray_actor_options={"num_gpus": gpus_of_worker(settings.device)},
         max_ongoing_requests=settings.max_queue,
         graceful_shutdown_timeout_s=settings.grace,
     )

@@ -26,6 +26,10 @@ class ModelSettings(ServeSettings):
     """Number format of the model; `auto` is the one it is stored in."""
     device: str | None = None
     """cpu or cuda; by default a GPU if there is one."""
+    shared: bool = False
+    """Share one copy of a prepared model's experts in host memory with the other processes of this
+    machine, as workers or replicas, one for each GPU.
+    """
     record: Path | None = None
     """Directory to keep tokens and routes of everything in, as a trace to train the predictor
     further with (256 MiB at most). The text can be read back from it.
@@ -59,6 +63,7 @@ class ModelSettings(ServeSettings):
             device=self.device,
             dtype=self.dtype,
             tokenizer=tokenizer,
+            host="shared" if self.shared else "file",
             record=self.record,
             revision=self.revision,
             cache_dir=self.cache_dir,

@@ -123,13 +123,15 @@ def from_path(
     dtype: str | torch.dtype,
     *,
     in_memory: bool = False,
+    shared: bool = False,
     hub: HubOptions = HubOptions(),  # noqa: B008 - immutable
     attention: str | None = None,
     accept: Callable[[Topology], None] | None = None,
 ) -> Source:
     """The model of a checkpoint directory or a Hub id, built without its experts.
 
-    in_memory: read all experts now, instead of reading each when it is missed.
+    in_memory: read all experts now, instead of reading each when it is missed. shared: let a GPU's
+    host tier be shared by the processes of this machine.
     attention: transformers' `attn_implementation`.
     accept: called with the topology before the weights are fetched; it may raise.
     Raises ValueError for a directory without a usable configuration or weights.
@@ -151,8 +153,20 @@ def from_path(
     layers = [layer._replace(module=unstrip(model, layer)) for layer in meta.layers]
     store.bind(layers, model.dtype)
     source = Source(model, topology, layers, store)
+    if shared:
+        store.shared_as = shared_name(store, directory)
     _try_codes(source)
     return source._replace(store=MemoryStore(store)) if in_memory else source
+
+
+def shared_name(store: ExpertStore, directory: Path) -> str:
+    """The name of the copy that processes share. Raises ValueError for a model that has none."""
+    if not isinstance(store, PreparedStore):
+        raise ValueError(
+            f"host='shared' needs a prepared model, and {directory} is none: `expertflow prepare "
+            f"{directory} OUT --packed` writes one"
+        )
+    return store.identity
 
 
 def _try_codes(source: Source) -> None:

@@ -22,6 +22,9 @@ class ExpertStore(ABC):
     """True if the experts exist nowhere else, so that they must go back into the model."""
     loss: str | None = None
     """A line about experts that are not the original model's any more; None where they are."""
+    shared_as: str | None = None
+    """The name under which processes on this machine share one copy of the experts in pinned
+    memory; None: each has its own."""
     advice: str | None = None
     """What would make these experts load faster on a GPU, where something would."""
 

@@ -45,7 +45,7 @@ from runtime.cuda.kernels.attention import attend, write
 from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
-from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.tiling import TILES
 from runtime.weights.encodings.encoding import Encoding

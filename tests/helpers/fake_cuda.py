@@ -134,10 +134,14 @@ def load_fake(
 ) -> Any:
     """`runtime.load` for a GPU, on the CPU, under `fake_cuda`.
 
-    model: also a directory. host_bytes: of weights other than experts, to be kept in host memory.
+    model: also a directory. shared: its host tier, with other processes. host_bytes: of weights
+    other than experts, to be kept in host memory.
     """
     is_module = isinstance(model, torch.nn.Module)
-    source = from_module(model, None) if is_module else from_path(model, None, "auto")
+    shared = options.pop("shared", False)
+    source = (
+        from_module(model, None) if is_module else from_path(model, None, "auto", shared=shared)
+    )
     file = None if predictor is None else open_predictor(predictor)
     chosen = choose_policy(policy, source, file, options.pop("replay", None))
     forecaster = None if file is None else Forecaster(file)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from routing import cluster
 from routing.cli import run
 from runtime.batch.command import PROG, main
+from runtime.serving.batch import ray_workers
 from runtime.serving.batch.settings import BatchSettings
 from tests.helpers.tiny import save_tiny
 from trace.collect import collect
@@ -41,6 +44,28 @@ def test_a_trace_over_workers_says_what_to_install(model: Path, data: Path, tmp_
     with pytest.raises(ValueError, match=r"install moe-expertflow\[ray\]"):
         collect(settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "each"),
+    [(None, 2, 1), (None, 0, 0), ("cpu", 2, 0), ("cuda", 2, 1), ("cuda:0", 0, 1)],
+)
+def test_a_worker_gets_a_gpu_where_it_computes_on_one(
+    device: str | None, gpus: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, actors = Mock(), Mock()
+    ray.cluster_resources.return_value = {"CPU": 4.0} | ({"GPU": float(gpus)} if gpus else {})
+    ray.remote.return_value = lambda _: actors
+    monkeypatch.setattr(cluster, "connect", lambda: ray)
+    monkeypatch.setattr(ray_workers, "connect", lambda: ray)
+    settings = BatchSettings(model="m", dataset="d", out=tmp_path / "o", workers=2, device=device)
+    if each > gpus:
+        with pytest.raises(ValueError, match="2 workers of 1 GPUs each"):
+            ray_workers.Crew(settings)
+        return
+    ray_workers.Crew(settings)
+    assert ray.remote.call_args.kwargs["num_gpus"] == each
+    assert actors.remote.call_count == 2
 
 
 @pytest.mark.parametrize("options", [{"workers": -1}, {"worker_cpus": 0}])

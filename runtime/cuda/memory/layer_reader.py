@@ -41,7 +41,8 @@ class LayerReader:
     The store has their blocks as they will be kept: in codes, packed, or as they are.
 
     counts: experts of each layer. transposed: the store hands matrices out as [in, out].
-    advance: called with the bytes of each expert that was read.
+    advance: called with the bytes of each expert that was read. room: the memory of a layer, where
+    there is some already.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class LayerReader:
         advance: Callable[[int], object],
         *,
         transposed: bool,
+        room: Callable[[int], Tensor] | None = None,
     ) -> None:
         self._store, self._memory, self._threads = store, memory, threads
+        self._room = room or self._untouched
         self._expert_blocks, self._counts, self._advance = expert_blocks, counts, advance
         self._transposed = transposed
         self._ahead = 0 if store.owns_experts else AHEAD  # those are in memory once already
@@ -67,24 +70,32 @@ class LayerReader:
         All layers after it will be asked for too. Raises what reading raised, and MemoryError where
         the machine has no more to pin.
         """
+        stored_EN = self.read(layer)
+        self._memory.register(stored_EN)
+        return stored_EN
+
+    def read(self, layer: int) -> Tensor:
+        """The same, not pinned yet."""
         for following in range(layer, min(layer + self._ahead + 1, len(self._counts))):
             self._begin(following)
         stored_EN, futures = self._begun.pop(layer)
         for future in futures:
             future.result()
             self._advance(2 * self._expert_blocks[layer].stored_units)
-        self._memory.register(stored_EN)
         return stored_EN
 
     def _begin(self, layer: int) -> None:
         if layer in self._begun:
             return
-        shape = self._counts[layer], self._expert_blocks[layer].stored_units
-        stored_EN = untouched(shape, torch.int16)
+        stored_EN = self._room(layer)
         self._begun[layer] = _Layer(stored_EN, [])
         for expert in range(len(stored_EN)):
             future = self._threads.submit(self._read, layer, expert, stored_EN[expert])
             self._begun[layer].futures.append(future)
+
+    def _untouched(self, layer: int) -> Tensor:
+        shape = self._counts[layer], self._expert_blocks[layer].stored_units
+        return untouched(shape, torch.int16)
 
     def _read(self, layer: int, expert: int, stored_N: Tensor) -> None:
         block = self._expert_blocks[layer]

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtime.cuda.kernels.coded import reason_against
-from runtime.cuda.kernels.unpack import copy_units, decode_matrix, unpack
-from runtime.cuda.memory.expert_block import CHUNK, ExpertBlock
+from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, block_of
 from runtime.cuda.memory.layer_packer import LayerPacker
 from runtime.cuda.memory.layer_reader import LayerReader, reading_threads, turned
 from runtime.cuda.memory.pinned import PinnedMemory, near_gpu
-from runtime.weights.encodings.coded import decode_expert
+from runtime.cuda.memory.shared_memory import SharedMemory
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.weights.packed.packing import PATCHES
 from runtime.weights.source import Source
 from runtime.weights.store import ExpertStore
+
+TITLE = "experts to pinned memory"
 
 
 class PinnedExperts:
@@ -50,6 +51,7 @@ class PinnedExperts:
         self._store, self._num_experts = store, num_experts
         self._device, self._transposed = device, transposed
         self._memory = PinnedMemory()
+        self._shared: SharedMemory | None = None
         self._pads: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.layers: list[Tensor] = []
         """Pinned, int16 [E, stored units] each."""
@@ -61,10 +63,12 @@ class PinnedExperts:
         """Of each layer, as stored."""
         try:
             with near_gpu():
-                self._fill()
+                if store.shared_as is None:
+                    self._fill()
+                else:
+                    self._share(store.shared_as)
         except BaseException:
-            self._give_back()
-            self._memory.close()
+            self.close()
             raise
 
     @property
@@ -88,9 +92,9 @@ class PinnedExperts:
             2 * (block.units if self._packs else block.stored_units) * count
             for block, count in zip(blocks, counts, strict=True)
         ]
-        title, transposed = "experts to pinned memory", self._transposed
+        transposed = self._transposed
         with (
-            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=title, leave=False) as bar,
+            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=TITLE, leave=False) as bar,
             reading_threads(self._store) as threads,
         ):
             store, to_pinned = self._store, (self._memory, threads, bar.update)
@@ -107,6 +111,35 @@ class PinnedExperts:
                 self._keep(reader.take(layer))
         if self.packed and self._packs and self._store.advice is not None:
             warnings.warn(self._store.advice, stacklevel=2)
+
+    def _share(self, name: str) -> None:
+        """Take over what another process has read, or read it for all. Raises ValueError where the
+        experts are not stored as they are kept.
+        """
+        if self._packs:
+            raise ValueError(
+                "host='shared' needs experts that are stored as they are kept: `expertflow prepare "
+                "MODEL OUT --packed` writes such a copy"
+            )
+        blocks, counts = self.expert_blocks, self._num_experts
+        shapes = [(n, block.stored_units) for n, block in zip(counts, blocks, strict=True)]
+
+        def fill(layers: list[Tensor]) -> None:
+            with reading_threads(self._store) as threads:
+                total = sum(layer_EN.nbytes for layer_EN in layers)
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc=TITLE, leave=False)
+                with bar:
+                    reader = LayerReader(
+                        self._store, blocks, counts, PinnedMemory(), threads, bar.update,
+                        transposed=self._transposed, room=layers.__getitem__,
+                    )  # fmt: skip
+                    for layer in range(len(layers)):
+                        reader.read(layer)
+
+        self._shared = SharedMemory(name, shapes, fill)
+        for layer_EN in self._shared.tensors:
+            self._memory.register(layer_EN)
+            self._keep(layer_EN)
 
     def _pack(self, packer: LayerPacker) -> None:
         """Pack all layers, or none where some weights do not pack: the rest is then to be read."""
@@ -216,49 +249,8 @@ class PinnedExperts:
         """Give the experts back to the store and unpin. Nothing may be reading."""
         self._give_back()
         self._memory.close()
-
-
-def unpack_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
-    """Unpack or decode the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the
-    current stream.
-    """
-    if block.coding:
-        decode_blocks(block, slots_SN, picked, to_RN)
-        return
-    unpack[(block.units // CHUNK, len(picked))](
-        to_RN, slots_SN, picked, UNITS=block.units, STORED=block.stored_units,
-        MATRICES=block.matrix_units, CHUNK=CHUNK, PATCHES=block.patches,
-    )  # fmt: skip
-
-
-def decode_blocks(block: ExpertBlock, slots_SN: Tensor, picked: Tensor, to_RN: Tensor) -> None:
-    """Decode the stored blocks in slots `picked`, int32 [R], to int16 [R, units], on the current
-    stream: by kernels where these can, else by the encodings' own torch. Nothing waits.
-    """
-    if not kernels_decode(block):
-        stored, plain = block.stored_views(slots_SN.index_select(0, picked)), block.views(to_RN)
-        for row in range(len(picked)):
-            into = {name: view[row] for name, view in plain.items()}
-            decode_expert({name: view[row] for name, view in stored.items()}, block.coding, into)
-        return
-    for name, field in block.fields.items():
-        code = block.code(name)
-        if code is None:
-            source = block.stored_fields[name].start
-            copy_units(source, field.start, field.units, slots_SN, picked, to_RN)
-        else:
-            shape, start = block.coding[name].shape, block.start(name)
-            decode_matrix(code, shape, field.dtype, slots_SN, picked, to_RN, start)
-
-
-def kernels_decode(block: ExpertBlock) -> bool:
-    """Whether kernels can decode all matrices in codes to their places in unpacked blocks."""
-    return all(
-        not matrix.transposed
-        and reason_against(matrix) is None
-        and block.fields[name].dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for name, matrix in block.coding.items()
-    )
+        if self._shared is not None:
+            self._shared.close()
 
 
 def host_tier(source: Source, layout: KernelLayout | None, device: torch.device) -> PinnedExperts:

@@ -22,7 +22,7 @@ from routing.layers import Routes
 from runtime.cache.expert_cache import Lookup
 from runtime.cache.stats import Stats
 from runtime.cuda.memory.kernel_layout import KernelLayout
-from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.streaming_pool import Ahead, Group, StreamingPool, nothing_ahead
 from runtime.cuda.prefill.telling import on_device, told

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from runtime.cuda.memory.expert_block import ExpertBlock
-from runtime.cuda.memory.pinned_experts import decode_blocks
+from runtime.cuda.memory.unpacking import decode_blocks
 from runtime.sizing.units import format_bytes
 
 WORKSPACE_BYTES = 80 << 20

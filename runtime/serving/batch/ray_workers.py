@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from routing.cluster import connect, errors_as_here, start_workers
+from routing.cluster import connect, errors_as_here, gpus_of_worker, start_workers
 from runtime.serving.async_server import AsyncServer
 from runtime.serving.batch.settings import (
     BatchSettings,
@@ -48,7 +48,8 @@ class Crew:
     def __init__(self, settings: BatchSettings) -> None:
         self._ray = connect()
         self._depth = settings.lookahead
-        self._workers = start_workers(Worker, settings.workers, settings, cpus=settings.worker_cpus)
+        gpus, cpus = gpus_of_worker(settings.device), settings.worker_cpus
+        self._workers = start_workers(Worker, settings.workers, settings, cpus=cpus, gpus=gpus)
 
     def serve(self, requests: Iterator[Request]) -> Iterator[Served]:
         """Results as they end. A worker holds as many requests as it looks ahead.

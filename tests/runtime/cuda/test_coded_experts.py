@@ -18,7 +18,8 @@ from runtime.cache.policies import LRU
 from runtime.cache.stats import Stats
 from runtime.cuda.memory.expert_block import ALIGNMENT, CHUNK, ExpertBlock
 from runtime.cuda.memory.pinned import PinnedMemory, untouched
-from runtime.cuda.memory.pinned_experts import PinnedExperts, kernels_decode, unpack_blocks
+from runtime.cuda.memory.pinned_experts import PinnedExperts
+from runtime.cuda.memory.unpacking import kernels_decode, unpack_blocks
 from runtime.cuda.prefill.slots import Landing
 from runtime.cuda.prefill.streaming_pool import PROBES, StreamingPool
 from runtime.weights.arena import Spec, Specs

@@ -17,7 +17,7 @@ from runtime.cache.policies import LFU, LRU
 from runtime.cuda.decode.experts import experts_call as experts
 from runtime.cuda.kernels.coded import reason_against
 from runtime.cuda.memory.expert_block import ExpertBlock
-from runtime.cuda.memory.pinned_experts import decode_blocks
+from runtime.cuda.memory.unpacking import decode_blocks
 from runtime.weights.arena import Spec
 from runtime.weights.encodings.coded import CodedMatrix, part_name
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cuda.memory.expert_block import ALIGNMENT, CHUNK, ExpertBlock
-from runtime.cuda.memory.pinned_experts import unpack_blocks
+from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.weights.arena import Spec
 from runtime.weights.packed.packing import PATCHES
 
