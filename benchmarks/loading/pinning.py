@@ -4,8 +4,8 @@ python -m benchmarks.loading.pinning [--shape olmoe-7b] [--rounds 2] [--folder D
 
 Writes a random checkpoint and prepares it, then loads the experts' host tier in a process of its
 own for each arm: one expert after the other, as before there were threads; by threads that read
-while the GPU packs; and packed ones, read into place. Every block of the last is compared with the
-checkpoint's. The last line is JSON.
+while the GPU packs; packed ones, read into place; and those in memory that processes share. Every
+block of the last two is compared with the checkpoint's. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from typing import Any
 from benchmarks.loading.memory import Peak
 from benchmarks.loading.stopwatch import timed
 
-ARMS = ("one by one", "checkpoint", "packed")
-"""As before there were threads; packed by the GPU while threads read; packed ones read by them."""
+ARMS = ("one by one", "checkpoint", "packed", "shared")
+"""As before there were threads; packed by the GPU while threads read; packed ones read by them; the
+same, into memory that processes share: the first load reads, the others find it."""
 READ_ONLY_SUPPORTED = 113
 """CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED"""
 READ_ONLY = 8
@@ -29,9 +30,12 @@ def measure(arm: str, folder: Path, rounds: int, device: str) -> dict[str, Any]:
     from runtime.weights.source import from_path
 
     start = time.perf_counter()
-    source = from_path(folder / ("packed" if arm == ARMS[2] else "hub"), None, "auto")
+    shared = arm == ARMS[3]
+    name = "packed" if shared or arm == ARMS[2] else "hub"
+    source = from_path(folder / name, None, "auto", shared=shared)
     values: dict[str, Any] = {"model_s": round(time.perf_counter() - start, 2), "rounds": []}
     torch.zeros(1, device=device)
+    kept = []
     for number in range(rounds):
         with one_by_one() if arm == ARMS[0] else nullcontext(), Peak() as peak:
             start = time.perf_counter()
@@ -41,6 +45,11 @@ def measure(arm: str, folder: Path, rounds: int, device: str) -> dict[str, Any]:
         values["rounds"].append({"s": took, "peak": peak.num_bytes} | seconds)
         if number == rounds - 1:
             values |= facts_of(tier, arm, folder, device)
+        if shared:
+            kept.append(tier)
+        else:
+            tier.close()
+    for tier in kept:
         tier.close()
     return values
 
@@ -106,7 +115,7 @@ def facts_of(tier: Any, arm: str, folder: Path, device: str) -> dict[str, Any]:
     """Of the pinned memory: its speed, and whether packed blocks are the checkpoint's."""
     found: dict[str, Any] = {"pinned_bytes": sum(layer.nbytes for layer in tier.layers)}
     found["link_gb_s"] = round(link_speed(tier.layers[-1], device), 1)
-    if arm == ARMS[2]:
+    if arm in ARMS[2:]:
         start = time.perf_counter()
         found["equal_experts"] = equal_experts(tier, folder / "hub", device)
         found["compare_s"] = round(time.perf_counter() - start, 2)
