@@ -14,6 +14,7 @@ from routing.shards import TraceReader
 from runtime.replay.__main__ import write_page
 from runtime.replay.recording import record
 from runtime.replay.settings import ReplaySettings
+from tests.helpers.accessibility import findings
 from tests.helpers.browser import chromium
 from tests.runtime.replay.conftest import EVIL, PROMPT_TOKENS, STORY, Traced
 
@@ -170,6 +171,15 @@ def test_the_policy_lets_no_other_script_run_and_nothing_be_fetched(
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_out_of_reach_for_those_who_see_little_or_use_keys(
+    scheme: str, opened: Opened, traced: Traced
+) -> None:
+    with opened(1, window={"color_scheme": scheme}, predictor=traced.predictor) as page:
+        scrub(page, 3)
+        assert findings(page) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_all_of_it_one_below_the_other(scheme: str, opened: Opened) -> None:
     size = {"width": 360, "height": 740}
     with opened(1, window={"viewport": size, "color_scheme": scheme}) as page:
@@ -177,3 +187,4 @@ def test_a_phone_shows_all_of_it_one_below_the_other(scheme: str, opened: Opened
         text, experts = (page.locator(name).bounding_box() for name in ("#reader", "#experts"))
         assert experts["y"] >= text["y"] + text["height"]
         assert page.locator("#map").bounding_box()["width"] > 200
+        assert findings(page) == []

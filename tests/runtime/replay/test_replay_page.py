@@ -85,6 +85,10 @@ def test_five_hundred_tokens_of_sixteen_layers_take_less_than_a_megabyte(tmp_pat
     assert 100_000 < out.stat().st_size < 1_000_000
 
 
+def test_a_page_without_its_data_is_small() -> None:
+    assert len(html_page({}).encode()) < 150_000
+
+
 def test_a_cut_document_and_a_missing_text_are_told(
     capsys: pytest.CaptureFixture[str], traced: Traced, tmp_path: Path
 ) -> None:
