@@ -14,6 +14,7 @@ from routing.cli import run
 
 if TYPE_CHECKING:
     from runtime.sizing.budget import SlotBudget
+    from runtime.sizing.footprint import Footprint
     from runtime.sizing.memory_plan import MemoryPlan
     from runtime.weights.source import Source
 
@@ -31,14 +32,16 @@ class PlanSettings:
     """Model: a directory, a config.json, or an id on the Hub (no weights are fetched)."""
     memory: str = "0.25"
     """The budget as for runtime.load: a size like 8GiB, or a fraction of the experts like 0.25."""
+    plot: Path | None = None
+    """Draw the parts of the memory into this image file."""
     measure: bool = False
     """Measure the link between host memory and slots, and forecast tokens a second from it."""
     device: str | None = None
     """Device of the slots; by default a GPU if there is one."""
     context: int = 2048
-    """On a GPU, where a size pays for the key/value cache too: tokens of the longest sequence."""
+    """Tokens of the longest sequence. On a GPU a size pays for its keys and values too."""
     batch: int = 1
-    """On a GPU: sequences that run at once."""
+    """Sequences that run at once."""
     dtype: str = "auto"
     """Number format of the model; `auto` is the one it is stored in."""
     revision: str | None = None
@@ -107,6 +110,48 @@ def main(settings: PlanSettings) -> None:
     print("\n".join(advice(planned, host_bytes)))
     if device.startswith("cuda") and planned.source.encoding is None:
         print(PACKED)
+    _show_parts(settings, planned, device)
+
+
+def _show_parts(settings: PlanSettings, planned: MemoryPlan, device: str) -> None:
+    """Print the parts of the memory as bars, and draw them where that was asked for."""
+    from rich.console import Console
+
+    from runtime.sizing.footprint import bars, draw
+    from runtime.sizing.units import format_bytes
+
+    parts = footprint(planned, settings.memory, device, settings.context, settings.batch)
+    Console(highlight=False).print("\n", bars(parts), sep="", end="", soft_wrap=True)
+    if settings.plot is not None:
+        title = (
+            f"{planned.name}: {sum(planned.slots):,} experts in slots ({planned.fraction:.1%}), "
+            f"{format_bytes(planned.total_stored_bytes)} of experts; {settings.batch} x "
+            f"{settings.context:,} tokens"
+        )
+        draw(parts, title, settings.plot)
+        print(f"picture: {settings.plot}")
+
+
+def footprint(
+    planned: MemoryPlan, memory: float | int | str, device: str, context: int, batch: int
+) -> Footprint:
+    """The parts of the memory that a plan takes with `batch` sequences of `context` tokens."""
+    from runtime.kv.size import cache_bytes, storage_bytes
+    from runtime.sizing.footprint import footprint_of
+    from runtime.sizing.units import parse_memory
+
+    source = planned.source
+    if not device.startswith("cuda"):
+        one = cache_bytes(source.model, source.layers, context)
+        cache = None if one is None else one * batch
+        return footprint_of(planned, on_gpu=False, cache=cache)
+    from runtime.cuda.device_budget import reserved_bytes
+
+    given = parse_memory(memory)
+    budget = given if isinstance(given, int) else None
+    cache = storage_bytes(source.model, batch, context)
+    workspace = reserved_bytes(source, context=context, batch=batch) - cache
+    return footprint_of(planned, on_gpu=True, cache=cache, workspace=workspace, budget=budget)
 
 
 if __name__ == "__main__":
@@ -118,6 +163,6 @@ if __name__ == "__main__":
         examples=[
             "DIR --memory 8GiB",
             "allenai/OLMoE-1B-7B-0924 --memory 0.25 --measure",
-            "DIR --memory 8GiB --device cuda --context 8192 --batch 4",
+            "DIR --memory 8GiB --device cuda --context 8192 --batch 4 --plot memory.png",
         ],
     )

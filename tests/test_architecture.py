@@ -34,7 +34,7 @@ FLOORS = (
     ("cuda",),
     ("loading", "offloaded_model"),
     ("serving", "conversion"),
-    ("server", "batch", "simulate", "plan", "prepare", "comparison"),
+    ("server", "batch", "simulate", "plan", "prepare", "comparison", "replay"),
 )
 """The rooms of runtime/, low to high: packages, and the modules that lie beside them."""
 

@@ -38,12 +38,13 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
     for head in HEADS:
         _plot_loss(losses, metrics_csv, head)
         _plot_score(scores, metrics_csv, head)
-    losses.set(ylabel="binary cross-entropy", ylim=(0, None))
+    losses.set(ylabel="binary cross-entropy, nats a used expert", ylim=(0, None))
     losses.set_title("loss: training (faint) and validation", fontsize=10)
     scores.set(ylabel="recall@K (next H tokens: precision@K)", ylim=(0, 1))
     scores.set_title("validation documents: history known, unknown (dashed)", fontsize=10)
     for axes in (losses, scores):
-        axes.set_xlabel("step")
+        axes.set_xlabel("optimiser steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = losses.get_legend_handles_labels()

@@ -44,6 +44,7 @@ GROUPS: dict[str, dict[str, Stage]] = {
         "export": Stage("predictor.export", "write a trained predictor as an ONNX file"),
         "evaluate": Stage("predictor.evaluate", "score predictors on held-out documents"),
         "simulate": Stage("runtime.simulate", "replay a trace through every cache policy"),
+        "replay": Stage("runtime.replay", "write a recorded run as one HTML page, token by token"),
         "compare": Stage("runtime.comparison", "every rule and predictor on one trace, by label"),
         "leaderboard": Stage(
             "runtime.comparison.leaderboard_command", "merge and print figures of many contenders"

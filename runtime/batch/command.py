@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def main(settings: BatchSettings) -> None:
 
 def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> None:
     from runtime.batch.batch_run import BatchRun
+    from runtime.batch.course import draw_course
     from runtime.batch.jobs import Jobs
     from runtime.batch.progress import Progress, announce
     from runtime.batch.sequences import sized
@@ -72,6 +74,9 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
             run = BatchRun(jobs, journal, progress)
             run.serve(crew, unchanged(rows(), found.digest))
             summary = [progress.summary, crew.report()]
+            if settings.plot is not None:
+                draw_course(progress.course, "\n".join(wrap(summary[1], 110)), settings.plot)
+                summary.append(f"picture: {settings.plot}")
     journal.finish()
     print(*summary, sep="\n", file=sys.stderr)
     if journal.failed:

@@ -9,6 +9,7 @@ from typing import Self
 
 from tqdm import tqdm
 
+from runtime.batch.course import Moment
 from runtime.batch.jobs import Outcome
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.rows import Row
@@ -36,6 +37,7 @@ class Progress:
         self._out, self._num_rows, self._journal = out, num_rows, journal
         self._before, self._num_engines = len(journal.done), num_engines
         self._num_tokens = 0
+        self.course: list[Moment] = []
         self._bar = tqdm(total=num_rows, initial=self._before, unit="row", desc="batch")
 
     def ended(self, index: int, row: Row, outcome: Outcome) -> None:
@@ -49,8 +51,10 @@ class Progress:
     def served(self, served: Served) -> None:
         """Tell the speed so far, and what every token has moved."""
         self._num_tokens += served.result.num_prompt + len(served.result.token_ids)
-        rate = self._num_tokens / max(self._bar.format_dict["elapsed"], 1e-9)
-        each = format_bytes(served.bytes_loaded * self._num_engines // max(self._num_tokens, 1))
+        seconds, moved = self._bar.format_dict["elapsed"], served.bytes_loaded * self._num_engines
+        self.course.append(Moment(seconds, self._num_tokens, served.hit_rate, moved))
+        rate = self._num_tokens / max(seconds, 1e-9)
+        each = format_bytes(moved // max(self._num_tokens, 1))
         self._bar.set_postfix_str(
             f"{rate:.1f} tok/s, hit rate {served.hit_rate:.1%}, {each} a token"
         )

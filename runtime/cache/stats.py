@@ -270,6 +270,7 @@ class Stats:
         for label, counts_L, color in parts:
             axes.bar(layers, counts_L, bottom=below, label=label, color=color)
             below = below + counts_L
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="MoE layer", ylabel="expert requests")
         axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -57,6 +57,8 @@ def _draw_sizes(axes: Axes, figures: Sequence[Figures], colours: dict[str, objec
             marker=markers[number % len(markers)],
             linestyle="--" if name.startswith(OPTIMUM) else "-",
         )  # fmt: skip
+    axes.set_xticks(sorted({row.residency for row in figures}))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     axes.set(xlabel="share of all experts resident", ylabel="hit rate")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7, ncols=2)
@@ -77,5 +79,6 @@ def _draw_labels(
         ]  # fmt: skip
         axes.plot(range(len(labels)), rates, "_", color=colour, markersize=9, markeredgewidth=2)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    axes.set_title(f"by label, {residency:.4g} resident", fontsize=8)
+    axes.set(ylabel="hit rate")
+    axes.set_title(f"by label, {100 * residency:.4g} % of all experts resident", fontsize=8)
     axes.grid(alpha=0.3, axis="y")

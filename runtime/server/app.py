@@ -46,7 +46,7 @@ def build_app(
             yield
 
     app = FastAPI(title="ExpertFlow", lifespan=lifespan)
-    app.state.handlers = handlers
+    app.state.handlers, app.state.engine = handlers, engine
     app.add_middleware(
         Guard,
         token=token,

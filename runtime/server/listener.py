@@ -7,6 +7,7 @@ ends each with a message to its client.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import Any
 
@@ -24,7 +25,8 @@ class Listener(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: ServerSettings, **options: Any) -> None:
         """options: more of uvicorn's configuration."""
-        self._handlers, self._grace = app.state.handlers, settings.grace
+        self._handlers, self._engine = app.state.handlers, app.state.engine
+        self._grace = settings.grace
         super().__init__(
             uvicorn.Config(
                 app,
@@ -42,3 +44,4 @@ class Listener(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            logging.getLogger("uvicorn.error").info("served: %s", self._engine.report())

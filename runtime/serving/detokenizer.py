@@ -18,10 +18,17 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str] = (), *, includes_stop: bool = False
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        includes_stop: bool = False,
+        shows_special: bool = False,
     ) -> None:
-        """includes_stop: the text ends with the stop string, rather than before it."""
-        self._tokenizer = tokenizer
+        """includes_stop: the text ends with the stop string, rather than before it.
+        shows_special: special tokens have a text too.
+        """
+        self._tokenizer, self._shows_special = tokenizer, shows_special
         self._stop, self._includes_stop = stop, includes_stop
         self._ids: list[int] = []
         self._shown, self._read = 0, 0
@@ -61,7 +68,7 @@ class TextStream:
             return ""
         text: str = self._tokenizer.decode(
             self._ids[start:stop],
-            skip_special_tokens=True,
+            skip_special_tokens=not self._shows_special,
             clean_up_tokenization_spaces=False,  # it would change text that was given out already
         )
         return text

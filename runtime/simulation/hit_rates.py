@@ -109,6 +109,8 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
     shares = sorted(best)
     axes.plot(shares, [best[share] for share in shares], color="black", linewidth=1,
               linestyle=":", label="best free rule")  # fmt: skip
+    axes.set_xticks(shares)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     axes.set(xlabel="share of all experts resident", ylabel="hit rate", ylim=(0, 1))
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)

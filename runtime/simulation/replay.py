@@ -7,15 +7,15 @@ rates equal those of a live run over the same tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from routing.predictor_file.reader import PredictorFile
-from runtime.cache.belady import Belady, Calls
-from runtime.cache.expert_cache import ExpertCache
+from runtime.cache.belady import Belady, Call, Calls
+from runtime.cache.expert_cache import FREE, ExpertCache
 from runtime.cache.forecast import Forecast
 from runtime.cache.policies import FREE_RULES, POLICIES, QUEUE_CACHES
 from runtime.cache.policy import Policy
@@ -48,12 +48,12 @@ class Simulation:
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int, num_slots: int) -> None:
         self.name = policy.name
-        self.num_slots = num_slots
+        self.num_experts, self.num_slots = num_experts, num_slots
         self._policy = policy
         self.cache = ExpertCache(num_layers, num_experts, num_slots, policy)
         self.requests, self.loads = 0, 0
 
-    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+    def step(self, forecast: Forecast | None, calls: Iterable[Call]) -> None:
         """Serve the expert calls of one forward pass."""
         self._policy.begin_step(forecast)
         for layer, experts in calls:
@@ -61,20 +61,29 @@ class Simulation:
                 self.loads += int(np.count_nonzero(lookup.missed))
             self.requests += len(experts)
 
+    def residents(self) -> np.ndarray:
+        """The keys of all residents, int64."""
+        return np.flatnonzero(self.cache.slot_of_key != FREE)
+
 
 class QueueSimulation:
     """A rule with a cache of its own, counting its requests and loads."""
 
     def __init__(self, cache: QueueCache) -> None:
         self.name, self.num_slots = cache.name, cache.num_slots
+        self.num_experts = cache.num_experts
         self._cache = cache
         self.requests, self.loads = 0, 0
 
-    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+    def step(self, forecast: Forecast | None, calls: Iterable[Call]) -> None:
         """Serve the expert calls of one forward pass."""
         for layer, experts in calls:
             self.loads += self._cache.request(layer, experts)
             self.requests += len(experts)
+
+    def residents(self) -> np.ndarray:
+        """The keys of all residents, int64."""
+        return np.array(sorted(self._cache.residents()), np.int64)
 
 
 class BypassSimulation:
@@ -91,7 +100,7 @@ class BypassSimulation:
         self._resident = np.zeros((num_layers, num_experts), bool)
         self.requests, self.loads = 0, 0
 
-    def step(self, forecast: Forecast | None, calls: Calls) -> None:
+    def step(self, forecast: Forecast | None, calls: Iterable[Call]) -> None:
         """Serve the expert calls of one forward pass."""
         self._policy.begin_step(forecast)
         for layer, experts in calls:
@@ -131,7 +140,7 @@ def simulate(
     calls = [call for step in step_calls for call in step]
     informed = _informed(shape, calls, predictor, fit)
     running = {share: _simulations(shape, share, informed) for share in residency}
-    for forecast, called in zip(_forecasts(steps, predictor), step_calls, strict=True):
+    for forecast, called in zip(forecasts_of(steps, predictor), step_calls, strict=True):
         for simulations in running.values():
             for simulation in simulations:
                 simulation.step(forecast, called)
@@ -157,12 +166,14 @@ def _informed(
 
 def free_rules(shape: tuple[int, int], num_slots: int) -> list[Simulation | QueueSimulation]:
     """One simulation for each of `FREE_RULES`."""
-    return [
-        QueueSimulation(QUEUE_CACHES[name](*shape, num_slots))
-        if name in QUEUE_CACHES
-        else Simulation(POLICIES[name](*shape), *shape, num_slots)
-        for name in FREE_RULES
-    ]
+    return [free_rule(name, shape, num_slots) for name in FREE_RULES]
+
+
+def free_rule(name: str, shape: tuple[int, int], num_slots: int) -> Simulation | QueueSimulation:
+    """The simulation of one of `FREE_RULES`. shape: (L, E)."""
+    if name in QUEUE_CACHES:
+        return QueueSimulation(QUEUE_CACHES[name](*shape, num_slots))
+    return Simulation(POLICIES[name](*shape), *shape, num_slots)
 
 
 def slots_of(share: float, shape: tuple[int, int]) -> int:
@@ -180,7 +191,7 @@ def _simulations(
     return [*free_rules(shape, num_slots), *plain, *bypass]
 
 
-def _forecasts(
+def forecasts_of(
     steps: Sequence[TraceStep], predictor: PredictorFile | None
 ) -> Iterator[Forecast | None]:
     """The forecast that the runtime would make before each step; None without a predictor."""

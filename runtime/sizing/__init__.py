@@ -3,5 +3,6 @@
 units        sizes in text
 budget       slots of a budget
 memory_plan  the memory and the traffic of a model, before it is loaded (`runtime.plan`)
+footprint    its parts as bars and as a picture
 link         the bandwidth between host memory and slots, measured
 """

@@ -40,6 +40,8 @@ class MemoryPlan:
     """Size of all experts of all layers in slots."""
     least_bytes: int
     """The smallest budget that works, for weights and slots."""
+    moved_bytes: int = 0
+    """Weights other than experts that stay in host memory."""
     cache_bytes: dict[int, int | None]
     """Size of the key/value cache of one sequence, by context length; None if it is not known."""
 
@@ -55,6 +57,7 @@ class MemoryPlan:
             stored_bytes=[expert_bytes(group.stored_specs) for group in source.groups],
             total_expert_bytes=total_expert_bytes(source, sizes),
             least_bytes=int(least_bytes(source, sizes)),
+            moved_bytes=budget.host_bytes,
             cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache import page as kinds_page
-from benchmarks.pages import others
+from benchmarks.pages import others, picture
 from benchmarks.pages.__main__ import RESULTS, ROOT, PagesSettings, documents, main, outdated
 from benchmarks.pages.blocks import filled
 
@@ -168,3 +168,24 @@ def coded_arm(file: str, name: str) -> dict[str, Any]:
     """The row of an arm of `benchmarks.encodings`."""
     rows = json.loads((RESULTS / f"2026-11-29-encodings-{file}-h200.json").read_text())["rows"]
     return next(row for row in rows if row["name"] == name)
+
+
+def test_the_readmes_picture_shows_what_the_files_say(tmp_path: Path) -> None:
+    document = kinds_file(a=0.6, b=0.7)
+    rates = picture.hit_rates(document)
+    assert rates["predicted"] == {0.25: pytest.approx(0.65)}
+    assert rates["best rule without a predictor"] == {0.25: pytest.approx(0.5)}
+    speed = {"residency": "0.25", "peak_bytes": 2**31, "tokens_per_s": 100.0, "error": None,
+             "compile": True, "batch": 1, "encoding": "mxfp4"}  # fmt: skip
+    rows = [
+        speed | {"name": "olmoe mxfp4 reuse compile cpu 0.25"},
+        speed | {"name": "x", "compile": False},
+        speed | {"name": "y", "error": "skipped"},
+    ]
+    (point,) = picture.speeds([{"rows": rows}])
+    assert (point.label, point.gib, point.shares_work) == ("mxfp4, a quarter", 2.0, True)
+
+
+def test_the_readmes_picture_is_drawn_from_the_files_that_are_there(tmp_path: Path) -> None:
+    picture.main(picture.PictureSettings(out=tmp_path / "new" / "results.png"))
+    assert (tmp_path / "new" / "results.png").read_bytes().startswith(b"\x89PNG")

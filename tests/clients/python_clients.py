@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,17 @@ from pathlib import Path
 from typing import Any
 
 MODEL = "moe-8x32"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+DOCUMENTED = re.compile(r"^```(\w+) client\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DEFAULT = "http://127.0.0.1:8000"
+"""The address in the document."""
 PROMPT = "The history of the town"
+
+
+def documented_clients(address: str) -> list[tuple[str, str]]:
+    """Language and text of every block of the document that speaks to the server at `address`."""
+    blocks = DOCUMENTED.findall(DOCUMENT.read_text(encoding="utf-8"))
+    return [(language, text.replace(DEFAULT, address)) for language, text in blocks]
 
 
 class Reference:
@@ -215,6 +226,13 @@ def _events(url: str, payload: dict[str, Any]) -> list[Any]:
     return [json.loads(line) for line in said[:-1]]
 
 
+def check_documents(address: str, reference: Reference) -> str:
+    for language, text in documented_clients(address):
+        command = [sys.executable, "-c", text] if language == "python" else ["bash", "-euc", text]
+        assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return "every client of docs/serving.md as it stands"
+
+
 CHECKS: dict[str, tuple[str, Callable[[str, Reference], str]]] = {
     "openai": ("openai", check_openai),
     "LangChain": ("langchain-openai", check_langchain),
@@ -222,6 +240,7 @@ CHECKS: dict[str, tuple[str, Callable[[str, Reference], str]]] = {
     "lm-evaluation-harness": ("lm_eval", check_lm_eval),
     "guidellm": ("guidellm", check_guidellm),
     "vllm bench serve": ("", check_vllm_bench),
+    "documents": ("", check_documents),
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 from routing.cli import run
 from routing.shards import PROMPT, TraceReader
 from runtime.batch.command import PROG, main
+from runtime.batch.course import PARTS, Moment, mb_per_token, thinned, tokens_per_s
 from runtime.serving import serve as feed
 from runtime.serving.batch.journal import Journal
 from runtime.serving.batch.rows import rows_of
@@ -314,3 +315,17 @@ def test_an_error_gives_way_to_a_result_that_comes_later(tmp_path: Path) -> None
         journal.finish()
     assert read(tmp_path / "out") == [{"text": "a"}, {"text": "b"}]
     assert not journal.path.exists()
+
+
+def test_the_course_of_a_run_is_drawn(batch: Callable[..., Path], tmp_path: Path) -> None:
+    batch(ROWS, plot=tmp_path / "course.png")
+    assert (tmp_path / "course.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_course_is_thinned_to_parts_of_even_length() -> None:
+    moments = [Moment(second / 10, 5 * second, 0.5, 1000 * second) for second in range(1, 5001)]
+    parts = thinned(moments)
+    assert 50 <= len(parts) <= PARTS + 1 and parts[-1] == moments[-1]
+    assert tokens_per_s(parts[3], parts[4]) == pytest.approx(50)
+    assert mb_per_token(parts[3], parts[4]) == pytest.approx(0.0002)
+    assert thinned([]) == []

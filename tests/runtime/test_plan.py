@@ -18,7 +18,8 @@ from routing.layers import find_moe_layers
 from runtime.engine.guards.placeholder import Placeholder
 from runtime.kv import size
 from runtime.kv.size import cache_bytes, tensor_bytes
-from runtime.plan import PlanSettings, main, plan
+from runtime.plan import PlanSettings, footprint, main, plan
+from runtime.sizing.footprint import WIDTH, bars, total
 from runtime.sizing.link import measure_link
 from runtime.sizing.memory_plan import MemoryPlan, advice
 from runtime.weights.files import CheckpointFiles
@@ -153,6 +154,40 @@ def test_the_command_prints_sizes_caches_and_traffic(
     assert "288 KiB of experts" in text and "(50.0% of the experts)" in text
     assert "16 of 32 experts of 9 KiB in 4 layers" in text
     assert "2,048 tokens: 1 MiB" in text and "90%: 7.2 KiB moved\n" in text
+
+
+def test_the_parts_of_the_memory_are_shown_and_drawn(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "memory.png"
+    text = printed(capsys, saved, memory="0.5", device="cpu", plot=picture)
+    assert "slots for experts 144 KiB" in text and "experts without a slot 144 KiB" in text
+    assert "keys and values 1 MiB" in text
+    assert f"picture: {picture}" in text and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_on_a_gpu_the_parts_are_the_budget(saved: Path) -> None:
+    budget = 600 << 20
+    planned = plan(saved, budget, device="cuda", context=512, batch=2)
+    fast = footprint(planned, budget, "cuda", 512, 2).fast
+    assert total(fast) == budget
+    sizes = dict(fast)
+    assert sizes["slots for experts"] == planned.slot_bytes
+    assert sizes["keys and values"] == 2 * 512 * 2 * 4 * 2 * 8 * 4, "tokens, keys and values, ..."
+    assert sizes["workspaces"] > 64 << 20 and sizes["not used"] > 0
+
+
+def test_bars_are_to_one_scale_and_show_every_part(saved: Path) -> None:
+    planned = plan(saved, 0.25)
+    parts = footprint(planned, 0.25, "cpu", 2048, 1)
+    lines = bars(parts).plain.splitlines()
+    filled = [line for line in lines if line and line[0] in "█▓▒░▚▞"]
+    assert len(filled) == 2 and max(map(len, filled)) in range(WIDTH - 1, WIDTH + 4)
+    for line, row in zip(filled, parts.rows.values(), strict=True):
+        assert len(set(line)) == len(row)
+        assert len(line) / max(map(len, filled)) == pytest.approx(
+            total(row) / max(map(total, parts.rows.values())), abs=0.05
+        )
 
 
 def test_a_measured_link_gives_tokens_a_second(

@@ -12,15 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-ASSETS = Path(__file__).parent / "assets"
-INDEX = "index.html"
-FOLDER = "/page/"
-KINDS = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
+from runtime.server.live.page_files import KINDS, page_files
+
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -35,12 +28,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-
-
-def page_files() -> dict[str, Path]:
-    """The files by the paths that they are served under."""
-    files = sorted(path for path in ASSETS.iterdir() if path.suffix in KINDS)
-    return {"/" if path.name == INDEX else FOLDER + path.name: path for path in files}
 
 
 def page_routes() -> list[Route]:

@@ -41,6 +41,8 @@ class BatchSettings(ModelSettings):
     """Columns that are no options, although they are called like one."""
     retry_failed: bool = False
     """Serve the rows again whose result in `out` is an error. An interrupted batch does so too."""
+    plot: Path | None = None
+    """Draw speed, hit rate and bytes over the time of this run into this image file."""
     chat_template: str | None = None
     """Chat template in place of the model's own: a file, or the template itself."""
     name: str | None = None

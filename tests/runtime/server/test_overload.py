@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -258,3 +259,16 @@ def test_a_template_that_is_missing_or_broken_stops_the_start(
 def test_settings_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         ServerSettings(model="m", **options)
+
+
+def test_what_was_served_is_told_at_the_end(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(engine) as address:
+        log = logging.getLogger("uvicorn.error")
+        log.setLevel(logging.INFO)
+        log.addHandler(caplog.handler)
+        with connect(address) as client:
+            client.completions.create(model="tiny", prompt="abc", max_tokens=3)
+    log.removeHandler(caplog.handler)
+    assert f"served: {engine.report()}" in caplog.text

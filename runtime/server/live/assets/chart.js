@@ -1,4 +1,4 @@
-// A chart of two lines: this cache, and LRU's shadow.
+// A chart of two lines: this cache, and LRU beside it.
 
 import { colour, fitted } from "./canvas.js";
 
@@ -9,7 +9,7 @@ const MOST = 150;
 export class Chart {
   // format: of the axis. most: the axis's end where it is fixed.
   constructor(canvas, { format, most }) {
-    Object.assign(this, { canvas, format, most });
+    Object.assign(this, { canvas, format, most, room: MOST, cursor: null });
     this.clear();
     new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
   }
@@ -23,9 +23,20 @@ export class Chart {
     if (!Number.isFinite(own) || !Number.isFinite(lru)) return;
     this.points.push([own, lru]);
     if (this.points.length > MOST) this.points.shift();
-    const [mine, other] = [this.format(own), this.format(lru)];
-    this.canvas.ariaLabel = `${this.canvas.dataset.title}: ${mine}, LRU ${other}`;
+    this.tell([own, lru]);
     this.draw();
+  }
+
+  // A whole run of points, of which one is now; LRU's is null where there is no other cache.
+  put(points, cursor) {
+    Object.assign(this, { points, cursor, room: Math.max(points.length, 2) });
+    this.tell(points[cursor]);
+    this.draw();
+  }
+
+  tell([own, lru]) {
+    const other = lru === null ? "" : `, LRU ${this.format(lru)}`;
+    this.canvas.ariaLabel = `${this.canvas.dataset.title}: ${this.format(own)}${other}`;
   }
 
   draw() {
@@ -37,6 +48,21 @@ export class Chart {
     this.axis(pen, width, end, at);
     this.line(pen, colour("lru"), width, at, 1, [5, 4]);
     this.line(pen, colour("hit"), width, at, 0, []);
+    if (this.cursor !== null) this.mark(pen, width);
+  }
+
+  // Where a point lies across.
+  across(index, width) {
+    return SPACE.left + (index * (width - SPACE.left - SPACE.right)) / (this.room - 1);
+  }
+
+  mark(pen, width) {
+    const x = Math.round(this.across(this.cursor, width)) + 0.5;
+    pen.strokeStyle = colour("ink");
+    pen.beginPath();
+    pen.moveTo(x, SPACE.top);
+    pen.lineTo(x, HEIGHT - SPACE.bottom);
+    pen.stroke();
   }
 
   axis(pen, width, end, at) {
@@ -55,14 +81,13 @@ export class Chart {
   }
 
   line(pen, ink, width, at, column, dashes) {
-    const step = (width - SPACE.left - SPACE.right) / (MOST - 1);
     pen.strokeStyle = ink;
     pen.lineWidth = 2;
     pen.lineJoin = "round";
     pen.setLineDash(dashes);
     pen.beginPath();
     this.points.forEach((point, index) => {
-      pen.lineTo(SPACE.left + index * step, at(point[column]));
+      if (point[column] !== null) pen.lineTo(this.across(index, width), at(point[column]));
     });
     pen.stroke();
     pen.setLineDash([]);

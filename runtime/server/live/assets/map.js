@@ -27,21 +27,32 @@ export class ExpertMap {
   }
 
   show(step) {
-    const [isResident, isHit, isMissed, isPredicted] =
-      [step.residents, step.hit, step.missed, step.predicted].map(bits);
-    let hits = 0;
-    let misses = 0;
+    this.mark([step.residents, step.hit, step.missed, step.predicted].map(bits));
+    this.present("the running token");
+  }
+
+  // The next step, by tests of a key; what was used before it fades.
+  mark([isResident, isHit, isMissed, isPredicted]) {
     for (let key = 0; key < this.resident.length; key += 1) {
       this.heat[key] = this.used[key] ? 1 : this.heat[key] * FADE;
       this.resident[key] = isResident(key);
       this.predicted[key] = isPredicted(key);
       this.used[key] = isHit(key) ? 1 : isMissed(key) ? 2 : 0;
-      hits += isHit(key);
-      misses += isMissed(key);
     }
+  }
+
+  // Forget what was used before.
+  forget() {
+    this.used.fill(0);
+    this.heat.fill(0);
+  }
+
+  // Draw the marked step. subject: what it ran.
+  present(subject) {
+    const count = (use) => keysWhere(this.used, (one) => one === use).length;
     this.canvas.ariaLabel =
       `Map of ${this.layers} layers with ${this.experts} experts each: ` +
-      `the running token hit ${hits} and missed ${misses}`;
+      `${subject} hit ${count(1)} and missed ${count(2)}`;
     this.draw();
   }
 

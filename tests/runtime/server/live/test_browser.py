@@ -12,6 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from runtime.engine.engine import Engine
+from tests.helpers.accessibility import findings
 from tests.helpers.browser import chromium
 from tests.helpers.http_server import running
 
@@ -251,6 +252,54 @@ def test_a_phone_shows_one_view_at_a_time_and_nothing_beside_it(
         assert not page.is_visible("#chat")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= phone["width"]
         assert page.locator("#map").bounding_box()["width"] > 200
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 740}},
+    ],
+    ids=["light", "dark", "phone"],
+)
+def test_nothing_is_out_of_reach_for_those_who_see_little_or_use_keys(
+    window: dict[str, Any], browser: Any, address: str
+) -> None:
+    with opened(browser, address, **window) as page:
+        is_live(page)
+        assert findings(page) == []
+        say(page, "hello", max_tokens=20)
+        has_answered(page)
+        assert findings(page) == []
+        if page.is_visible("#show-live"):
+            page.click("#show-live")
+            assert findings(page) == []
+
+
+def test_the_dialog_for_the_token_is_within_reach(
+    browser: Any, engine: Engine, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("secret")
+    server = running(engine, token_file=tmp_path / "token")
+    with server as address, opened(browser, address) as page:
+        page.fill("#token", "guess")
+        page.click("#token-form button")
+        page.wait_for_selector("#token-wrong:visible")
+        assert findings(page) == []
+
+
+def test_what_cannot_be_read_is_found(browser: Any, address: str) -> None:
+    with opened(browser, address) as page:
+        is_live(page)
+        page.evaluate(
+            "() => { document.querySelector('label[for=prompt]').remove();"
+            " const prompt = document.getElementById('prompt'); prompt.placeholder = '';"
+            " document.getElementById('send').style.color = '#3b82d8'; }"
+        )
+        found = findings(page)
+    assert any("label: #prompt" in one for one in found)
+    assert any("color-contrast: #send" in one for one in found)
 
 
 def test_the_first_paint_takes_less_than_a_second(browser: Any, address: str) -> None:

@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 
 from runtime.engine.engine import Engine
-from runtime.server.live.page import ASSETS, page_files
+from runtime.server.live.page_files import ASSETS, page_files
 from runtime.server.settings import ServerSettings
 from tests.helpers.http_server import running
 
