@@ -18,6 +18,9 @@ from runtime.serving.scheduling.ordering import Fifo, Ordering
 from runtime.serving.scheduling.payoff import Payoff, expected_loads
 from runtime.serving.sequence import ServedSequence
 
+MOST_USED = 0.95
+"""Share of all experts that the oldest sequences use together, above which no order pays."""
+
 
 class Predicted(Ordering):
     """Least expected loads; first come, first served, and no look at prompts, while that rests.
@@ -25,13 +28,18 @@ class Predicted(Ordering):
     Admission groups requests by the mean use of each expert over the prompt; a step is composed by
     what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
     many wait: nearly every expert crosses the link for a step with prompts in it, so several share
-    one.
+    one. Where the oldest use nearly all experts anyway, ordering rests without having chosen.
     """
 
     name = "predicted"
     needs_forecasts = True
 
-    def __init__(self, seconds_per_load: Callable[[], float], *, burst: int, batch: int) -> None:
+    def __init__(
+        self, seconds_per_load: Callable[[], float], *, burst: int, batch: int,
+        most_used: float = MOST_USED,
+    ) -> None:  # fmt: skip
+        """most_used: share of the experts that the oldest use, above which ordering rests."""
+        self._most_used = most_used
         self.payoff = Payoff(seconds_per_load)
         self.bursts = Bursts(burst, batch, seconds_per_load)
         self._fifo = Fifo()
@@ -94,6 +102,9 @@ class Predicted(Ordering):
             return oldest
         start = time.perf_counter()
         unused_NK = np.stack([_pending(sequence) for sequence in ready])
+        if 1 - unused_NK[:count].prod(0).mean() > self._most_used:
+            self.payoff.rest()
+            return oldest
         base_K = missing_K * np.prod([_pending(sequence) for sequence in chosen], axis=0)
         picks = cheapest(unused_NK, base_K, count)
         saved = expected_loads(unused_NK[:count], base_K) - expected_loads(unused_NK[picks], base_K)

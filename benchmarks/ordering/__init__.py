@@ -1,0 +1,1 @@
+"""What ordering sequences by their routes is worth, by the number that decode together."""
