@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from benchmarks.common.coded_models import PLAIN, check_encoding
@@ -56,6 +56,11 @@ class ThroughputArm(NamedTuple):
         if words[0] == TRANSFORMERS and (words[1] != "1.0" or batch is None):
             raise ValueError(f"arm {name!r}: {TRANSFORMERS} keeps all resident: 1.0 xBATCH")
         return cls(PLAIN, words[1], batch, way, words[0])
+
+
+def batch_of(row: dict[str, Any]) -> int:
+    """The sequences of a row, which older files have in the arm's name only."""
+    return int(row.get("batch") or ThroughputArm.parse(row["arm"]).batch or 0)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common.markdown import provenance, table
 from benchmarks.common.report import number
-from benchmarks.throughput.arm import ThroughputArm
+from benchmarks.throughput.arm import batch_of
 
 HEAD = (
     "arm", "sequences", "resident", "tok/s", "prompt tok/s", "ms a full step", "with prompts",
@@ -34,7 +34,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     gigabytes = row["bytes"] / row["steps"] / 1e9 if "bytes" in row else None
     bound = "-" if row.get("of_bound") is None else f"{row['of_bound']:.2f} ({row['bound']})"
     return (
-        name, str(row.get("batch") or ThroughputArm.parse(row["arm"]).batch),
+        name, str(batch_of(row)),
         f"{row['slots'] / row['experts']:.0%}", f"{row['tokens_per_s']:,.0f}",
         f"{row['prompt_tokens_per_s']:,.0f}", number(row.get("full_step_ms"), ".1f"),
         number(row.get("mixed_step_ms"), ".1f"), number(gigabytes, ".2f"),
