@@ -20,7 +20,7 @@ from routing.inspect_model import topology_of
 from routing.topology import Stack
 from runtime.serving.request import Request
 
-STREAMS, WINDOWS = 8, 4
+STREAMS, WINDOWS = 8, 2
 """Streams of drawn routes, and how many windows of the longest request each is long."""
 
 

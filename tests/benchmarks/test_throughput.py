@@ -14,7 +14,7 @@ from benchmarks import draw
 from benchmarks.common import shapes
 from benchmarks.common.report import settings_json
 from benchmarks.pages.__main__ import RESULTS, ROOT
-from benchmarks.throughput import page
+from benchmarks.throughput import page, runner
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.arm import ThroughputArm
 from benchmarks.throughput.bounds import Machine, Step
@@ -26,6 +26,7 @@ from routing.layers import find_moe_layers
 from routing.shards import PROMPT, Document
 from routing.topology import Layer, Stack, Topology
 from routing.writer import TraceWriter
+from runtime.sizing.row_plan import RowChoice
 from tests.routing.test_shards import PROVENANCE
 
 SMALL = replace(
@@ -171,6 +172,26 @@ def test_the_largest_batch_of_an_offloaded_model_leaves_room_for_two_layers() ->
         found(whole - 2 * shapes.layer_bytes(layers[0]))
     with pytest.raises(ValueError, match="give the GPU memory in all"):
         largest_batch(settings, model, layers, ThroughputArm.parse("accelerate 0.5 xauto"))
+
+
+def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = replace(settings_of(None), device="cuda")
+    arm = ThroughputArm.parse("bf16 24GiB xauto")
+    source: Any = None
+    asked: dict[str, Any] = {}
+
+    def choices(_source: Any, memory: float | int, **options: Any) -> list[RowChoice]:
+        asked.update(options, memory=memory)
+        return [RowChoice(8, 90, 1.0, 0.1), RowChoice(64, 40, 2.0, 0.1), RowChoice(96, 9, 9.0, 0.1)]
+
+    monkeypatch.setattr(runner, "row_choices", choices)
+    assert runner.chosen_batch(settings, source, arm) == 64
+    assert (asked["memory"], asked["most"], asked["context"]) == (24 << 30, 5, 8)
+    monkeypatch.setattr(runner, "row_choices", lambda *_, **__: [])
+    with pytest.raises(ValueError, match="no number of sequences fits"):
+        runner.chosen_batch(settings, source, arm)
 
 
 def test_a_step_is_bound_by_what_takes_longest() -> None:
