@@ -1,1 +1,1 @@
-"""What ordering sequences by their routes is worth, by the number that decode together."""
+"""The worth of ordering sequences by their routes, by the number that decode together."""

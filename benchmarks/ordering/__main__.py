@@ -1,4 +1,4 @@
-"""What ordering sequences by their routes is worth, by the number that decode together.
+"""The worth of ordering sequences by their routes, by the number that decode together.
 
     python -m benchmarks.ordering --trace DIR --predictor predictor.onnx [--out FILE]
 

@@ -1,4 +1,4 @@
-"""What link, memory and arithmetic of a GPU allow where every step uses every expert.
+"""The bounds of a step that uses every expert: what a GPU and its link allow.
 
 link    bytes of the experts without a slot / the link's best measured speed
 memory  bytes of all weights, and of half of the keys and values / measured copies on the GPU

@@ -24,8 +24,7 @@ def serve_continuously(
     """Seconds until the last counted request ended; its and the others' new tokens, prompt tokens
     and number. Raises RuntimeError with transformers' own reason where it fails.
     """
-    from transformers import GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     options = ContinuousBatchingConfig(
         max_requests_per_batch=batch, max_batch_tokens=max(settings.chunk, batch),
@@ -34,7 +33,7 @@ def serve_continuously(
     greedy = GenerationConfig(
         max_new_tokens=settings.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    with _errors() as errors:
+    with _Errors() as errors:
         manager = model.init_continuous_batching(
             generation_config=greedy, continuous_batching_config=options
         )
@@ -74,7 +73,7 @@ def _serve(
     return seconds, new, prompt, ended
 
 
-class _errors(logging.Handler):
+class _Errors(logging.Handler):
     """Keeps what transformers logs as errors: its thread tells of them nowhere else."""
 
     def __init__(self) -> None:
