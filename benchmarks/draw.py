@@ -14,7 +14,7 @@ from routing.cli import run
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """Draw the results of benchmarks.decode or benchmarks.prefill."""
+    """Draw the results of benchmarks.decode, benchmarks.prefill or benchmarks.throughput."""
 
     results: Path
     """JSON file that the benchmark wrote with --out."""
@@ -26,10 +26,13 @@ def main(settings: DrawSettings) -> None:
     """Draw all plots of the file. Raises ValueError for a file of something else."""
     from benchmarks.decode import plot as decode_plot
     from benchmarks.prefill import plot as prefill_plot
+    from benchmarks.throughput import plot as throughput_plot
 
     try:
         result = json.loads(settings.results.read_text())
-        draw = prefill_plot.draw if "prompts" in result["settings"] else decode_plot.draw
+        found = result["settings"]
+        draw = prefill_plot.draw if "prompts" in found else decode_plot.draw
+        draw = throughput_plot.draw if "prompt_tokens" in found else draw
         draw(result, settings.plots)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{settings.results} is not of a benchmark: {error!r}") from error

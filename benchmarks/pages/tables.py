@@ -8,6 +8,7 @@ from benchmarks.decode import page as decode
 from benchmarks.encodings import page as encodings
 from benchmarks.kernels import page as kernels
 from benchmarks.lanes import page as lanes
+from benchmarks.ordering import page as ordering
 from benchmarks.pages import others
 from benchmarks.pages.blocks import Tables
 from benchmarks.prefill import page as prefill
@@ -39,6 +40,7 @@ TABLES: Tables = {
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
     "lanes": lanes.lanes,
+    "ordering": ordering.ordering,
     "prompts": prefill.prompts,
     "recall": others.recall,
     "rounding-quality": rounding.quality,

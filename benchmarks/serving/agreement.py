@@ -2,6 +2,8 @@
 
     python -m benchmarks.serving.agreement --model exports/moe-8x32 --text exports/sample \
         --predictor exports/predictors/moe-8x32.onnx
+    python -m benchmarks.serving.agreement --model exports/moe-8x32 --text exports/sample \
+        --schedulers fifo --requests 512 --batch 512 --rows 512 --alone 64
 
 Sharing a step changes no token except by rounding: matrix products of a different number of rows
 may differ in the last bits. In float32 this matters at exact near-ties only; in bfloat16 a near-tie
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from runtime.engine.engine import Engine
     from runtime.serving.request import Request, Result
 
-COLUMNS = ("scheduler", "same", "tokens before a difference", "margin, median", "margin, most")
+COLUMNS = (
+    "scheduler", "same to the end", "tokens before a difference", "first difference at, median",
+    "margin, median", "margin, most",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,8 @@ class AgreementSettings(TextLoad):
     """ONNX predictor of that model. Without one only `fifo` can be compared."""
     requests: int = 64
     """Prompts, the same number from every domain."""
+    alone: int | None = None
+    """Of them, those that are served alone too and compared; all by default."""
     schedulers: list[str] = field(default_factory=lambda: ["fifo", "predicted"])
     """Schedulers to compare; each serves all requests."""
     memory: float = 0.25
@@ -59,7 +66,7 @@ def main(settings: AgreementSettings) -> None:
     from benchmarks.common.report import print_facts, print_table, save, settings_json
     from benchmarks.serving.text_requests import text_requests
 
-    requests = [replace(request, logprobs=2) for request in text_requests(settings)]
+    requests = text_requests(settings)
     facts = {
         "machine": machine(torch.device(settings.device)),
         "command": command("benchmarks.serving.agreement"),
@@ -78,11 +85,13 @@ def main(settings: AgreementSettings) -> None:
     )
     with model.expertflow as engine:
         one = vars(settings.serve_settings(ServingArm.parse("fifo"))) | {"batch": 1, "rows": 1}
-        alone = [result for request in requests for result in served(engine, [request], one)]
+        some = [replace(request, logprobs=2) for request in requests[: settings.alone]]
+        alone = [result for request in some for result in served(engine, [request], one)]
         rows = []
         for name in settings.schedulers:
             options = vars(settings.serve_settings(ServingArm.parse(name)))
-            rows.append({"scheduler": name} | compare(alone, served(engine, requests, options)))
+            together = served(engine, requests, options)
+            rows.append({"scheduler": name} | compare(alone, together[: len(alone)]))
     title = f"{settings.requests} requests, batch {settings.batch}, {settings.dtype}"
     print_table(title, COLUMNS, [_cells(row) for row in rows], {})
     save(facts | {"rows": rows}, settings.out)
@@ -98,20 +107,23 @@ def served(engine: Engine, requests: Sequence[Request], options: dict[str, Any])
 def compare(alone: Sequence[Result], together: Sequence[Result]) -> dict[str, Any]:
     """Share of requests with the same tokens (`same`), and the margins of the others.
 
-    margins: log-probability of the likeliest token less that of the second, alone, at the first
-    difference. same_tokens: share of all tokens that come before a first difference.
+    differ_at: index of the first different token of each that differs. margins: log-probability of
+    the likeliest token less that of the second, alone, there. same_tokens: share of all tokens that
+    come before a first difference.
     """
-    margins, kept = [], 0
+    margins, differ_at, kept = [], [], 0
     for one, other in zip(alone, together, strict=True):
         at = first_difference(one.token_ids, other.token_ids)
         kept += len(one.token_ids) if at is None else at
         if at is not None:
             (_, best), (_, second) = one.logprobs[at].top[:2]
             margins.append(best - second)
+            differ_at.append(at)
     return {
         "requests": len(alone),
         "same": 1 - len(margins) / len(alone),
         "same_tokens": kept / sum(len(one.token_ids) for one in alone),
+        "differ_at": differ_at,
         "margins": margins,
     }
 
@@ -123,9 +135,11 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    margins = row["margins"]
+    margins, requests = row["margins"], row["requests"]
     spread = [f"{np.median(margins):.3f}", f"{max(margins):.3f}"] if margins else ["-", "-"]
-    return [row["scheduler"], f"{row['same']:.1%}", f"{row['same_tokens']:.1%}", *spread]
+    first = f"{np.median(row['differ_at']):.0f}" if margins else "-"
+    same = f"{requests - len(margins)} of {requests}"
+    return [row["scheduler"], same, f"{row['same_tokens']:.1%}", first, *spread]
 
 
 if __name__ == "__main__":

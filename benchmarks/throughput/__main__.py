@@ -1,10 +1,12 @@
-"""Throughput of hundreds of sequences, beside what the link allows.
+"""Throughput of hundreds of sequences, beside what the machine allows, and other systems.
 
     python -m benchmarks.throughput --trace DIR [--arms 'bf16 0.25 x384' ...] [--out FILE]
+    python -m benchmarks.throughput --shape qwen3-30b-a3b --arms 'bf16 24GiB xauto'
 
 The model has a published shape and random weights; requests are passages of a trace of the same
-topology, whose tokens and routes are replayed. All requests are there from the beginning. tok/s are
-new tokens over all the time from the first step to the last, prompts included.
+topology, whose tokens and routes are replayed, or random tokens with drawn routes. All requests are
+there from the beginning. tok/s are new tokens over all the time from the first step to the last,
+prompts included.
 """
 
 from __future__ import annotations
@@ -27,19 +29,29 @@ def main(settings: ThroughputSettings) -> None:
     from benchmarks.common.report import print_facts, save, settings_json
     from benchmarks.common.shapes import shape_named
     from benchmarks.systems.placement import free_memory
-    from benchmarks.throughput.arm import ThroughputArm
+    from benchmarks.throughput.arm import OWN, ThroughputArm
+    from benchmarks.throughput.bounds import measure_machine
     from benchmarks.throughput.page import by_arm
+    from benchmarks.throughput.requests import load_of
+    from benchmarks.throughput.rivals import run_rival
     from benchmarks.throughput.runner import run_arm
 
     transformers.utils.logging.set_verbosity_error()
     start, device = time.perf_counter(), torch.device(settings.device)
     arms = [ThroughputArm.parse(name) for name in settings.arms]
+    shape = shape_named(settings.shape)
+    load = load_of(settings, shape)
     link = measure_link(4 << 20, device)
+    speeds = measure_machine(best(link), device)
+    free_memory()
     facts: dict[str, Any] = {
         "title": f"{settings.shape}, {settings.tokens} new tokens a request",
         "machine": machine(device),
         "command": command("benchmarks.throughput"),
+        "routes": load.routes,
         "link_bytes_per_s": link,
+        "memory_bytes_per_s": speeds.memory,
+        "flops": speeds.flops,
         "settings": settings_json(settings),
     }
     print_facts(facts)
@@ -49,7 +61,11 @@ def main(settings: ThroughputSettings) -> None:
             rows.append({"arm": arm.name, "error": "skipped: the time budget was spent"})
         else:
             try:
-                rows.append(run_arm(settings, shape_named(settings.shape), arm, best(link)))
+                rows.append(
+                    run_arm(settings, shape, load, arm, speeds)
+                    if arm.system == OWN
+                    else run_rival(settings, shape, load, arm)
+                )
             except Exception as error:  # one arm of many: the others still count
                 text = " ".join(str(error).split())
                 rows.append({"arm": arm.name, "error": f"{type(error).__name__}: {text:.300}"})

@@ -1,15 +1,19 @@
-"""An arm: how experts are stored, how many are resident, how many sequences share a step."""
+"""An arm: the system, how experts are stored, what memory it has, how many sequences a step has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from benchmarks.common.coded_models import check_encoding
+from benchmarks.common.coded_models import PLAIN, check_encoding
 
 WAYS = "", "passes", "arriving"
+AUTO = "auto"
+"""As many sequences as `runtime.batch` would choose."""
+OWN, TRANSFORMERS, ACCELERATE = "expertflow", "transformers", "accelerate"
+RIVALS = TRANSFORMERS, ACCELERATE
 
 
 class ThroughputArm(NamedTuple):
@@ -17,24 +21,46 @@ class ThroughputArm(NamedTuple):
 
     encoding: str
     residency: str
-    batch: int
-    way: str
+    """Share of the experts' bytes that is resident, or bytes of GPU memory in all."""
+    batch: int | None
+    """Sequences in flight; None: as many as are chosen for the memory."""
+    way: str = ""
+    system: str = OWN
 
     @property
     def name(self) -> str:
-        return f"{self.encoding} {self.residency} x{self.batch} {self.way}".rstrip()
+        first = self.encoding if self.system == OWN else self.system
+        return f"{first} {self.residency} x{self.batch or AUTO} {self.way}".rstrip()
 
     @classmethod
     def parse(cls, name: str) -> ThroughputArm:
-        """Parse `ENCODING SHARE xBATCH [passes|arriving]`. Raises ValueError for anything else."""
+        """Parse `ENCODING|SYSTEM MEMORY xBATCH|xauto [passes|arriving]`.
+
+        Raises ValueError for anything else.
+        """
         words = name.split()
-        if len(words) not in (3, 4) or not words[2].removeprefix("x").isdigit():
-            raise ValueError(f"arm {name!r}: give an encoding, a share and xBATCH")
-        check_encoding(words[0])
+        number = words[2].removeprefix("x") if len(words) in (3, 4) else ""
+        if number != AUTO and not number.isdigit():
+            raise ValueError(
+                f"arm {name!r}: give an encoding, a share or a size, and xBATCH or x{AUTO}"
+            )
         way = words[3] if len(words) == 4 else ""
         if way not in WAYS:
             raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving")
-        return cls(words[0], words[1], int(words[2].removeprefix("x")), way)
+        batch = None if number == AUTO else int(number)
+        if words[0] not in RIVALS:
+            check_encoding(words[0])
+            return cls(words[0], words[1], batch, way)
+        if way:
+            raise ValueError(f"arm {name!r}: {words[0]} has no ways of its own")
+        if words[0] == TRANSFORMERS and (words[1] != "1.0" or batch is None):
+            raise ValueError(f"arm {name!r}: {TRANSFORMERS} keeps all resident: 1.0 xBATCH")
+        return cls(PLAIN, words[1], batch, way, words[0])
+
+
+def batch_of(row: dict[str, Any]) -> int:
+    """The sequences of a row, which older files have in the arm's name only."""
+    return int(row.get("batch") or ThroughputArm.parse(row["arm"]).batch or 0)
 
 
 @contextmanager

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.common.markdown import provenance, table
+from benchmarks.common.report import number
+from benchmarks.throughput.arm import batch_of
 
 HEAD = (
-    "arm", "resident", "tok/s", "prompt tok/s", "ms a full step", "with prompts", "GB a step",
-    "of the link", "GPU memory, GiB",
+    "arm", "sequences", "resident", "tok/s", "prompt tok/s", "ms a full step", "with prompts",
+    "GB a step", "of the link", "of the bound", "GPU memory, GiB",
 )  # fmt: skip
 
 
@@ -29,13 +31,12 @@ def by_arm(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     name = row["arm"] if row["is_whole"] else f"{row['arm']} (ended by the clock)"
+    gigabytes = row["bytes"] / row["steps"] / 1e9 if "bytes" in row else None
+    bound = "-" if row.get("of_bound") is None else f"{row['of_bound']:.2f} ({row['bound']})"
     return (
-        name, f"{row['slots'] / row['experts']:.0%}", f"{row['tokens_per_s']:,.0f}",
-        f"{row['prompt_tokens_per_s']:,.0f}", _ms(row["full_step_ms"]), _ms(row["mixed_step_ms"]),
-        f"{row['bytes'] / row['steps'] / 1e9:.2f}", f"{row['of_link'] or 0:.2f}",
-        f"{(row['peak_bytes'] or 0) / 2**30:.1f}",
+        name, str(batch_of(row)),
+        f"{row['slots'] / row['experts']:.0%}", f"{row['tokens_per_s']:,.0f}",
+        f"{row['prompt_tokens_per_s']:,.0f}", number(row.get("full_step_ms"), ".1f"),
+        number(row.get("mixed_step_ms"), ".1f"), number(gigabytes, ".2f"),
+        number(row.get("of_link"), ".2f"), bound, number(row["peak_bytes"], ".1f", 2**30),
     )  # fmt: skip
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

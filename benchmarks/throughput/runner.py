@@ -11,18 +11,21 @@ import torch
 
 from benchmarks.common.coded_models import coded_source
 from benchmarks.common.shapes import Shape
-from benchmarks.replay.recorded_requests import Recorded, num_passages, recorded_requests
 from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
+from benchmarks.systems.placement import free_memory
 from benchmarks.throughput.arm import ThroughputArm, running_as
+from benchmarks.throughput.bounds import Machine, Step, Weights, step_of
+from benchmarks.throughput.requests import Load, context_of
 from benchmarks.throughput.settings import ThroughputSettings
 from runtime.cuda.options import CudaOptions
+from runtime.cuda.row_choices import row_choices
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
 from runtime.loading import choose_policy, offload_on_gpu
-from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
 from runtime.sizing.budget import slot_budget
+from runtime.sizing.row_plan import best_choice
 from runtime.sizing.units import parse_memory
 from runtime.weights.source import Source
 
@@ -32,74 +35,73 @@ WARM_UP_TOKENS = 8
 
 
 def run_arm(
-    settings: ThroughputSettings, shape: Shape, arm: ThroughputArm, bandwidth: float | None
+    settings: ThroughputSettings, shape: Shape, load: Load, arm: ThroughputArm, speeds: Machine
 ) -> dict[str, Any]:
-    """One arm. bandwidth: of the link, bytes a second; None on a CPU."""
+    """One arm."""
     device = torch.device(settings.device)
-    requests, recorded = drawn(settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     source = coded_source(shape, arm.encoding, device, seed=settings.seed)
-    replay = RowReplay(source.model, recorded, arm.batch, device, layers=source.layers)
-    with replay.installed(), running_as(arm), load(settings, source, arm) as engine:
+    context = context_of(settings)
+    weights = Weights.of(source, context)
+    batch = arm.batch or chosen_batch(settings, source, arm)
+    replay = RowReplay(source.model, load.recorded, batch, device, layers=source.layers)
+    with replay.installed(), running_as(arm), offloaded(settings, source, arm, batch) as engine:
         load_s = time.perf_counter() - start
         serve = ServeSettings(
-            scheduler="fifo", batch=arm.batch, rows=arm.batch, chunk=settings.chunk,
-            context=context_of(settings), lookahead=len(requests),
+            scheduler="fifo", batch=batch, rows=batch, chunk=settings.chunk, context=context,
+            lookahead=len(load.requests),
         )  # fmt: skip
         loop: Any = ServingLoop(engine, None, serve)
         replay.cache = loop._cache
         loop._runner = ReplayingRunner(loop._runner, replay)
         began = time.perf_counter()
-        for request in requests[: settings.warm_up]:
-            loop.submit(replace(request, max_tokens=WARM_UP_TOKENS))
+        for request in load.requests[: settings.warm_up]:
+            loop.submit(replace(request, max_tokens=min(WARM_UP_TOKENS, settings.tokens)))
         while not loop.is_idle:
             loop.step()
         warm_up_s = time.perf_counter() - began
-        for request in requests:
+        for request in load.requests:
             loop.submit(request)
-        found = measured(loop, engine, settings, arm)
+        found = measured(loop, engine, settings, batch)
+        step = step_of(weights, engine.stats())
         engine.check_integrity()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     timed = {"load_s": load_s, "warm_up_s": warm_up_s, "peak_bytes": peak}
-    return {"arm": arm.name} | timed | bounded(found, bandwidth)
+    return {"arm": arm.name, "batch": batch} | timed | bounded(found, batch, step, speeds)
 
 
-def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Recorded]]:
-    """The requests, and what was recorded of each."""
-    count = min(settings.requests, num_passages(settings.trace, context_of(settings)))
-    some, recorded = recorded_requests(
-        settings.trace, max(count, 1), prompt_tokens=settings.prompt_tokens,
-        output_tokens=[settings.tokens] * 2, seed=settings.seed,
-    )  # fmt: skip
-    requests = [
-        replace(some[number % count], id=f"{number}") for number in range(settings.requests)
-    ]
-    ids = {f"{number}": some[number % count].id for number in range(settings.requests)}
-    return requests, {id: recorded[of] for id, of in ids.items()}
+def chosen_batch(settings: ThroughputSettings, source: Source, arm: ThroughputArm) -> int:
+    """As many sequences as `runtime.batch` would choose. Raises ValueError where none fit."""
+    device = torch.device(settings.device)
+    if device.type != "cuda":
+        return min(ServeSettings.batch, settings.requests)
+    memory, context = parse_memory(arm.residency), context_of(settings)
+    choices = list(
+        row_choices(source, memory, context=context, most=settings.requests, device=device)
+    )
+    if not choices:
+        raise ValueError(f"{arm.name}: no number of sequences fits; give more memory")
+    free_memory()
+    return best_choice(choices).rows
 
 
-def context_of(settings: ThroughputSettings) -> int:
-    """Tokens of the longest sequence."""
-    return settings.prompt_tokens[1] + settings.tokens
-
-
-def load(settings: ThroughputSettings, source: Source, arm: ThroughputArm) -> Engine:
+def offloaded(
+    settings: ThroughputSettings, source: Source, arm: ThroughputArm, batch: int
+) -> Engine:
     """The model, offloaded as the arm says."""
     device, budget = torch.device(settings.device), parse_memory(arm.residency)
     policy = choose_policy(None, source, None, None)
     if device.type == "cuda":
-        options = CudaOptions(context=context_of(settings), batch=arm.batch, cpu_share=False)
+        options = CudaOptions(context=context_of(settings), batch=batch, cpu_share=False)
         engine: Engine = offload_on_gpu(source, budget, device, policy, options).expertflow
         return engine
     backend = CpuBackend(source, slot_budget(budget, source), device, policy)
     return Engine(source, backend, None, None, device)
 
 
-def measured(
-    loop: Any, engine: Engine, settings: ThroughputSettings, arm: ThroughputArm
-) -> dict[str, Any]:
+def measured(loop: Any, engine: Engine, settings: ThroughputSettings, batch: int) -> dict[str, Any]:
     """Serve until all requests have ended, or the time is over."""
     stats = engine.stats()
     stats.reset()
@@ -114,9 +116,9 @@ def measured(
     seconds, is_whole = time.perf_counter() - start, loop.is_idle
     stats = engine.stats()
     loop.cancel_all()
-    other = [s for s, new, _ in steps if new < MEASURED * arm.batch]
-    full = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and not prompt]
-    mixed = [s for s, new, prompt in steps if new >= MEASURED * arm.batch and prompt]
+    other = [s for s, new, _ in steps if new < MEASURED * batch]
+    full = [s for s, new, prompt in steps if new >= MEASURED * batch and not prompt]
+    mixed = [s for s, new, prompt in steps if new >= MEASURED * batch and prompt]
     return {
         "tokens_per_s": sum(new for _, new, _ in steps) / seconds,
         "prompt_tokens_per_s": sum(prompt for *_, prompt in steps) / seconds,
@@ -142,7 +144,18 @@ def _median(name: str, seconds: list[float]) -> dict[str, Any]:
     return {f"{name}_ms": median, f"{name}s": len(seconds), f"{name}s_s": sum(seconds)}
 
 
-def bounded(found: dict[str, Any], bandwidth: float | None) -> dict[str, Any]:
-    """With the seconds that the link alone takes for what crossed it, and their share."""
-    link_s = found["bytes"] / bandwidth if bandwidth else None
-    return found | {"link_s": link_s, "of_link": link_s and link_s / found["seconds"]}
+def bounded(found: dict[str, Any], batch: int, step: Step, speeds: Machine) -> dict[str, Any]:
+    """With the seconds that the link alone takes for what crossed it, their share, and the speed
+    that the machine allows at the most.
+    """
+    link_s = found["bytes"] / speeds.link if speeds.link else None
+    least = step.seconds(speeds, batch)
+    most = batch / max(least.values()) if least else None
+    return found | {
+        "link_s": link_s,
+        "of_link": link_s and link_s / found["seconds"],
+        "step": step._asdict(),
+        "bound": max(least, key=least.__getitem__) if least else None,
+        "bound_tokens_per_s": most,
+        "of_bound": most and found["tokens_per_s"] / most,
+    }

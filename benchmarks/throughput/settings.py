@@ -10,18 +10,25 @@ from pathlib import Path
 class ThroughputSettings:
     """Generate for many requests at once, and compare with what the link allows."""
 
-    trace: Path
-    """Trace directory of the shape's topology, the source of requests and of their routes."""
+    trace: Path | None = None
+    """Trace directory of the shape's topology, the source of requests and of their routes. Without
+    one tokens are random, and routes are drawn."""
+    locality: float = 0.45
+    """Locality of drawn routes: hit rate of LRU with a quarter of the experts resident."""
     shape: str = "olmoe-7b"
     """Model shape; tiny for a rehearsal."""
     arms: list[str] = field(
         default_factory=lambda: ["bf16 0.25 x384", "mxfp4 0.25 x384", "bf16 1.0 x128"]
     )
-    """Arms, each an encoding, the resident share of the experts' bytes, and the sequences in
-    flight. A last word `passes` keeps steps out of CUDA graphs, `arriving` experts from being
-    streamed."""
+    """Arms, each an encoding, the resident share of the experts' bytes or the GPU memory in all
+    (as 24GiB), and the sequences in flight (`xauto`: as many as runtime.batch would choose). A last
+    word `passes` keeps steps out of CUDA graphs, `arriving` experts from being streamed. Other
+    systems: `transformers 1.0 x128` (continuous batching), `accelerate 24GiB xauto` (offloading,
+    the largest batch that fits)."""
     requests: int = 2000
-    """Requests, passages of the trace; they come again where it has fewer."""
+    """Requests; passages of a trace come again where it has fewer."""
+    rival_requests: int = 256
+    """Of them, the first ones, which other systems serve."""
     prompt_tokens: list[int] = field(default_factory=lambda: [16, 128])
     """Fewest and most tokens of a prompt."""
     tokens: int = 128

@@ -113,7 +113,9 @@ def result(tokens: Sequence[int], gap: float = 0.5) -> Result:
 def test_requests_that_differ_are_counted_with_the_margin_of_the_choice() -> None:
     alone = [result([1, 2, 3, 4]), result([5, 6, 7, 8], gap=0.25)]
     told = agreement.compare(alone, [result([1, 2, 3, 4]), result([5, 9, 7, 8])])
-    assert told == {"requests": 2, "same": 0.5, "same_tokens": 5 / 8, "margins": [0.25]}
+    assert told == {
+        "requests": 2, "same": 0.5, "same_tokens": 5 / 8, "differ_at": [1], "margins": [0.25],
+    }  # fmt: skip
 
 
 def test_agreement_serves_the_embedded_model_alone_and_together(
@@ -127,6 +129,7 @@ def test_agreement_serves_the_embedded_model_alone_and_together(
             text=exports / "sample",
             schedulers=["fifo"],
             requests=6,
+            alone=4,
             output_tokens=[3, 5],
             dtype="float32",
             device="cpu",
@@ -136,5 +139,5 @@ def test_agreement_serves_the_embedded_model_alone_and_together(
         )
     )
     row = json.loads(out.read_text())["rows"][0]
-    assert (row["requests"], row["same"]) == (6, 1.0)
+    assert (row["requests"], row["same"]) == (4, 1.0)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == [row]

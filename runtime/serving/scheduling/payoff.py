@@ -37,24 +37,30 @@ class Payoff:
             return True
         return False
 
+    def rest(self) -> None:
+        """Begin to rest, because a choice has nothing to save."""
+        self._rest, self._losses = self._next_rest, 0
+        self._next_rest = min(2 * self._next_rest, self.LONGEST)
+        self._choices, self._saved, self._spent = 0, 0.0, 0.0
+        self.times_rested += 1
+
     def add(self, saved_loads: float, seconds: float) -> None:
         """Count one choice."""
         self._saved += saved_loads
         self._spent += seconds
         self._choices += 1
         if self._choices == self._window:
-            self._judge(self._saved * self._seconds_per_load())
+            gained, spent = self._saved * self._seconds_per_load(), self._spent
             self._choices, self._saved, self._spent = 0, 0.0, 0.0
+            self._judge(gained, spent)
 
-    def _judge(self, gained: float) -> None:
-        if gained > self._spent:
+    def _judge(self, gained: float, spent: float) -> None:
+        if gained > spent:
             self._losses, self._next_rest = 0, self.REST
             return
         self._losses += 1
-        if self._losses == 2 or gained <= self._spent / 2:
-            self._rest, self._losses = self._next_rest, 0
-            self._next_rest = min(2 * self._next_rest, self.LONGEST)
-            self.times_rested += 1
+        if self._losses == 2 or gained <= spent / 2:
+            self.rest()
 
 
 def expected_loads(unused_NK: np.ndarray, weight_K: np.ndarray) -> float:

@@ -18,20 +18,28 @@ from runtime.serving.scheduling.ordering import Fifo, Ordering
 from runtime.serving.scheduling.payoff import Payoff, expected_loads
 from runtime.serving.sequence import ServedSequence
 
+MOST_USED = 0.95
+"""Share of all experts that a chosen group still uses, above which choosing did not pay."""
+
 
 class Predicted(Ordering):
     """Least expected loads; first come, first served, and no look at prompts, while that rests.
 
     Admission groups requests by the mean use of each expert over the prompt; a step is composed by
-    what the pending tokens use. Prompts are admitted in bursts, of `burst` where so
-    many wait: nearly every expert crosses the link for a step with prompts in it, so several share
-    one.
+    what the pending tokens use. Prompts are admitted in bursts, of `burst` where so many wait:
+    nearly every expert crosses the link for a step with prompts in it, so several share one.
+    Ordering rests at once after a group that uses nearly all experts, however well chosen.
     """
 
     name = "predicted"
     needs_forecasts = True
 
-    def __init__(self, seconds_per_load: Callable[[], float], *, burst: int, batch: int) -> None:
+    def __init__(
+        self, seconds_per_load: Callable[[], float], *, burst: int, batch: int,
+        most_used: float = MOST_USED,
+    ) -> None:  # fmt: skip
+        """most_used: share of the experts that a group uses, above which ordering rests."""
+        self._most_used = most_used
         self.payoff = Payoff(seconds_per_load)
         self.bursts = Bursts(burst, batch, seconds_per_load)
         self._fifo = Fifo()
@@ -97,7 +105,10 @@ class Predicted(Ordering):
         base_K = missing_K * np.prod([_pending(sequence) for sequence in chosen], axis=0)
         picks = cheapest(unused_NK, base_K, count)
         saved = expected_loads(unused_NK[:count], base_K) - expected_loads(unused_NK[picks], base_K)
-        self.payoff.add(saved, time.perf_counter() - start)
+        if 1 - unused_NK[picks].prod(0).mean() > self._most_used:
+            self.payoff.rest()
+        else:
+            self.payoff.add(saved, time.perf_counter() - start)
         return [ready[i] for i in picks]
 
 

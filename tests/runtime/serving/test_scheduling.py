@@ -189,6 +189,30 @@ def test_admission_prefers_what_overlaps_with_the_running() -> None:
     assert all(one.number % 2 == 0 for one in admitted)
 
 
+@pytest.mark.parametrize(("share", "rests"), [(0.9, False), (0.97, True)])
+def test_order_rests_at_once_after_a_group_that_still_uses_nearly_all_experts(
+    share: float, rests: bool
+) -> None:
+    ordering = predicted()
+    each = 1 - (1 - share) ** (1 / 4)  # four sequences together use this share
+    ready = [make_ready(sequence(i, np.full(8, each)), i) for i in range(8)]
+    assert len(ordering.compose(ready, [], 4, np.ones(8, np.float32))) == 4
+    assert ordering.payoff.resting is rests and ordering.looks_ahead is not rests
+    assert ordering.payoff.times_rested == int(rests)
+
+
+def test_order_tries_again_after_a_rest_and_longer_ones_follow_in_a_row() -> None:
+    ordering, steps = predicted(), []
+    ready = [make_ready(sequence(i, np.ones(8)), i) for i in range(8)]
+    for _ in range(3):
+        ordering.compose(ready, [], 4, np.ones(8, np.float32))
+        steps.append(0)
+        while ordering.payoff.resting:
+            ordering.compose(ready, [], 4, np.ones(8, np.float32))
+            steps[-1] += 1
+    assert steps == [Payoff.REST, 2 * Payoff.REST, 4 * Payoff.REST]
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**16), rows=st.integers(2, 7), count=st.integers(1, 4))
 def test_the_first_choice_is_the_cheapest_and_each_next_adds_least(

@@ -1,0 +1,1 @@
+"""The worth of ordering sequences by their routes, by the number that decode together."""
