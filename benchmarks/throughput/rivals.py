@@ -61,7 +61,10 @@ def run_rival(
     model: Any = build_model(shape, device, seed=settings.seed)
     layers = find_moe_layers(model)
     batch = arm.batch or largest_batch(settings, model, layers, arm)
-    prompts = [list(one.prompt) for one in load.requests[: settings.rival_requests]]
+    prompts = [
+        load.recorded[one.id].token_ids_T[: -settings.tokens].tolist()
+        for one in load.requests[: settings.rival_requests]
+    ]
     with _routed(model, layers, load, device):
         if arm.system == ACCELERATE:
             served, load_s = _offloaded(model, prompts, settings, batch, start)

@@ -103,7 +103,14 @@ def test_the_benchmark_compares_every_order_with_arrival(
     out = tmp_path / "ordering.json"
     options: dict[str, Any] = {"batches": [2], "texts": 6, "steps": 10, "tokens": 30}
     main(
-        OrderingSettings(**files, prompt_tokens=PROMPT, output_tokens=[2, NEW], out=out, **options)
+        OrderingSettings(
+            trace=files["trace"],
+            predictor=files["predictor"],
+            prompt_tokens=PROMPT,
+            output_tokens=[2, NEW],
+            out=out,
+            **options,
+        )
     )
     document = json.loads(out.read_text())
     assert [row["order"] for row in document["rows"]] == [
