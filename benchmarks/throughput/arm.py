@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 from benchmarks.common.coded_models import check_encoding
 
-WAYS = "", "passes", "arriving"
+PAGES = "pages"
+WAYS = "", "passes", "arriving", PAGES
 
 
 class ThroughputArm(NamedTuple):
@@ -26,14 +27,16 @@ class ThroughputArm(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> ThroughputArm:
-        """Parse `ENCODING SHARE xBATCH [passes|arriving]`. Raises ValueError for anything else."""
+        """Parse `ENCODING SHARE xBATCH [passes|arriving|pages]`. Raises ValueError for anything
+        else.
+        """
         words = name.split()
         if len(words) not in (3, 4) or not words[2].removeprefix("x").isdigit():
             raise ValueError(f"arm {name!r}: give an encoding, a share and xBATCH")
         check_encoding(words[0])
         way = words[3] if len(words) == 4 else ""
         if way not in WAYS:
-            raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving")
+            raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving, pages")
         return cls(words[0], words[1], int(words[2].removeprefix("x")), way)
 
 

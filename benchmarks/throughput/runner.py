@@ -13,11 +13,13 @@ from benchmarks.common.coded_models import coded_source
 from benchmarks.common.shapes import Shape
 from benchmarks.replay.recorded_requests import Recorded, num_passages, recorded_requests
 from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
-from benchmarks.throughput.arm import ThroughputArm, running_as
+from benchmarks.throughput.arm import PAGES, ThroughputArm, running_as
 from benchmarks.throughput.settings import ThroughputSettings
+from runtime.batch.lengths import Length, mean_tokens
 from runtime.cuda.options import CudaOptions
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
+from runtime.kv.pages.places import PAGE
 from runtime.loading import choose_policy, offload_on_gpu
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
@@ -42,11 +44,12 @@ def run_arm(
     start = time.perf_counter()
     source = coded_source(shape, arm.encoding, device, seed=settings.seed)
     replay = RowReplay(source.model, recorded, arm.batch, device, layers=source.layers)
-    with replay.installed(), running_as(arm), load(settings, source, arm) as engine:
+    tokens = cache_tokens(settings, arm, requests)
+    with replay.installed(), running_as(arm), load(settings, source, arm, tokens) as engine:
         load_s = time.perf_counter() - start
         serve = ServeSettings(
             scheduler="fifo", batch=arm.batch, rows=arm.batch, chunk=settings.chunk,
-            context=context_of(settings), lookahead=len(requests),
+            context=context_of(settings), lookahead=len(requests), cache_tokens=tokens,
         )  # fmt: skip
         loop: Any = ServingLoop(engine, None, serve)
         replay.cache = loop._cache
@@ -71,7 +74,8 @@ def drawn(settings: ThroughputSettings) -> tuple[list[Request], dict[str, Record
     count = min(settings.requests, num_passages(settings.trace, context_of(settings)))
     some, recorded = recorded_requests(
         settings.trace, max(count, 1), prompt_tokens=settings.prompt_tokens,
-        output_tokens=[settings.tokens] * 2, seed=settings.seed,
+        output_tokens=[settings.least_tokens or settings.tokens, settings.tokens],
+        seed=settings.seed,
     )  # fmt: skip
     requests = [
         replace(some[number % count], id=f"{number}") for number in range(settings.requests)
@@ -85,12 +89,28 @@ def context_of(settings: ThroughputSettings) -> int:
     return settings.prompt_tokens[1] + settings.tokens
 
 
-def load(settings: ThroughputSettings, source: Source, arm: ThroughputArm) -> Engine:
-    """The model, offloaded as the arm says."""
+def cache_tokens(
+    settings: ThroughputSettings, arm: ThroughputArm, requests: list[Request]
+) -> int | None:
+    """Tokens of the key/value cache, as a batch of these requests reserves them; None: as many as
+    the longest needs, for each sequence.
+    """
+    context = context_of(settings)
+    lengths = [Length(len(one.prompt), one.max_tokens) for one in requests]
+    mean = mean_tokens(lengths, context, PAGE) if arm.way == PAGES else None
+    return mean and max(arm.batch * mean, context)
+
+
+def load(
+    settings: ThroughputSettings, source: Source, arm: ThroughputArm, tokens: int | None = None
+) -> Engine:
+    """The model, offloaded as the arm says. tokens: of the key/value cache."""
     device, budget = torch.device(settings.device), parse_memory(arm.residency)
     policy = choose_policy(None, source, None, None)
     if device.type == "cuda":
-        options = CudaOptions(context=context_of(settings), batch=arm.batch, cpu_share=False)
+        options = CudaOptions(
+            context=context_of(settings), batch=arm.batch, cpu_share=False, cache_tokens=tokens
+        )
         engine: Engine = offload_on_gpu(source, budget, device, policy, options).expertflow
         return engine
     backend = CpuBackend(source, slot_budget(budget, source), device, policy)
@@ -131,6 +151,8 @@ def measured(
         "bytes_wasted": stats.bytes_wasted,
         "hit_rate": stats.hit_rate,
         "failed_steps": loop.num_failed_steps,
+        "displaced": loop.num_displaced,
+        "key_value_bytes": loop.key_value_bytes,
         "slots": stats.num_slots,
         "experts": stats.total_experts,
     }

@@ -19,13 +19,16 @@ class ThroughputSettings:
     )
     """Arms, each an encoding, the resident share of the experts' bytes, and the sequences in
     flight. A last word `passes` keeps steps out of CUDA graphs, `arriving` experts from being
-    streamed."""
+    streamed; `pages` reserves keys and values for the requests' mean length, not for the longest of
+    each sequence."""
     requests: int = 2000
     """Requests, passages of the trace; they come again where it has fewer."""
     prompt_tokens: list[int] = field(default_factory=lambda: [16, 128])
     """Fewest and most tokens of a prompt."""
     tokens: int = 128
-    """New tokens of each request."""
+    """New tokens of each request at the most."""
+    least_tokens: int | None = None
+    """At the least, for requests of mixed lengths; by default they have all of `tokens`."""
     warm_up: int = 256
     """Requests that are served before the clock starts: kernels compile, steps are captured."""
     chunk: int = 8192

@@ -99,7 +99,7 @@ class RowCache(Cache):
         page = places.PAGE if self.storage is None else self.storage.page
         return PageTable(
             self.num_rows, self.room, -(-tokens // page), page,
-            lambda like: self.allocate(TABLE, "pages", like).zero_(),
+            lambda like: self.allocate(TABLE, "pages", like),
         )  # fmt: skip
 
     @property

@@ -132,6 +132,7 @@ class CapturedRunner(ModelRunner):
     @torch.no_grad()
     def _decode(self, sequences: Sequence[ServedSequence], renew: Callable[[], None]) -> Ran:
         parts = [Part(sequence, 1) for sequence in sequences]
+        self._rows.use(self._cache)
         run = self._rows.launch(
             [sequence.token_ids[-1] for sequence in sequences],
             [sequence.row for sequence in sequences],

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.common import shapes
 from benchmarks.pages.__main__ import RESULTS, ROOT
-from benchmarks.throughput import page
+from benchmarks.throughput import page, runner
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.arm import ThroughputArm
 from benchmarks.throughput.runner import drawn
@@ -20,6 +20,7 @@ from benchmarks.throughput.settings import ThroughputSettings
 from routing.shards import PROMPT, Document
 from routing.topology import Layer, Stack, Topology
 from routing.writer import TraceWriter
+from runtime.kv.pages import places
 from tests.routing.test_shards import PROVENANCE
 
 SMALL = replace(
@@ -60,7 +61,9 @@ def settings_of(trace: Path, **options: Any) -> ThroughputSettings:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bf16 0.25 x384", "mxfp4 4GiB x8 passes", "int4 1.0 x1 arriving"])
+@pytest.mark.parametrize(
+    "name", ["bf16 0.25 x384", "mxfp4 4GiB x8 passes", "int4 1.0 x1 arriving", "bf16 1.0 x8 pages"]
+)
 def test_an_arm_is_called_what_it_was_parsed_from(name: str) -> None:
     assert ThroughputArm.parse(name).name == name
 
@@ -72,7 +75,7 @@ def test_an_arm_is_called_what_it_was_parsed_from(name: str) -> None:
         ("bf16 0.25 many", "give an encoding, a share and xBATCH"),
         ("bf16 0.25 x8 passes too", "give an encoding, a share and xBATCH"),
         ("bf8 0.25 x8", "'bf8' is not one of bf16"),
-        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving"),
+        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving, pages"),
     ],
 )
 def test_a_name_that_is_no_arm_is_refused(name: str, message: str) -> None:
@@ -111,6 +114,22 @@ def test_a_rehearsal_serves_every_request(trace: Path, monkeypatch: pytest.Monke
         kinds = ("full_step", "mixed_step", "other_step")
         assert sum(row[f"{kind}s"] for kind in kinds) == row["steps"]
     assert len(list(page.throughput(document))) > 6
+
+
+def test_pages_are_reserved_for_the_requests_mean_length(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that are parked for others go on with their own routes."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny", SMALL)
+    monkeypatch.setattr(runner, "PAGE", 1)
+    monkeypatch.setattr(places, "PAGE", 1)
+    out = trace.parent / "out.json"
+    arms = ["bf16 0.5 x3", "bf16 0.5 x3 pages"]
+    main(settings_of(trace, arms=arms, out=out, least_tokens=1))
+    whole, paged = json.loads(out.read_text())["rows"]
+    assert whole["ended"] == paged["ended"] == 5
+    assert not (whole["failed_steps"] or paged["failed_steps"])
+    assert paged["key_value_bytes"] < whole["key_value_bytes"]
 
 
 def test_the_readme_has_the_speeds_of_the_file() -> None:

@@ -192,6 +192,12 @@ class RowDecoder:
         self._epoch = -1
         return True
 
+    def use(self, cache: RowCache) -> None:
+        """Attend to the rows of `cache`, as they are now, in the next step: loops take turns."""
+        if cache is not self._cache:
+            self.take_on(cache)
+        cache.send_pages(self._decoder.model.device)
+
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step."""
         return self._is_narrow(num_rows) or self._wide.fits(num_rows)
@@ -223,7 +229,6 @@ class RowDecoder:
         step = self._step_for(len(tokens), prefetch=prefetch)
         decoder.take_over()
         decoder.driver.begin_served_step(forecast)
-        self._cache.send_pages(decoder.model.device)
         step.set_inputs(tokens, rows, positions)
         run = Run(decoder.enqueue(step, len(tokens)), start)
         key = self._key(step.batch)

@@ -43,7 +43,6 @@ class WideRows:
         self._decoder.hand_over()
         self._grouped.prepare()
         step = self._step_for(len(tokens))
-        self._cache.send_pages(self._decoder.model.device)
         step.set_inputs(tokens, rows, positions)
         return Run(self._decoder.enqueue(step, len(tokens)), start)
 

@@ -31,7 +31,7 @@ class PageTable:
         self._pages: list[list[int]] = [[] for _ in range(num_rows)]
         self._host_RN = torch.zeros(self._shape, dtype=torch.int32)
         self._places: Paged | None = None
-        self._has_changed = False
+        self._has_changed = True
         self._sent: torch.cuda.Event | None = None
         """Complete when the last copy to the device is."""
 
