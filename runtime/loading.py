@@ -25,6 +25,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.guards.adapters import load_adapter_beside
 from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
+from runtime.kv.state_kinds import require_pages
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
@@ -55,6 +56,7 @@ def load(
     host: str = "file",
     context: int | None = None,
     batch: int | None = None,
+    cache_tokens: int | None = None,
     prefetch: bool | str | None = None,
     cpu_share: bool | str | None = None,
     compile: bool | str | None = None,
@@ -101,6 +103,10 @@ def load(
     context, batch: the longest sequence (prompt and generated tokens; 2048 by default) and the most
         sequences (1 by default) that are decoded as captured CUDA graphs; the key/value cache is
         that large.
+    cache_tokens: room of that cache for the tokens of all served sequences together, where most are
+        shorter than `context` (batch x context by default). Sequences take pages of 64 as they
+        grow; where none is left, the newest waits in host memory. Of models that keep plain keys
+        and values.
     prefetch: fetch likely experts while the link is idle, in decode steps those of the coming
         layers and of the next token, in prompts those of the next layer. "auto", the default, tries
         it in decode steps for some three hundred steps in turns with steps without it, keeps the
@@ -124,8 +130,8 @@ def load(
         model = base_model(model)
     budget, target = parse_memory(memory), target_device(device, model)
     given = {
-        "context": context, "batch": batch, "prefetch": prefetch, "cpu_share": cpu_share,
-        "compile": compile,
+        "context": context, "batch": batch, "cache_tokens": cache_tokens, "prefetch": prefetch,
+        "cpu_share": cpu_share, "compile": compile,
     }  # fmt: skip
     options = _cuda_options(given, target)
     file = None if predictor is None else open_predictor(predictor)
@@ -171,7 +177,12 @@ def offload_on_gpu(
     from runtime.cuda.backend import CudaBackend
     from runtime.cuda.device_budget import device_budget
 
-    budget = device_budget(source, memory, context=options.context, batch=options.batch)
+    tokens = options.paged_tokens
+    if tokens is not None:
+        require_pages(source.model.config.get_text_config(decoder=True), tokens)  # type: ignore[union-attr,operator]
+    budget = device_budget(
+        source, memory, context=options.context, batch=options.batch, tokens=tokens
+    )
     backend = CudaBackend(source, budget, device, policy, options, forecaster, route_log)
     Engine(source, backend, forecaster, route_log, device)
     return cast("OffloadedModel", source.model)

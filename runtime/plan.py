@@ -42,6 +42,8 @@ class PlanSettings:
     """Tokens of the longest sequence. On a GPU a size pays for its keys and values too."""
     batch: int = 1
     """Sequences that run at once."""
+    cache_tokens: int | None = None
+    """On a GPU: tokens of all sequences together; by default batch x context."""
     dtype: str = "auto"
     """Number format of the model; `auto` is the one it is stored in."""
     revision: str | None = None
@@ -57,6 +59,7 @@ def plan(
     device: str = "cpu",
     context: int = 2048,
     batch: int = 1,
+    cache_tokens: int | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -68,17 +71,20 @@ def plan(
 
     Raises ValueError as `runtime.load` would.
     """
+    from runtime.sizing.cache_tokens import fewer_than, require_cache_tokens
     from runtime.sizing.memory_plan import MemoryPlan
     from runtime.weights.repository.hub import HubOptions
     from runtime.weights.source import from_path_on_meta
 
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
     source = from_path_on_meta(model, dtype, hub)
-    budget = _budget(source, memory, device, context=context, batch=batch)
+    require_cache_tokens(cache_tokens, context)
+    tokens = fewer_than(batch * context, cache_tokens)
+    budget = _budget(source, memory, device, context=context, batch=batch, tokens=tokens)
     return MemoryPlan.of(source, budget, str(model))
 
 
-def _budget(source: Source, memory: float | int | str, device: str, **sizes: int) -> SlotBudget:
+def _budget(source: Source, memory: float | int | str, device: str, **sizes: Any) -> SlotBudget:
     """Slots as `runtime.load` counts them: on a GPU, bytes pay for cache and workspace too."""
     from runtime.sizing.budget import slot_budget
     from runtime.sizing.units import parse_memory
@@ -99,7 +105,7 @@ def main(settings: PlanSettings) -> None:
     from runtime.sizing.memory_plan import advice, describe
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = ("context", "batch", "dtype", "revision", "cache_dir")
+    names = ("context", "batch", "cache_tokens", "dtype", "revision", "cache_dir")
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     planned = plan(settings.model, settings.memory, device=device, **options)
     bandwidth = None

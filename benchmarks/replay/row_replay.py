@@ -92,11 +92,14 @@ class ReplayingRunner:
     def __init__(self, inner: ModelRunner, replay: RowReplay) -> None:
         self._inner, self._replay = inner, replay
         self.overlaps = inner.overlaps
+        self._placed: dict[int, str] = {}
+        """The request of each row; one that was parked goes on in another."""
 
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
         """Run as `ModelRunner.run` does, then replace the chosen tokens by the recorded ones."""
         for sequence, _ in parts:
-            if sequence.num_cached == 0:
+            if self._placed.get(sequence.row) != sequence.request.id or not sequence.num_cached:
+                self._placed[sequence.row] = sequence.request.id
                 self._replay.place(sequence.row, sequence.request.id)
         following, routes_TLK = self._inner.run(parts, renew)
         recorded_N = [self._recorded_token(part) for part in parts if part.completes]

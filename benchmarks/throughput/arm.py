@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 from benchmarks.common.coded_models import PLAIN, check_encoding
 
-WAYS = "", "passes", "arriving"
+PAGES = "pages"
+WAYS = "", "passes", "arriving", PAGES
 AUTO = "auto"
 """As many sequences as `runtime.batch` would choose."""
 OWN, TRANSFORMERS, ACCELERATE = "expertflow", "transformers", "accelerate"
@@ -34,7 +35,7 @@ class ThroughputArm(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> ThroughputArm:
-        """Parse `ENCODING|SYSTEM MEMORY xBATCH|xauto [passes|arriving]`.
+        """Parse `ENCODING|SYSTEM MEMORY xBATCH|xauto [passes|arriving|pages]`.
 
         Raises ValueError for anything else.
         """
@@ -46,7 +47,7 @@ class ThroughputArm(NamedTuple):
             )
         way = words[3] if len(words) == 4 else ""
         if way not in WAYS:
-            raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving")
+            raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving, pages")
         batch = None if number == AUTO else int(number)
         if words[0] not in RIVALS:
             check_encoding(words[0])

@@ -47,7 +47,8 @@ def traced(settings: ThroughputSettings) -> Load:
     count = min(settings.requests, num_passages(settings.trace, context_of(settings)))
     some, recorded = recorded_requests(
         settings.trace, max(count, 1), prompt_tokens=settings.prompt_tokens,
-        output_tokens=[settings.tokens] * 2, seed=settings.seed,
+        output_tokens=[settings.least_tokens or settings.tokens, settings.tokens],
+        seed=settings.seed,
     )  # fmt: skip
     requests = [
         replace(some[number % count], id=f"{number}") for number in range(settings.requests)
@@ -67,14 +68,16 @@ def drawn(settings: ThroughputSettings, stack: Stack, vocab_size: int) -> Load:
     for number in range(settings.requests):
         low, high = settings.prompt_tokens
         prompt = int(random.integers(low, high + 1))
-        tokens_T = random.integers(0, vocab_size, prompt + settings.tokens).astype(np.int32)
+        least = settings.least_tokens or settings.tokens
+        new = int(random.integers(least, settings.tokens + 1))
+        tokens_T = random.integers(0, vocab_size, prompt + new).astype(np.int32)
         stream_TLK = streams[number % STREAMS]
         start = int(random.integers(len(stream_TLK) - len(tokens_T) + 1))
         recorded[f"{number}"] = Recorded(tokens_T, stream_TLK[start : start + len(tokens_T)])
         requests.append(
             Request(
                 id=f"{number}", prompt=tokens_T[:prompt].tolist(), ignore_eos=True,
-                max_tokens=settings.tokens,
+                max_tokens=new,
             )
         )  # fmt: skip
     reached = drawn_hit_rate(stack, steepness, seed=settings.seed + STREAMS)

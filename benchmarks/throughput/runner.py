@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from benchmarks.common.coded_models import coded_source
 from benchmarks.common.shapes import Shape
 from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
 from benchmarks.systems.placement import free_memory
-from benchmarks.throughput.arm import ThroughputArm, running_as
+from benchmarks.throughput.arm import PAGES, ThroughputArm, running_as
 from benchmarks.throughput.bounds import Machine, Step, Weights, step_of
 from benchmarks.throughput.requests import Load, context_of
 from benchmarks.throughput.settings import ThroughputSettings
+from runtime.batch.lengths import Length, mean_tokens
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.row_choices import row_choices
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
+from runtime.kv.pages.places import PAGE
 from runtime.loading import choose_policy, offload_on_gpu
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -45,13 +48,18 @@ def run_arm(
     source = coded_source(shape, arm.encoding, device, seed=settings.seed)
     context = context_of(settings)
     weights = Weights.of(source, context)
-    batch = arm.batch or chosen_batch(settings, source, arm)
+    batch = arm.batch or chosen_batch(settings, source, arm, load)
+    tokens = cache_tokens(settings, arm, load, batch)
     replay = RowReplay(source.model, load.recorded, batch, device, layers=source.layers)
-    with replay.installed(), running_as(arm), offloaded(settings, source, arm, batch) as engine:
+    with (
+        replay.installed(),
+        running_as(arm),
+        offloaded(settings, source, arm, batch, tokens) as engine,
+    ):
         load_s = time.perf_counter() - start
         serve = ServeSettings(
             scheduler="fifo", batch=batch, rows=batch, chunk=settings.chunk, context=context,
-            lookahead=len(load.requests),
+            lookahead=len(load.requests), cache_tokens=tokens,
         )  # fmt: skip
         loop: Any = ServingLoop(engine, None, serve)
         replay.cache = loop._cache
@@ -72,29 +80,52 @@ def run_arm(
     return {"arm": arm.name, "batch": batch} | timed | bounded(found, batch, step, speeds)
 
 
-def chosen_batch(settings: ThroughputSettings, source: Source, arm: ThroughputArm) -> int:
+def chosen_batch(
+    settings: ThroughputSettings, source: Source, arm: ThroughputArm, load: Load
+) -> int:
     """As many sequences as `runtime.batch` would choose. Raises ValueError where none fit."""
     device = torch.device(settings.device)
     if device.type != "cuda":
         return min(ServeSettings.batch, settings.requests)
     memory, context = parse_memory(arm.residency), context_of(settings)
     choices = list(
-        row_choices(source, memory, context=context, most=settings.requests, device=device)
-    )
+        row_choices(
+            source, memory, context=context, most=settings.requests, device=device,
+            tokens_of=partial(cache_tokens, settings, arm, load),
+        )
+    )  # fmt: skip
     if not choices:
         raise ValueError(f"{arm.name}: no number of sequences fits; give more memory")
     free_memory()
     return best_choice(choices).rows
 
 
+def cache_tokens(
+    settings: ThroughputSettings, arm: ThroughputArm, load: Load, batch: int
+) -> int | None:
+    """Tokens of the key/value cache, as a batch of these requests reserves them; None: as many as
+    the longest needs, for each sequence.
+    """
+    context = context_of(settings)
+    lengths = [Length(len(one.prompt), one.max_tokens) for one in load.requests]
+    mean = mean_tokens(lengths, context, PAGE) if arm.way == PAGES else None
+    return mean and max(batch * mean, context)
+
+
 def offloaded(
-    settings: ThroughputSettings, source: Source, arm: ThroughputArm, batch: int
+    settings: ThroughputSettings,
+    source: Source,
+    arm: ThroughputArm,
+    batch: int,
+    tokens: int | None = None,
 ) -> Engine:
-    """The model, offloaded as the arm says."""
+    """The model, offloaded as the arm says. tokens: of the key/value cache."""
     device, budget = torch.device(settings.device), parse_memory(arm.residency)
     policy = choose_policy(None, source, None, None)
     if device.type == "cuda":
-        options = CudaOptions(context=context_of(settings), batch=batch, cpu_share=False)
+        options = CudaOptions(
+            context=context_of(settings), batch=batch, cpu_share=False, cache_tokens=tokens
+        )
         engine: Engine = offload_on_gpu(source, budget, device, policy, options).expertflow
         return engine
     backend = CpuBackend(source, slot_budget(budget, source), device, policy)
@@ -133,6 +164,8 @@ def measured(loop: Any, engine: Engine, settings: ThroughputSettings, batch: int
         "bytes_wasted": stats.bytes_wasted,
         "hit_rate": stats.hit_rate,
         "failed_steps": loop.num_failed_steps,
+        "displaced": loop.num_displaced,
+        "key_value_bytes": loop.key_value_bytes,
         "slots": stats.num_slots,
         "experts": stats.total_experts,
     }

@@ -22,9 +22,10 @@ class ThroughputSettings:
     )
     """Arms, each an encoding, the resident share of the experts' bytes or the GPU memory in all
     (as 24GiB), and the sequences in flight (`xauto`: as many as runtime.batch would choose). A last
-    word `passes` keeps steps out of CUDA graphs, `arriving` experts from being streamed. Other
-    systems: `transformers 1.0 x128` (continuous batching), `accelerate 24GiB xauto` (offloading,
-    the largest batch that fits)."""
+    word `passes` keeps steps out of CUDA graphs, `arriving` experts from being streamed; `pages`
+    reserves keys and values for the requests' mean length, not for the longest of each sequence.
+    Other systems: `transformers 1.0 x128` (continuous batching), `accelerate 24GiB xauto`
+    (offloading, the largest batch that fits)."""
     requests: int = 2000
     """Requests; passages of a trace come again where it has fewer."""
     rival_requests: int = 256
@@ -32,7 +33,9 @@ class ThroughputSettings:
     prompt_tokens: list[int] = field(default_factory=lambda: [16, 128])
     """Fewest and most tokens of a prompt."""
     tokens: int = 128
-    """New tokens of each request."""
+    """New tokens of each request at the most."""
+    least_tokens: int | None = None
+    """At the least, for requests of mixed lengths; by default they have all of `tokens`."""
     warm_up: int = 256
     """Requests that are served before the clock starts: kernels compile, steps are captured."""
     chunk: int = 8192

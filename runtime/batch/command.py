@@ -57,6 +57,7 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
     from runtime.batch.batch_run import BatchRun
     from runtime.batch.course import draw_course
     from runtime.batch.jobs import Jobs
+    from runtime.batch.lengths import sampled_lengths
     from runtime.batch.progress import Progress, announce
     from runtime.batch.sequences import sized
     from runtime.batch.survey import unchanged
@@ -66,7 +67,8 @@ def _serve(settings: BatchSettings, rows: Any, found: Survey, journal: Any) -> N
     announce(found.num_rows, journal)
     summary = [f"{settings.out}: {found.num_rows} rows, all of them done before"]
     if len(journal.done) < found.num_rows:
-        settings = sized(settings, found.num_rows - len(journal.done))
+        lengths = partial(sampled_lengths, rows(), found.num_rows, jobs, tokenizer, journal.done)
+        settings = sized(settings, found.num_rows - len(journal.done), lengths)
         with (
             closing(_crew(settings, tokenizer)) as crew,
             Progress(settings.out, found.num_rows, journal, max(settings.workers, 1)) as progress,

@@ -22,8 +22,11 @@ DECODED_BYTES = 12
 """Bytes for each weight of a matrix that torch decodes: two numbers in float32, and the weight."""
 
 
-def device_budget(source: Source, memory: float | int, *, context: int, batch: int) -> SlotBudget:
-    """The slots that `memory` pays for on a GPU.
+def device_budget(
+    source: Source, memory: float | int, *, context: int, batch: int, tokens: int | None = None
+) -> SlotBudget:
+    """The slots that `memory` pays for on a GPU. tokens: of all sequences, where the key/value
+    cache has room for fewer than batch x context.
 
     A fraction counts experts. Bytes are for everything on the device: key/value cache, workspaces
     and graphs too; weights other than experts move to host memory where the least slots would not
@@ -33,7 +36,7 @@ def device_budget(source: Source, memory: float | int, *, context: int, batch: i
     sizes = slot_bytes(source)
     if isinstance(memory, float):
         return slot_budget(memory, source, slot_bytes=sizes)
-    reserved = reserved_bytes(source, context=context, batch=batch)
+    reserved = reserved_bytes(source, context=context, batch=batch, tokens=tokens)
     least = sum(
         size * max(source.layers[index].top_k for index in group.layers)
         for size, group in zip(sizes, source.groups, strict=True)
@@ -54,7 +57,7 @@ def slot_bytes(source: Source) -> list[int]:
     ]
 
 
-def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
+def reserved_bytes(source: Source, *, context: int, batch: int, tokens: int | None = None) -> int:
     """Bytes beside weights and slots: key/value cache, the activations of a prompt that fills it,
     and the buffers of kernels and copies.
     """
@@ -64,11 +67,11 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     sizes = [expert_bytes(group.specs) for group in source.groups]
     top_k = max(layer.top_k for layer in source.layers)
     width = max(max(spec.shape) for group in source.groups for spec in group.specs.values())
-    activations = _tokens_of_a_pass(context, batch) * (
+    activations = _tokens_of_a_pass(context, batch, tokens) * (
         top_k * (text.hidden_size + width) + 8 * text.hidden_size
     )
     logits = 4 * batch * text.vocab_size * 4
-    cache = storage_bytes(source.model, batch, context)
+    cache = storage_bytes(source.model, batch, context, tokens)
     decodes = isinstance(common_layout(source), str)
     landing = max(map(landing_bytes, source.groups)) if decodes else 0
     return (
@@ -81,13 +84,14 @@ def reserved_bytes(source: Source, *, context: int, batch: int) -> int:
     )
 
 
-def _tokens_of_a_pass(context: int, batch: int) -> int:
+def _tokens_of_a_pass(context: int, batch: int, tokens: int | None) -> int:
     """The most tokens that run together: prompts that fill the key/value cache, as `generate` runs
     them; where only serving fills it, those that it lets join a step.
     """
+    room = context * batch if tokens is None else tokens
     if batch <= LARGEST_BATCH:
-        return context * batch
-    return min(context * batch, max(context, SERVED_TOKENS) + batch)
+        return room
+    return min(room, max(context, SERVED_TOKENS) + batch)
 
 
 def landing_bytes(group: ShapeGroup) -> int:

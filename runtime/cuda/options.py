@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.sizing.cache_tokens import fewer_than, require_cache_tokens
+
 AUTO = "auto"
 """Let a trial by the clock decide whether to prefetch; compile beside steps that are not."""
 
@@ -23,6 +25,8 @@ class CudaOptions:
     """The longest sequence, prompt and generated tokens, that is decoded as captured steps."""
     batch: int = 1
     """The most sequences that are decoded together as captured steps."""
+    cache_tokens: int | None = None
+    """Tokens of all sequences that the key/value cache has room for; by default batch x context."""
     prefetch: bool | str = AUTO
     """Whether to fetch likely experts while the link is idle; "auto" finds out by the clock."""
     cpu_share: bool | str = AUTO
@@ -41,3 +45,9 @@ class CudaOptions:
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a number of at least 1")
+        require_cache_tokens(self.cache_tokens, self.context)
+
+    @property
+    def paged_tokens(self) -> int | None:
+        """`cache_tokens` where that is less than every sequence can have of its own."""
+        return fewer_than(self.batch * self.context, self.cache_tokens)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from runtime.cuda.device_budget import device_budget, reserved_bytes
 from runtime.cuda.options import LARGEST_BATCH, WIDE_SIZES
 from runtime.kv.size import storage_bytes
+from runtime.kv.state_kinds import fits_pages
+from runtime.kv.storage import StorageSize
 from runtime.sizing.budget import SlotBudget
+from runtime.sizing.cache_tokens import fewer_than
 from runtime.sizing.link import measure_link
 from runtime.sizing.row_plan import RowChoice
 from runtime.weights.source import Source
@@ -26,17 +29,28 @@ LEFT_FREE = 0.9
 
 
 def row_choices(
-    source: Source, memory: float | int, *, context: int, most: int, device: torch.device
+    source: Source,
+    memory: float | int,
+    *,
+    context: int,
+    most: int,
+    device: torch.device,
+    tokens_of: Callable[[int], int | None] = lambda _: None,
 ) -> Iterator[RowChoice]:
-    """Those up to the next number above `most` that fit. memory: as for `device_budget`."""
+    """Those up to the next number above `most` that fit. memory: as for `device_budget`. tokens_of:
+    tokens that so many sequences have together; None: `context` each.
+    """
     link, bandwidth = measure_link(device, BLOCK_BYTES), device_bandwidth(device)
     free = LEFT_FREE * torch.cuda.mem_get_info(device)[0]
+    pages = fits_pages(source.model.config.get_text_config(decoder=True))  # type: ignore[union-attr,operator]
     for rows in ROWS:
+        asked = tokens_of(rows) if pages else None
+        sizes = StorageSize(rows, context, fewer_than(rows * context, asked))
         try:
-            budget = device_budget(source, memory, context=context, batch=rows)
+            budget = device_budget(source, memory, **sizes._asdict())
         except ValueError:
             return
-        choice, num_bytes = choice_of(source, budget, rows, context, link, bandwidth)
+        choice, num_bytes = choice_of(source, budget, sizes, link, bandwidth)
         if isinstance(memory, float) and num_bytes > free:
             return
         yield choice
@@ -45,7 +59,7 @@ def row_choices(
 
 
 def choice_of(
-    source: Source, budget: SlotBudget, rows: int, context: int, link: float, bandwidth: float
+    source: Source, budget: SlotBudget, cache: StorageSize, link: float, bandwidth: float
 ) -> tuple[RowChoice, int]:
     """A number of sequences, and the bytes that it takes on the device."""
     share = stored_share(source)
@@ -54,9 +68,10 @@ def choice_of(
     pairs = list(zip(sizes, slots, budget.num_experts, strict=True))
     missing = sum(size * (count - held) for size, held, count in pairs)
     weights = source.fixed_bytes + sum(size * count for size, _, count in pairs)
-    states = storage_bytes(source.model, rows, context)
-    choice = RowChoice(rows, sum(slots), missing / link, (weights + states / 2) / bandwidth)
-    reserved = reserved_bytes(source, context=context, batch=rows)
+    states = storage_bytes(source.model, *cache)
+    device_s = (weights + states / 2) / bandwidth
+    choice = RowChoice(cache.batch, sum(slots), missing / link, device_s, cache.tokens)
+    reserved = reserved_bytes(source, **cache._asdict())
     return choice, weights - missing + reserved
 
 

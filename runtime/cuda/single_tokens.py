@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from runtime.cuda.kernels import attention as kernels
 from runtime.kv.own_attention import UNDERSTOOD
+from runtime.kv.pages.places import Paged, Places, WholeRows
 from runtime.kv.state_kinds import KINDS, Mask, masks_of, state_kinds
 
 
@@ -21,15 +22,18 @@ class SingleTokens:
 
     def __init__(self, rows_B: Tensor, positions_B: Tensor) -> None:
         self.rows_B, self.positions_B = rows_B, positions_B
+        self.places: Places = WholeRows()
 
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+        """Write the tokens' keys and values to a layer's memory, which `places` knows."""
         new_keys, new_values = _one_a_token(new_keys), _one_a_token(new_values)
         if torch.compiler.is_compiling():  # which makes it one kernel with what comes before
-            keys[self.rows_B, :, self.positions_B] = new_keys
-            values[self.rows_B, :, self.positions_B] = new_values
+            at_B, within_B = self.places.at(self.rows_B, self.positions_B)
+            keys[at_B, :, within_B] = new_keys
+            values[at_B, :, within_B] = new_values
         else:
-            kernels.write(new_keys, new_values, keys, values, self.rows_B, self.positions_B)
+            tokens = self.rows_B, self.positions_B, _paged(self.places)
+            kernels.write(new_keys, new_values, keys, values, *tokens)
 
 
 def attend_singles(
@@ -38,6 +42,7 @@ def attend_singles(
     value: Tensor,
     rows_B: Tensor,
     positions_B: Tensor,
+    places: Places,
     real_RC: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -45,13 +50,23 @@ def attend_singles(
     [B, heads, 1, width] and all rows of a layer to [1, B, heads, width] or [B, 1, heads, width].
     """
     scale = kwargs.get("scaling")
-    run = torch.ops.expertflow.attend if torch.compiler.is_compiling() else kernels.attend
-    out_BHV: Tensor = run(
+    given = (
         _one_a_token(query), key, value, rows_B, positions_B,
         query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"),
         kwargs.get("s_aux"), kwargs.get("softcap"), real_RC,
     )  # fmt: skip
+    paged = _paged(places)
+    if torch.compiler.is_compiling():
+        pages = (None, 0) if paged is None else (paged.table_RN, paged.page)
+        out_BHV: Tensor = torch.ops.expertflow.attend(*given, *pages)
+    else:
+        out_BHV = kernels.attend(*given, paged)
     return out_BHV.view(len(query), -1, *out_BHV.shape[1:])
+
+
+def _paged(places: Places) -> Paged | None:
+    """What kernels are told of the places; None where rows lie in one piece."""
+    return places if isinstance(places, Paged) else None
 
 
 def _one_a_token(states: Tensor) -> Tensor:
@@ -112,8 +127,8 @@ class PaddedTokens(SingleTokens):
         if not same or not self._is_known(module, query, key, kwargs):
             raise UnknownAttention
         kwargs["sliding_window"] = same[0].window
-        places = self.rows_B, self.positions_B, same[0].seen_BC
-        return attend_singles(query, key, value, *places, **kwargs), None
+        tokens = self.rows_B, self.positions_B, self.places, same[0].seen_BC
+        return attend_singles(query, key, value, *tokens, **kwargs), None
 
     def _is_known(
         self, module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]

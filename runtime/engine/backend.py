@@ -41,6 +41,9 @@ class RowDecoder(Protocol):
     def is_starved(self) -> bool:
         """Whether most experts have no slot: then the link is the bound."""
 
+    def use(self, cache: RowCache) -> None:
+        """Attend to the rows of `cache`, as they are now, in the next step."""
+
     def launch(
         self,
         tokens: Sequence[int],

@@ -25,32 +25,47 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from runtime.kv.own_attention import UNDERSTOOD, OwnAttention
+from runtime.kv.pages import places
+from runtime.kv.pages.page_table import PageTable
 from runtime.kv.row_layers import RowRecurrentLayer, row_layer
-from runtime.kv.state_kinds import WHOLE_PROMPTS, Mask, require_rows, state_kinds
+from runtime.kv.state_kinds import (
+    WHOLE_PROMPTS,
+    Mask,
+    require_pages,
+    require_rows,
+    state_kinds,
+)
 from runtime.kv.static_cache import class_for
 from runtime.kv.storage import Storage
 from runtime.kv.token_layout import RaggedTokens
 
 
 def row_cache(
-    model: nn.Module, num_rows: int, context: int, storage: Storage | None = None
-) -> RowCache:
+    model: nn.Module, num_rows: int, context: int, storage: Storage | None = None,
+    tokens: int | None = None,
+) -> RowCache:  # fmt: skip
     """The cache of sequences in flight of `model`; see `RowCache`."""
     whole: Any = model
     cache: RowCache = class_for(whole.config.get_text_config(), RowCache)(
-        model, num_rows, context, storage
+        model, num_rows, context, storage, tokens
     )
     return cache
 
 
+TABLE = -1
+"""Of the table of pages, in place of a layer's number."""
+
+
 class RowCache(Cache):
     """`num_rows` sequences of up to `context` tokens, in `storage` where the engine has one (which
-    it may be longer than); else memory is touched as tokens come.
+    it may be longer than); else memory is touched as tokens come. tokens: of all sequences, whose
+    keys and values lie in pages then; those of the storage, where there is one.
     """
 
     def __init__(
-        self, model: nn.Module, num_rows: int, context: int, storage: Storage | None = None
-    ) -> None:
+        self, model: nn.Module, num_rows: int, context: int, storage: Storage | None = None,
+        tokens: int | None = None,
+    ) -> None:  # fmt: skip
         config: Any = model.config
         text = config.get_text_config()
         require_rows(text, context)
@@ -64,15 +79,28 @@ class RowCache(Cache):
         self.epoch = 0
         """Times that a row was taken while all were free: no sequence lives in two epochs."""
         self._attention = OwnAttention(model, self._attend)
+        self.pages = self._page_table(text, tokens if storage is None else storage.tokens)
+        """The pages of each row; None where rows lie in one piece."""
         number = getattr(text, "number_of_conv_states", 1)
         self._own_layers = [
-            row_layer(kind, self, index, number) for index, kind in enumerate(self.kinds)
+            row_layer(kind, self, index, number, paged=self.pages is not None)
+            for index, kind in enumerate(self.kinds)
         ]
         Cache.__init__(self, layers=list(self._own_layers))
         self._recurrent = [one for one in self._own_layers if isinstance(one, RowRecurrentLayer)]
         self._chooses = any(kind.indexes for kind in self.kinds)
         self.stacks = any(kind.stacks for kind in self.kinds)
         """Whether single tokens run as a batch [T, 1], and prompts one at a time."""
+
+    def _page_table(self, config: Any, tokens: int | None) -> PageTable | None:
+        if tokens is None:
+            return None
+        require_pages(config, tokens)
+        page = places.PAGE if self.storage is None else self.storage.page
+        return PageTable(
+            self.num_rows, self.room, -(-tokens // page), page,
+            lambda like: self.allocate(TABLE, "pages", like),
+        )  # fmt: skip
 
     @property
     def room(self) -> int:
@@ -87,6 +115,27 @@ class RowCache(Cache):
             return self.storage.state(index, name, like, self.num_rows)
         return like.new_empty(self.num_rows, *like.shape[1:])
 
+    def allocate_pages(self, index: int, name: str, like: Tensor) -> Tensor:
+        """Memory of layer `index` in pages, for entries `like` [*, heads, *, width]."""
+        assert self.pages is not None
+        if self.storage is not None:
+            return self.storage.pages(index, name, like)
+        shape = self.pages.num_pages, like.shape[1], self.pages.page, like.shape[3]
+        return like.new_empty(shape)
+
+    def entries(self, row: int, num_tokens: int) -> Any:
+        """The index of a row's first tokens in each of `by_position`: with pages, of all that lies
+        in the same ones.
+        """
+        if self.pages is None:
+            return row, ..., slice(num_tokens), slice(None)
+        return torch.tensor(self.pages.of(row, num_tokens), dtype=torch.int64)
+
+    def send_pages(self, device: torch.device) -> None:
+        """Let what runs next on the device find the pages that rows have now."""
+        if self.pages is not None:
+            self.pages.sent_to(device)
+
     @property
     def num_free(self) -> int:
         return len(self._free)
@@ -98,7 +147,7 @@ class RowCache(Cache):
 
     @property
     def by_position(self) -> list[Tensor]:
-        """Tensors with an entry for each position, [R, ..., context, width]."""
+        """Tensors with an entry for each position, [R, ..., context, width], or in pages."""
         return [tensor for layer in self._own_layers for tensor in layer.by_position]
 
     @property
@@ -121,14 +170,20 @@ class RowCache(Cache):
                 "the key/value cache of captured steps is in use by another serve or a generation "
                 "of this engine; let it end, or give all requests to one model.expertflow.serve"
             )
-        self.epoch += self.num_free == self.num_rows
+        if self.num_free == self.num_rows:
+            self.epoch += 1
+            if self.pages is not None:
+                self.pages.renew()
         if row is None:
             return self._free.pop()
         self._free.remove(row)
         return row
 
-    def release(self, row: int) -> None:
+    def release(self, row: int, *, keep: bool = False) -> None:
+        """Free a row. keep: with the pages that it has."""
         assert row not in self._free
+        if self.pages is not None and not keep:
+            self.pages.cut(row)
         self._free.append(row)
         if self.storage is not None and self.num_free == self.num_rows:
             self.storage.let_go(self)
@@ -137,12 +192,18 @@ class RowCache(Cache):
         """Whether all rows still hold what was written to them: an engine's storage is shared, and
         from now on it is this cache that writes to it.
         """
-        return self.storage is None or self.storage.claim(self)
+        if self.storage is None or self.storage.claim(self):
+            return True
+        if self.pages is not None:
+            self.pages.renew()
+        return False
 
     @contextmanager
     def attending(self, layout: RaggedTokens) -> Iterator[None]:
         """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
+        if self.pages is not None:
+            layout.places = self.pages.sent_to(layout.rows_B.device)
         rows_B = layout.rows_B[:1] if layout.is_one_sequence else layout.rows_B
         for layer in self._recurrent:
             layer.take(rows_B, is_new=layout.is_new)

@@ -30,6 +30,9 @@ class Owner(Protocol):
     def allocate(self, index: int, name: str, like: Tensor) -> Tensor:
         """Memory of layer `index` for a state `like` [*, ...] of every row: [R, ...]."""
 
+    def allocate_pages(self, index: int, name: str, like: Tensor) -> Tensor:
+        """Memory of layer `index` in pages, for entries `like` [*, heads, *, width]."""
+
 
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, [R, heads, context, width]."""
@@ -77,13 +80,20 @@ class RowLayer(CacheLayerMixin):
 
     @property
     def by_position(self) -> list[Tensor]:
-        """Tensors with an entry for each position, [R, ..., context, width]."""
+        """Tensors with an entry for each position, [R, ..., context, width], or in pages."""
         return keys_and_values(self)
 
     @property
     def by_row(self) -> list[Tensor]:
         """Tensors of one size for each sequence, [R, ...]."""
         return []
+
+
+class PagedLayer(RowLayer):
+    """Keys and values of one layer in pages, [pages, heads, page, width]."""
+
+    def _allocate(self, name: str, like: Tensor) -> Tensor:
+        return self._owner.allocate_pages(self._index, name, like)
 
 
 class RowIndexedLayer(RowLayer):
@@ -173,13 +183,17 @@ class RowHybridLayer(RowRecurrentLayer, RowLayer):  # type: ignore[override]
     by_position = RowLayer.by_position
 
 
-def row_layer(kind: StateKind, owner: Owner, index: int, number_of_states: int) -> Any:
-    """The layer of a kind."""
+def row_layer(
+    kind: StateKind, owner: Owner, index: int, number_of_states: int, *, paged: bool
+) -> Any:
+    """The layer of a kind. paged: where all kinds that keep positions can lie in pages."""
     if kind.recurs:
         layer = RowRecurrentLayer if kind.mask is None else RowHybridLayer
         return layer(owner, index, number_of_states)
     if kind.mask is None:
         return RowRecurrentLayer(owner, index)
+    if paged:
+        return PagedLayer(owner, index)
     attending = (RowIndexedLayer if kind.indexes else RowLayer)(owner, index)
     attending.expands = kind.expands
     return attending

@@ -17,7 +17,7 @@ class SavedRow(NamedTuple):
     """The state of a row after its first tokens, in host memory."""
 
     by_position: list[Tensor]
-    """Keys and values of all layers, [..., tokens, width]."""
+    """Keys and values of all layers, [..., tokens, width], or their pages."""
     by_row: list[Tensor]
     """States of one size."""
     num_tokens: int
@@ -25,16 +25,16 @@ class SavedRow(NamedTuple):
     @classmethod
     def of(cls, cache: RowCache, row: int, num_tokens: int) -> Self:
         """A copy of what `row` has kept of its first `num_tokens`, which are all that ran."""
-        positions = [
-            tensor[row, ..., :num_tokens, :].to("cpu", copy=True) for tensor in cache.by_position
-        ]
+        at = cache.entries(row, num_tokens)
+        positions = [tensor[at].to("cpu", copy=True) for tensor in cache.by_position]
         rows = [tensor[row].to("cpu", copy=True) for tensor in cache.by_row]
         return cls(positions, rows, num_tokens)
 
     def restore(self, cache: RowCache, row: int) -> None:
         """Write it to `row`."""
+        at = cache.entries(row, self.num_tokens)
         for tensor, kept in zip(cache.by_position, self.by_position, strict=True):
-            tensor[row, ..., : self.num_tokens, :].copy_(kept)
+            tensor[at] = kept.to(tensor.device)
         for tensor, kept in zip(cache.by_row, self.by_row, strict=True):
             tensor[row].copy_(kept)
 
@@ -45,5 +45,6 @@ def copy_row(cache: RowCache, source: int, target: int, num_tokens: int) -> None
     """
     for tensor in cache.by_row:
         tensor[target] = tensor[source]
+    to, of = cache.entries(target, num_tokens), cache.entries(source, num_tokens)
     for tensor in cache.by_position:
-        tensor[target, ..., :num_tokens, :] = tensor[source, ..., :num_tokens, :]
+        tensor[to] = tensor[of]

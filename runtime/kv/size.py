@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from routing.layers import MoELayer, find_moe_layers
-from runtime.kv.state_kinds import unsupported
+from runtime.kv.pages.places import PAGE
+from runtime.kv.state_kinds import fits_pages, unsupported
 from runtime.kv.static_cache import shared_cache
 from runtime.kv.storage import Storage
 
@@ -83,8 +84,9 @@ def tensor_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
-def storage_bytes(model: nn.Module, batch: int, context: int) -> int:
-    """Bytes of `Storage` for the captured steps of a model, before there is any.
+def storage_bytes(model: nn.Module, batch: int, context: int, tokens: int | None = None) -> int:
+    """Bytes of `Storage` for the captured steps of a model, before there is any. tokens: of all
+    sequences, where they lie in pages and the model keeps what can.
 
     0 for a model without captured steps: one whose states are of no known kind, whose decoder
     attends to an encoder, or whose own code waits for its numbers.
@@ -93,13 +95,21 @@ def storage_bytes(model: nn.Module, batch: int, context: int) -> int:
     config = whole.config
     if config.is_encoder_decoder or unsupported(config.get_text_config(decoder=True)) is not None:
         return 0
+    if tokens is None or not fits_pages(config.get_text_config(decoder=True)):
+        return batch * _bytes_of_a_row(whole, context)
+    one = _bytes_of_a_row(whole, PAGE)
+    of_a_page = _bytes_of_a_row(whole, 2 * PAGE) - one
+    return batch * (one - of_a_page) + -(-tokens // PAGE) * of_a_page
+
+
+def _bytes_of_a_row(model: Any, context: int) -> int:
     known = _OF_A_ROW.setdefault(model, {})
     if context not in known:
         try:
-            known[context] = _storage_of_copy(whole, 1, context)
+            known[context] = _storage_of_copy(model, 1, context)
         except NotImplementedError:  # numbers were asked for that the copy does not have
             known[context] = 0
-    return batch * known[context]
+    return known[context]
 
 
 @torch.no_grad()

@@ -39,6 +39,11 @@ class StateKind(NamedTuple):
         return not (self.recurs or self.indexes)
 
     @property
+    def fits_pages(self) -> bool:
+        """Whether what it keeps by position, if anything, is plain keys and values."""
+        return self.mask is None or not self.stacks
+
+    @property
     def stacks(self) -> bool:
         """Whether sequences cannot lie side by side in one pass."""
         return self.recurs or self.indexes or self.expands
@@ -128,6 +133,20 @@ def _unknown(config: Any) -> str | None:
     except ValueError as error:
         return str(error)
     return UNCAPTURED.get(config.model_type)
+
+
+def fits_pages(config: Any) -> bool:
+    """Whether all that a model keeps by position can lie in pages."""
+    return _unknown(config) is None and all(kind.fits_pages for kind in state_kinds(config))
+
+
+def require_pages(config: Any, cache_tokens: int) -> None:
+    """Raise ValueError where a key/value cache of so many tokens in all cannot be had."""
+    if not fits_pages(config):
+        raise ValueError(
+            f"cache_tokens={cache_tokens}: what this model keeps of its tokens (latent, indexed or "
+            "of a recurrence) lies in whole rows, of context= tokens each; leave it out"
+        )
 
 
 def most_independent_tokens(config: Any) -> int | None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from runtime.kv.pages import places
+
+
+class StorageSize(NamedTuple):
+    """The size of a storage."""
+
+    batch: int
+    context: int
+    """Tokens of each sequence at the most."""
+    tokens: int | None = None
+    """Of all together; None: batch x context."""
+
 
 class Storage:
-    """The states of all layers, for up to `batch` sequences of up to `context` tokens."""
+    """The states of all layers, for up to `batch` sequences of up to `context` tokens.
 
-    def __init__(self, batch: int, context: int) -> None:
-        self.batch, self.context = batch, context
+    tokens: those of all sequences together, whose keys and values lie in pages then; None where
+    every sequence has `context` of its own. The same memory serves a few whole rows as well.
+    """
+
+    def __init__(self, batch: int, context: int, tokens: int | None = None) -> None:
+        self.batch, self.context, self.tokens = batch, context, tokens
+        self.page = places.PAGE
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._tenant: weakref.ref[Any] | None = None
         self._writer: object = None
@@ -41,10 +59,39 @@ class Storage:
         unchanged, self._writer = self._writer is writer, writer
         return unchanged
 
+    @property
+    def size(self) -> StorageSize:
+        """What another one of this size is made of."""
+        return StorageSize(self.batch, self.context, self.tokens)
+
+    @property
+    def num_pages(self) -> int | None:
+        """None: there are no pages."""
+        return None if self.tokens is None else -(-self.tokens // self.page)
+
+    @property
+    def whole_rows(self) -> int:
+        """Sequences that can have `context` tokens in one piece."""
+        if self.num_pages is None:
+            return self.batch
+        return min(self.batch, self.num_pages * self.page // self.context)
+
     def view(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
         """[batch, heads, context, width] for states `like` [*, heads, *, width]."""
         heads, width = like.shape[1], like.shape[3]
-        return self.state(layer, name, like.new_empty(0, heads, self.context, width), batch)
+        if self.num_pages is None:
+            return self.state(layer, name, like.new_empty(0, heads, self.context, width), batch)
+        assert batch <= self.whole_rows
+        shape = batch, heads, self.context, width
+        return self.pages(layer, name, like).view(-1)[: math.prod(shape)].view(shape)
+
+    def pages(self, layer: int, name: str, like: Tensor) -> Tensor:
+        """[pages, heads, page, width] for states `like` [*, heads, *, width]."""
+        assert self.num_pages is not None
+        if (layer, name) not in self._tensors:
+            shape = self.num_pages, like.shape[1], self.page, like.shape[3]
+            self._tensors[layer, name] = like.new_zeros(shape)
+        return self._tensors[layer, name]
 
     def state(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
         """[batch, ...] for a state `like` [*, ...], of which every sequence has one."""
@@ -64,4 +111,4 @@ class StepTokens(Protocol):
     positions_B: Tensor
 
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+        """Write the tokens' keys and values to a layer's memory."""

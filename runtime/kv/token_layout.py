@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.kv.own_attention import Attention
+from runtime.kv.pages.places import Places, WholeRows
 
 
 class Span(NamedTuple):
@@ -23,15 +24,14 @@ class Span(NamedTuple):
     """Tokens of this step."""
 
 
-def rows_up_to(states: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
-    """Of states [R, ..., context, width], copies of rows, zero behind these positions.
+def zero_behind(copies: Tensor, positions_B: Tensor) -> Tensor:
+    """Copies of rows [B, ..., context, width], zero behind these positions.
 
     What is behind them may be anything, and a mask does not keep a NaN from a sum.
     """
-    copies = states[rows_B]
-    columns_C = torch.arange(states.shape[-2], device=states.device)
+    columns_C = torch.arange(copies.shape[-2], device=copies.device)
     behind_BC = columns_C > positions_B[:, None]
-    shape = len(rows_B), *[1] * (states.dim() - 3), states.shape[-2], 1
+    shape = len(copies), *[1] * (copies.dim() - 3), copies.shape[-2], 1
     return copies.masked_fill_(behind_BC.view(shape), 0)
 
 
@@ -80,6 +80,8 @@ class RaggedTokens(ABC):
     ) -> None:  # fmt: skip
         self.rows_B, self.positions_B, self._stacked = rows_B, positions_B, stacked
         self.is_new, self.is_one_sequence = is_new, is_one_sequence
+        self.places: Places = WholeRows()
+        """Of the cache that the tokens attend to."""
 
     def shaped(self, values_T: Tensor) -> Tensor:
         """What is one for each token as the model takes it."""
@@ -94,11 +96,11 @@ class RaggedTokens(ABC):
 
     def gathered(self, states: Tensor) -> Tensor:
         """Of states [R, ..., context, width], those of the tokens' sequences."""
-        return rows_up_to(states, self.rows_B, self.positions_B)
+        return zero_behind(states[self.rows_B], self.positions_B)
 
     @abstractmethod
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-        """Write the tokens' keys and values to a layer's [rows, heads, context, width]."""
+        """Write the tokens' keys and values to a layer's memory, which `places` knows."""
 
     @abstractmethod
     def attend(
@@ -163,8 +165,9 @@ class TokenLayout(RaggedTokens):
 
     def write(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
         """Keys and values [1, heads, T, width] or [T, heads, 1, width] to rows and positions."""
+        at_B, within_B = self.places.at(self.rows_B, self.positions_B)
         for stored, new in ((keys, new_keys), (values, new_values)):
-            stored[self.rows_B, :, self.positions_B] = new.transpose(1, 2).flatten(0, 1)
+            stored[at_B, :, within_B] = new.transpose(1, 2).flatten(0, 1)
 
     def seen(self, context: int) -> Tensor:
         if self._stacked:
@@ -223,8 +226,8 @@ class TokenLayout(RaggedTokens):
         elif self._attend_singles is not None and at:
             singles = query.narrow(0 if self._stacked else 2, 0, at)
             rows_B = torch.arange(at, device=key.device) if gathered else self.rows_B[:at]
-            places = rows_B, self.positions_B[:at]
-            outputs.append(self._attend_singles(singles, key, value, *places, **kwargs))
+            given = rows_B, self.positions_B[:at], self.places
+            outputs.append(self._attend_singles(singles, key, value, *given, **kwargs))
         if self._batches and at == self._num_singles and seen is None and not gathered:
             together = self._attend_batches(attended, query, key, value, window, chunk)
             return torch.cat([*outputs, together[:, at:]], dim)
@@ -238,9 +241,8 @@ class TokenLayout(RaggedTokens):
                 mask = self.mask(span, window, chunk)
             else:
                 mask = seen[index : index + 1, ..., :length] if self._stacked else seen
-            row = index if gathered else span.row
-            one = slice(row, row + 1)
-            states = key[one, :, :length], value[one, :, :length]
+            row, places = (index, WholeRows()) if gathered else (span.row, self.places)
+            states = [places.row(stored, row, length) for stored in (key, value)]
             outputs.append(attended(queries, *states, mask))
             at += span.num_tokens
         return torch.cat(outputs, dim)
@@ -254,7 +256,7 @@ class TokenLayout(RaggedTokens):
         for batch in self._batches:
             queries = query[0][:, batch.given_NT].transpose(0, 1)
             states = [
-                rows_up_to(stored[:, :, : batch.longest], batch.rows_N, batch.lasts_N)
+                zero_behind(self.places.copies(stored, batch.rows_N, batch.longest), batch.lasts_N)
                 for stored in (key, value)
             ]
             mask = self.mask(Span(0, 0, batch.longest), window, chunk)

@@ -23,6 +23,7 @@ from runtime.kv.token_layout import Span, TokenLayout
 from runtime.prediction.sequence_forecaster import join
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
+from runtime.sizing.cache_tokens import fewer_than
 
 Ran = tuple[NextTokens, np.ndarray]
 
@@ -131,6 +132,7 @@ class CapturedRunner(ModelRunner):
     @torch.no_grad()
     def _decode(self, sequences: Sequence[ServedSequence], renew: Callable[[], None]) -> Ran:
         parts = [Part(sequence, 1) for sequence in sequences]
+        self._rows.use(self._cache)
         run = self._rows.launch(
             [sequence.token_ids[-1] for sequence in sequences],
             [sequence.row for sequence in sequences],
@@ -176,7 +178,8 @@ def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCach
     storage = engine.key_value_storage
     if storage is not None:
         num_rows = min(num_rows, storage.batch)
-    return row_cache(engine.model, num_rows, settings.context, storage)
+    tokens = fewer_than(num_rows * settings.context, settings.cache_tokens)
+    return row_cache(engine.model, num_rows, settings.context, storage, tokens)
 
 
 def open_runner(engine: Engine, cache: RowCache) -> ModelRunner:

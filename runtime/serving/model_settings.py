@@ -70,5 +70,6 @@ class ModelSettings(ServeSettings):
             attn_implementation=self.attn_implementation,
             context=self.context if on_gpu else None,
             batch=num_rows(self, self.scheduler) if on_gpu else None,
+            cache_tokens=self.cache_tokens if on_gpu else None,
         ).expertflow
         return engine

@@ -130,8 +130,12 @@ class ServingLoop:
         return self._rows.num_reused
 
     @property
+    def num_displaced(self) -> int:
+        """Times that a sequence was parked because the key/value cache had no page left."""
+        return self._admission.room.num_displaced
+
+    @property
     def key_value_bytes(self) -> int:
-        """Bytes of all rows."""
         return self._cache.nbytes
 
     def step(self) -> list[Result]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from runtime.sizing.cache_tokens import require_cache_tokens
+
 if TYPE_CHECKING:
     from runtime.kv.storage import Storage
 
@@ -31,6 +33,11 @@ class ServeSettings:
     context: int = 1024
     """Tokens of a sequence at the most, prompt and generated; on a GPU, as many as the engine
     reserved.
+    """
+    cache_tokens: int | None = None
+    """Tokens of all sequences in flight together, where most are shorter than `context`: they take
+    pages of 64 as they grow, and where none is left the newest waits in host memory. By default
+    each has room for `context`; on a GPU, as many as the engine reserved.
     """
     chunk: int = 512
     """Prompt tokens that join a step at the most."""
@@ -66,6 +73,7 @@ class ServeSettings:
         for name in ("patience", "max_skips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
+        require_cache_tokens(self.cache_tokens, self.context)
         if self.burst is not None and not 1 <= self.burst <= self.rows:
             raise ValueError(f"burst={self.burst} is not in 1 to rows={self.rows}")
         if self.rows < self.batch:
@@ -87,12 +95,14 @@ class ServeSettings:
     def fitting(self, storage: Storage | None) -> Self:
         """These settings with no more rows than an engine's key/value cache holds, if it has one.
 
-        Raises ValueError where `batch` or `context` is larger than what was reserved.
+        Raises ValueError where what was reserved is less than `batch`, `context` or `cache_tokens`.
         """
         if storage is None:
             return self
-        for name, reserved in (("batch", storage.batch), ("context", storage.context)):
-            if reserved < getattr(self, name):
+        tokens = storage.tokens or storage.batch * storage.context
+        limits = {"batch": storage.batch, "context": storage.context, "cache_tokens": tokens}
+        for name, reserved in limits.items():
+            if reserved < (getattr(self, name) or 0):
                 raise ValueError(
                     f"{name}={getattr(self, name)} needs runtime.load(..., {name}=...) of as "
                     f"much on a GPU; the model was loaded with {reserved}"

@@ -1,7 +1,8 @@
 """The number of sequences that decode together: rows of the key/value cache take memory from slots.
 
 With more sequences a pass over all experts serves more tokens; but their keys and values leave
-fewer slots, so that more experts cross the link in every pass.
+fewer slots, so that more experts cross the link in every pass. Keys and values in pages take the
+memory of as many tokens as the sequences have on average, not of as many as the longest may have.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class RowChoice(NamedTuple):
     """Seconds of the link, for the experts that have no slot."""
     device_s: float
     """Seconds in which the device reads all weights, keys and values."""
+    cache_tokens: int | None = None
+    """Of all sequences, for which there is room; None: for the longest of each."""
 
     @property
     def tokens_per_s(self) -> float:

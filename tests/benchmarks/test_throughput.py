@@ -26,6 +26,7 @@ from routing.layers import find_moe_layers
 from routing.shards import PROMPT, Document
 from routing.topology import Layer, Stack, Topology
 from routing.writer import TraceWriter
+from runtime.kv.pages import places
 from runtime.sizing.row_plan import RowChoice
 from tests.routing.test_shards import PROVENANCE
 
@@ -71,6 +72,7 @@ def settings_of(trace: Path | None, **options: Any) -> ThroughputSettings:
     "name",
     [
         "bf16 0.25 x384", "mxfp4 4GiB x8 passes", "int4 1.0 x1 arriving", "bf16 24GiB xauto",
+        "bf16 1.0 x8 pages",
         "transformers 1.0 x128", "accelerate 24GiB xauto",
     ],
 )  # fmt: skip
@@ -88,7 +90,7 @@ def test_an_arm_is_called_what_it_was_parsed_from(name: str) -> None:
         ("transformers 1.0 xauto", "transformers keeps all resident"),
         ("accelerate 4GiB x8 passes", "accelerate has no ways of its own"),
         ("bf8 0.25 x8", "'bf8' is not one of bf16"),
-        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving"),
+        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving, pages"),
     ],
 )
 def test_a_name_that_is_no_arm_is_refused(name: str, message: str) -> None:
@@ -180,6 +182,7 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
     settings = replace(settings_of(None), device="cuda")
     arm = ThroughputArm.parse("bf16 24GiB xauto")
     source: Any = None
+    load = load_of(settings_of(None), SMALL)
     asked: dict[str, Any] = {}
 
     def choices(_source: Any, memory: float | int, **options: Any) -> list[RowChoice]:
@@ -187,11 +190,11 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
         return [RowChoice(8, 90, 1.0, 0.1), RowChoice(64, 40, 2.0, 0.1), RowChoice(96, 9, 9.0, 0.1)]
 
     monkeypatch.setattr(runner, "row_choices", choices)
-    assert runner.chosen_batch(settings, source, arm) == 64
+    assert runner.chosen_batch(settings, source, arm, load) == 64
     assert (asked["memory"], asked["most"], asked["context"]) == (24 << 30, 5, 8)
     monkeypatch.setattr(runner, "row_choices", lambda *_, **__: [])
     with pytest.raises(ValueError, match="no number of sequences fits"):
-        runner.chosen_batch(settings, source, arm)
+        runner.chosen_batch(settings, source, arm, load)
 
 
 def test_a_step_is_bound_by_what_takes_longest() -> None:
@@ -218,6 +221,22 @@ def test_the_plot_shows_the_bounds_that_the_file_has(tmp_path: Path) -> None:
     file.write_text(json.dumps(result | {"rows": [{"arm": "bf16 0.1 x8", "error": "no room"}]}))
     with pytest.raises(ValueError, match="no arm of the file"):
         draw.main(draw.DrawSettings(results=file, plots=tmp_path))
+
+
+def test_pages_are_reserved_for_the_requests_mean_length(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that are parked for others go on with their own routes."""
+    monkeypatch.setitem(shapes.SHAPES, "tiny", SMALL)
+    monkeypatch.setattr(runner, "PAGE", 1)
+    monkeypatch.setattr(places, "PAGE", 1)
+    out = trace.parent / "out.json"
+    arms = ["bf16 0.5 x3", "bf16 0.5 x3 pages"]
+    main(settings_of(trace, arms=arms, out=out, least_tokens=1))
+    whole, paged = json.loads(out.read_text())["rows"]
+    assert whole["ended"] == paged["ended"] == 5
+    assert not (whole["failed_steps"] or paged["failed_steps"])
+    assert paged["key_value_bytes"] < whole["key_value_bytes"]
 
 
 def test_the_readme_has_the_speeds_of_the_file() -> None:

@@ -48,6 +48,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.tiling import TILES
+from runtime.kv.pages.places import PAGE, Paged
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
@@ -196,7 +197,7 @@ class Kernels:
         call.end_step()
 
     def attend(self, batch: int) -> None:
-        """One layer's attention, in a step over rows and behind padding."""
+        """One layer's attention, in a step over rows, whole and in pages, and behind padding."""
         size = self.size
         query = torch.zeros(batch, size.heads, size.head_dim, dtype=torch.bfloat16)
         keys = torch.zeros(1, size.groups, 4096, size.head_dim, dtype=torch.bfloat16)
@@ -209,6 +210,13 @@ class Kernels:
                 query, keys, keys, rows, positions, scale=0.1, window=window, sinks_H=sinks,
                 real_RC=real,
             )  # fmt: skip
+        pages = torch.zeros(4, size.groups, PAGE, size.head_dim, dtype=torch.bfloat16)
+        paged = Paged(torch.zeros(1, 4096 // PAGE, dtype=torch.int32), PAGE)
+        write(new, new, pages, pages, rows, positions, paged)
+        attend(
+            query, pages, pages, rows, positions, scale=0.1, window=window, sinks_H=sinks,
+            paged=paged,
+        )  # fmt: skip
 
     def prefill(self) -> None:
         """One layer of many tokens, in tiles of every height."""

@@ -149,7 +149,8 @@ def load_fake(
     route_log = None if folder is None else RouteLog(folder, source.topology)
     host_bytes = options.pop("host_bytes", 0)
     settings = CudaOptions(**({"context": 48, "prefetch": False, "cpu_share": False} | options))
-    budget = device_budget(source, memory, context=settings.context, batch=settings.batch)
+    sizes = {"context": settings.context, "batch": settings.batch}
+    budget = device_budget(source, memory, **sizes, tokens=settings.paged_tokens)
     budget = budget._replace(host_bytes=host_bytes or budget.host_bytes)
     cpu = torch.device("cpu")
     backend = CudaBackend(source, budget, cpu, chosen, settings, forecaster, route_log)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from routing.layers import MoELayer
+from runtime.kv.storage import StorageSize
 
 HOOKS_OF_STATES = (
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -39,8 +40,7 @@ class StepShape(NamedTuple):
     """All that a step's graph depends on, beside the model."""
 
     key: StepKey
-    storage: tuple[int, int]
-    """Sequences and tokens of each that the key/value storage has room for."""
+    storage: StorageSize
     has_own_attention: bool
     states: list[tuple[Sequence[int], Sequence[int], torch.dtype] | None]
     """Shapes of each layer's keys and values; None of a layer without."""

@@ -25,6 +25,7 @@ from runtime.cuda.decode.fused_top_k import cached_only
 from runtime.cuda.options import AUTO
 from runtime.cuda.single_tokens import UnknownAttention
 from runtime.cuda.sorted_experts import sorted_forwards
+from runtime.kv.storage import StorageSize
 from runtime.weights.source import Source
 
 Forward = Callable[..., Any]
@@ -38,8 +39,7 @@ log = logging.getLogger(__name__)
 class StepForwards:
     """The forwards of the steps of one model.
 
-    asked: the option. num_sizes: of steps of each kind. storage: rows and tokens of the key/value
-    storage.
+    asked: the option. num_sizes: of steps of each kind. storage: the key/value storage's size.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepForwards:
         device: torch.device,
         *,
         num_sizes: int,
-        storage: tuple[int, int],
+        storage: StorageSize,
     ) -> None:
         model: Any = source.model
         self._model, self._layers, self._device = model, source.layers, device

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.compiling.step_forwards import StepForwards
 from runtime.cuda.options import LARGEST_BATCH, CudaOptions
-from runtime.kv.state_kinds import state_kinds
+from runtime.kv.state_kinds import require_pages, state_kinds
 from runtime.kv.storage import Storage
 from runtime.weights.source import Source
 
@@ -29,10 +29,13 @@ class CapturedModel:
         self.device = device
         self.context, self.batch = options.context, min(options.batch, LARGEST_BATCH)
         self.top_k = max(layer.top_k for layer in source.layers)
-        self.storage = Storage(options.batch, options.context)
-        sizes, storage = len(_buckets(self.batch)), (options.batch, options.context)
+        tokens = options.paged_tokens
+        if tokens is not None:
+            require_pages(self.config, tokens)
+        self.storage = Storage(options.batch, options.context, tokens)
+        sizes = len(_buckets(self.batch))
         self.forwards = StepForwards(
-            source, options.compile, device, num_sizes=sizes, storage=storage
+            source, options.compile, device, num_sizes=sizes, storage=self.storage.size
         )
         self.stream = torch.cuda.Stream(device)
         """The stream that captures steps: cuBLAS keeps a workspace for each stream."""
@@ -55,13 +58,12 @@ class CapturedModel:
         if not all(kind.keeps_positions for kind in state_kinds(self.config)):
             raise ValueError("states that recur or choose are compiled with compile=True alone")
         states = [_state(layer) for layer in cache.layers]
-        storage = self.storage.batch, self.storage.context
-        return StepShape(key, storage, own_attention, states, self.device)
+        return StepShape(key, self.storage.size, own_attention, states, self.device)
 
     def close(self) -> None:
         """Free the key/value storage and the compiled forward."""
         self.forwards.close()
-        self.storage = Storage(self.storage.batch, self.context)
+        self.storage = Storage(*self.storage.size)
 
 
 def _state(layer: Any) -> tuple[Any, Any, torch.dtype] | None:

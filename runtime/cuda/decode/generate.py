@@ -114,6 +114,11 @@ class CapturedGenerate:
         decoder, model = self._decoder, self._decoder.model
         if num_rows > model.batch:
             return f"{num_rows} sequences at once, load(..., batch={model.batch})"
+        if (rows := model.bucket(num_rows)) > (most := model.storage.whole_rows):
+            return (
+                f"steps of {rows} sequences, and cache_tokens={model.storage.tokens} have room for "
+                f"{most} of {model.context} tokens"
+            )
         if longest > model.context:
             return f"up to {longest} tokens, load(..., context={model.context})"
         if (needed := decoder.most_experts(num_rows)) > decoder.num_slots:

@@ -25,6 +25,7 @@ from runtime.cuda.prefetching import SERVING
 from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
+from runtime.kv.pages.places import Paged
 from runtime.kv.row_cache import RowCache
 from runtime.kv.token_layout import RaggedTokens
 
@@ -61,7 +62,7 @@ class TokensOfRows(SingleTokens, RaggedTokens):
         **kwargs: Any,
     ) -> Tensor:
         """Attention of one token of each row; `function` has what no kernel has."""
-        rows_B, positions_B = self.rows_B, self.positions_B
+        rows_B, positions_B, places = self.rows_B, self.positions_B, self.places
         if seen is not None:
             if not gathered:
                 key, value = self.gathered(key), self.gathered(value)
@@ -69,13 +70,16 @@ class TokensOfRows(SingleTokens, RaggedTokens):
         if gathered:
             rows_B = torch.arange(len(rows_B), device=rows_B.device)
         real_RC = None if chunk is None else self._of_chunk(key, chunk)
-        return attend_singles(query, key, value, rows_B, positions_B, real_RC, **kwargs)
+        return attend_singles(query, key, value, rows_B, positions_B, places, real_RC, **kwargs)
 
     def _of_chunk(self, key: Tensor, chunk: int) -> Tensor:
         """Bool [R, context]: the tokens of each row that are in the new token's chunk."""
-        columns_C = torch.arange(key.shape[2], device=key.device)
+        num_rows, context = key.shape[0], key.shape[2]
+        if isinstance(self.places, Paged):
+            num_rows, context = len(self.places.table_RN), self.places.context
+        columns_C = torch.arange(context, device=key.device)
         first_B = self.positions_B - self.positions_B % chunk
-        real_RC = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        real_RC = torch.ones(num_rows, context, dtype=torch.bool, device=key.device)
         real_RC[self.rows_B] = columns_C >= first_B[:, None]
         return real_RC
 
@@ -187,6 +191,12 @@ class RowDecoder:
         self._wide.take_on(cache)
         self._epoch = -1
         return True
+
+    def use(self, cache: RowCache) -> None:
+        """Attend to the rows of `cache`, as they are now, in the next step: loops take turns."""
+        if cache is not self._cache:
+            self.take_on(cache)
+        cache.send_pages(self._decoder.model.device)
 
     def fits(self, num_rows: int) -> bool:
         """Whether so many sequences can decode in one captured step."""

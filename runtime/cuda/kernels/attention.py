@@ -6,8 +6,8 @@
 
 Blocks start at multiples of a length that the width of a head decides, so that a long row keeps the
 whole GPU busy (as flash decoding does), and are joined in ascending order, `JOINED` at a time: the
-order of every sum follows from the token's position alone, whoever else is in the step and however
-many programs run.
+order of every sum follows from the token's position alone, whoever else is in the step, however
+many programs run, and whether a row lies in one piece or in pages of a few blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from runtime.kv.pages.places import Paged
 
 TILE = 8192
 """Keys of a block times the width of a head: 64 registers a thread for keys and values."""
@@ -50,14 +52,27 @@ def _mixed(share_MC, value_CV, IS_ONE: tl.constexpr):
     return mixed_MV
 
 
+@triton.jit
+def _piece(table, row, table_R, first, PAGE: tl.constexpr):
+    """Where position `first` of a row is: the row or, of PAGE positions each, the page; and where
+    in it.
+    """
+    if PAGE:
+        row = tl.load(table + row * table_R + first // PAGE).to(tl.int64)
+        first = first % PAGE
+    return row, first
+
+
 @triton.jit(
-    do_not_specialize=["N", "real_R"], do_not_specialize_on_alignment=["rows", "positions", "real"]
+    do_not_specialize=["N", "real_R", "table_R"],
+    do_not_specialize_on_alignment=["rows", "positions", "real", "table"],
 )
 def attend_blocks(
-    query, keys, values, real, rows, positions, best, total, mixed, scale, softcap, N,
-    query_T, query_H, keys_R, keys_G, keys_C, values_R, values_G, values_C, real_R,
+    query, keys, values, real, rows, positions, table, best, total, mixed, scale, softcap, N,
+    query_T, query_H, keys_R, keys_G, keys_C, values_R, values_G, values_C, real_R, table_R,
     HEADS: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_REAL: tl.constexpr,
     IS_CAPPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write, of each block n, the highest score to best [B, H, N] and, relative to it, the sums of
@@ -70,8 +85,8 @@ def attend_blocks(
     at_M, at_D, at_V = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     head_M, is_head_M = tile * EACH + at_M, at_M < EACH
     group = tile * EACH // GROUP
-    keys += row * keys_R + group * keys_G
-    values += row * values_R + group * values_G
+    keys += group * keys_G
+    values += group * values_G
     query_MD = tl.load(
         query + token * query_T + head_M[:, None] * query_H + at_D[None, :],
         mask=is_head_M[:, None] & (at_D < D)[None, :], other=0.0,
@@ -83,10 +98,12 @@ def attend_blocks(
         is_seen_C = (at_C >= start) & (at_C < length)
         mask_CD = is_seen_C[:, None] & (at_D < D)[None, :]
         mask_CV = is_seen_C[:, None] & (at_V < V)[None, :]
-        key_CD = tl.load(keys + at_C[:, None] * keys_C + at_D[None, :], mask=mask_CD, other=0.0)
-        value_CV = tl.load(
-            values + at_C[:, None] * values_C + at_V[None, :], mask=mask_CV, other=0.0
-        )
+        piece, first = _piece(table, row, table_R, block * BLOCK_C, PAGE)
+        from_C = (first + tl.arange(0, BLOCK_C))[:, None]
+        from_CD = keys + piece * keys_R + from_C * keys_C + at_D[None, :]
+        from_CV = values + piece * values_R + from_C * values_C + at_V[None, :]
+        key_CD = tl.load(from_CD, mask=mask_CD, other=0.0)
+        value_CV = tl.load(from_CV, mask=mask_CV, other=0.0)
         if HAS_REAL:
             is_seen_C &= tl.load(real + row * real_R + at_C, mask=is_seen_C, other=0) != 0
         score_MC = _scores(query_MD, key_CD, M == 1) * scale
@@ -148,11 +165,13 @@ def join_blocks(
     tl.store(out + row * V + at_V, result_V, mask=at_V < V)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+@triton.jit(
+    do_not_specialize=["table_R"], do_not_specialize_on_alignment=["rows", "positions", "table"]
+)
 def write_tokens(
-    new_keys, new_values, keys, values, rows, positions,
+    new_keys, new_values, keys, values, rows, positions, table,
     new_keys_T, new_keys_G, new_values_T, new_values_G,
-    keys_R, keys_G, keys_C, values_R, values_G, values_C,
+    keys_R, keys_G, keys_C, values_R, values_G, values_C, table_R, PAGE: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One key head of one token a program."""
@@ -163,8 +182,10 @@ def write_tokens(
     value_V = tl.load(
         new_values + token * new_values_T + group * new_values_G + at_V, mask=at_V < V
     )
-    tl.store(keys + row * keys_R + group * keys_G + position * keys_C + at_D, key_D, mask=at_D < D)
-    to_V = values + row * values_R + group * values_G + position * values_C + at_V
+    piece, place = _piece(table, row, table_R, position, PAGE)
+    to_D = keys + piece * keys_R + group * keys_G + place * keys_C + at_D
+    tl.store(to_D, key_D, mask=at_D < D)
+    to_V = values + piece * values_R + group * values_G + place * values_C + at_V
     tl.store(to_V, value_V, mask=at_V < V)
 
 
@@ -175,15 +196,19 @@ def write(
     values_RGCV: Tensor,
     rows_B: Tensor,
     positions_B: Tensor,
+    paged: Paged | None = None,
 ) -> None:
-    """Write the keys and values of B tokens to their rows and positions."""
+    """Write the keys and values of B tokens to their rows and positions. paged: where R counts
+    pages.
+    """
     new_keys_BGD, new_values_BGV = _in_lines(new_keys_BGD), _in_lines(new_values_BGV)
     (num_tokens, groups, width), value_width = new_keys_BGD.shape, new_values_BGV.shape[-1]
     assert keys_RGCD.stride(-1) == values_RGCV.stride(-1) == 1
+    table, page = (rows_B, 0) if paged is None else (paged.table_RN, paged.page)
     write_tokens[(num_tokens, groups)](
-        new_keys_BGD, new_values_BGV, keys_RGCD, values_RGCV, rows_B, positions_B,
+        new_keys_BGD, new_values_BGV, keys_RGCD, values_RGCV, rows_B, positions_B, table,
         *new_keys_BGD.stride()[:2], *new_values_BGV.stride()[:2], *keys_RGCD.stride()[:3],
-        *values_RGCV.stride()[:3], D=width, V=value_width,
+        *values_RGCV.stride()[:3], table.stride(0), PAGE=page, D=width, V=value_width,
         BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(max(1, value_width)),
         num_warps=1,
     )  # fmt: skip
@@ -222,6 +247,7 @@ def attend(
     sinks_H: Tensor | None = None,
     softcap: float | None = None,
     real_RC: Tensor | None = None,
+    paged: Paged | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """[B, H, V]: token b at `positions_B` of row `rows_B`, whose own key is in the cache already.
@@ -229,13 +255,18 @@ def attend(
     R rows of G key/value heads and C positions; every H / G query heads share one. window: the
     newest keys that are seen. sinks_H: a logit of every head that takes part in the softmax only.
     softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees. tile: of
-    another size than usual.
+    another size than usual. paged: where keys and values lie in pages, and R and C count these and
+    their positions.
     """
     query_BHD, keys_RGCD, values_RGCV = map(_in_lines, (query_BHD, keys_RGCD, values_RGCV))
     num_tokens, heads, width = query_BHD.shape
     groups, context, value_width = values_RGCV.shape[1:]
     group = heads // groups
     tile = tile or Tile.of(group, max(width, value_width), query_BHD.dtype)
+    table, page = (rows_B, 0) if paged is None else (paged.table_RN, paged.page)
+    if paged is not None:
+        context = paged.context
+        assert not page % tile.keys, "a block of keys lies in one page"
     num_blocks = triton.cdiv(context, tile.keys)
     num_tiles = heads // tile.heads
     programs = min(num_blocks, triton.cdiv(PROGRAMS, num_tokens * num_tiles))
@@ -247,10 +278,11 @@ def attend(
     least = 1 if tile.rows == 1 else 16
     real = positions_B if real_RC is None else real_RC.view(torch.uint8)
     attend_blocks[(num_tokens, num_tiles, programs)](
-        query_BHD, keys_RGCD, values_RGCV, real, rows_B, positions_B, best, total, mixed,
+        query_BHD, keys_RGCD, values_RGCV, real, rows_B, positions_B, table, best, total, mixed,
         scale, softcap or 0.0, num_blocks, *query_BHD.stride()[:2], *keys_RGCD.stride()[:3],
-        *values_RGCV.stride()[:3], real.stride(0), GROUP=group, EACH=tile.heads, M=tile.rows,
-        D=width, HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
+        *values_RGCV.stride()[:3], real.stride(0), table.stride(0),
+        GROUP=group, EACH=tile.heads, M=tile.rows, D=width, PAGE=page,
+        HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
         BLOCK_D=max(triton.next_power_of_2(width), least),
         BLOCK_V=max(triton.next_power_of_2(value_width), least), **shape,
         num_warps=tile.warps, num_stages=1,

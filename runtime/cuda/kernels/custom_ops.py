@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runtime.cuda.kernels import attention as attend_kernel
 from runtime.cuda.kernels.dense import top_k as top_k_kernel
+from runtime.kv.pages.places import Paged
 
 
 class LayerRunner(Protocol):
@@ -63,11 +64,14 @@ def attend(
     sinks_H: Tensor | None,
     softcap: float | None,
     real_RC: Tensor | None,
+    table_RN: Tensor | None,
+    page: int,
 ) -> Tensor:
     """`attention.attend`, as one operator."""
+    paged = None if table_RN is None else Paged(table_RN, page)
     return attend_kernel.attend(
         query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H, softcap,
-        real_RC,
+        real_RC, paged,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from runtime.serving.settings import ServeSettings
 from runtime.serving.steps.choices import Choices
 from runtime.serving.steps.forecasting import Forecasting
 from runtime.serving.steps.in_flight import InFlight
+from runtime.serving.steps.room import Room
 from runtime.serving.steps.rows import Rows
 
 Chosen = TypeVar("Chosen")
@@ -34,6 +35,7 @@ class Admission:
     ) -> None:
         self._scheduler, self._settings, self._sequences = scheduler, settings, sequences
         self._rows, self._choices, self._forecasting = rows, choices, forecasting
+        self.room = Room(rows)
 
     def look_ahead(self) -> None:
         """Predict for some waiting prompts, those whose turn comes first, before admission."""
@@ -55,17 +57,20 @@ class Admission:
             if end is not None and sequences.choose(sequence, end):
                 begun.append((sequence, end.routes_LK))
         self._choices.forget(sequences.waiting)
+        self._wait_again(self.room.grow(sequences.active))
         self._forecasting.read_tokens(begun)
         for sequence in sequences.waiting:
             sequence.forget()
 
     def _admitted(self, missing_K: np.ndarray, first: list[ServedSequence]) -> list[ServedSequence]:
-        admit, sequences, free = self._scheduler.admit, self._sequences, self._rows.num_free
+        admit, room = self._scheduler.admit, self.room
+        waiting, active = self._sequences.waiting, self._sequences.active
+        free = min(self._rows.num_free, room.most(waiting, active))
         if not free:
             return []
-        return self._scheduled(
-            lambda: admit(sequences.waiting, sequences.active, free, missing_K, first)
-        )
+        first = [*first, *room.first(waiting)]
+        chosen = self._scheduled(lambda: admit(waiting, active, free, missing_K, first))
+        return room.fitting(chosen, active)
 
     def _make_room(self) -> list[ServedSequence]:
         """Park sequences of large groups while others wait for their turn; returns the latter."""
@@ -83,13 +88,19 @@ class Admission:
             sequences.active.remove(yielding.sequence)
             parked.append(yielding.sequence)
             first.append(yielding.to)
+        self._wait_again(parked)
+        return first
+
+    def _wait_again(self, parked: list[ServedSequence]) -> None:
+        """Let sequences that were parked wait as if they had just come."""
+        sequences = self._sequences
         for sequence in parked:
             sequence.overtaken, sequence.skipped = 0, 0
             sequence.num_waiting_at_arrival = len(sequences.waiting) + len(parked)
         if parked:
+            sequences.active[:] = [one for one in sequences.active if one not in parked]
             sequences.waiting += parked
             sequences.waiting.sort(key=lambda sequence: sequence.number)
-        return first
 
     def decoding(self, missing_K: np.ndarray) -> list[Part]:
         """A token each of the sequences that decode in this step."""

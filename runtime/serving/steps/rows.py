@@ -76,6 +76,37 @@ class Rows:
         return self._cache.num_free
 
     @property
+    def num_pages(self) -> int:
+        """Of all rows; 0 where they have none."""
+        return 0 if self._cache.pages is None else self._cache.pages.num_pages
+
+    def pages_ahead(self, sequence: ServedSequence) -> int:
+        """Pages of its tokens, and the one that it takes next, if it may grow so long."""
+        pages = self._cache.pages
+        if pages is None:
+            return 0
+        return pages.count(min(len(sequence.token_ids) + pages.page, sequence.limit))
+
+    def grow(self, sequence: ServedSequence, spared: int = -1) -> bool:
+        """Whether the row of a sequence has room for all its tokens now. What free rows hold gives
+        way, but for that of row `spared`.
+        """
+        pages = self._cache.pages
+        if pages is None or sequence.row < 0:
+            return True
+        while not pages.grow(sequence.row, len(sequence.token_ids)):
+            row = next((row for row in self._held if row != spared), None)
+            if row is None:
+                return False
+            self._forget(row)
+        return True
+
+    def _forget(self, row: int) -> None:
+        """Let go of what a free row holds."""
+        if self._held.pop(row, None) is not None and self._cache.pages is not None:
+            self._cache.pages.cut(row)
+
+    @property
     def num_parked(self) -> int:
         """Sequences whose keys and values are in host memory."""
         return len(self._parked)
@@ -94,12 +125,26 @@ class Rows:
         source = None if kept is not None else self._source(sequence, active)
         length = 0 if source is None else _reusable(source.token_ids, sequence.token_ids)
         sequence.row = self._cache.take(self._room(source, length))
-        self._held.pop(sequence.row, None)
+        if source is None or source.row != sequence.row:
+            self._forget(sequence.row)
+        source = self._make_room(sequence, source, length)
         if kept is not None:
             kept.saved.restore(self._cache, sequence.row)
             self._begin(sequence, kept.saved.num_tokens, kept.routes)
         elif source is not None:
             self.adopt(sequence, source, length)
+
+    def _make_room(self, sequence: ServedSequence, source: Held | None, length: int) -> Held | None:
+        """Pages for all tokens of a sequence that has got its row; `source`, unless it gave way."""
+        if source is not None and source.row == sequence.row:
+            del self._held[sequence.row]
+            if self._cache.pages is not None:
+                self._cache.pages.cut(sequence.row, length)
+        elif source is not None and not self.grow(sequence, spared=source.row):
+            source = None
+        if not self.grow(sequence):
+            raise RuntimeError("the key/value cache has no page left for a sequence admitted to it")
+        return source
 
     def keep(self, sequence: ServedSequence) -> Kept:
         """A copy of what the row of `sequence` holds."""
@@ -135,17 +180,19 @@ class Rows:
         self._parked.pop(sequence, None)
         if sequence.row < 0:
             return
-        if is_sound and self._reuse:
+        holds = is_sound and self._reuse
+        if holds:
             cached = sequence.token_ids[: sequence.num_cached]
             self._held[sequence.row] = Held(sequence.row, cached, list(sequence.routes))
-        self._cache.release(sequence.row)
+        self._cache.release(sequence.row, keep=holds)
         sequence.row = -1
 
     def park(self, sequence: ServedSequence) -> None:
         """Free the row of a sequence in flight, which keeps all that it has computed."""
-        kept = self.keep(sequence)
+        kept = self.keep(sequence) if sequence.num_cached else None
         self.release(sequence)
-        self._parked[sequence] = kept
+        if kept is not None:
+            self._parked[sequence] = kept
 
     def claim(self, active: Iterable[ServedSequence]) -> bool:
         """Before a step and after it: where others have written to the rows, sequences in flight
@@ -153,7 +200,8 @@ class Rows:
         """
         if self._cache.claim():
             return True
-        self._held.clear()
+        for row in list(self._held):
+            self._forget(row)
         for sequence in active:
             sequence.start_over()
         return False

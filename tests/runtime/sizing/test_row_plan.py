@@ -10,8 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.batch.jobs import Jobs
+from runtime.batch.lengths import Length, mean_tokens, sampled_lengths
 from runtime.batch.sequences import ON_CPU, sized, told
 from runtime.cuda import row_choices as choices
+from runtime.cuda.device_budget import reserved_bytes
+from runtime.serving.batch.rows import Row
 from runtime.serving.batch.settings import BatchSettings
 from runtime.sizing.row_plan import NEAR_BEST, RowChoice, best_choice
 from runtime.weights.repository.hub import HubOptions
@@ -41,9 +45,12 @@ def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (300 << 20, 400 << 20))
 
 
-def choices_of(memory: float | int, most: int, context: int = 64) -> list[RowChoice]:
+def choices_of(
+    memory: float | int, most: int, context: int = 64, **options: Any
+) -> list[RowChoice]:
     source = from_path_on_meta(MODEL, "auto", HubOptions())
-    return list(choices.row_choices(source, memory, context=context, most=most, device=DEVICE))
+    sizes: dict[str, Any] = {"context": context, "most": most}
+    return list(choices.row_choices(source, memory, device=DEVICE, **sizes, **options))
 
 
 @pytest.mark.usefixtures("_measured")
@@ -86,3 +93,76 @@ def test_on_a_gpu_the_choice_is_told(
     assert capsys.readouterr().err.strip() == told(expected)
     with pytest.raises(ValueError, match="has no room for 1024 tokens of 8 sequences"):
         sized(settings(memory="1MiB"), 100)
+
+
+# ---------------------------------------------------------------------- tokens that are needed
+
+
+LENGTHS = st.lists(st.builds(Length, st.integers(1, 900), st.integers(0, 900)), max_size=20)
+
+
+@given(LENGTHS, st.integers(64, 1000))
+def test_the_mean_is_within_what_sequences_take(lengths: list[Length], context: int) -> None:
+    fitting = [sum(one) for one in lengths if sum(one) <= context]
+    found = mean_tokens(lengths, context, 64)
+    if not fitting:
+        assert found is None
+        return
+    assert found is not None
+    assert min(fitting) <= found <= -(-max(fitting) // 64) * 64 + 1
+    assert found >= sum(fitting) / len(fitting)
+
+
+def test_long_sequences_count_by_the_time_that_they_are_in_flight() -> None:
+    short, long = Length(1, 63), Length(1, 639)
+    assert mean_tokens([short] * 9 + [long], 1024, 64) == int((9 * 63 * 64 + 639 * 640) / 1206) + 1
+
+
+def rows(count: int) -> list[Row]:
+    data: list[Any] = [{"prompt": [1] * (1 + number), "max_tokens": 4} for number in range(count)]
+    return [Row(f"row {number}", one) for number, one in enumerate(data)]
+
+
+def test_lengths_are_those_of_rows_that_are_left_all_over_the_data_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime.batch.lengths.SAMPLED", 5)
+    jobs = Jobs(settings(), None, has_openai=False)
+    found = sampled_lengths(iter(rows(14)), 14, jobs, None, done={0, 1, 2, 3})
+    assert found == [Length(5, 4), Length(7, 4), Length(9, 4), Length(11, 4), Length(13, 4)]
+
+
+def test_rows_that_make_no_request_have_no_length() -> None:
+    bad = [Row("a", ValueError("no")), Row("b", {"prompt": 7}), Row("c", {"prompt": "text"})]
+    jobs = Jobs(settings(), None, has_openai=False)
+    assert sampled_lengths([*bad, *rows(1)], 4, jobs, None, done=()) == [Length(1, 4)]
+
+
+@pytest.mark.usefixtures("_measured")
+def test_with_room_for_the_tokens_that_are_needed_more_sequences_fit() -> None:
+    long = choices_of(150 << 20, most=1024, context=512)
+    paged = choices_of(150 << 20, most=1024, context=512, tokens_of=lambda rows: 512 + 64 * rows)
+    assert len(paged) > len(long)
+    assert [choice.cache_tokens for choice in paged] == [512 + 64 * one.rows for one in paged]
+    assert all(one.slots >= other.slots for one, other in zip(paged, long, strict=False))
+    assert {choice.cache_tokens for choice in long} == {None}
+
+
+def test_reserved_bytes_fall_with_the_tokens() -> None:
+    source = from_path_on_meta(MODEL, "auto", HubOptions())
+    sizes: dict[str, Any] = {"context": 1024, "batch": 64}
+    whole, paged = reserved_bytes(source, **sizes), reserved_bytes(source, **sizes, tokens=8192)
+    assert paged < whole
+    assert reserved_bytes(source, **sizes, tokens=8192 + 64) > paged
+
+
+@pytest.mark.usefixtures("_measured")
+def test_on_a_gpu_the_tokens_are_those_of_the_data_set_or_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.loading.target_device", lambda *_: torch.device("cuda"))
+    chosen = sized(settings(context=512, memory="0.5"), 100, lambda: [Length(10, 50)] * 3)
+    assert chosen.cache_tokens == chosen.rows * 65
+    assert f"in a key/value cache of {chosen.cache_tokens:,} tokens" in capsys.readouterr().err
+    asked = sized(settings(context=512, memory="0.5", cache_tokens=4000), 100)
+    assert asked.cache_tokens == 4000

@@ -15,12 +15,14 @@ pytest.importorskip("triton")
 
 from runtime.cuda.compiling import blueprint, step_forwards
 from runtime.cuda.compiling.__main__ import compile_only
+from runtime.kv.storage import StorageSize
 from runtime.serving.request import Request
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.tiny import tiny_model
 from tests.runtime.cuda.compiling.test_switch import FakeProcess, generate
 
 COMPILE = torch.compile
+PAGES: dict[str, Any] = {"batch": 3, "context": 128, "cache_tokens": 256}
 
 
 class FoundError(Exception):
@@ -47,10 +49,15 @@ def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
         yield found
 
 
-@pytest.mark.parametrize(("kind", "serves"), [("olmoe", False), ("gpt_oss", True)])
-def test_both_processes_have_one_key(kind: str, serves: bool, keys: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "serves", "options"),
+    [("olmoe", False, {}), ("gpt_oss", True, {}), ("gpt_oss", True, PAGES)],
+)
+def test_both_processes_have_one_key(
+    kind: str, serves: bool, options: dict[str, Any], keys: list[str]
+) -> None:
     model: Any = tiny_model(kind, num_hidden_layers=2)
-    engine = load_fake(model, memory=0.75, compile="auto").expertflow
+    engine = load_fake(model, memory=0.75, compile="auto", **options).expertflow
 
     def run() -> None:
         if serves:
@@ -77,7 +84,7 @@ def test_tied_weights_stay_tied_and_take_no_memory() -> None:
     model: Any = tiny_model("olmoe", num_hidden_layers=2)
     model.lm_head.weight = model.model.embed_tokens.weight
     step = blueprint.StepShape(
-        blueprint.StepKey("generating", 1, 1), (1, 8), True, [], torch.device("cpu")
+        blueprint.StepKey("generating", 1, 1), StorageSize(1, 8), True, [], torch.device("cpu")
     )
     content = blueprint.pack(model, [], step)
     assert len(content) < 100_000
