@@ -66,7 +66,7 @@ def run_arm(
         loop._runner = ReplayingRunner(loop._runner, replay)
         began = time.perf_counter()
         for request in load.requests[: settings.warm_up]:
-            loop.submit(replace(request, max_tokens=min(WARM_UP_TOKENS, settings.tokens)))
+            loop.submit(replace(request, max_tokens=min(WARM_UP_TOKENS, request.max_tokens)))
         while not loop.is_idle:
             loop.step()
         warm_up_s = time.perf_counter() - began

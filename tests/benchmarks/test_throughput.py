@@ -19,7 +19,7 @@ from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.arm import ThroughputArm
 from benchmarks.throughput.bounds import Machine, Step
 from benchmarks.throughput.plot import bounds
-from benchmarks.throughput.requests import load_of, traced
+from benchmarks.throughput.requests import Load, load_of, traced
 from benchmarks.throughput.rivals import largest_batch
 from benchmarks.throughput.settings import ThroughputSettings
 from routing.layers import find_moe_layers
@@ -182,7 +182,7 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
     settings = replace(settings_of(None), device="cuda")
     arm = ThroughputArm.parse("bf16 24GiB xauto")
     source: Any = None
-    load = load_of(settings_of(None), SMALL)
+    load = Load([], {}, "")
     asked: dict[str, Any] = {}
 
     def choices(_source: Any, memory: float | int, **options: Any) -> list[RowChoice]:

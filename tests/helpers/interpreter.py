@@ -1,6 +1,6 @@
 """Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers, and
-cuts numbers off to bfloat16 instead of rounding them. Spared what it repeats, it takes a fraction of
-the time.
+cuts numbers off to bfloat16 instead of rounding them. Spared what it repeats, it takes a fraction
+of the time.
 """
 
 from __future__ import annotations
