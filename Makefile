@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
-# make test   format, lint, types, tests, notebook; says which tests were skipped and why
+# make test   format, lint, types, tests, notebooks; says which tests were skipped and why
 # make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md
 # make clients   stock clients (openai, LangChain, litellm, lm-eval, guidellm, npm) against the server
 # make fuzz   2,000 damaged artefacts and 5,000 requests
