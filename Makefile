@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
-# make test   format, lint, types, tests, notebook; says which tests were skipped and why
+# make test   format, lint, types, tests, notebooks; says which tests were skipped and why
 # make exhaustive   the widest parametrisations, of which `make test` runs one representative each, and
 #              five times as many examples of hypothesis
 # make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md

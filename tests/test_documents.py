@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md",
     ROOT / "exports" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
 ]  # fmt: skip
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+"""They are run by `make notebooks`."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS_A_GPU = 'device="cuda"'
 
@@ -91,6 +94,16 @@ def test_modules_and_files_that_are_named_are_there(document: Path) -> None:
 def is_command(module: str) -> bool:
     path = ROOT / module.rstrip(".").replace(".", "/")
     return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_outputs_and_its_links_lead_somewhere(notebook: Path) -> None:
+    cells = json.loads(notebook.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    text = "".join(line for cell in cells if cell["cell_type"] == "markdown"
+                   for line in cell["source"])  # fmt: skip
+    targets = re.findall(r"\]\(([^)#\s]+)", text)
+    assert [target for target in targets if not (notebook.parent / target).exists()] == []
 
 
 def test_the_readme_is_read_once() -> None:

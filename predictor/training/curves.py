@@ -32,6 +32,7 @@ def read_series(metrics_csv: Path, column: str) -> tuple[list[int], list[float]]
 def plot_curves(metrics_csv: Path, png: Path) -> None:
     """Draw loss (training and validation) and the score of each head over the steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, scores = figure.subplots(1, 2)
@@ -44,7 +45,7 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
     scores.set_title("validation documents: history known, unknown (dashed)", fontsize=10)
     for axes in (losses, scores):
         axes.set_xlabel("optimiser steps")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = losses.get_legend_handles_labels()

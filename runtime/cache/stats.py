@@ -259,6 +259,7 @@ class Stats:
     def plot(self, path: str | Path) -> None:
         """Draw hits, late and misses of each layer into the picture file `path`."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(8, 3.5), layout="constrained")
         axes = figure.add_subplot()
@@ -270,7 +271,7 @@ class Stats:
         for label, counts_L, color in parts:
             axes.bar(layers, counts_L, bottom=below, label=label, color=color)
             below = below + counts_L
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="MoE layer", ylabel="expert requests")
         axes.set_title("\n".join(wrap(self.report(), 96)), fontsize=8)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)

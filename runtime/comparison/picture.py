@@ -60,6 +60,7 @@ def _draw_sizes(axes: Axes, figures: Sequence[Figures], colours: dict[str, objec
     axes.set_xticks(sorted({row.residency for row in figures}))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     axes.set(xlabel="share of all experts resident", ylabel="hit rate")
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7, ncols=2)
 

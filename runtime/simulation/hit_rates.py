@@ -95,7 +95,7 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
     """Plot hit rates over cache sizes into the image file `path`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.8, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for policy, row in _by_policy(results).items():
         row = sorted(row, key=lambda result: result.residency)
@@ -113,8 +113,9 @@ def plot(path: Path, results: Sequence[ReplayResult], title: str) -> None:
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     axes.set(xlabel="share of all experts resident", ylabel="hit rate", ylim=(0, 1))
     axes.set_title(title, fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
