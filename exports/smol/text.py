@@ -29,9 +29,9 @@ TokenIds = npt.NDArray[np.uint16]
 RESTRICTED = ("GPL", "GFDL", "CC-BY-SA", "non-commercial")
 """Parts of the names of licences that smol-moe is not trained under."""
 LONG_LINE = 40
-"""Characters from which on a line that two documents share counts."""
+"""Bytes from which on a line that two documents share counts."""
 MOST_SHARED = 0.1
-"""Share of a document's characters that may stand in held-out text too."""
+"""Share of a document's bytes that may stand in lines of held-out text too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +126,15 @@ def permissive(domains: Iterable[Domain]) -> list[Domain]:
 
 
 def long_lines(paths: Iterable[Path]) -> set[str]:
-    """Lines of at least LONG_LINE characters."""
+    """Lines of at least LONG_LINE bytes."""
     lines = (line.strip() for path in paths for line in path.read_text("utf-8").splitlines())
-    return {line for line in lines if len(line) >= LONG_LINE}
+    return {line for line in lines if len(line.encode()) >= LONG_LINE}
 
 
 def shared(document: str, lines: set[str]) -> float:
-    """Share of the characters of a document that stand in `lines`."""
-    own = [line.strip() for line in document.splitlines()]
-    return sum(len(line) for line in own if line in lines) / max(1, sum(map(len, own)))
+    """Share of the bytes of a document that stand in `lines`."""
+    sizes = [(line, len(line.encode())) for line in map(str.strip, document.splitlines())]
+    return sum(size for line, size in sizes if line in lines) / max(1, sum(s for _, s in sizes))
 
 
 def encode(tokenizer: Any, documents: Sequence[str], limit: int) -> TokenIds:
