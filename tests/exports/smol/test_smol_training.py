@@ -11,8 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from exports.corpus.domains import read_domains
-from exports.smol.answers import QUESTIONS, answer_table, answers
-from exports.smol.card import with_tables
+from exports.smol.card import QUESTIONS, answer_table, answers, with_tables
 from exports.smol.chats import chat_prompts, questions, write_chats
 from exports.smol.differences import unpack
 from exports.smol.measuring import compared, losses, usage
@@ -170,7 +169,7 @@ def test_no_question_that_is_published_is_trained_on():
 
 
 def test_answers_are_greedy_and_marked_where_they_were_cut(tokenizer, monkeypatch):
-    monkeypatch.setattr("exports.smol.answers.MOST_TOKENS", 5)
+    monkeypatch.setattr("exports.smol.card.MOST_TOKENS", 5)
     dense = dense_model(tokenizer.vocab_size)
     found = answers(dense, tokenizer, ["Hello?", "Hello?"])
     assert found[0] == found[1] and found[0].endswith("…")
