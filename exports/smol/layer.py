@@ -75,13 +75,6 @@ class UpcycledBlock(nn.Module):
         masks = [(ids_T1 == ids_N).to(x_TH.dtype) for ids_T1 in self.experts_TK.split(1, -1)]
         return weights_TK.to(x_TH.dtype), masks
 
-    @torch.no_grad()
-    def merged(self, name: str, expert: int) -> Tensor:
-        """The matrix of one expert, float32."""
-        own = slice(expert * self.experts.rank, (expert + 1) * self.experts.rank)
-        difference = self.pairs[f"{name}_out"][:, own] @ self.pairs[f"{name}_in"][own]
-        return getattr(self.dense, f"{name}_proj").weight.float() + difference
-
 
 def upcycle(model: Any, experts: Experts, seed: int = 0) -> list[UpcycledBlock]:
     """Replace the blocks of a Llama model by upcycled ones, which compute the same at first.

