@@ -28,12 +28,11 @@ class UpcycledBlock(nn.Module):
     `logits_TE` and `experts_TK` are the latest forward's, with their autograd graph.
     """
 
-    def __init__(self, dense: nn.Module, experts: Experts, generator: torch.Generator) -> None:
+    def __init__(self, dense: Any, experts: Experts, generator: torch.Generator) -> None:
         super().__init__()
         self.experts = experts
         self.dense = dense.requires_grad_(False)
-        device = dense.gate_proj.weight.device  # type: ignore[union-attr]
-        hidden = dense.gate_proj.weight.shape[1]  # type: ignore[union-attr,index]
+        device, hidden = dense.gate_proj.weight.device, dense.gate_proj.weight.shape[1]
         self.router = nn.Parameter(torch.zeros(experts.num_experts, hidden, device=device))
         pairs = {}
         for name in MATRICES:

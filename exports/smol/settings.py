@@ -46,7 +46,7 @@ class SmolSettings(Experts):
     """Tokens of a window."""
     learning_rate: float = 2e-3
     """Highest learning rate of the differences."""
-    router_rate: float = 0.002
+    router_rate: float = 0.01
     """Highest learning rate of a router, over the size of its first weights."""
     balance: float = 0.05
     """Weight of the load-balancing loss."""
