@@ -1,4 +1,4 @@
-"""The training from a dense model in memory, the text that it reads, and the card it fills in."""
+"""The training from a dense model in memory, the text and chats that it reads, its figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from exports.corpus.domains import read_domains
-from exports.smol.card import QUESTIONS, answer_table, answers, with_tables
+from exports.smol.answers import QUESTIONS, answers
 from exports.smol.chats import chat_prompts, questions, write_chats
 from exports.smol.differences import unpack
 from exports.smol.measuring import compared, losses, usage
@@ -169,22 +169,13 @@ def test_no_question_that_is_published_is_trained_on():
 
 
 def test_answers_are_greedy_and_marked_where_they_were_cut(tokenizer, monkeypatch):
-    monkeypatch.setattr("exports.smol.card.MOST_TOKENS", 5)
+    monkeypatch.setattr("exports.smol.answers.MOST_TOKENS", 5)
     dense = dense_model(tokenizer.vocab_size)
     found = answers(dense, tokenizer, ["Hello?", "Hello?"])
     assert found[0] == found[1] and found[0].endswith("…")
 
 
-def test_equal_answers_are_said_to_be_the_same():
-    rows = [
-        {"question": "a|b", "dense": "yes\nno", "mixture": "yes\nno"},
-        {"question": "c", "dense": "1", "mixture": "2"},
-    ]
-    lines = answer_table(rows).splitlines()
-    assert lines[2] == "| a\\|b | yes ⏎ no | *the same* |" and lines[3] == "| c | 1 | 2 |"
-
-
-# ---------------------------------------------------------------------- figures and card
+# ---------------------------------------------------------------------- figures
 def test_losses_of_an_untrained_model_are_those_of_a_guess():
     found = losses(dense_model(), {"a": domain(0, 400)}, context=32)
     assert found["a"] == pytest.approx(math.log(64), abs=0.15)
@@ -203,23 +194,6 @@ def test_usage_is_told_by_domain_and_every_domain_weighs_the_same():
     assert figures["least_used"] == pytest.approx(0.5)
     assert figures["entropy_by_domain"]["a"] == pytest.approx(0.5)
     assert figures["entropy"] > figures["entropy_by_domain"]["b"]
-
-
-def test_the_cards_tables_are_those_of_the_records(trained, tmp_path):
-    record, _, _ = trained
-    (tmp_path / "training.json").write_text(json.dumps(record))
-    card = "Before.\n<!-- table: perplexity -->\nold\n<!-- end -->\nBetween.\n"
-    card += "<!-- table: routing -->\n<!-- end -->\n"
-    written = with_tables(card, tmp_path)
-    dense = record["held_out"]["perplexity"]["domain1"]["dense"]
-    assert f"| domain1 | 6,000 | {dense:.2f} |" in written and "old" not in written
-    assert "| **all** |" in written and with_tables(written, tmp_path) == written
-
-
-@pytest.mark.parametrize(("name", "message"), [("nothing", "is called"), ("answers", "not found")])
-def test_a_card_without_its_record_is_refused(tmp_path, name, message):
-    with pytest.raises(ValueError, match=message):
-        with_tables(f"<!-- table: {name} -->\n<!-- end -->\n", tmp_path)
 
 
 @pytest.mark.parametrize(
