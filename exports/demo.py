@@ -3,6 +3,8 @@
 Traces exports/moe-8x32 over the sample text, trains a predictor on the trace, exports it to ONNX
 and generates with a quarter of the experts resident, under every cache policy, after prompts from
 held-out documents. Every stage is a public command, shown before it runs.
+
+With --chat it is a conversation instead, with smol-moe (`expertflow build smol-moe`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ class DemoSettings:
     """Directory for the demo's files."""
     quick: bool = False
     """Run a smaller demo: three domains, a short training, few tokens."""
+    chat: bool = False
+    """Chat in the terminal with smol-moe instead, a quarter of its experts in memory."""
+    model: Path | None = None
+    """Model directory to chat with, offloaded without a predictor. Default: smol-moe in
+    runs/smol-moe/model, with its own."""
 
     @property
     def directory(self) -> Path:
@@ -65,6 +72,9 @@ class DemoSettings:
 
 def main(settings: DemoSettings) -> None:
     """Run every stage, print the tables and draw the pictures. Exits with 1 if tokens differ."""
+    if settings.chat:
+        talk(settings)
+        return
     start = time.perf_counter()
     prompts = hold_back(settings)
     run_stages(settings)
@@ -85,6 +95,14 @@ def main(settings: DemoSettings) -> None:
     print_next_steps()
     if not all(result.identical for result in live.runs):
         raise SystemExit("the offloaded model generated other tokens than the model itself")
+
+
+def talk(settings: DemoSettings) -> None:
+    """Chat with smol-moe, or with another model."""
+    from exports.demo_chat import SMOL_MODEL, SMOL_PREDICTOR, chat
+
+    predictor = SMOL_PREDICTOR if settings.model is None else None
+    chat(settings.model or SMOL_MODEL, predictor, residency=RESIDENCY)
 
 
 def hold_back(settings: DemoSettings) -> dict[str, str]:
@@ -177,5 +195,5 @@ if __name__ == "__main__":
         main,
         DemoSettings,
         prog="python -m exports.demo",
-        examples=["", "--quick", "--out runs/mine"],
+        examples=["", "--quick", "--out runs/mine", "--chat"],
     )

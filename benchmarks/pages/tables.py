@@ -9,7 +9,7 @@ from benchmarks.encodings import page as encodings
 from benchmarks.kernels import page as kernels
 from benchmarks.lanes import page as lanes
 from benchmarks.ordering import page as ordering
-from benchmarks.pages import others
+from benchmarks.pages import others, upcycled
 from benchmarks.pages.blocks import Tables
 from benchmarks.prefill import page as prefill
 from benchmarks.rounding import page as rounding
@@ -45,6 +45,9 @@ TABLES: Tables = {
     "recall": others.recall,
     "rounding-quality": rounding.quality,
     "rounding-routes": rounding.routes,
+    "smol-answers": upcycled.answers,
+    "smol-perplexity": upcycled.perplexity,
+    "smol-routing": upcycled.routing,
     "throughput": throughput.throughput,
 }
 """The functions take the JSON objects of the files, then the options, all texts."""

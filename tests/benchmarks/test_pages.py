@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache import page as kinds_page
-from benchmarks.pages import others, picture
+from benchmarks.pages import others, picture, upcycled
 from benchmarks.pages.__main__ import RESULTS, ROOT, PagesSettings, documents, main, outdated
 from benchmarks.pages.blocks import filled
 
@@ -132,6 +132,29 @@ def test_predictors_are_listed_with_and_without_history_for_each_text() -> None:
     _, table, ours = cells(others.recall(document, head="this", after="recall-"))
     assert table == ["held out", "token-id table", "0.900", "0.950", "0.010"]
     assert ours[1] == "p.onnx, history known"
+
+
+def test_perplexities_stand_beside_the_dense_models_and_say_what_was_trained_on() -> None:
+    rows = {"de": {"dense": 20.0, "mixture": 10.0}, "el": {"dense": 4.0, "mixture": 5.0}}
+    document = {"tokens": {"de": 12345}, "held_out": {"perplexity": rows}}
+    *_, first, second = upcycled.perplexity(document)
+    assert first == "| de | 12,345 | 20.00 | 10.00 | -50.0% |"
+    assert second == "| el | none | 4.00 | 5.00 | +25.0% |"
+
+
+def test_the_two_most_used_experts_are_those_of_each_layer() -> None:
+    shares = {"de": [[0.5, 0.1, 0.4], [0.2, 0.2, 0.6]]}
+    document = {"routing": {"entropy_by_domain": {"de": 0.75}, "shares": shares}}
+    assert list(upcycled.routing(document))[-1] == "| de | 0.750 | 85.0% |"
+
+
+def test_equal_answers_are_said_to_be_the_same() -> None:
+    rows = [
+        {"question": "a|b", "dense": "yes\nno", "mixture": "yes\nno"},
+        {"question": "c", "dense": "1", "mixture": "2"},
+    ]
+    *_, first, second = upcycled.answers({"answers": rows})
+    assert first == "| a\\|b | yes ⏎ no | *the same* |" and second == "| c | 1 | 2 |"
 
 
 def test_groups_that_are_not_there_are_named() -> None:
