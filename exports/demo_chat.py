@@ -22,6 +22,8 @@ def chat(model_directory: Path, predictor: Path | None, *, residency: float) -> 
 
     Raises ValueError where the model is missing.
     """
+    from transformers.utils import logging
+
     import runtime
     from routing.pretrained import read_tokenizer
 
@@ -30,6 +32,7 @@ def chat(model_directory: Path, predictor: Path | None, *, residency: float) -> 
             f"{model_directory} has no model to chat with: expertflow build smol-moe --out "
             f"{SMOL_MODEL.parent} writes one, or name another with --model"
         )
+    logging.disable_progress_bar()
     tokenizer = read_tokenizer(model_directory)
     model = runtime.load(str(model_directory), predictor, memory=residency)
     with model.expertflow as engine:

@@ -121,7 +121,8 @@ def write_chats(
 
 def _sample(model: Any, ids_BT: Tensor, mask_BT: Tensor, new_tokens: int) -> Tensor:
     """New tokens of each sequence, int64 [B, new tokens]; padding is on the left."""
-    cache, written = None, []
+    cache: Any = None
+    written: list[Tensor] = []
     while len(written) < new_tokens:
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, -ids_BT.shape[1] :]
         output = model(
