@@ -74,9 +74,10 @@ class Run {
     this.loads = sums(this.missed.map((keys) => keys.length));
   }
 
-  // Hit rate of the steps from one up to another.
+  // Hit rate of the steps from one up to another; all of it where nothing was asked for.
   rate(from, to) {
-    return 1 - (this.loads[to] - this.loads[from]) / (this.requests[to] - this.requests[from]);
+    const asked = this.requests[to] - this.requests[from];
+    return asked ? 1 - (this.loads[to] - this.loads[from]) / asked : 1;
   }
 }
 
