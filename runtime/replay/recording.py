@@ -128,8 +128,7 @@ def _watched(
 ) -> Iterator[Call]:
     """The calls; what is not resident when a cache takes one is added to `loads`."""
     for layer, experts in calls:
-        keys = layer * simulation.num_experts + experts
-        loads.append(np.setdiff1d(keys, simulation.residents()))
+        loads.append(simulation.missing(layer, experts))
         yield layer, experts
 
 

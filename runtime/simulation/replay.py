@@ -65,6 +65,11 @@ class Simulation:
         """The keys of all residents, int64."""
         return np.flatnonzero(self.cache.slot_of_key != FREE)
 
+    def missing(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """The keys of those of a layer's experts that are not resident."""
+        keys = layer * self.num_experts + experts
+        return keys[self.cache.slot_of_key[keys] == FREE]
+
 
 class QueueSimulation:
     """A rule with a cache of its own, counting its requests and loads."""
@@ -84,6 +89,11 @@ class QueueSimulation:
     def residents(self) -> np.ndarray:
         """The keys of all residents, int64."""
         return np.array(sorted(self._cache.residents()), np.int64)
+
+    def missing(self, layer: int, experts: np.ndarray) -> np.ndarray:
+        """The keys of those of a layer's experts that are not resident."""
+        keys, held = layer * self.num_experts + experts, self._cache.residents()
+        return keys[[key not in held for key in keys.tolist()]]
 
 
 class BypassSimulation:

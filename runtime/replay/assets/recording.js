@@ -19,8 +19,8 @@ export class Recording {
     this.steps = this.firsts.length - 1;
     this.routes = numbers(data.routes);
     this.guesses = data.predicted && numbers(data.predicted);
-    this.used = Array.from({ length: this.steps }, (_, step) => this.usedIn(step));
-    this.runs = data.caches.map((cache) => new Run(cache, this.used));
+    this.counts = Array.from({ length: this.steps }, (_, step) => this.usedIn(step).size);
+    this.runs = data.caches.map((cache) => new Run(cache, this.counts, this.layers * this.experts));
   }
 
   // The keys that a step used.
@@ -44,8 +44,8 @@ export class Recording {
   // The share of the used experts that was predicted: recall@K for a step of one token.
   recallIn(step) {
     const predicted = this.predictedIn(step);
-    const found = [...this.used[step]].filter((key) => predicted.has(key)).length;
-    return found / this.used[step].size;
+    const found = [...this.usedIn(step)].filter((key) => predicted.has(key)).length;
+    return found / this.counts[step];
   }
 
   tokensIn(step) {
@@ -57,26 +57,28 @@ export class Recording {
   }
 }
 
-// One cache: what it missed in each step, and what lay in its slots before it.
+// One cache: what it missed in each step, and what lay in its slots before it (1 by key).
 class Run {
-  constructor({ policy, slots, missed, left }, used) {
+  constructor({ policy, slots, missed, left }, counts, keys) {
     Object.assign(this, { policy, slots });
     this.missed = lists(missed);
     this.left = lists(left);
     this.residents = [];
-    let held = new Set();
+    let held = new Uint8Array(keys);
     this.missed.forEach((loaded, step) => {
       this.residents.push(held);
-      held = new Set([...held, ...loaded]);
-      for (const key of this.left[step]) held.delete(key);
+      held = held.slice();
+      for (const key of loaded) held[key] = 1;
+      for (const key of this.left[step]) held[key] = 0;
     });
-    this.requests = sums(used.map((keys) => keys.size));
-    this.loads = sums(this.missed.map((keys) => keys.length));
+    this.requests = sums(counts);
+    this.loads = sums(this.missed.map((loaded) => loaded.length));
   }
 
-  // Hit rate of the steps from one up to another.
+  // Hit rate of the steps from one up to another; all of it where nothing was asked for.
   rate(from, to) {
-    return 1 - (this.loads[to] - this.loads[from]) / (this.requests[to] - this.requests[from]);
+    const asked = this.requests[to] - this.requests[from];
+    return asked ? 1 - (this.loads[to] - this.loads[from]) / asked : 1;
   }
 }
 

@@ -87,12 +87,12 @@ class Page {
   }
 
   mark(step) {
-    const used = this.recording.used[step];
+    const used = this.recording.usedIn(step);
     const missed = new Set(this.shown.missed[step]);
     const predicted = this.recording.predictedIn(step);
     const residents = this.shown.residents[step];
     this.map.mark([
-      (key) => residents.has(key), (key) => used.has(key) && !missed.has(key),
+      (key) => residents[key], (key) => used.has(key) && !missed.has(key),
       (key) => missed.has(key), (key) => predicted.has(key),
     ]);
   }
@@ -107,7 +107,7 @@ class Page {
 
   tiles(step) {
     const { own, lru } = this;
-    const used = this.recording.used[step].size;
+    const used = this.recording.counts[step];
     const hits = (run) => used - run.missed[step].length;
     put("hits", `${hits(own)} of ${used}`, lru ? `LRU ${hits(lru)}` : "");
     put("rate", format.percent(own.rate(0, step + 1)), lru ? `LRU ${format.percent(lru.rate(0, step + 1))}` : "");

@@ -26,10 +26,10 @@ export class Tokens {
 
   // Underline each token by the quarters of its experts that a cache missed.
   tint(run) {
-    this.spans.forEach((span, token) => {
-      const step = this.recording.stepOf(token);
-      const share = run.missed[step].length / Math.max(this.recording.used[step].size, 1);
-      span.dataset.misses = Math.min(Math.floor(4 * share), QUARTERS);
+    const { firsts, counts } = this.recording;
+    run.missed.forEach((missed, step) => {
+      const quarters = Math.min(Math.floor((4 * missed.length) / Math.max(counts[step], 1)), QUARTERS);
+      for (const span of this.spans.slice(firsts[step], firsts[step + 1])) span.dataset.misses = quarters;
     });
   }
 
