@@ -1,6 +1,5 @@
-"""Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers, and cuts
-numbers off to bfloat16 instead of rounding them. Spared what it repeats, it takes a fraction of the
-time.
+"""Triton's interpreter, mended: it multiplies bfloat16 matrices by the bits, as if integers, cuts
+numbers off to bfloat16 instead of rounding them, and does the same again for every operation.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from triton import knobs
 from triton import language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -42,6 +42,7 @@ def _cast(self: Any, source: Any, to: Any) -> Any:
 
 def mend() -> None:
     """From now on products and conversions are right, and launches fast."""
-    interpreter_overhead.spare()
+    if knobs.runtime.interpret:  # else the language is a compiler's
+        interpreter_overhead.spare()
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.cast_impl = _cast

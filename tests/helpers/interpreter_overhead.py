@@ -100,7 +100,9 @@ def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
     key = lhs.type.name, rhs.type.name
     if (known := BROADCASTS.get(key)) is None:
         both = BROADCAST(self, lhs, rhs)
-        known = (None if new is old else new.type for new, old in zip(both, (lhs, rhs), strict=True))
+        known = (
+            None if new is old else new.type for new, old in zip(both, (lhs, rhs), strict=True)
+        )
         BROADCASTS[key] = tuple(known)
         return both
     return _expanded(lhs, known[0]), _expanded(rhs, known[1])
