@@ -1,5 +1,7 @@
 # make demo   the whole pipeline on the embedded model: trace, train, export, offloaded generation
 # make test   format, lint, types, tests, notebook; says which tests were skipped and why
+# make exhaustive   the widest parametrisations, of which `make test` runs one representative each, and
+#              five times as many examples of hypothesis
 # make compatibility   every MoE architecture of the installed transformers; docs/compatibility.md
 # make clients   stock clients (openai, LangChain, litellm, lm-eval, guidellm, npm) against the server
 # make fuzz   2,000 damaged artefacts and 5,000 requests
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: demo test test-gpu clients fuzz lint types tests notebooks compatibility clean
+.PHONY: demo test test-gpu exhaustive clients fuzz lint types tests notebooks compatibility clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m exports.demo $(DEMO_ARGS)
@@ -32,8 +34,11 @@ types: $(INSTALLED)
 
 # One process a core and one thread a process: threads of two processes on one core starve each other.
 tests: $(INSTALLED)
-	@echo "running the tests: about 25 minutes on 2 cores"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations=10
+	@echo "running the tests"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations=10
+
+exhaustive: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "exhaustive or hypothesis" --hypothesis-profile thorough -n 2
 
 test-gpu:
 	CUDA_VISIBLE_DEVICES=0 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu -q

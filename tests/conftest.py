@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,25 @@ from tests.helpers.tiny import save_tiny, tiny_model
 from tests.helpers.tracing import TEXTS, write_texts
 
 torch.set_num_threads(1)
+
+with suppress(ImportError):  # a machine with a GPU may go without
+    from hypothesis import settings
+
+    settings.register_profile("thorough", max_examples=200, deadline=None)
+    settings.register_profile("brief", max_examples=40, deadline=None)
+    settings.load_profile("brief")
+
+
+LONGEST = (
+    "test_compile.py", "test_documents.py", "test_packages.py", "test_wide.py", "test_backend.py",
+    "test_prefetch.py", "test_row_decoder.py", "test_decode_and_prefill.py", "test_compiling.py",
+    "test_switch.py", "test_prefixes.py", "test_failures.py",
+)  # fmt: skip
+"""Files that take long although they have few tests: they begin, lest a process end with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 99)
 
 
 @pytest.fixture(autouse=True)

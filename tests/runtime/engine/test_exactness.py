@@ -202,7 +202,7 @@ def test_moe_16x64_generates_the_stock_models_tokens_bit_identically(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MOE_16X64, padding_side="left")
     options: dict[str, Any] = {
-        "max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "output_logits": True,
+        "max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "output_logits": True,
         "return_dict_in_generate": True,
         **tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False),
     }  # fmt: skip

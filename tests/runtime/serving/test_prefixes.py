@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ OPTIONS = SMALL | {"context": 96}
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with offloaded(tiny_model("olmoe"), tmp_path_factory.mktemp("prefixes")) as engine:
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    with offloaded(model, tmp_path_factory.mktemp("prefixes")) as engine:
         yield engine
 
 
@@ -56,8 +58,15 @@ def choices(count: int, **options: Any) -> list[Request]:
 # ---------------------------------------------------------------------- choices
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("count", [2, 3, 9])
+BRIEF = {("fifo", 2), ("fifo", 9), ("predicted", 3), ("predicted", 9), ("paper", 3),
+         ("domain-oracle", 2)}  # fmt: skip
+CHOICES = [
+    pytest.param(*one, marks=[] if one in BRIEF else pytest.mark.exhaustive)
+    for one in product(SCHEDULERS, (2, 3, 9))
+]
+
+
+@pytest.mark.parametrize(("scheduler", "count"), CHOICES)
 def test_the_prompt_of_several_choices_runs_once(
     scheduler: str, count: int, engine: Engine
 ) -> None:

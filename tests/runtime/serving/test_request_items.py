@@ -18,16 +18,18 @@ import runtime
 from runtime.engine.engine import Engine
 from runtime.serving.request import Request, Result
 from tests.helpers.serving import SMALL, by_id, greedy, offloaded
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.tiny import EOS, tiny_model, tiny_tokenizer
 
 TOKENIZER: Any = tiny_tokenizer()
 IDS = TOKENIZER("ABC").input_ids
 SHORT = {"context": 200}
+ENDING: Any = {"num_hidden_layers": 2, "eos_token_id": [EOS, *range(200, 256)]}
+"""A model that soon ends what it says, however many tokens it might."""
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with offloaded(tiny_model("olmoe")) as engine:
+    with offloaded(tiny_model("olmoe", **ENDING)) as engine:
         yield engine
 
 
@@ -139,7 +141,7 @@ def test_a_refused_mapping_keeps_its_id(engine: Engine) -> None:
 
 
 def test_text_is_served_with_the_tokenizer_beside_the_models_weights(tmp_path: Path) -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with runtime.load(tmp_path, memory=0.5).expertflow as engine:
