@@ -2,7 +2,9 @@
 
     python -m tests.helpers.compile_only 90 olmoe-7b gpt-oss-20b
     python -m tests.helpers.compile_only 90 gpt-oss-20b:mxfp4
+    python -m tests.helpers.compile_only 90 --brief gpt-oss-20b:mxfp4
 
+Briefly: every kernel, of the fewest and the most rows, under one policy of either kind.
 Launches are caught, so nothing runs: what Triton and ptxas make of the kernels at the sizes of
 published models comes back, one JSON line a kernel: its name, registers a thread, bytes of shared
 memory, and bytes of stack (spilled registers).
@@ -17,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -47,7 +49,7 @@ from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
-from runtime.cuda.prefill.tiling import TILES
+from runtime.cuda.prefill.tiling import TILES, Tiles
 from runtime.kv.pages.places import PAGE, Paged
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
@@ -218,8 +220,8 @@ class Kernels:
             paged=paged,
         )  # fmt: skip
 
-    def prefill(self) -> None:
-        """One layer of many tokens, in tiles of every height."""
+    def prefill(self, heights: Sequence[Tiles] = TILES) -> None:
+        """One layer of many tokens, in tiles of all these heights."""
         size, block = self.size, self.expert_block
         x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
         experts_TK = torch.zeros(64, size.top_k, dtype=torch.int64)
@@ -227,7 +229,7 @@ class Kernels:
         numbers_E = torch.zeros(size.num_experts, dtype=torch.int32)
         workspace_RN = empty(4, block.units, dtype=torch.int16)
         unpack_blocks(block, self.slots_SN, numbers_E[:4], workspace_RN)
-        for tiles in TILES:
+        for tiles in heights:
             sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, tiles.rows)
             for blocks in (block, self.slots_SN), (block.plain, workspace_RN):
                 Products(*blocks, self.layout).run(x_TH, size.top_k, work, tiles, 0, 8)
@@ -242,14 +244,34 @@ class Kernels:
         dense.head(SimpleNamespace(weight=weight, bias=None), x)
 
 
-def compile_coded(kernels: Kernels) -> None:
+def compile_coded(kernels: Kernels, *, brief: bool) -> None:
     """What reads experts in codes: decoding steps of one token and of several, and prefill."""
-    for resident in (False, True):
-        kernels.decode(1, LRU, resident=resident)
-        kernels.decode(8, LRU, resident=resident)
-    kernels.prefill()
+    kernels.decode(1, LRU)
+    kernels.decode(8, LRU)
+    if not brief:
+        kernels.decode(1, LRU, resident=True)
+        kernels.decode(8, LRU, resident=True)
+    kernels.prefill(TILES[-1:] if brief else TILES)
 
 
+def compile_plain(kernels: Kernels, *, brief: bool) -> None:
+    """What a model of packed bfloat16 experts runs."""
+    policies = (LRU, PredictedReuse) if brief else (LRU, LFU, PredictedReuse, ClassLRU, Reuse)
+    for batch in (1, 32) if brief else (1, 8, 32):
+        kernels.decode(batch, PredictedReuse, prefetch=True)
+        if not brief:
+            kernels.decode(batch, Reuse, prefetch=True)
+        kernels.attend(batch)
+        kernels.dense(batch)
+    for policy in policies:
+        kernels.decode(1, policy)
+        kernels.decode(1, policy, resident=True)
+    kernels.decode(8, LRU, resident=True)
+    kernels.decode(32, Reuse, num_ranges=4)
+    kernels.prefill(TILES[::2] if brief else TILES)
+
+
+BRIEF = "--brief"
 SMALL_HEADS, BOUNDS = "small-heads", "bounds"
 
 
@@ -265,44 +287,41 @@ def compile_small_heads() -> None:
             attend(query, keys, values, rows, positions, scale=0.1, softcap=3.0)
 
 
-def compile_bounds() -> None:
+def compile_bounds(*, brief: bool) -> None:
     """Activations with bounds, which are compile-time constants."""
     size = Size(128, 256, 8, 2, 10, 4, 4, 32, 256, 3)
     for activation in BOUNDED:
         kernels = Kernels(size, activation=activation, bounds=(10.0, 7.5))
         kernels.decode(1, LRU)
         kernels.decode(1, LRU, resident=True)
-        kernels.prefill()
+        kernels.prefill(TILES[:1] if brief else TILES)
 
 
-def compile_all(capability: int, names: list[str]) -> list[dict[str, Any]]:
+def compile_all(
+    capability: int, names: Sequence[str], *, brief: bool = False
+) -> list[dict[str, Any]]:
     """What every kernel takes, at the named sizes."""
     compiler = Compiler(capability)
     with pytest.MonkeyPatch.context() as patch:
         without_streams(patch)
         for name in names:
             size, _, encoding = name.partition(":")
-            if name in (SMALL_HEADS, BOUNDS):
-                (compile_small_heads if name == SMALL_HEADS else compile_bounds)()
-                continue
-            if encoding:
-                compile_coded(Kernels(SIZES[size], encoding))
-                continue
-            kernels = Kernels(SIZES[size])
-            for batch in (1, 8, 32):
-                kernels.decode(batch, PredictedReuse, prefetch=True)
-                kernels.decode(batch, Reuse, prefetch=True)
-                kernels.attend(batch)
-                kernels.dense(batch)
-            for policy in (LRU, LFU, PredictedReuse, ClassLRU, Reuse):
-                kernels.decode(1, policy)
-                kernels.decode(1, policy, resident=True)
-            kernels.decode(8, LRU, resident=True)
-            kernels.decode(32, Reuse, num_ranges=4)
-            kernels.prefill()
+            if name == SMALL_HEADS:
+                compile_small_heads()
+            elif name == BOUNDS:
+                compile_bounds(brief=brief)
+            elif encoding:
+                compile_coded(Kernels(SIZES[size], encoding), brief=brief)
+            else:
+                compile_plain(Kernels(SIZES[size]), brief=brief)
     return list(compiler.found.values())
 
 
-if __name__ == "__main__":
-    for line in compile_all(int(sys.argv[1]), sys.argv[2:] or list(SIZES)):
+def main(capability: str, *names: str) -> None:
+    wanted = [name for name in names if name != BRIEF]
+    for line in compile_all(int(capability), wanted or list(SIZES), brief=BRIEF in names):
         print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -72,7 +72,7 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     """One graph, in which the experts are an operator: nothing falls back to Python."""
     torch._dynamo.reset()
     counters.clear()
-    model: Any = tiny_model(kind)
+    model: Any = tiny_model(kind, num_hidden_layers=2)
     want = generate(model)
     engine = load_fake(model, memory=0.5, compile=True).expertflow
     assert torch.equal(generate(model), want)
@@ -95,11 +95,10 @@ def test_attention_that_no_kernel_has_is_the_models_own(model: Any, compile: boo
     engine.check_integrity()
 
 
-def test_every_size_of_step_is_compiled_whatever_torchs_limit(
-    model: Any,
-) -> None:
+def test_every_size_of_step_is_compiled_whatever_torchs_limit() -> None:
     torch._dynamo.reset()
     counters.clear()
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     want = [generate(model, rows) for rows in (1, 2)]
     with torch._dynamo.config.patch(recompile_limit=1):
         load_fake(model, memory=0.5, compile=True, batch=2)

@@ -49,13 +49,18 @@ def load(model: Any, folder: Path | None = None, **options: Any) -> Any:
     return load_fake(model, predictor, **{"memory": 0.75, "batch": 3} | options).expertflow
 
 
+def shallow(kind: str) -> Any:
+    """Of two layers: both kinds of gpt_oss, windows of mixtral."""
+    windows = {"sliding_window": 5} if kind == "mixtral" else {}
+    return tiny_model(kind, num_hidden_layers=2, **windows)
+
+
 # ---------------------------------------------------------------------- the steps
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss"])
 def test_greedy_tokens_are_those_of_each_request_alone(kind: str) -> None:
-    overrides = {"sliding_window": 5} if kind == "mixtral" else {}
-    model: Any = tiny_model(kind, **overrides)
+    model: Any = shallow(kind)
     asked = requests(3)
     alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
     engine = load(model)
@@ -97,7 +102,7 @@ def test_prompts_take_the_decoding_along_where_most_experts_have_no_slot(
 def test_steps_compile_whole_and_say_the_same(kind: str) -> None:
     torch._dynamo.reset()
     counters.clear()
-    model: Any = tiny_model(kind, **({"sliding_window": 5} if kind == "mixtral" else {}))
+    model: Any = shallow(kind)
     asked = requests(3)
     alone = {r.id: greedy(model, r.prompt, 3) for r in asked}  # type: ignore[arg-type]
     engine = load(model, compile=True)
@@ -117,7 +122,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def test_rules_of_sampling_hold_in_captured_steps() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = shallow("olmoe")
     asked = [
         Request(id=name, prompt=prompt, **({"max_tokens": 4} | rules))
         for (name, rules), prompt in zip(RULES.items(), prompts(3, 5, longest=9), strict=True)
@@ -208,7 +213,7 @@ def test_decoding_runs_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_generate_and_serve_take_turns_in_one_cache() -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = shallow("olmoe")
     first, second = requests(2)
     alone = {r.id: greedy(model, r.prompt, 3) for r in (first, second)}  # type: ignore[arg-type]
     engine = load(model)

@@ -196,7 +196,7 @@ def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
 ) -> None:
     monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
     monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
-    model: Any = tiny_model(kind)
+    model: Any = tiny_model(kind, num_hidden_layers=2)
     asked = asked_of(6)
     alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
     engine = load_fake(model, memory=memory, batch=6, context=24).expertflow
@@ -212,7 +212,7 @@ def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
 
 
 def test_a_request_that_fails_in_a_step_of_many_rows_fails_alone(few_rows: list[int]) -> None:
-    model: Any = tiny_model("olmoe")
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
     asked = asked_of(4)
     alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
     engine = load_fake(model, memory=1.0, batch=6, context=24).expertflow

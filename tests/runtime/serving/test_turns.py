@@ -28,7 +28,8 @@ POOL = prompts(8, 12)
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with offloaded(tiny_model("olmoe"), tmp_path_factory.mktemp("turns")) as engine:
+    model = tiny_model("olmoe", num_hidden_layers=2)
+    with offloaded(model, tmp_path_factory.mktemp("turns")) as engine:
         yield engine
 
 
