@@ -142,13 +142,7 @@ def load(
             topology.require_match(file.topology, ours="the model", theirs=theirs)
 
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
-    if host == "memory" and target.type != "cpu":
-        host = "file"
-    if host == "shared" and target.type == "cpu":
-        raise ValueError(
-            "host='shared' is for a GPU's pinned memory; on a CPU leave it out: processes that "
-            "read one file share its pages"
-        )
+    host = _host_on(target, host)
     source = _open(model, tokenizer, dtype, host, hub, attn_implementation, accept)
     chosen = choose_policy(policy, source, file, replay)
     forecaster = Forecaster(file) if file is not None and chosen.needs_forecast else None
@@ -232,6 +226,16 @@ def _open(
     return from_path(
         model, tokenizer, dtype, in_memory=host == "memory", shared=host == "shared", **options
     )
+
+
+def _host_on(target: torch.device, host: str) -> str:
+    """Where experts live, of what was asked for. Raises ValueError for what is none on a CPU."""
+    if host == "shared" and target.type == "cpu":
+        raise ValueError(
+            "host='shared' is for a GPU's pinned memory; on a CPU leave it out: processes that "
+            "read one file share its pages"
+        )
+    return "file" if host == "memory" and target.type != "cpu" else host
 
 
 def _refuse_for_module(hub: HubOptions, attention: str | None) -> None:
