@@ -125,5 +125,6 @@ def test_attention_over_pages_gives_the_bits_of_whole_rows(window: int | None) -
     query, at = drawn(rows, 16, width), torch.arange(rows, device="cuda")
     positions = torch.randint(0, context, (rows,), device="cuda", generator=random)
     whole = attend(query, keys, values, at, positions, 0.1, window)
-    paged = attend(query, *pages, at, positions, 0.1, window, paged=Paged(table_RN, PAGE))
+    places = Paged(table_RN, PAGE)
+    paged = attend(query, pages[0], pages[1], at, positions, 0.1, window, paged=places)
     assert torch.equal(whole, paged)

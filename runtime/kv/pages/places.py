@@ -1,4 +1,4 @@
-"""Places: the positions of rows in a layer's memory.
+"""Places of rows' positions in a layer's memory.
 
 WholeRows  [R, heads, context, width], a row in one piece
 Paged      [pages, heads, page, width]; a table says which pages a row has

@@ -46,13 +46,15 @@ class Scheduler:
         free: int,
         missing_K: np.ndarray,
         first: Sequence[ServedSequence] = (),
+        fitting: Callable[[list[ServedSequence]], list[ServedSequence]] = list,
     ) -> list[ServedSequence]:
         """Up to `free` of the `waiting` (in the order of arrival), to be admitted in this order.
 
-        first: those that others made room for.
+        first: those that others made room for. fitting: of those chosen, the first that there is
+        memory for.
         """
         start = time.perf_counter()
-        admitted = self._admit(waiting, active, free, missing_K, first)
+        admitted = fitting(self._admit(waiting, active, free, missing_K, first))
         for sequence in heads(waiting) if admitted else []:
             if sequence not in admitted:
                 sequence.overtaken += sum(other.number > sequence.number for other in admitted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -65,12 +66,13 @@ class Admission:
     def _admitted(self, missing_K: np.ndarray, first: list[ServedSequence]) -> list[ServedSequence]:
         admit, room = self._scheduler.admit, self.room
         waiting, active = self._sequences.waiting, self._sequences.active
-        free = min(self._rows.num_free, room.most(waiting, active))
+        free = self._rows.num_free and min(self._rows.num_free, room.most(waiting, active))
         if not free:
             return []
         first = [*first, *room.first(waiting)]
-        chosen = self._scheduled(lambda: admit(waiting, active, free, missing_K, first))
-        return room.fitting(chosen, active)
+        return self._scheduled(
+            lambda: admit(waiting, active, free, missing_K, first, partial(room.fitting, active))
+        )
 
     def _make_room(self) -> list[ServedSequence]:
         """Park sequences of large groups while others wait for their turn; returns the latter."""

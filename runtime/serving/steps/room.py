@@ -35,13 +35,17 @@ class Room:
 
     def first(self, waiting: Sequence[ServedSequence]) -> list[ServedSequence]:
         """Those that were parked for others, and go on before others of their priority begin."""
+        if not self._displaced:
+            return []
         self._displaced &= set(waiting)
         most = max((one.request.priority for one in waiting), default=0)
         parked = (one for one in self._displaced if one.request.priority == most)
         return sorted(parked, key=_rank)
 
-    def most(self, waiting: Iterable[ServedSequence], active: Iterable[ServedSequence]) -> int:
+    def most(self, waiting: Sequence[ServedSequence], active: Iterable[ServedSequence]) -> int:
         """The number of waiting sequences that there may be room for: of the shortest."""
+        if not self._rows.num_pages:
+            return len(waiting)
         left, count = self._left(active), 0
         for pages in sorted(map(self._rows.pages_ahead, waiting)):
             left -= pages
@@ -51,7 +55,7 @@ class Room:
         return count
 
     def fitting(
-        self, chosen: Sequence[ServedSequence], active: Iterable[ServedSequence]
+        self, active: Iterable[ServedSequence], chosen: Sequence[ServedSequence]
     ) -> list[ServedSequence]:
         """The first of the `chosen`, as many as there is room for: none overtakes a longer one."""
         left, fitting = self._left(active), list[ServedSequence]()

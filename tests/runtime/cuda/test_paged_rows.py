@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from runtime.cuda.kernels import attention as kernels
 from runtime.cuda.kernels.attention import attend, write
-from runtime.kv.pages import places
+from runtime.kv.pages import places as places_module
 from runtime.kv.pages.places import PAGE, Paged
 from runtime.kv.row_cache import RowCache, row_cache
 from runtime.kv.storage import Storage
@@ -63,14 +63,15 @@ def test_attention_over_pages_gives_the_bits_of_whole_rows(
     query, rows = torch.randn(3, 4, width).to(dtype), torch.tensor([2, 0, 1])
     positions = torch.tensor([CONTEXT - 1, 70, 63])
     real = torch.rand(3, CONTEXT) < 0.7
-    paged, found = Paged(table_RN, PAGE), []
-    memories = [(keys, values, None)]
-    memories.append((*(in_pages(one, table_RN, 11) for one in (keys, values)), paged))
-    for *memory, place in memories:
-        write(new_keys, new_values, *memory, rows, positions, place)
-        options: dict[str, Any] = {"window": window, "paged": place}
-        plain = attend(query, *memory, rows, positions, 0.3, **options)
-        padded = attend(query, *memory, rows, positions, 0.3, real_RC=real, **options)
+    memories: list[tuple[Tensor, Tensor, Paged | None]] = [(keys, values, None)]
+    paged_keys, paged_values = (in_pages(one, table_RN, 11) for one in (keys, values))
+    memories.append((paged_keys, paged_values, Paged(table_RN, PAGE)))
+    found = []
+    for some_keys, some_values, places in memories:
+        write(new_keys, new_values, some_keys, some_values, rows, positions, places)
+        given: dict[str, Any] = {"scale": 0.3, "window": window, "paged": places}
+        plain = attend(query, some_keys, some_values, rows, positions, **given)
+        padded = attend(query, some_keys, some_values, rows, positions, real_RC=real, **given)
         found.append(torch.stack([plain, padded]))
     assert found[0].isfinite().all()
     assert torch.equal(*found)
@@ -113,13 +114,13 @@ SERVED: dict[str, Any] = {"batch": 3, "rows": 3, "context": LONGEST_ROW, "chunk"
 def _short_pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pages of so few positions that tiny sequences take several."""
     monkeypatch.setattr(kernels, "LONGEST", SHORT)
-    monkeypatch.setattr(places, "PAGE", SHORT)
+    monkeypatch.setattr(places_module, "PAGE", SHORT)
     with fake_cuda(monkeypatch):
         yield
 
 
 def paged_engine(model: Any, num_pages: int, **options: Any) -> Any:
-    sizes = {"batch": 3, "context": LONGEST_ROW, "cache_tokens": num_pages * SHORT}
+    sizes: dict[str, Any] = {"batch": 3, "context": LONGEST_ROW, "cache_tokens": num_pages * SHORT}
     return load_fake(model, memory=0.75, **sizes, **options).expertflow
 
 

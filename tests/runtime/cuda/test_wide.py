@@ -14,10 +14,12 @@ pytest.importorskip("triton")
 
 from runtime.cache.policies import LRU
 from runtime.cuda.decode import captured_model
+from runtime.cuda.kernels import attention
 from runtime.cuda.prefill import tiling
 from runtime.cuda.wide import wide_rows
 from runtime.cuda.wide.regime import Regime
 from runtime.cuda.wide.schedule import Schedule
+from runtime.kv.pages import places
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -190,16 +192,22 @@ def asked_of(count: int, max_tokens: int = 4) -> list[Request]:
     return [Request(id=str(i), prompt=p, max_tokens=max_tokens) for i, p in enumerate(given)]
 
 
-@pytest.mark.parametrize(("kind", "memory"), [("olmoe", 1.0), ("olmoe", 0.6), ("gpt_oss", 0.6)])
+@pytest.mark.parametrize(
+    ("kind", "memory", "pages"), [("olmoe", 1.0, None), ("olmoe", 0.6, None), ("gpt_oss", 0.6, 8)]
+)
 def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
-    kind: str, memory: float, few_rows: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind: str, memory: float, pages: int | None, few_rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(places, "PAGE", 16)
+    monkeypatch.setattr(attention, "LONGEST", 16)
     monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
     monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
     model: Any = tiny_model(kind, num_hidden_layers=2)
     asked = asked_of(6)
     alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
-    engine = load_fake(model, memory=memory, batch=6, context=24).expertflow
+    tokens = pages and 16 * pages
+    engine = load_fake(model, memory=memory, batch=6, context=24, cache_tokens=tokens).expertflow
     served = by_id(engine.serve(asked, **SERVED))
     assert {id: result.token_ids for id, result in served.items()} == alone
     assert few_rows

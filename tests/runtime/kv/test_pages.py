@@ -158,5 +158,6 @@ def test_the_memory_of_pages_serves_a_few_whole_rows_in_turn() -> None:
     static = shared_cache(storage, model.config)
     keys, values = torch.randn(2, 2, 4, 7, 4)
     static.update(keys, values, 0)
-    assert static.layers[0].keys.data_ptr() == paged.by_position[0].data_ptr()
-    assert static.layers[0].keys.shape[::2] == (2, 100)
+    layer: Any = static.layers[0]
+    assert layer.keys.data_ptr() == paged.by_position[0].data_ptr()
+    assert layer.keys.shape[::2] == (2, 100)
