@@ -149,7 +149,8 @@ def raising(error: Exception) -> Any:
 def prepared(tmp_path: Path) -> Path:
     """Experts packed as they are kept."""
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
-    tiny_model("olmoe", **sizes).bfloat16().save_pretrained(tmp_path / "hub")
+    model: Any = tiny_model("olmoe", **sizes)
+    model.bfloat16().save_pretrained(tmp_path / "hub")
     return Path(prepare(tmp_path / "hub", tmp_path / "packed", packed=True))
 
 
