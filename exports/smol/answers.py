@@ -69,7 +69,9 @@ def ask_both(model_directory: Path, gguf: Path) -> list[dict[str, str]]:
     tokenizer = read_dense_tokenizer(gguf)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dense = answers(read_dense(gguf, torch.bfloat16).to(device), tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_directory, dtype=torch.bfloat16, trust_remote_code=False
+    )
     own = answers(model.eval().to(device), tokenizer)
     return [
         {"question": question, "dense": one, "mixture": other}

@@ -59,7 +59,7 @@ def read_dense(gguf: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
     )
     fields = source.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "dtype"):
@@ -77,7 +77,9 @@ def read_dense_tokenizer(gguf: Path) -> Any:
     """The tokenizer in a GGUF file, with its chat template. Its end of text is that of a turn."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     tokenizer.bos_token, tokenizer.eos_token = START_OF_TURN, END_OF_TURN
     tokenizer.pad_token = END_OF_TURN
     return tokenizer

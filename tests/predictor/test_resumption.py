@@ -85,6 +85,7 @@ def steps_of(out: Path) -> int:
     return int(torch.load(last, weights_only=True)["global_step"])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("part", "workers"), [(0.6, 0), (0.5, 0), (0.6, 2)])
 def test_a_run_resumed_from_the_end_of_an_epoch_is_the_uninterrupted_one(
     part: float, workers: int, whole: Path, trace: Path, tmp_path: Path,

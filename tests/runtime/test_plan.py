@@ -37,6 +37,7 @@ def loaded_bytes(model: Any) -> int:
     return weights + sum(arena.num_slots * arena.slot_bytes for arena in arenas)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("memory", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("kind", [*KINDS, *ODD, "nllb-moe"])
 def test_the_plan_is_what_loading_takes(kind: str, memory: float, tmp_path: Path) -> None:
@@ -212,6 +213,7 @@ def test_advice_fits_the_budget(planned: Callable[[float], MemoryPlan]) -> None:
     assert [line for line in advice(planned(0.5), 1 << 30) if "least" not in line] == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [*KINDS, "qwen3_next", "deepseek_v3"])
 def test_a_configuration_alone_is_planned_as_its_model(kind: str, tmp_path: Path) -> None:
     whole, alone = tmp_path / "whole", tmp_path / "alone"

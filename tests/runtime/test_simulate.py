@@ -141,6 +141,7 @@ def assert_same_counts(model: Any, simulated: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------- live
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_a_generation_loads_what_the_simulation_of_its_trace_loads(

@@ -98,6 +98,7 @@ ADVERSARIES: dict[str, Callable[[], Heads]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("adversary", ADVERSARIES)
 def test_a_forecast_that_misleads_costs_nothing_against_the_best_free_rule(adversary: str) -> None:
     lost = best_free_rule() - predicted_hit_rates(ADVERSARIES[adversary]())
@@ -122,6 +123,7 @@ class Trusting(PredictedReuse):
         return forecast
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("quality", [1.5, 3.0, 6.0])
 def test_a_good_forecast_keeps_its_gain(quality: float) -> None:
     heads = noisy(quality)

@@ -78,6 +78,7 @@ def one_label(labelled: TraceReader, tmp_path_factory: pytest.TempPathFactory) -
     return directory
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_a_foreign_trace_gives_the_figures_of_our_own_of_the_same_routes(
     name: str, labelled: TraceReader, one_label: Path, rules_predictor: Path, tmp_path: Path

@@ -58,6 +58,7 @@ def test_mxfp4_of_any_size() -> None:
     compare_sizes(case_of("mxfp4"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "pairs", [NO_PAIRS, PAIRS, FUSED_PAIRS], ids=("no pairs", "pairs", "fused pairs")
 )
@@ -68,6 +69,7 @@ def test_mxfp4_in_the_widest_vectors(pairs: int, monkeypatch: pytest.MonkeyPatch
     compare(case_of("mxfp4", SPECIAL), torch.randn(1440).bfloat16(), least=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["int4 by 32", "nvfp4", "fp8 in blocks"])
 def test_other_codes_in_the_widest_vectors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate(monkeypatch, PAIRS)

@@ -82,7 +82,7 @@ def test_a_step_compiles_whole_and_says_the_same(kind: str) -> None:
     assert all(step.has_own_attention for step in engine._backend.decoder.steps.values())
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_attention_that_no_kernel_has_is_the_models_own(model: Any, compile: bool) -> None:
     """Compiled or not: found out in the first pass, whose experts have changed the cache."""
     torch._dynamo.reset()

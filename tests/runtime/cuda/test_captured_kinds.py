@@ -19,6 +19,7 @@ from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.tiny import tiny_model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "kind",
     ["llama4_text", "longcat_flash", "qwen3_vl_moe", "lfm2_moe", "hy_v4", "inkling2_text", "dbrx",
@@ -71,6 +72,7 @@ def test_a_step_that_would_wait_for_the_device_is_noticed_without_one(
         captured("jetmoe")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["llama4_text", "longcat_flash", "qwen3_next", "jetmoe", "phimoe"])
 def test_they_do_when_they_are_compiled_too(kind: str) -> None:
     """Scaled tokens, experts without parameters of which a step needs some, recurrences, experts in

@@ -43,7 +43,7 @@ def compiled(capability: int, *names: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("capability", "names"),
     [
-        (80, ["olmoe-7b"]),
+        pytest.param(80, ["olmoe-7b"], marks=pytest.mark.exhaustive),
         (90, ["--brief", "gpt-oss-20b"]),
         pytest.param(90, ["gpt-oss-20b"], marks=pytest.mark.exhaustive),
     ],
@@ -87,6 +87,7 @@ CODED = {
 
 
 @pytest.mark.parametrize("brief", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("capability", CODED)
 def test_kernels_of_experts_in_codes_compile_and_fit_any_gpu(capability: int, brief: bool) -> None:
     kernels = compiled(capability, *(["--brief"] if brief else []), *CODED[capability])

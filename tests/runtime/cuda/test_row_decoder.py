@@ -243,6 +243,7 @@ def test_what_was_not_reserved_is_refused(asked: dict[str, int], said: str) -> N
         engine.serve(requests(1), **SMALL | asked)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [{}, {"batch": 40}, {"context": 24}])
 def test_serving_takes_what_was_reserved_where_nothing_is_said(options: dict[str, int]) -> None:
     """After a plain load, which reserves one sequence, a plain serve works."""
@@ -255,6 +256,7 @@ def test_serving_takes_what_was_reserved_where_nothing_is_said(options: dict[str
     assert {id: result.token_ids for id, result in served.items()} == alone
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("batch", "asked"), [(1, {}), (4, {"batch": 2, "rows": 32}), (3, {"burst": 20})]
 )

@@ -75,6 +75,7 @@ def _not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_at_different_positions_go_on_as_each_does_alone(kind: str, shared: bool) -> None:

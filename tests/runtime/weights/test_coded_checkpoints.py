@@ -77,6 +77,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_coded_model_is_its_unquantised_twin(layout: str, written: LayoutWriter) -> None:
     coded, twin = written(layout)
@@ -231,6 +232,7 @@ def test_no_tensor_of_all_experts_is_read(
     assert max(sizes) <= largest
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("host", ["file", "memory"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_threads_read_experts_as_they_are_stored(

@@ -49,6 +49,7 @@ def keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
         yield found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "serves", "options"),
     [("olmoe", False, {}), ("gpt_oss", True, {}), ("gpt_oss", True, PAGES)],

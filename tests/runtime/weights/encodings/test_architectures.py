@@ -28,6 +28,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", CASES)
 def test_quantised_checkpoint_is_its_twin_without_codes(kind: str) -> None:
     if not is_known(kind):
