@@ -25,7 +25,6 @@ from runtime.engine.engine import Engine
 from runtime.engine.guards.adapters import load_adapter_beside
 from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
-from runtime.kv.state_kinds import require_pages
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
@@ -172,8 +171,6 @@ def offload_on_gpu(
     from runtime.cuda.device_budget import device_budget
 
     tokens = options.paged_tokens
-    if tokens is not None:
-        require_pages(source.model.config.get_text_config(decoder=True), tokens)  # type: ignore[union-attr,operator]
     budget = device_budget(
         source, memory, context=options.context, batch=options.batch, tokens=tokens
     )

@@ -123,25 +123,30 @@ def _show_parts(settings: PlanSettings, planned: MemoryPlan, device: str) -> Non
     """Print the parts of the memory as bars, and draw them where that was asked for."""
     from rich.console import Console
 
+    from runtime.sizing.cache_tokens import fewer_than
     from runtime.sizing.footprint import bars, draw
     from runtime.sizing.units import format_bytes
 
-    parts = footprint(planned, settings.memory, device, settings.context, settings.batch)
+    tokens = fewer_than(settings.batch * settings.context, settings.cache_tokens)
+    parts = footprint(planned, settings.memory, device, settings.context, settings.batch, tokens)
     Console(highlight=False).print("\n", bars(parts), sep="", end="", soft_wrap=True)
     if settings.plot is not None:
         title = (
             f"{planned.name}: {sum(planned.slots):,} experts in slots ({planned.fraction:.1%}), "
             f"{format_bytes(planned.total_stored_bytes)} of experts; {settings.batch} x "
-            f"{settings.context:,} tokens"
+            f"{settings.context:,} tokens" + (f", {tokens:,} in all" if tokens else "")
         )
         draw(parts, title, settings.plot)
         print(f"picture: {settings.plot}")
 
 
 def footprint(
-    planned: MemoryPlan, memory: float | int | str, device: str, context: int, batch: int
-) -> Footprint:
-    """The parts of the memory that a plan takes with `batch` sequences of `context` tokens."""
+    planned: MemoryPlan, memory: float | int | str, device: str, context: int, batch: int,
+    tokens: int | None = None,
+) -> Footprint:  # fmt: skip
+    """The parts of the memory that a plan takes with `batch` sequences of `context` tokens. tokens:
+    of all of them, where a GPU's key/value cache has room for fewer.
+    """
     from runtime.kv.size import cache_bytes, storage_bytes
     from runtime.sizing.footprint import footprint_of
     from runtime.sizing.units import parse_memory
@@ -155,8 +160,8 @@ def footprint(
 
     given = parse_memory(memory)
     budget = given if isinstance(given, int) else None
-    cache = storage_bytes(source.model, batch, context)
-    workspace = reserved_bytes(source, context=context, batch=batch) - cache
+    cache = storage_bytes(source.model, batch, context, tokens)
+    workspace = reserved_bytes(source, context=context, batch=batch, tokens=tokens) - cache
     return footprint_of(planned, on_gpu=True, cache=cache, workspace=workspace, budget=budget)
 
 

@@ -53,7 +53,11 @@ class Served(NamedTuple):
 def run_rival(
     settings: ThroughputSettings, shape: Shape, load: Load, arm: ThroughputArm
 ) -> dict[str, Any]:
-    """One arm of another system."""
+    """One arm of another system. Raises ValueError for requests of mixed lengths: it gives all of
+    them as many tokens.
+    """
+    if settings.least_tokens is not None:
+        raise ValueError(f"{arm.name}: other systems are compared without --least_tokens")
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

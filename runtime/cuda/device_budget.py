@@ -10,6 +10,7 @@ from runtime.cuda.memory.kernel_layout import KernelLayout, block_of, common_lay
 from runtime.cuda.options import LARGEST_BATCH
 from runtime.cuda.prefill.slots import workspace_bytes
 from runtime.kv.size import storage_bytes
+from runtime.kv.state_kinds import require_pages
 from runtime.sizing.budget import SlotBudget, slot_budget
 from runtime.weights.arena import expert_bytes
 from runtime.weights.source import ShapeGroup, Source
@@ -31,8 +32,11 @@ def device_budget(
     A fraction counts experts. Bytes are for everything on the device: key/value cache, workspaces
     and graphs too; weights other than experts move to host memory where the least slots would not
     fit beside them. Slots hold experts in codes as they are stored if kernels run them, else their
-    plain weights. Raises ValueError as `slot_budget` does.
+    plain weights. Raises ValueError as `slot_budget` and `require_pages` do.
     """
+    if tokens is not None:
+        config: Any = source.model.config
+        require_pages(config.get_text_config(decoder=True), tokens)
     sizes = slot_bytes(source)
     if isinstance(memory, float):
         return slot_budget(memory, source, slot_bytes=sizes)

@@ -178,6 +178,31 @@ def test_on_a_gpu_the_parts_are_the_budget(saved: Path) -> None:
     assert sizes["workspaces"] > 64 << 20 and sizes["not used"] > 0
 
 
+def test_fewer_cache_tokens_leave_more_of_a_gpus_budget(saved: Path) -> None:
+    budget = 600 << 20
+    planned = plan(saved, budget, device="cuda", context=512, batch=8, cache_tokens=1024)
+    whole, paged = (
+        dict(footprint(planned, budget, "cuda", 512, 8, tokens).fast) for tokens in (None, 1024)
+    )
+    assert 4 * paged["keys and values"] == whole["keys and values"]
+    assert paged["workspaces"] < whole["workspaces"]
+    assert sum(paged.values()) == sum(whole.values()) == budget
+
+
+def test_the_parts_that_are_shown_are_those_of_the_cache_tokens(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes: dict[str, Any] = {"memory": "600MiB", "device": "cuda", "context": 512, "batch": 8}
+    whole, paged = (printed(capsys, saved, **sizes, **one) for one in ({}, {"cache_tokens": 1024}))
+    assert "keys and values 2 MiB" in whole and "keys and values 512 KiB" in paged
+
+
+def test_cache_tokens_that_loading_refuses_cannot_be_planned(tmp_path: Path) -> None:
+    architecture_model("deepseek_v2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cache_tokens=1024: .* lies in whole rows"):
+        plan(tmp_path, 0.5, device="cuda", context=512, batch=8, cache_tokens=1024)
+
+
 def test_bars_are_to_one_scale_and_show_every_part(saved: Path) -> None:
     planned = plan(saved, 0.25)
     parts = footprint(planned, 0.25, "cpu", 2048, 1)

@@ -8,8 +8,11 @@ passes the GPU; the GPU packs the others.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 
 import torch
@@ -26,8 +29,6 @@ from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.weights.packed.packing import PATCHES
 from runtime.weights.source import Source
 from runtime.weights.store import ExpertStore
-
-TITLE = "experts to pinned memory"
 
 
 class PinnedExperts:
@@ -92,12 +93,8 @@ class PinnedExperts:
             2 * (block.units if self._packs else block.stored_units) * count
             for block, count in zip(blocks, counts, strict=True)
         ]
-        transposed = self._transposed
-        with (
-            tqdm(total=sum(sizes), unit="B", unit_scale=True, desc=TITLE, leave=False) as bar,
-            reading_threads(self._store) as threads,
-        ):
-            store, to_pinned = self._store, (self._memory, threads, bar.update)
+        store, transposed = self._store, self._transposed
+        with self._reading(sum(sizes)) as to_pinned:
             if self._packs:
                 plain = blocks[0].packed(0)
                 packer = LayerPacker(
@@ -112,6 +109,18 @@ class PinnedExperts:
         if self.packed and self._packs and self._store.advice is not None:
             warnings.warn(self._store.advice, stacklevel=2)
 
+    @contextmanager
+    def _reading(
+        self, num_bytes: int
+    ) -> Iterator[tuple[PinnedMemory, ThreadPoolExecutor, Callable[[int], object]]]:
+        """The memory, threads that read into it, and whom to tell of the bytes that are there."""
+        title = "experts to pinned memory"
+        with (
+            tqdm(total=num_bytes, unit="B", unit_scale=True, desc=title, leave=False) as bar,
+            reading_threads(self._store) as threads,
+        ):
+            yield self._memory, threads, bar.update
+
     def _share(self, name: str) -> None:
         """Take over what another process has read, or read it for all. Raises ValueError where the
         experts are not stored as they are kept.
@@ -125,18 +134,17 @@ class PinnedExperts:
         shapes = [(n, block.stored_units) for n, block in zip(counts, blocks, strict=True)]
 
         def fill(layers: list[Tensor]) -> None:
-            with reading_threads(self._store) as threads:
-                total = sum(layer_EN.nbytes for layer_EN in layers)
-                bar = tqdm(total=total, unit="B", unit_scale=True, desc=TITLE, leave=False)
-                with bar:
-                    reader = LayerReader(
-                        self._store, blocks, counts, PinnedMemory(), threads, bar.update,
-                        transposed=self._transposed, room=layers.__getitem__,
-                    )  # fmt: skip
-                    for layer in range(len(layers)):
-                        reader.read(layer)
+            with self._reading(sum(layer_EN.nbytes for layer_EN in layers)) as to_pinned:
+                reader = LayerReader(
+                    self._store, blocks, counts, *to_pinned,
+                    transposed=self._transposed, room=layers.__getitem__,
+                )  # fmt: skip
+                for layer in range(len(layers)):
+                    reader.read(layer)
 
-        self._shared = SharedMemory(name, shapes, fill)
+        stored = [(block.stored_fields, block.patches) for block in blocks]
+        layout = hashlib.sha256(repr((stored, self._transposed)).encode()).hexdigest()[:8]
+        self._shared = SharedMemory(f"{name}-{layout}", shapes, fill)
         for layer_EN in self._shared.tensors:
             self._memory.register(layer_EN)
             self._keep(layer_EN)

@@ -1,8 +1,8 @@
 """Host memory that processes on one machine share: one copy of the experts for several GPUs.
 
 It is a file in memory (tmpfs) with a lock. Who comes first fills it; the others wait, and find it
-whole; the last one removes it. A process that dies leaves its lock, so nobody waits for it: what it
-left unfinished is filled anew, what it left whole is used by the next one.
+whole; the last one removes it. The lock of a process that dies is gone, so nobody waits for it:
+what it left unfinished is filled anew, what it left whole is used by the next one.
 
     byte 0        WHOLE, once all layers are there
     page 1 ...    layer 0 | layer 1 | ...         each from the beginning of a page on

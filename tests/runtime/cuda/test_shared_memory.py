@@ -20,9 +20,12 @@ pytest.importorskip("triton")
 
 from runtime import load
 from runtime.cuda.memory import shared_memory
+from runtime.cuda.memory.kernel_layout import KernelLayout, common_layout
+from runtime.cuda.memory.pinned_experts import host_tier
 from runtime.cuda.memory.shared_memory import SharedMemory
 from runtime.prepare import prepare
 from runtime.weights.prepared.store import PreparedStore
+from runtime.weights.source import from_path
 from tests.helpers.fake_cuda import fake_cuda, load_fake
 from tests.helpers.tiny import tiny_model
 
@@ -180,6 +183,21 @@ def test_the_second_engine_reads_no_expert_and_gives_the_same_tokens(
 
 
 @pytest.mark.usefixtures("_fake")
+def test_experts_that_are_kept_otherwise_have_a_copy_of_their_own(
+    prepared: Path, folder: Path
+) -> None:
+    source = from_path(prepared, None, "auto", shared=True)
+    layout = common_layout(source)
+    assert isinstance(layout, KernelLayout)
+    packed, plain = (host_tier(source, one, torch.device("cpu")) for one in (layout, None))
+    assert len(list(folder.iterdir())) == 2
+    assert all(torch.equal(packed.read(1, 3)[name], p) for name, p in plain.read(1, 3).items())
+    packed.close()
+    plain.close()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.usefixtures("_fake")
 def test_a_loading_that_fails_lets_go_of_it(prepared: Path, folder: Path) -> None:
     full = torch.OutOfMemoryError("no room")
     with (
@@ -191,8 +209,6 @@ def test_a_loading_that_fails_lets_go_of_it(prepared: Path, folder: Path) -> Non
 
 
 def test_a_copy_is_of_the_file_as_it_was(prepared: Path) -> None:
-    from runtime.weights.source import from_path
-
     names = [from_path(prepared, None, "auto", shared=True).store.shared_as for _ in range(2)]
     assert names[0] == names[1]
     os.utime(prepared / "experts.bin", ns=(1, 1))
