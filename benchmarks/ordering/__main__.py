@@ -4,8 +4,8 @@
 
 Texts of a trace are served without a model: the scheduler, its forecasts and the cache are the
 runtime's own, routes and tokens are the recorded ones. Requests never run out, and no order ever
-rests. Slots are equal for all orders; the key/value cache of the further sequences that an order
-chooses among is not paid for.
+rests but the one as served. Slots are equal for all orders; the key/value cache of the further
+sequences that an order chooses among is not paid for.
 """
 
 from __future__ import annotations

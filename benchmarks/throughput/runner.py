@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from benchmarks.throughput.arm import PAGES, ThroughputArm, running_as
 from benchmarks.throughput.bounds import Machine, Step, Weights, step_of
 from benchmarks.throughput.requests import Load, context_of
 from benchmarks.throughput.settings import ThroughputSettings
-from runtime.batch.lengths import Length, mean_tokens
+from runtime.batch.lengths import Length, tokens_together
 from runtime.cuda.options import CudaOptions
 from runtime.cuda.row_choices import row_choices
 from runtime.engine.cpu_backend import CpuBackend
@@ -48,8 +48,9 @@ def run_arm(
     source = coded_source(shape, arm.encoding, device, seed=settings.seed)
     context = context_of(settings)
     weights = Weights.of(source, context)
-    batch = arm.batch or chosen_batch(settings, source, arm, load)
-    tokens = cache_tokens(settings, arm, load, batch)
+    tokens_of = cache_tokens(settings, arm, load)
+    batch = arm.batch or chosen_batch(settings, source, arm, tokens_of)
+    tokens = tokens_of(batch)
     replay = RowReplay(source.model, load.recorded, batch, device, layers=source.layers)
     with (
         replay.installed(),
@@ -81,8 +82,9 @@ def run_arm(
 
 
 def chosen_batch(
-    settings: ThroughputSettings, source: Source, arm: ThroughputArm, load: Load
-) -> int:
+    settings: ThroughputSettings, source: Source, arm: ThroughputArm,
+    tokens_of: Callable[[int], int | None],
+) -> int:  # fmt: skip
     """As many sequences as `runtime.batch` would choose. Raises ValueError where none fit."""
     device = torch.device(settings.device)
     if device.type != "cuda":
@@ -91,7 +93,7 @@ def chosen_batch(
     choices = list(
         row_choices(
             source, memory, context=context, most=settings.requests, device=device,
-            tokens_of=partial(cache_tokens, settings, arm, load),
+            tokens_of=tokens_of,
         )
     )  # fmt: skip
     if not choices:
@@ -101,15 +103,15 @@ def chosen_batch(
 
 
 def cache_tokens(
-    settings: ThroughputSettings, arm: ThroughputArm, load: Load, batch: int
-) -> int | None:
-    """Tokens of the key/value cache, as a batch of these requests reserves them; None: as many as
-    the longest needs, for each sequence.
+    settings: ThroughputSettings, arm: ThroughputArm, load: Load
+) -> Callable[[int], int | None]:
+    """Tokens of the key/value cache by the number of sequences, as a batch of these requests
+    reserves them; None: as many as the longest needs, for each sequence.
     """
-    context = context_of(settings)
+    if arm.way != PAGES:
+        return lambda _: None
     lengths = [Length(len(one.prompt), one.max_tokens) for one in load.requests]
-    mean = mean_tokens(lengths, context, PAGE) if arm.way == PAGES else None
-    return mean and max(batch * mean, context)
+    return tokens_together(lengths, context_of(settings), PAGE)
 
 
 def offloaded(

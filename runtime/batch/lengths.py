@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from runtime.batch.jobs import Job, Jobs
@@ -58,3 +58,13 @@ def mean_tokens(lengths: Sequence[Length], context: int, page: int) -> int | Non
     steps = [max(one.most_new, 1) for one in fitting]
     by_time = sum(a * b for a, b in zip(taken, steps, strict=True)) / sum(steps)
     return int(max(by_time, sum(taken) / len(taken))) + 1
+
+
+def tokens_together(
+    lengths: Sequence[Length], context: int, page: int
+) -> Callable[[int], int | None]:
+    """Says for a number of sequences how many tokens the cache reserves for them together: none
+    where nothing is known, and never fewer than one of `context` has.
+    """
+    each = mean_tokens(lengths, context, page)
+    return lambda rows: None if each is None else max(rows * each, context)

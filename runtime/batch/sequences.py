@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from runtime.batch.lengths import Length, mean_tokens
+from runtime.batch.lengths import Length, tokens_together
 from runtime.kv.pages.places import PAGE
 from runtime.serving.batch.settings import AS_MANY, BatchSettings
 from runtime.serving.settings import ServeSettings
@@ -83,8 +83,7 @@ def _tokens_of(
     """Tokens that a number of sequences have together, as far as that is known."""
     if settings.cache_tokens is not None:
         return lambda _: settings.cache_tokens
-    each = mean_tokens(lengths(), settings.context, PAGE)
-    return lambda rows: None if each is None else max(rows * each, settings.context)
+    return tokens_together(lengths(), settings.context, PAGE)
 
 
 def _chunk(settings: BatchSettings, choice: RowChoice) -> int:

@@ -65,7 +65,6 @@ def _tokenizer(reader: TraceReader, model: str | Path) -> Any:
 def _expert_bytes(reader: TraceReader, model: str | Path) -> float:
     """Mean bytes of an expert. Raises ValueError where the model is not that of the trace."""
     from routing.inspect_model import topology_of
-    from runtime.weights.arena import expert_bytes
     from runtime.weights.repository.hub import HubOptions
     from runtime.weights.source import from_path_on_meta
 
@@ -73,13 +72,7 @@ def _expert_bytes(reader: TraceReader, model: str | Path) -> float:
     reader.topology.require_match(
         topology_of(source.model), ours=f"the trace {reader.directory}", theirs=f"the model {model}"
     )
-    sizes = [
-        float(expert_bytes(group.stored_specs))
-        for group in source.groups
-        for layer in group.layers
-        for _ in range(source.layers[layer].num_experts)
-    ]
-    return sum(sizes) / len(sizes)
+    return source.mean_stored_bytes
 
 
 def texts_of(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

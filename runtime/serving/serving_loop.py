@@ -136,6 +136,7 @@ class ServingLoop:
 
     @property
     def key_value_bytes(self) -> int:
+        """Of all rows, or of all pages."""
         return self._cache.nbytes
 
     def step(self) -> list[Result]:

@@ -20,7 +20,7 @@ from benchmarks.throughput.arm import ThroughputArm
 from benchmarks.throughput.bounds import Machine, Step
 from benchmarks.throughput.plot import bounds
 from benchmarks.throughput.requests import Load, load_of, traced
-from benchmarks.throughput.rivals import largest_batch
+from benchmarks.throughput.rivals import largest_batch, run_rival
 from benchmarks.throughput.settings import ThroughputSettings
 from routing.layers import find_moe_layers
 from routing.shards import PROMPT, Document
@@ -160,6 +160,12 @@ def test_continuous_batching_serves_the_same_prompts(
     assert row["tokens_per_s"] * row["seconds"] == pytest.approx(3 * 4)
 
 
+def test_other_systems_are_not_compared_on_requests_of_mixed_lengths() -> None:
+    settings, arm = settings_of(None, least_tokens=1), ThroughputArm.parse("transformers 1.0 x2")
+    with pytest.raises(ValueError, match="without --least_tokens"):
+        run_rival(settings, SMALL, Load([], {}, ""), arm)
+
+
 def test_the_largest_batch_of_an_offloaded_model_leaves_room_for_two_layers() -> None:
     model, settings = shapes.empty_model(SMALL), settings_of(None, rival_requests=64)
     layers = find_moe_layers(model)
@@ -182,7 +188,6 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
     settings = replace(settings_of(None), device="cuda")
     arm = ThroughputArm.parse("bf16 24GiB xauto")
     source: Any = None
-    load = Load([], {}, "")
     asked: dict[str, Any] = {}
 
     def choices(_source: Any, memory: float | int, **options: Any) -> list[RowChoice]:
@@ -190,11 +195,11 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
         return [RowChoice(8, 90, 1.0, 0.1), RowChoice(64, 40, 2.0, 0.1), RowChoice(96, 9, 9.0, 0.1)]
 
     monkeypatch.setattr(runner, "row_choices", choices)
-    assert runner.chosen_batch(settings, source, arm, load) == 64
+    assert runner.chosen_batch(settings, source, arm, lambda _: None) == 64
     assert (asked["memory"], asked["most"], asked["context"]) == (24 << 30, 5, 8)
     monkeypatch.setattr(runner, "row_choices", lambda *_, **__: [])
     with pytest.raises(ValueError, match="no number of sequences fits"):
-        runner.chosen_batch(settings, source, arm, load)
+        runner.chosen_batch(settings, source, arm, lambda _: None)
 
 
 def test_a_step_is_bound_by_what_takes_longest() -> None:

@@ -72,6 +72,18 @@ def has_answered(page: Any, count: int = 1) -> str:
     return str(page.locator(".message.assistant .text").last.text_content())
 
 
+@contextmanager
+def guessed(browser: Any, engine: Engine, folder: Path) -> Iterator[Any]:
+    """The page of a server whose token is `secret`, after a wrong one."""
+    (folder / "token").write_text("secret")
+    server = running(engine, token_file=folder / "token")
+    with server as address, opened(browser, address) as page:
+        page.fill("#token", "guess")
+        page.click("#token-form button")
+        page.wait_for_selector("#token-wrong:visible")
+        yield page
+
+
 def finished(address: str, how: str) -> float:
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     name = f'expertflow_requests_total{{finish="{how}"}}'
@@ -219,12 +231,7 @@ def test_four_clients_at_once_have_answers_of_their_own(browser: Any, address: s
 def test_the_token_is_asked_for_until_it_is_right(
     browser: Any, engine: Engine, tmp_path: Path
 ) -> None:
-    (tmp_path / "token").write_text("secret")
-    server = running(engine, token_file=tmp_path / "token")
-    with server as address, opened(browser, address) as page:
-        page.fill("#token", "guess")
-        page.click("#token-form button")
-        page.wait_for_selector("#token-wrong:visible")
+    with guessed(browser, engine, tmp_path) as page:
         page.fill("#token", "secret")
         page.press("#token", "Enter")
         is_live(page)
@@ -280,12 +287,7 @@ def test_nothing_is_out_of_reach_for_those_who_see_little_or_use_keys(
 def test_the_dialog_for_the_token_is_within_reach(
     browser: Any, engine: Engine, tmp_path: Path
 ) -> None:
-    (tmp_path / "token").write_text("secret")
-    server = running(engine, token_file=tmp_path / "token")
-    with server as address, opened(browser, address) as page:
-        page.fill("#token", "guess")
-        page.click("#token-form button")
-        page.wait_for_selector("#token-wrong:visible")
+    with guessed(browser, engine, tmp_path) as page:
         assert findings(page) == []
 
 
