@@ -290,9 +290,8 @@ class ServingLoop:
                 sequence.routes.append(routes_TLK[first:at])
             self.num_prefilled += 0 if decoded else part.num_tokens
             if completes:
-                end = PromptEnd(
-                    following.greedy_N[row], following.logits_NV[row], routes_TLK[at - 1]
-                )
+                greedy, logits_V = following.greedy_N[row], following.logits_NV[row]
+                end = PromptEnd(greedy, logits_V, routes_TLK[at - 1])
                 row += 1
                 sharing = self._choices.share(sequence, end, self.active, self.waiting)
                 for one in (sequence, *sharing):

@@ -198,7 +198,8 @@ def test_the_parts_that_are_shown_are_those_of_the_cache_tokens(
 
 
 def test_cache_tokens_that_loading_refuses_cannot_be_planned(tmp_path: Path) -> None:
-    architecture_model("deepseek_v2").save_pretrained(tmp_path)
+    latent: Any = architecture_model("deepseek_v2")
+    latent.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"cache_tokens=1024: .* lies in whole rows"):
         plan(tmp_path, 0.5, device="cuda", context=512, batch=8, cache_tokens=1024)
 
