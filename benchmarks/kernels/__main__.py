@@ -72,8 +72,9 @@ def _coded(settings: KernelsSettings, device: Any) -> Iterator[tuple[str, Any]]:
         major, minor = torch.cuda.get_device_capability(device)
         start = time.perf_counter()
         number = compile_ahead(
-            settings.shape, settings.encodings, settings.batches, 10 * major + minor
-        )
+            settings.shape, settings.encodings, settings.batches, settings.prompts,
+            10 * major + minor,
+        )  # fmt: skip
         print(f"{number} candidates compiled in {time.perf_counter() - start:.0f} s", flush=True)
     for encoding in settings.encodings:
         bench = CodedBench(settings.shape, encoding, device, settings.repeats)

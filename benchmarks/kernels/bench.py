@@ -24,7 +24,7 @@ from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, layout_of, stored_specs
 from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, sort
-from runtime.cuda.prefill.tiling import Tile, Tiling, most_tiles
+from runtime.cuda.prefill.tiling import Tile, Tiles, Tiling, most_tiles
 from runtime.weights.arena import Spec, Specs
 from runtime.weights.packed.packing import PATCHES
 
@@ -76,33 +76,32 @@ class Bench(Clock):
         yield from self._torch_grouped(num_tokens, ends)
         yield from self._unpacking(num_tokens, num_used)
         block = self._block
-        tiling = Tiling.of(num_tokens * self._top_k, self._num_experts, is_plain=block.is_plain)
-        forms = {"": Products(block, self._slots_SN, self._layout)}
+        forms = {"": (Products(block, self._slots_SN, self._layout), block)}
         if not block.is_plain:
-            forms["plain "] = Products(block.plain, self._weights_EN, self._layout)
-        for form, products in forms.items():
-            for name, tile, launch, matrices in self._launches(products, x_TH, routes, tiling):
-                used = tiling.tiles.gate_up if matrices == 2 else tiling.tiles.down
-                in_use = tile == used
+            forms["plain "] = Products(block.plain, self._weights_EN, self._layout), block.plain
+        for form, (products, stored) in forms.items():
+            used = Tiling.of(num_tokens * self._top_k, self._num_experts, stored).tiles
+            for name, tile, launch, matrices in self._launches(products, x_TH, routes, used):
+                in_use = tile == (used.gate_up if matrices == 2 else used.down)
                 yield self._timed(
                     form + name, num_tokens, str(tuple(tile)), in_use, self._seconds(launch),
                     matrices, num_used,
                 )  # fmt: skip
 
     def _launches(
-        self, products: Products, x_TH: torch.Tensor, routes: Routes, tiling: Tiling
+        self, products: Products, x_TH: torch.Tensor, routes: Routes, used: Tiles
     ) -> Iterator[tuple[str, Tile, Callable[[], None], int]]:
         """Both products in every candidate's tiles, with the matrices that they read."""
-        num_pairs, tall = routes.experts_TK.numel(), tiling.tiles
+        num_pairs = routes.experts_TK.numel()
         work = Work.of(num_pairs, self._num_experts, self._layout, self._device)
         counts_E = torch.zeros(self._num_experts, dtype=torch.int32, device=self._device)
         slots_E = torch.arange(self._num_experts, dtype=torch.int32, device=self._device)
-        for tile in self._tiles(tall.rows, tall.gate_up):
+        for tile in self._tiles(used.rows, used.gate_up):
             sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
             most = most_tiles(num_pairs, self._num_experts, tile.rows)
             args = x_TH, self._top_k, work, tile, 0, most
             yield "grouped_gate_up", tile, partial(products.run_gate_up, *args), 2
-        for tile in self._tiles(tall.rows, tall.down):
+        for tile in self._tiles(used.rows, used.down):
             sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
             most = most_tiles(num_pairs, self._num_experts, tile.rows)
             yield "grouped_down", tile, partial(products.run_down, work, tile, 0, most), 1

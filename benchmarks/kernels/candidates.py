@@ -10,20 +10,23 @@ from runtime.cuda.decode.experts.blocks import LEAST_COLUMNS, Blocks
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.prefill.tiling import Tile
 
-LOW = [Tile(16, 32), Tile(16, 64), Tile(16, 64, 128), Tile(16, 128), Tile(16, 64, stages=4)]
+LOW = [
+    Tile(32, 64, turned=True), Tile(32, 64, 128, turned=True), Tile(32, 64, 128),
+    Tile(32, 128, warps=8, turned=True), Tile(32, 64, stages=4, turned=True),
+]  # fmt: skip
 MIDDLE = [
-    Tile(64, 64), Tile(64, 64, stages=4), Tile(64, 128), Tile(64, 128, warps=8),
-    Tile(64, 64, 128), Tile(32, 64), Tile(32, 128),
+    Tile(64, 64), Tile(64, 64, turned=True), Tile(64, 64, 128, turned=True), Tile(64, 128, warps=8),
+    Tile(64, 128, turned=True), Tile(64, 64, stages=4),
 ]  # fmt: skip
 HIGH = [
-    Tile(128, 64), Tile(128, 64, warps=8), Tile(128, 128, warps=8), Tile(128, 64, stages=4),
-    Tile(128, 128, 32, warps=8, stages=4), Tile(128, 32), Tile(64, 128, warps=4),
+    Tile(128, 64, turned=True), Tile(128, 64, warps=8), Tile(128, 128, warps=8),
+    Tile(128, 128, warps=8, turned=True), Tile(128, 128, 32, warps=8, stages=4, turned=True),
 ]  # fmt: skip
 
 
 def tiles(rows: int, in_use: Tile) -> list[Tile]:
     """Candidates for a grouped product of `rows` rows a tile, the one in use first."""
-    near = LOW if rows <= 16 else MIDDLE if rows <= 64 else HIGH
+    near = LOW if rows <= 32 else MIDDLE if rows <= 64 else HIGH
     return list(dict.fromkeys([in_use, *near]))
 
 

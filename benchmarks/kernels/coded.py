@@ -17,10 +17,12 @@ from runtime.cuda.decode.experts.experts_call import FETCHERS, ExpertsCall
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import activate
 from runtime.cuda.memory.unpacking import unpack_blocks
-from runtime.cuda.prefill.tiling import Tile
+from runtime.cuda.prefill.products import Products, Work
+from runtime.cuda.prefill.tiling import Tile, Tiling
 from runtime.weights.arena import Specs
 from runtime.weights.encodings.coded import CodedMatrix, part_name
 
+GROUPED = "grouped_gate_up", "grouped_down"
 TOLERANCE = 2e-2
 """Of results in bfloat16, relative to the length of the true ones."""
 
@@ -103,9 +105,6 @@ class CodedBench(Bench):
 
     # ------------------------------------------------------------------ prefill
 
-    def _tiles(self, rows: int, in_use: Tile) -> list[Tile]:
-        return [in_use]
-
     def _torch_grouped(self, num_tokens: int, ends: list[int]) -> Iterator[TimedKernel]:
         return iter(())
 
@@ -124,7 +123,10 @@ class CodedBench(Bench):
     # ------------------------------------------------------------------ compiling ahead
 
     def compile(self, kernel: str, batch: int, number: int) -> None:
-        """Launch one candidate, where launches only compile."""
+        """Launch one candidate, where launches only compile. batch: or tokens of a prompt."""
+        if kernel in GROUPED:
+            self._compile_grouped(kernel, batch, number)
+            return
         call: ExpertsCall = self._call(batch)
         call._blocks = self._candidates(kernel, self._in_use(batch))[number]
         x = torch.zeros(batch, self._layout.hidden, dtype=self._layout.dtype)
@@ -134,8 +136,26 @@ class CodedBench(Bench):
             ids = torch.zeros(batch, self._top_k, dtype=torch.int64)
             call._run_down(0, x, ids, torch.rand(batch, self._top_k))
 
-    def jobs(self, batches: list[int]) -> Iterator[tuple[str, int, int]]:
+    def _compile_grouped(self, kernel: str, num_tokens: int, number: int) -> None:
+        tile = self._grouped_tiles(kernel, num_tokens)[number]
+        products = Products(self._block, self._slots_SN, self._layout)
+        work = Work.of(self._top_k, self._num_experts, self._layout, self._device)
+        x = torch.zeros(1, self._layout.hidden, dtype=self._layout.dtype)
+        if kernel == GROUPED[0]:
+            products.run_gate_up(x, self._top_k, work, tile, 0, 1)
+        else:
+            products.run_down(work, tile, 0, 1)
+
+    def _grouped_tiles(self, kernel: str, num_tokens: int) -> list[Tile]:
+        used = Tiling.of(num_tokens * self._top_k, self._num_experts, self._block).tiles
+        return self._tiles(used.rows, used.gate_up if kernel == GROUPED[0] else used.down)
+
+    def jobs(self, batches: list[int], prompts: list[int]) -> Iterator[tuple[str, int, int]]:
         """The arguments of every `compile`."""
+        for prompt in prompts:
+            for kernel in GROUPED:
+                for number in range(len(self._grouped_tiles(kernel, prompt))):
+                    yield kernel, prompt, number
         for batch in batches:
             in_use = self._in_use(batch)
             for kernel in ("gate_up", "down"):

@@ -13,6 +13,8 @@ import torch
 
 from benchmarks.kernels.coded import CodedBench
 
+CPU = torch.device("cpu")
+
 
 class Absent:
     """Triton's driver for a GPU that nobody asks anything."""
@@ -45,12 +47,14 @@ class Job(NamedTuple):
     number: int
 
 
-def compile_ahead(shape: str, encodings: Iterable[str], batches: list[int], capability: int) -> int:
+def compile_ahead(
+    shape: str, encodings: Iterable[str], batches: list[int], prompts: list[int], capability: int
+) -> int:
     """Compile all candidates of an architecture in processes; returns their number."""
     jobs = [
         Job(shape, encoding, *job)
         for encoding in encodings
-        for job in CodedBench(shape, encoding, torch.device("cpu"), 1, is_real=False).jobs(batches)
+        for job in CodedBench(shape, encoding, CPU, 1, is_real=False).jobs(batches, prompts)
     ]
     with ProcessPoolExecutor(
         mp_context=get_context("spawn"), initializer=_only_compile, initargs=(capability,)
@@ -76,7 +80,7 @@ def _only_compile(capability: int) -> None:
 
 @cache
 def _bench(shape: str, encoding: str) -> CodedBench:
-    return CodedBench(shape, encoding, torch.device("cpu"), 1, is_real=False)
+    return CodedBench(shape, encoding, CPU, 1, is_real=False)
 
 
 def _compile(job: Job) -> int:

@@ -39,6 +39,7 @@ class RowReplay:
         assert not hasattr(model, "expertflow")
         layers = layers or find_moe_layers(model)
         self._routers = [router_of(model, layer.name) for layer in layers]
+        self._tokens = {name: one.token_ids_T.tolist() for name, one in recorded.items()}
         lengths = [len(one.token_ids_T) for one in recorded.values()]
         self._starts = dict(zip(recorded, accumulate(lengths, initial=0), strict=False))
         table = np.concatenate([one.experts_TLK for one in recorded.values()])
@@ -54,7 +55,7 @@ class RowReplay:
 
     def token(self, request_id: str, position: int) -> int:
         """The recorded token of a request at a position."""
-        return int(self._recorded[request_id].token_ids_T[position])
+        return self._tokens[request_id][position]
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -281,7 +281,8 @@ class ServingLoop:
     ) -> None:
         """Choose the next tokens and predict for them."""
         self.watch.show(parts, routes_TLK)
-        going, at, row = [], 0, 0
+        going, at = [], 0
+        chosen = zip(following.greedy_N, following.logits_NV.unbind(), strict=True)
         for part in parts:
             sequence, completes, decoded = part.sequence, part.completes, part.sequence.is_ready
             first, at = at, at + part.num_tokens
@@ -290,9 +291,7 @@ class ServingLoop:
                 sequence.routes.append(routes_TLK[first:at])
             self.num_prefilled += 0 if decoded else part.num_tokens
             if completes:
-                greedy, logits_V = following.greedy_N[row], following.logits_NV[row]
-                end = PromptEnd(greedy, logits_V, routes_TLK[at - 1])
-                row += 1
+                end = PromptEnd(*next(chosen), routes_TLK[at - 1])
                 sharing = self._choices.share(sequence, end, self.active, self.waiting)
                 for one in (sequence, *sharing):
                     if self._sequences.choose(one, end):

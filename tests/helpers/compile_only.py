@@ -49,7 +49,7 @@ from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
-from runtime.cuda.prefill.tiling import TILES, Tiles
+from runtime.cuda.prefill.tiling import LEAST_ROWS, heights_for
 from runtime.kv.pages.places import PAGE, Paged
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
@@ -220,7 +220,7 @@ class Kernels:
             paged=paged,
         )  # fmt: skip
 
-    def prefill(self, heights: Sequence[Tiles] = TILES) -> None:
+    def prefill(self, chosen: slice = slice(None)) -> None:
         """One layer of many tokens, in tiles of all these heights."""
         size, block = self.size, self.expert_block
         x_TH = torch.zeros(64, size.hidden, dtype=torch.bfloat16)
@@ -229,10 +229,11 @@ class Kernels:
         numbers_E = torch.zeros(size.num_experts, dtype=torch.int32)
         workspace_RN = empty(4, block.units, dtype=torch.int16)
         unpack_blocks(block, self.slots_SN, numbers_E[:4], workspace_RN)
-        for tiles in heights:
-            sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, tiles.rows)
-            for blocks in (block, self.slots_SN), (block.plain, workspace_RN):
-                Products(*blocks, self.layout).run(x_TH, size.top_k, work, tiles, 0, 8)
+        sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, LEAST_ROWS)
+        for stored, slots_SN in (block, self.slots_SN), (block.plain, workspace_RN):
+            products = Products(stored, slots_SN, self.layout)
+            for tiles in heights_for(stored)[chosen]:
+                products.run(x_TH, size.top_k, work, tiles, 0, 8)
         weights_TK = torch.zeros(64, size.top_k, dtype=torch.bfloat16)
         combined(x_TH, Routes(experts_TK, weights_TK), work, size.num_experts)
 
@@ -251,7 +252,7 @@ def compile_coded(kernels: Kernels, *, brief: bool) -> None:
     if not brief:
         kernels.decode(1, LRU, resident=True)
         kernels.decode(8, LRU, resident=True)
-    kernels.prefill(TILES[-1:] if brief else TILES)
+    kernels.prefill(slice(-1, None) if brief else slice(None))
 
 
 def compile_plain(kernels: Kernels, *, brief: bool) -> None:
@@ -268,7 +269,7 @@ def compile_plain(kernels: Kernels, *, brief: bool) -> None:
         kernels.decode(1, policy, resident=True)
     kernels.decode(8, LRU, resident=True)
     kernels.decode(32, Reuse, num_ranges=4)
-    kernels.prefill(TILES[::2] if brief else TILES)
+    kernels.prefill(slice(None, None, 2) if brief else slice(None))
 
 
 BRIEF = "--brief"
@@ -294,7 +295,7 @@ def compile_bounds(*, brief: bool) -> None:
         kernels = Kernels(size, activation=activation, bounds=(10.0, 7.5))
         kernels.decode(1, LRU)
         kernels.decode(1, LRU, resident=True)
-        kernels.prefill(TILES[:1] if brief else TILES)
+        kernels.prefill(slice(1) if brief else slice(None))
 
 
 def compile_all(

@@ -101,7 +101,8 @@ class GroupedExperts:
 
     def _count_layer(self, layer: int, needed: np.ndarray) -> None:
         """Count a layer in which all was resident, or streamed, of which it used `needed`."""
-        self._pool.cache.policy.touch(layer, needed)
+        if not self._stats.all_fit:  # else nothing is ever evicted
+            self._pool.cache.policy.touch(layer, needed)
         self._used += len(needed)
         came = np.zeros(len(needed), bool)
         if self._wide is not None:
@@ -147,7 +148,7 @@ class GroupedExperts:
         return Work.of(num_pairs, max(self._num_experts), self._layout, self.device)
 
     def _tiling(self, layer: int, num_pairs: int) -> Tiling:
-        return Tiling.of(num_pairs, self._num_experts[layer], is_plain=self._plain is None)
+        return Tiling.of(num_pairs, self._num_experts[layer], self._pool.expert_block)
 
     # ------------------------------------------------------------------ captured passes
 
@@ -187,9 +188,8 @@ class GroupedExperts:
 
     def count_captured(self, routes_LBK: np.ndarray) -> None:
         """After it, on the host: count what ran. int64 [L, B, K], others than experts are none."""
-        for layer, (routes_BK, num) in enumerate(zip(routes_LBK, self._num_experts, strict=True)):
-            used = np.unique(routes_BK)
-            self._count_layer(layer, used[(used >= 0) & (used < num)])
+        for layer, used in enumerate(_used(routes_LBK, max(self._num_experts))):
+            self._count_layer(layer, used[used < self._num_experts[layer]])
         share, num_tokens = self._take_used(), routes_LBK.shape[1]
         self._stats.steps += 1
         self._stats.tokens += num_tokens
@@ -273,6 +273,15 @@ class GroupedExperts:
         assert self._plain is not None and pool.workspace_RN is not None
         unpack_blocks(pool.expert_block, pool.slots_SN, slots_R, pool.workspace_RN)
         return self._plain
+
+
+def _used(routes_LBK: np.ndarray, num_experts: int) -> list[np.ndarray]:
+    """The experts below `num_experts` that each layer uses, ascending."""
+    routes_LN = routes_LBK.reshape(len(routes_LBK), -1)
+    is_one_LN = (routes_LN >= 0) & (routes_LN < num_experts)
+    flags_LE = np.zeros((len(routes_LN), num_experts + 1), bool)
+    flags_LE[np.arange(len(routes_LN))[:, None], np.where(is_one_LN, routes_LN, num_experts)] = True
+    return [np.flatnonzero(flags_E[:-1]) for flags_E in flags_LE]
 
 
 def _rows(numbers_LE: Tensor, num_experts: list[int]) -> list[Tensor]:

@@ -13,12 +13,24 @@ from runtime.cuda.kernels.grouped.products import combine, grouped_down, grouped
 from runtime.cuda.kernels.grouped.sorting import sort_pairs
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout, down_constants, gate_up_constants
-from runtime.cuda.prefill.tiling import TILES, Tile, Tiles, most_tiles
+from runtime.cuda.prefill.tiling import LEAST_ROWS, Tile, Tiles, most_tiles
 
-SORTED = 128
-"""Pairs that a program sorts."""
-COUNTED = 1024
-"""Pairs that it counts at a time: all of them, as every program does."""
+FEW_PAIRS = 8192
+"""Up to which more and smaller programs sort."""
+
+
+class Sorting(NamedTuple):
+    """How pairs are sorted by expert. By measurement on an H200."""
+
+    sorted: int
+    """Pairs that a program sorts."""
+    counted: int
+    """Pairs that it counts at a time: all of them, as every program does."""
+    warps: int
+
+    @staticmethod
+    def of(num_pairs: int) -> Sorting:
+        return Sorting(32, 2048, 8) if num_pairs <= FEW_PAIRS else Sorting(128, 1024, 4)
 
 
 class Work(NamedTuple):
@@ -37,7 +49,7 @@ class Work(NamedTuple):
     def of(num_pairs: int, num_experts: int, layout: KernelLayout, device: torch.device) -> Work:
         """For so many pairs over so many experts."""
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": device}
-        most = most_tiles(num_pairs, num_experts, TILES[0].rows)
+        most = most_tiles(num_pairs, num_experts, LEAST_ROWS)
         return Work(
             torch.empty(num_pairs, **numbers),
             torch.empty(most, 3, **numbers),
@@ -81,7 +93,7 @@ class Products:
 def _sizes(tile: Tile) -> dict[str, int]:
     return {
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.inner,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, "TURNED": tile.turned,
     }  # fmt: skip
 
 
@@ -94,11 +106,14 @@ def sort(
     slots_E: int32, the slot of each expert, where tiles are to be used. Nothing waits.
     """
     num_pairs, num_experts = experts_TK.numel(), len(counts_E)
-    most = max(num_pairs, most_tiles(num_pairs, num_experts, height))
-    sort_pairs[(triton.cdiv(most, SORTED),)](
+    num_tiles = most_tiles(num_pairs, num_experts, height)
+    assert num_tiles <= len(work.tiles_N3), "tiles are lower than the least"
+    most = max(num_pairs, num_tiles)
+    how = Sorting.of(num_pairs)
+    sort_pairs[(triton.cdiv(most, how.sorted),)](
         experts_TK, work.order_P, work.tiles_N3, work.starts_G, counts_E, slots_E, num_pairs,
-        height, E=num_experts, GROUP=group, BLOCK_P=SORTED,
-        BLOCK_E=triton.next_power_of_2(num_experts), COUNTED=COUNTED, num_warps=4,
+        height, E=num_experts, GROUP=group, BLOCK_P=how.sorted,
+        BLOCK_E=triton.next_power_of_2(num_experts), COUNTED=how.counted, num_warps=how.warps,
     )  # fmt: skip
 
 

@@ -6,16 +6,19 @@ token's result must not depend on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.cuda.memory.expert_block import ExpertBlock
+
 MOST_DECODED_ROWS = 256
-"""Mean rows of an expert up to which weights are decoded in the products. On an H200 that costs a
-layer of 64 experts of 6.3 million weights 0.11 to 0.15 ms for every 128 rows, by count of
-instructions; unpacking them first costs 0.3 ms of memory traffic, reading them again 0.2 ms, and
-three launches for as many experts as the workspace holds."""
+"""Mean rows of an expert up to which weights are decoded in the products. Of a layer of 64 experts
+of 6.3 million weights, an H200 takes 0.53 ms for 256 rows each where they are plain, 0.79 in mxfp4,
+1.4 packed or in fp8; unpacking them first costs 0.3 ms of memory traffic, and three launches for
+as many experts as the workspace holds."""
 
 
 class Tile(NamedTuple):
@@ -28,11 +31,15 @@ class Tile(NamedTuple):
     warps: int = 4
     stages: int = 3
     """Loads under way."""
+    turned: bool = False
+    """Whether weights come first in the product, so that tensor cores take them from registers."""
 
 
 class Tiles(NamedTuple):
     """Of the two products; they share their rows."""
 
+    most: float
+    """Mean rows of an expert up to which these are used."""
     gate_up: Tile
     down: Tile
 
@@ -40,18 +47,34 @@ class Tiles(NamedTuple):
     def rows(self) -> int:
         return self.gate_up.rows
 
-    @staticmethod
-    def of(num_rows: float) -> Tiles:
-        """The least height that so many rows of an expert fill, else the greatest."""
-        return next((tiles for tiles in TILES if num_rows <= tiles.rows), TILES[-1])
 
-
-TILES = (
-    Tiles(Tile(16, 64, 128), Tile(16, 64, 128)),
-    Tiles(Tile(64, 64), Tile(64, 64, 128)),
-    Tiles(Tile(128, 64, warps=8), Tile(128, 128, warps=8)),
+Heights = tuple[Tiles, ...]
+"""Ascending. Rows are about twice an expert's mean: a second tile decodes all weights again."""
+LOW, MIDDLE = 24, 96
+PLAIN: Heights = (
+    Tiles(LOW, Tile(32, 64, turned=True), Tile(32, 64, turned=True)),
+    Tiles(MIDDLE, Tile(64, 64), Tile(64, 64)),
+    Tiles(math.inf, Tile(128, 64, warps=8), Tile(128, 128, warps=8)),
 )
-"""Ascending. By `benchmarks.kernels` on an H100, within the memory of smaller GPUs."""
+"""By `benchmarks.kernels` on an H200, within the memory of smaller GPUs; so the others."""
+PACKED: Heights = (
+    Tiles(LOW, Tile(32, 64, 128, turned=True), Tile(32, 64, 128, turned=True)),
+    Tiles(MIDDLE, Tile(64, 64), Tile(64, 64)),
+    Tiles(math.inf, Tile(128, 64, turned=True), Tile(128, 64, turned=True)),
+)
+CODED: Heights = (
+    Tiles(LOW, Tile(32, 64, turned=True), Tile(32, 64, turned=True)),
+    Tiles(MIDDLE, Tile(64, 64, turned=True), Tile(64, 64, turned=True)),
+    Tiles(math.inf, Tile(128, 64, turned=True), Tile(128, 64, turned=True)),
+)
+LEAST_ROWS = min(heights[0].rows for heights in (PLAIN, PACKED, CODED))
+
+
+def heights_for(block: ExpertBlock) -> Heights:
+    """The tiles for weights as blocks store them."""
+    if block.is_plain:
+        return PLAIN
+    return PACKED if block.patches else CODED
 
 
 class Tiling(NamedTuple):
@@ -62,10 +85,12 @@ class Tiling(NamedTuple):
     """Whether stored weights are made plain before the products."""
 
     @staticmethod
-    def of(num_pairs: int, num_experts: int, *, is_plain: bool) -> Tiling:
-        """is_plain: weights are stored as they are."""
+    def of(num_pairs: int, num_experts: int, block: ExpertBlock) -> Tiling:
+        """block: as experts are stored."""
         mean = num_pairs / num_experts
-        return Tiling(Tiles.of(mean), not is_plain and mean > MOST_DECODED_ROWS)
+        unpacks = not block.is_plain and mean > MOST_DECODED_ROWS
+        heights = PLAIN if unpacks else heights_for(block)
+        return Tiling(next(tiles for tiles in heights if mean <= tiles.most), unpacks)
 
 
 def most_tiles(num_pairs: int, num_experts: int, height: int) -> int:

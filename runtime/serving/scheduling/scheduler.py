@@ -10,6 +10,7 @@ group's first that waits, from when the group has no more rows than any other th
 from __future__ import annotations
 
 import time
+from bisect import bisect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,9 +56,10 @@ class Scheduler:
         """
         start = time.perf_counter()
         admitted = fitting(self._admit(waiting, active, free, missing_K, first))
+        numbers, begin = sorted(sequence.number for sequence in admitted), set(admitted)
         for sequence in heads(waiting) if admitted else []:
-            if sequence not in admitted:
-                sequence.overtaken += sum(other.number > sequence.number for other in admitted)
+            if sequence not in begin:
+                sequence.overtaken += len(numbers) - bisect(numbers, sequence.number)
         self.seconds += time.perf_counter() - start
         return admitted
 
@@ -71,7 +73,8 @@ class Scheduler:
     ) -> list[ServedSequence]:
         admitted = [*first, *self._overdue(waiting, active)]
         admitted = list(dict.fromkeys(admitted))[:free]
-        others = [sequence for sequence in waiting if sequence not in admitted]
+        begin = set(admitted)
+        others = [sequence for sequence in waiting if sequence not in begin]
         if self.ordering.looks_ahead:
             others = [sequence for sequence in others if sequence.forecast is not None]
         if self.ordering.holds_back(len(others), free - len(admitted), len(active)):
@@ -127,15 +130,17 @@ class Scheduler:
         batch = self._settings.batch
         overdue = [sequence for sequence in ready if sequence.skipped >= self._settings.max_skips]
         chosen = sorted(overdue, key=lambda sequence: (-sequence.skipped, sequence.number))[:batch]
+        first = set(chosen)
         others = sorted(
-            (sequence for sequence in ready if sequence not in chosen),
+            (sequence for sequence in ready if sequence not in first),
             key=lambda sequence: (-sequence.skipped, sequence.number),
         )  # within a group, whoever waited longest; `in_turn` sorts the rest by arrival
         for same in in_turn(others, chosen, len(others)):
             count = batch - len(chosen)
             chosen += self.ordering.compose(same, chosen, count, missing_K) if count else []
+        runs = set(chosen)
         for sequence in ready:
-            sequence.skipped = 0 if sequence in chosen else sequence.skipped + 1
+            sequence.skipped = 0 if sequence in runs else sequence.skipped + 1
         self.seconds += time.perf_counter() - start
         return chosen
 

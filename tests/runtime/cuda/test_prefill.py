@@ -25,7 +25,7 @@ from runtime.cuda.prefill.grouped_experts import GroupedExperts
 from runtime.cuda.prefill.products import Work, sort
 from runtime.cuda.prefill.slots import workspace
 from runtime.cuda.prefill.streaming_pool import Ahead, StreamingPool
-from runtime.cuda.prefill.tiling import most_tiles, table_of
+from runtime.cuda.prefill.tiling import LEAST_ROWS, most_tiles, table_of
 from runtime.engine.experts import sort_pairs, spans_of
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
@@ -221,17 +221,17 @@ def test_the_device_sorts_pairs_and_cuts_tiles_as_the_host_does(
     work = Work.of(experts_TK.numel(), EXPERTS, layout, CPU)
     counts_E, slots_E = torch.zeros(2, EXPERTS, dtype=torch.int32)
     slots_E.copy_(torch.randperm(EXPERTS))
-    sort(experts_TK, work, counts_E, slots_E, group, 16)
+    sort(experts_TK, work, counts_E, slots_E, group, LEAST_ROWS)
     order_P, counts = sort_pairs(experts_TK, EXPERTS)
     assert counts_E.tolist() == counts[1:-1].tolist()
     num_real = int(counts_E.sum())
     assert work.order_P[:num_real].tolist() == order_P[counts[0] :][:num_real].tolist()
     groups = np.split(np.arange(EXPERTS), range(group, EXPERTS, group))
     slots = [slots_E.numpy()[some] for some in groups]
-    table = table_of([some.tolist() for some in groups], slots, counts_E.numpy(), 16)
+    table = table_of([some.tolist() for some in groups], slots, counts_E.numpy(), LEAST_ROWS)
     assert work.starts_G[: len(groups) + 1].tolist() == table.starts_G.tolist()
     assert work.tiles_N3[: len(table.tiles_N3)].tolist() == table.tiles_N3.tolist()
-    assert len(table.tiles_N3) <= most_tiles(experts_TK.numel(), EXPERTS, 16)
+    assert len(table.tiles_N3) <= most_tiles(experts_TK.numel(), EXPERTS, LEAST_ROWS)
 
 
 def test_tiles_cover_every_row_once() -> None:

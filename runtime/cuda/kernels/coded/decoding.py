@@ -35,11 +35,17 @@ def first_code(pair: int, kind: int) -> int:
 
 
 @triton.jit
-def e2m1_pair(word, pair: tl.constexpr):
-    """A pair in float32, both times 2^-126."""
+def spread_e2m1(word, pair: tl.constexpr):
+    """A pair in two bfloat16, both times 2^-126."""
     halves = (word >> 8 if pair >= 2 else word) & (0x000F000F if pair % 2 == 0 else 0x00F000F0)
     spread = halves * (0x1040 if pair % 2 == 0 else 0x0104)  # the sign and the rest to their places
-    both = spread & -2118024768  # 0x81C081C0
+    return spread & -2118024768  # 0x81C081C0
+
+
+@triton.jit
+def e2m1_pair(word, pair: tl.constexpr):
+    """A pair in float32, both times 2^-126."""
+    both = spread_e2m1(word, pair)
     return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
 
 

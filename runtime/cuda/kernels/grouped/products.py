@@ -11,6 +11,30 @@ from runtime.cuda.kernels.packed import add_patches, base_at
 from runtime.cuda.kernels.unpacked import record_elements, tile_of
 
 
+@triton.jit
+def zeros_of(M: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr):
+    """Sums of a tile [M, N], or [N, M] where it is turned."""
+    return tl.zeros([N, M] if TURNED else [M, N], tl.float32)
+
+
+@triton.jit
+def add_product(sums, x_MK, weights_NK, TURNED: tl.constexpr):
+    """Add x W^T, or W x^T: then weights that were decoded go from registers to the tensor cores."""
+    if TURNED:
+        sums = tl.dot(weights_NK, tl.trans(x_MK), sums, input_precision="ieee")
+    else:
+        sums = tl.dot(x_MK, tl.trans(weights_NK), sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def upright(sums, TURNED: tl.constexpr):
+    """The sums as [M, N]."""
+    if TURNED:
+        sums = tl.trans(sums)
+    return sums
+
+
 @triton.jit(do_not_specialize=["group"], do_not_specialize_on_alignment=["tiles", "starts"])
 def grouped_gate_up(
     x, order, h, slots, units, tiles, starts, group,
@@ -18,6 +42,7 @@ def grouped_gate_up(
     PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     W: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TURNED: tl.constexpr,
 ):  # fmt: skip
     """H [P, W] = act(x W_gate^T) * (x W_up^T). order: int32 [P], token * K + k of each row.
 
@@ -39,21 +64,22 @@ def grouped_gate_up(
     gate_row_N = 2 * column_N if ALTERNATING else column_N
     up_row_N = 2 * column_N + 1 if ALTERNATING else W + column_N
     base = base_at(stored, UP, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
-    gate_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate = zeros_of(BLOCK_M, BLOCK_N, TURNED)
+    up = zeros_of(BLOCK_M, BLOCK_N, TURNED)
     for start in range(0, H, BLOCK_K):
         x_MK = tile_of(x, token_M, mask_M, start + tl.arange(0, BLOCK_K), H)
         gate_NK = weights_of_rows(
             block, stored, gate_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        gate_MN = tl.dot(x_MK, tl.trans(gate_NK), gate_MN, input_precision="ieee")
+        gate = add_product(gate, x_MK, gate_NK, TURNED)
         if ACT.kind != RELU2:  # which has no gate: the first product is the only one
             up_NK = weights_of_rows(
                 block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
                 BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            up_MN = tl.dot(x_MK, tl.trans(up_NK), up_MN, input_precision="ieee")
+            up = add_product(up, x_MK, up_NK, TURNED)
+    gate_MN, up_MN = upright(gate, TURNED), upright(up, TURNED)
     if PATCHES > 0:
         SPAN: tl.constexpr = 2 * BLOCK_N if ALTERNATING else BLOCK_N
         UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_N == 0 else SPAN + 1
@@ -82,7 +108,7 @@ def grouped_down(
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
     PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Y [T * K, H], the unweighted result of each pair. Grid (tiles, blocks of H)."""
     number = tl.load(starts + group) + tl.program_id(0)
@@ -97,14 +123,15 @@ def grouped_down(
     column_N = column + tl.arange(0, BLOCK_N)
     mask_N = column_N < H
     base = base_at(stored, DOWN, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
-    y_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = zeros_of(BLOCK_M, BLOCK_N, TURNED)
     for start in range(0, W, BLOCK_K):
         h_MK = tile_of(h, row_M, mask_M, start + tl.arange(0, BLOCK_K), W)
         down_NK = weights_of_rows(
             block, stored, column_N, mask_N, start, base, DOWN, W, MATRICES, PATCHES, CODE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        y_MN = tl.dot(h_MK, tl.trans(down_NK), y_MN, input_precision="ieee")
+        sums = add_product(sums, h_MK, down_NK, TURNED)
+    y_MN = upright(sums, TURNED)
     if PATCHES > 0:
         y_MN = add_patches(
             y_MN, h, row_M, mask_M, stored, column, column_N, DOWN, W, MATRICES, CHUNK, PATCHES,

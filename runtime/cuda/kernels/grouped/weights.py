@@ -9,13 +9,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded.decoding import INTERPRETED
+from runtime.cuda.kernels.coded.decoding import BF16, INT4, INTERPRETED, MXFP4, spread_e2m1
 from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
 from runtime.cuda.kernels.packed import first_half, packed_tile, second_half, words
 from runtime.cuda.kernels.unpack import based, weights_in_turn
 from runtime.cuda.kernels.unpacked import tile_of
 
 TWO_MINUS_ZEROS = tl.constexpr(-2147450880)  # 0x80008000
+TWO_ONES, TWO_MINUS_ONES = tl.constexpr(0x3F803F80), tl.constexpr(-1082081408)
+TWO_128, TWO_MINUS_128 = tl.constexpr(0x43004300), tl.constexpr(-1023360256)
+TWO_MINUS_136 = tl.constexpr(-1022835960)
+TWO_2_TO_THE_127 = tl.constexpr(0x7F007F00)
+
+
+@triton.jit
+def two_sums(factors, others, terms):
+    """Two bfloat16 in an int32 times two others, and two terms added, rounded once."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [factors, others, terms], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def two_of(value):
+    """A number that bfloat16 holds, in float32, as two of them in an int32."""
+    half = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return half | (half << 16)
 
 
 @triton.jit
@@ -24,12 +43,21 @@ def times_two_to_the(base, word):
     if INTERPRETED:
         word = based(word, base)
     else:
-        factor = (base + 127) * 0x00800080
-        word = tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, factor, TWO_MINUS_ZEROS],
-            tl.int32, True, 1,
-        )  # fmt: skip
+        word = two_sums(word, (base + 127) * 0x00800080, TWO_MINUS_ZEROS)
     return word
+
+
+@triton.jit
+def halves_of(word):
+    """Both halves of an int32, side by side: int16 [..., 2]."""
+    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16))
+
+
+@triton.jit
+def in_order(w_04, w_15, w_26, w_37):
+    """Eight weights side by side, int16 [..., 2, 2, 2], from words of two that are four apart."""
+    even = tl.join(halves_of(w_04), halves_of(w_26))
+    return tl.join(even, tl.join(halves_of(w_15), halves_of(w_37)))
 
 
 @triton.jit
@@ -53,6 +81,49 @@ def packed_weights(
     return tl.reshape(tl.join(even, odd), (N, BLOCK_K))
 
 
+@triton.constexpr_function
+def rounds_once(kind: int, scale: int, product: int, dtype: tl.dtype) -> bool:
+    """Whether bfloat16 holds codes and scales, so that its product is the weight."""
+    is_int = kind == INT4.value and scale == product == BF16.value
+    return dtype == tl.bfloat16 and (is_int or kind == MXFP4.value)
+
+
+@triton.jit
+def lifted_pair(word):
+    """128 + code in bfloat16, of the codes that are lowest in both halves of a word."""
+    return tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [word, 0x000F000F, TWO_128], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def int4_pair(word, pair: tl.constexpr, scales, zeros, HAS_ZEROS: tl.constexpr):
+    """Weights `pair` and `pair` + 4 of a word in two bfloat16. scales, zeros: as `two_of`."""
+    lifted = lifted_pair(word >> (4 * pair))
+    if HAS_ZEROS:
+        codes = two_sums(zeros, TWO_MINUS_ONES, two_sums(lifted, TWO_ONES, TWO_MINUS_128))
+    else:
+        codes = two_sums(lifted, TWO_ONES, TWO_MINUS_136)
+    return two_sums(codes, scales, TWO_MINUS_ZEROS)
+
+
+@triton.jit
+def mxfp4_pair(word, pair: tl.constexpr, halves):
+    """Weights `pair` and `pair` + 4 of a word in two bfloat16. halves: of scales, as `two_of`."""
+    doubled = two_sums(spread_e2m1(word, pair), TWO_2_TO_THE_127, TWO_MINUS_ZEROS)
+    return two_sums(doubled, halves, TWO_MINUS_ZEROS)
+
+
+@triton.jit
+def weight_pair(word, pair: tl.constexpr, scales, zeros, CODE: tl.constexpr):
+    """Weights `pair` and `pair` + 4 of a word in two bfloat16."""
+    if CODE.kind == INT4:
+        weights = int4_pair(word, pair, scales, zeros, CODE.extra >= 0)
+    else:
+        weights = mxfp4_pair(word, pair, scales)
+    return weights
+
+
 @triton.jit
 def coded_weights(
     units, rows_N, mask_N, start, WIDTH: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr,
@@ -63,8 +134,17 @@ def coded_weights(
     group_G = start // (8 * J) + tl.arange(0, BLOCK_K // (8 * J))
     words = words_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
     scale, zero = scales_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
-    weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
-    return tl.reshape(weights, (N, BLOCK_K)).to(DTYPE)  # in this order: Triton 3.6 fails otherwise
+    if rounds_once(CODE.kind, CODE.scale, CODE.product, DTYPE) and not INTERPRETED:
+        scales, zeros = two_of(scale), two_of(zero)
+        weights = in_order(
+            weight_pair(words, 0, scales, zeros, CODE), weight_pair(words, 1, scales, zeros, CODE),
+            weight_pair(words, 2, scales, zeros, CODE), weight_pair(words, 3, scales, zeros, CODE),
+        )  # fmt: skip
+        weights_NK = tl.reshape(weights, (N, BLOCK_K)).to(DTYPE, bitcast=True)
+    else:
+        weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
+        weights_NK = tl.reshape(weights, (N, BLOCK_K)).to(DTYPE)
+    return weights_NK  # changed after their shape: Triton 3.6 fails otherwise
 
 
 @triton.jit
