@@ -2,15 +2,16 @@
 
     python -m benchmarks.live_page --model DIR --predictor predictor.onnx [--out FILE]
 
-A server of the model runs in a process of its own. Viewers take turns, each beside one text: nobody,
-a client of the events that drops them, and headless Chromium with the page. Tokens a second are noisy
-on a machine that others use; the CPU seconds of the browser's processes and of the server's HTTP
-thread are not. Linux only.
+A server of the model runs in a process of its own. Viewers take turns, each beside one text:
+nobody, a client of the events that drops them, and headless Chromium with the page. On a machine
+that others use, tokens a second are noisy; the CPU seconds of the browser's processes and of the
+server's HTTP thread are much less so. Linux only.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 from typing import Any
 
@@ -34,6 +35,7 @@ def main(settings: LivePageSettings) -> None:
         "machine": machine(torch.device("cpu")),
         "command": command("benchmarks.live_page"),
         "link_bytes_per_s": None,
+        "cores": os.cpu_count(),
         "model": settings.model.name,
         "tokens": settings.tokens,
         "threads": settings.threads,

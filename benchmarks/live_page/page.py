@@ -27,8 +27,7 @@ def by_viewer(document: dict[str, Any]) -> Iterator[str]:
     found: dict[str, list[Row]] = {}
     for row in document["rows"]:
         found.setdefault(row["viewer"], []).append(row)
-    cores = document["machine"]["cores"] if "cores" in document["machine"] else 2
-    return table(HEAD, (_cells(found, viewer, cores) for viewer in found))
+    return table(HEAD, (_cells(found, viewer, document["cores"]) for viewer in found))
 
 
 def _cells(found: dict[str, list[Row]], viewer: str, cores: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Viewers: nobody, a client of the events, and headless Chromium with the page.
 
-The browser runs without a driver while it is measured. Playwright, which the tests install, is there
-only for moments: to see that the page is live, to type into it, to take its picture.
+The browser runs without a driver while it is measured. Playwright, which the tests install, is
+there only for moments: to see that the page is live, to type into it, to take its picture.
 """
 
 from __future__ import annotations
