@@ -11,6 +11,7 @@ from benchmarks.common.markdown import provenance, table
 Row = dict[str, Any]
 HEAD = (
     "viewer", "tokens/s, median", "least and most", "beside nobody, median of pairs",
+    "tokens a CPU second of the server",
     "browser, ms of CPU a second", "HTTP thread, ms", "more than for nobody, both",
     "of all cores",
 )  # fmt: skip
@@ -43,5 +44,6 @@ def _cells(found: dict[str, list[Row]], viewer: str, cores: int) -> tuple[str, .
     return (
         viewer, f"{statistics.median(speeds):.1f}", f"{min(speeds):.1f} to {max(speeds):.1f}",
         f"{statistics.median(pairs):+.1%}" if pairs and viewer != "nobody" else "-",
+        f"{statistics.median(row['tokens_per_second'] / row['server'] for row in rows):.1f}",
         f"{browser:.1f}", f"{http:.1f}", f"{more:.1f}", f"{more / 1e3 / cores:.1%}",
     )  # fmt: skip

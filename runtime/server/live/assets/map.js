@@ -98,7 +98,7 @@ export class ExpertMap {
     const { across, down, height } = this.grid();
     this.scale = window.devicePixelRatio;
     this.pen = fitted(this.canvas, this.width, height);
-    this.gap = across > 6 ? 1 : across > 3 ? 0.5 : 0;
+    this.gap = across > 6 ? snapped(1) : across > 3 ? 1 / this.scale : 0; // whole pixels of the screen
     this.round = Math.min(across, down) > 9 ? 3 : 0;
     const edges = (count, step, from) => Array.from({ length: count + 1 }, (_, at) => snapped(from + at * step));
     this.columns = edges(this.experts, across, LABELS);
