@@ -8,6 +8,7 @@ from benchmarks.decode import page as decode
 from benchmarks.encodings import page as encodings
 from benchmarks.kernels import page as kernels
 from benchmarks.lanes import page as lanes
+from benchmarks.live_page import page as live_page
 from benchmarks.ordering import page as ordering
 from benchmarks.pages import others, upcycled
 from benchmarks.pages.blocks import Tables
@@ -40,6 +41,7 @@ TABLES: Tables = {
     "kinds-rules": cache.each_kind,
     "kinds-winners": cache.winners,
     "lanes": lanes.lanes,
+    "live-page": live_page.live_page,
     "ordering": ordering.ordering,
     "prompts": prefill.prompts,
     "recall": others.recall,

@@ -22,6 +22,10 @@ from runtime.server.live.snapshot import snapshot
 from runtime.serving.async_server import AsyncServer
 
 MOST_WATCHERS = 64
+INTERVAL = 0.2
+"""Seconds between two events at the least, where steps run on a device of their own."""
+INTERVAL_ON_CPU = 0.5
+"""The same where steps need the cores on which events are made, and mostly drawn too."""
 
 
 class Feed:
@@ -33,6 +37,11 @@ class Feed:
         self._watchers = 0
         self._observation: Observation | None = None
         self._rendered = ("", 0)
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two events at the least."""
+        return INTERVAL_ON_CPU if self._engine.device.type == "cpu" else INTERVAL
 
     def join(self) -> None:
         """One more watches, who has to `leave`. Raises Refused where too many do."""

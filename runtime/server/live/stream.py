@@ -11,8 +11,6 @@ from starlette.types import Receive, Scope, Send
 
 from runtime.server.live.feed import Feed
 
-INTERVAL = 0.2
-"""Seconds between two events at the least."""
 SILENCE = 15.0
 """Seconds of silence after which a comment shows that the connection is alive."""
 
@@ -48,4 +46,4 @@ async def _events(feed: Feed, is_over: Callable[[], bool]) -> AsyncIterator[str]
         elif time.monotonic() - told > SILENCE:
             yield ": nothing runs\n\n"
             told = time.monotonic()
-        await asyncio.sleep(INTERVAL)
+        await asyncio.sleep(feed.interval)

@@ -2,6 +2,8 @@
 
 import { eventsOf, request } from "./api.js";
 
+const REST = 100; // ms between two looks at what has come, after the first text
+
 // Calls piece(text) for each piece. Returns { tokens, seconds, first, finish }; throws as request does.
 export async function ask({ chats, messages, fields, signal, piece }) {
   const began = performance.now();
@@ -10,7 +12,7 @@ export async function ask({ chats, messages, fields, signal, piece }) {
   if (chats) body.messages = messages;
   else body.prompt = messages.map((message) => message.content).join("");
   const response = await request(chats ? "v1/chat/completions" : "v1/completions", { body, signal });
-  for await (const { data } of eventsOf(response)) {
+  for await (const { data } of eventsOf(response, () => (stats.first ? REST : 0))) {
     if (data === "[DONE]") break;
     const event = JSON.parse(data);
     if (event.error) throw new Error(event.error.message);

@@ -33,20 +33,24 @@ async function reasonOf(response) {
   }
 }
 
-// The server-sent events of an answer, as { name, data }.
-export async function* eventsOf(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+// The server-sent events of an answer, as { name, data }. rest(): milliseconds until what has come
+// since is read: to be woken for every token would cost more than all else.
+export async function* eventsOf(response, rest = () => 0) {
+  const reader = response.body.getReader();
+  const decoder = new TextDecoder();
   let held = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      const blocks = (held + value).split("\n\n");
+      const blocks = (held + decoder.decode(value, { stream: true })).split("\n\n");
       held = blocks.pop();
       for (const block of blocks) {
         const event = parse(block);
         if (event.data) yield event;
       }
+      const wait = rest();
+      if (wait) await new Promise((done) => setTimeout(done, wait));
     }
   } finally {
     reader.cancel().catch(() => {});

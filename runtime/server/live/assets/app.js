@@ -3,6 +3,7 @@
 import { Chat } from "./chat.js";
 import { Feed } from "./feed.js";
 import { LivePanel } from "./live.js";
+import { Pace } from "./pace.js";
 import { TokenDialog } from "./token.js";
 
 const STATES = {
@@ -14,8 +15,9 @@ const STATES = {
 const find = (id) => document.getElementById(id);
 const dialog = new TokenDialog(find);
 const unauthorized = () => dialog.ask();
-const chat = new Chat(find, unauthorized);
-const panel = new LivePanel(find);
+const pace = new Pace();
+const chat = new Chat(find, pace, unauthorized);
+const panel = new LivePanel(find, pace);
 
 const feed = new Feed({
   unauthorized,

@@ -15,6 +15,12 @@ export function fitted(canvas, width, height) {
   return pen;
 }
 
+// The nearest edge between two pixels of the screen, in CSS pixels.
+export function snapped(value) {
+  const scale = window.devicePixelRatio || 1;
+  return Math.round(value * scale) / scale;
+}
+
 let known = {};
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { known = {}; });

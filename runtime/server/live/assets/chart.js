@@ -10,8 +10,14 @@ export class Chart {
   // format: of the axis. most: the axis's end where it is fixed.
   constructor(canvas, { format, most }) {
     Object.assign(this, { canvas, format, most, room: MOST, cursor: null });
+    this.width = canvas.parentElement.clientWidth;
     this.clear();
-    new ResizeObserver(() => this.draw()).observe(canvas.parentElement);
+    new ResizeObserver(([{ contentRect }]) => {
+      const width = Math.round(contentRect.width);
+      if (width === this.width) return;
+      this.width = width;
+      this.draw();
+    }).observe(canvas.parentElement);
   }
 
   clear() {
@@ -19,18 +25,16 @@ export class Chart {
     this.draw();
   }
 
+  // One more point, which `draw` shows.
   add(own, lru) {
     if (!Number.isFinite(own) || !Number.isFinite(lru)) return;
     this.points.push([own, lru]);
     if (this.points.length > MOST) this.points.shift();
-    this.tell([own, lru]);
-    this.draw();
   }
 
   // A whole run of points, of which one is now; LRU's is null where there is no other cache.
   put(points, cursor) {
     Object.assign(this, { points, cursor, room: Math.max(points.length, 2) });
-    this.tell(points[cursor]);
     this.draw();
   }
 
@@ -40,7 +44,9 @@ export class Chart {
   }
 
   draw() {
-    const width = this.canvas.parentElement.clientWidth;
+    const told = this.points.at(this.cursor ?? -1);
+    if (told) this.tell(told);
+    const { width } = this;
     if (!width) return;
     const pen = fitted(this.canvas, width, HEIGHT);
     const end = this.most ?? niceAbove(Math.max(0, ...this.points.flat()));

@@ -7,8 +7,8 @@ import { samplingOf } from "./sampling.js";
 
 export class Chat {
   // unauthorized(): asks for the token, and resolves when there is one.
-  constructor(find, unauthorized) {
-    Object.assign(this, { find, unauthorized });
+  constructor(find, pace, unauthorized) {
+    Object.assign(this, { find, pace, unauthorized });
     this.chats = true;
     this.messages = [];
     this.aborter = null;
@@ -66,10 +66,16 @@ export class Chat {
     this.messages.push(reply);
     this.run(true);
     const { signal } = this.aborter;
+    const written = text.appendChild(document.createTextNode(""));
+    const write = () => {
+      const more = reply.content.trimStart().slice(written.length);
+      if (!more) return;
+      written.appendData(more);
+      this.follow();
+    };
     const piece = (more) => {
       reply.content += more;
-      text.textContent = reply.content.trimStart();
-      this.follow();
+      this.pace.ask(write);
     };
     let stats = null;
     try {
@@ -77,6 +83,7 @@ export class Chat {
     } catch (error) {
       if (!signal.aborted) this.fail(error.message || "the server cannot be reached");
     }
+    write();
     bubble.classList.remove("running");
     this.run(false);
     if (bubble.isConnected) this.note(bubble, noteOf(stats, signal.aborted), reply);

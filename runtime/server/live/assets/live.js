@@ -4,11 +4,14 @@ import { Chart } from "./chart.js";
 import * as format from "./format.js";
 import { ExpertMap } from "./map.js";
 
-const WINDOW = 7; // events, a little more than a second of steps
+const WINDOW = 1200; // ms, of which speed and charts show the mean
+const CHARTS = 1000; // ms between two drawings of what changes little
 
 export class LivePanel {
-  constructor(find) {
-    this.find = find;
+  constructor(find, pace) {
+    Object.assign(this, { find, pace });
+    this.paint = this.paint.bind(this);
+    this.chartsDue = 0;
     this.map = new ExpertMap(find("map"), find("cell"));
     this.rates = new Chart(find("rate-chart"), { format: (share) => `${Math.round(100 * share)} %`, most: 1 });
     this.moved = new Chart(find("moved-chart"), { format: format.bytes });
@@ -38,11 +41,30 @@ export class LivePanel {
     const last = this.recent.at(-1);
     if (last && newest.steps < last.steps) this.restart();
     this.recent.push(newest);
-    if (this.recent.length > WINDOW) this.recent.shift();
+    while (this.recent.length > 2 && newest.seconds - this.recent[1].seconds > WINDOW / 1000) this.recent.shift();
+    this.newest = step;
     this.map.show(step);
-    this.find("map-title").textContent = titleOf(step);
-    this.tiles(step, newest);
-    this.draw(newest);
+    this.extend(newest);
+    this.pace.ask(this.paint);
+  }
+
+  // Draw what the newest step changes; charts, and what needs a layout, now and then.
+  paint() {
+    this.map.present("the running token");
+    this.tiles(this.newest, this.newest.counts);
+    const wait = this.chartsDue - performance.now();
+    clearTimeout(this.later);
+    if (wait > 0) this.later = setTimeout(() => this.pace.ask(this.paint), wait);
+    else this.paintCharts();
+  }
+
+  paintCharts() {
+    this.chartsDue = performance.now() + CHARTS;
+    this.rates.draw();
+    this.moved.draw();
+    this.write("map-title", titleOf(this.newest));
+    const { counts } = this.newest;
+    if (counts.lru_hits + counts.lru_misses > 0) this.write("total", totalOf(counts));
   }
 
   restart() {
@@ -51,7 +73,7 @@ export class LivePanel {
     this.moved.clear();
   }
 
-  draw(newest) {
+  extend(newest) {
     const since = difference(this.recent[0], newest);
     this.rates.add(rateOf(since), lruRateOf(since));
     this.moved.add(since.bytes / tokensOf(since), since.lru_bytes / tokensOf(since));
@@ -67,7 +89,6 @@ export class LivePanel {
       this.put("rate", format.percent(rateOf(newest)), `LRU ${format.percent(lruRateOf(newest))}`);
       const other = `LRU ${format.bytes(newest.lru_bytes / tokens)}`;
       this.put("moved", format.bytes(newest.bytes / tokens), other);
-      this.find("total").textContent = totalOf(newest);
     }
     if (step.recall !== null) this.put("recall", format.percent(step.recall), `recall@${this.about.top_k}`);
     const { process, device } = step.memory;
@@ -76,8 +97,13 @@ export class LivePanel {
   }
 
   put(id, value, beside) {
-    this.find(id).textContent = value;
-    this.find(`${id}-beside`).textContent = beside;
+    this.write(id, value);
+    this.write(`${id}-beside`, beside);
+  }
+
+  write(id, words) {
+    const place = this.find(id);
+    if (place.textContent !== words) place.textContent = words;
   }
 }
 

@@ -28,6 +28,12 @@ from tests.helpers.tiny import tiny_model, tiny_tokenizer
 ASKED = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True}
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several events within the short texts of a tiny model."""
+    monkeypatch.setattr(feeds, "INTERVAL_ON_CPU", 0.2)
+
+
 def complete(address: str, **fields: Any) -> None:
     httpx.post(f"{address}/v1/completions", json=ASKED | fields, timeout=60).raise_for_status()
 

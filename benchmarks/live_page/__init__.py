@@ -1,0 +1,1 @@
+"""The server's page open beside decoding on a CPU: processor time and speed."""
