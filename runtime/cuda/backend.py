@@ -67,6 +67,9 @@ class CudaBackend:
         source = self._source = fused(source)
         layout = common_layout(source)
         self._why = layout if isinstance(layout, str) else None
+        if self._why and options.spilled_tokens:
+            raise ValueError(f"spill_tokens={options.spill_tokens} is for captured steps, but "
+                             f"{self._why}; leave it out")  # fmt: skip
         self._layout = layout if isinstance(layout, KernelLayout) else None
         self._policy = policy
         self._pools: list[StreamingPool] = []

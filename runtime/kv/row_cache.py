@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 from runtime.kv.own_attention import UNDERSTOOD, OwnAttention
 from runtime.kv.pages import places
 from runtime.kv.pages.page_table import PageTable
-from runtime.kv.pages.spill import bytes_seen, move_pages, with_spilled
+from runtime.kv.pages.spill import bytes_seen, move_pages, wait_for_moves, with_spilled
 from runtime.kv.row_layers import PagedLayer, RowRecurrentLayer, row_layer
 from runtime.kv.state_kinds import (
     WHOLE_PROMPTS,
@@ -146,8 +146,10 @@ class RowCache(Cache):
         at = self.entries(row, num_tokens)
         away = [] if self.pages is None else self.pages.spilled_of(row, num_tokens)
         for states, spilled in self._by_page:
-            own = states[at]
-            yield with_spilled(own.to("cpu", copy=True) if on_host else own, spilled, away)
+            own = states[at].to("cpu", copy=True) if on_host else states[at]
+            if on_host and away:
+                wait_for_moves(states)
+            yield with_spilled(own, spilled, away)
 
     def _move_pages(self) -> None:
         """Copy the pages that were sent to host memory, or back, since this was last done."""

@@ -200,7 +200,7 @@ class Kernels:
         call.end_step()
 
     def attend(self, batch: int) -> None:
-        """One layer's attention, in a step over rows, whole, in pages and in spilled ones, and behind padding."""
+        """One layer's attention, in a step over rows, pages, spilled pages, and behind padding."""
         size = self.size
         query = torch.zeros(batch, size.heads, size.head_dim, dtype=torch.bfloat16)
         keys = torch.zeros(1, size.groups, 4096, size.head_dim, dtype=torch.bfloat16)

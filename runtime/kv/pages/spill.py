@@ -34,14 +34,17 @@ def _page(states: Tensor, spilled: Tensor, number: int) -> Tensor:
 
 
 def with_spilled(own: Tensor, spilled: Tensor | None, pages: Sequence[int]) -> Tensor:
-    """A row's pages in their order: these of host memory, then `own`.
-
-    On the CPU what the device has sent must have arrived: copying `own` there waits for it.
-    """
+    """A row's pages in their order: these of host memory, then `own`."""
     if spilled is None or not pages:
         return own
     first = [spilled[page].to(own.device, non_blocking=True) for page in pages]
     return torch.cat([torch.stack(first), own])
+
+
+def wait_for_moves(states: Tensor) -> None:
+    """Until the CPU finds in host memory what was sent there."""
+    if states.is_cuda:
+        torch.cuda.current_stream(states.device).synchronize()
 
 
 def bytes_seen(
