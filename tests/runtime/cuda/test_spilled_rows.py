@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 pytest.importorskip("triton")
 
+from runtime.cuda import backend
 from runtime.cuda.decode.captured_model import CapturedModel
 from runtime.cuda.kernels import attention as kernels
 from runtime.cuda.kernels.attention import attend
@@ -202,6 +203,18 @@ def test_options_that_nothing_could_make_use_of_are_refused() -> None:
         CudaOptions(context=64, cache_tokens=64, spill_tokens=-1)
     assert CudaOptions(context=64, batch=4, cache_tokens=256, spill_tokens=9).spilled_tokens == 0
     assert CudaOptions(context=64, batch=4, cache_tokens=200, spill_tokens=99).spilled_tokens == 56
+
+
+@pytest.mark.usefixtures("_short_pages")
+def test_a_model_without_pages_or_kernels_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: dict[str, Any] = {"batch": 3, "context": 64, "cache_tokens": 64, "spill_tokens": 64}
+    with pytest.raises(ValueError, match=r"cache_tokens=64: .* lies in whole rows"):
+        load_fake(architecture_model("deepseek_v3"), memory=0.75, **sizes)
+    monkeypatch.setattr(backend, "common_layout", lambda _: "its experts have several kinds")
+    with pytest.raises(ValueError, match="spill_tokens=64 is for captured steps, but its experts"):
+        load_fake(architecture_model("olmoe"), memory=0.75, **sizes)
 
 
 def test_more_than_the_host_has_is_refused_before_it_is_taken(
