@@ -66,10 +66,7 @@ class CudaBackend:
     ) -> None:  # fmt: skip
         source = self._source = fused(source)
         layout = common_layout(source)
-        self._why = layout if isinstance(layout, str) else None
-        if self._why and options.spilled_tokens:
-            raise ValueError(f"spill_tokens={options.spill_tokens} is for captured steps, but "
-                             f"{self._why}; leave it out")  # fmt: skip
+        self._why = options.accepted(layout if isinstance(layout, str) else None)
         self._layout = layout if isinstance(layout, KernelLayout) else None
         self._policy = policy
         self._pools: list[StreamingPool] = []

@@ -64,3 +64,12 @@ class CudaOptions:
     def spilled_tokens(self) -> int:
         """`spill_tokens`, as far as sequences can make use of them."""
         return spilled_of(self.batch * self.context, self.cache_tokens, self.spill_tokens)
+
+    def accepted(self, why_not: str | None) -> str | None:
+        """`why_not`, why there are no captured steps. Raises ValueError for what needs some."""
+        if why_not and self.spilled_tokens:
+            raise ValueError(
+                f"spill_tokens={self.spill_tokens} is for captured steps, but {why_not}; leave it "
+                "out"
+            )
+        return why_not

@@ -18,17 +18,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from runtime.kv.own_attention import UNDERSTOOD, OwnAttention
+from runtime.kv.own_attention import OwnAttention, refuse_unknown
 from runtime.kv.pages import places
 from runtime.kv.pages.page_table import PageTable
-from runtime.kv.pages.spill import bytes_seen, move_pages, wait_for_moves, with_spilled
+from runtime.kv.pages.spill import (
+    bytes_seen,
+    move_pages,
+    wait_for_moves,
+    with_host_pages,
+    with_spilled,
+)
 from runtime.kv.row_layers import PagedLayer, RowRecurrentLayer, row_layer
 from runtime.kv.state_kinds import (
     WHOLE_PROMPTS,
@@ -145,7 +150,7 @@ class RowCache(Cache):
         """Copies of a row's first tokens in each of `by_position`, or of their pages in order."""
         at = self.entries(row, num_tokens)
         away = [] if self.pages is None else self.pages.spilled_of(row, num_tokens)
-        for states, spilled in self._by_page:
+        for states, spilled in with_host_pages(self._own_layers):
             own = states[at].to("cpu", copy=True) if on_host else states[at]
             if on_host and away:
                 wait_for_moves(states)
@@ -154,16 +159,9 @@ class RowCache(Cache):
     def _move_pages(self) -> None:
         """Copy the pages that were sent to host memory, or back, since this was last done."""
         moves = [] if self.pages is None else self.pages.take_moves()
-        for states, spilled in self._by_page if moves else ():
+        for states, spilled in with_host_pages(self._own_layers) if moves else ():
             if spilled is not None:
                 move_pages(states, spilled, moves)
-
-    @property
-    def _by_page(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each of `by_position`, with its pages in host memory."""
-        for layer in self._own_layers:
-            spilled = layer.spilled if isinstance(layer, PagedLayer) else None
-            yield from zip(layer.by_position, spilled or repeat(None), strict=False)
 
     def spilled_bytes(self, row: int, position: int) -> int:
         """Of keys and values in host memory that a row's token at `position` attends to."""
@@ -281,17 +279,9 @@ class RowCache(Cache):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention by the layout, which knows the masks but for those that a layer chooses."""
-        unknown = sorted(
-            name
-            for name, given in kwargs.items()
-            if isinstance(given, Tensor) and name not in UNDERSTOOD
-        )
         kind = self.kinds[getattr(module, "layer_idx", 0)]
-        if unknown and not kind.indexes:
-            raise ValueError(
-                f"the model's attention takes {', '.join(unknown)}, made for one sequence; it "
-                "cannot be served, use model.generate"
-            )
+        if not kind.indexes:
+            refuse_unknown(kwargs)
         kwargs["gathered"] = kind.expands
         if kind.mask is Mask.CHUNKED:
             kwargs["chunk"] = self._chunk

@@ -6,8 +6,9 @@ left before its place is written to, and is there before it is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ class Move(NamedTuple):
 
     source: int
     target: int
+
+
+def with_host_pages(layers: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Each tensor with an entry for each position, of all layers, and its pages in host memory."""
+    for layer in layers:
+        spilled: Spilled | None = getattr(layer, "spilled", None)
+        yield from zip(layer.by_position, spilled or repeat(None), strict=False)
 
 
 def move_pages(states: Tensor, spilled: Tensor, moves: Iterable[Move]) -> None:

@@ -52,14 +52,14 @@ def test_attention_over_spilled_pages_gives_the_bits_of_pages_on_the_device(
     """Numbers from 6 on are of host memory."""
     table_RN = torch.tensor([[9, 7, 1], [8, 0, 3], [5, 4, 2]], dtype=torch.int32)
     keys, values = torch.randn(2, 3, 2, CONTEXT, width).to(dtype)
-    pages = [in_pages(states, table_RN, 10) for states in (keys, values)]
-    near = [states[:6].clone() for states in pages]
-    spilled = Spilled(*(states[6:].clone() for states in pages))
+    all_keys, all_values = (in_pages(states, table_RN, 10) for states in (keys, values))
+    near_keys, near_values = all_keys[:6].clone(), all_values[:6].clone()
+    spilled = Spilled(all_keys[6:].clone(), all_values[6:].clone())
     query, rows = torch.randn(3, 4, width).to(dtype), torch.tensor([2, 0, 1])
     positions = torch.tensor([CONTEXT - 1, 170, 63])
     given: dict[str, Any] = {"scale": 0.3, "window": window, "paged": Paged(table_RN, PAGE)}
-    expected = attend(query, *pages, rows, positions, **given)
-    found = attend(query, *near, rows, positions, **given, spilled=spilled)
+    expected = attend(query, all_keys, all_values, rows, positions, **given)
+    found = attend(query, near_keys, near_values, rows, positions, **given, spilled=spilled)
     assert expected.isfinite().all()
     assert torch.equal(found, expected)
 
@@ -147,11 +147,13 @@ def test_served_tokens_are_those_of_each_request_alone_while_pages_come_and_go(
     torch._dynamo.reset()
     counters.clear()
     model: Any = tiny_model(kind, num_hidden_layers=2)
+    prompts: list[Any] = [one.prompt for one in asked(3)]
+    prompts[0] = 2 * prompts[0]
     requests = [
-        Request(id=str(i), prompt=one.prompt * (1 if i else 2), max_tokens=5, ignore_eos=True)
-        for i, one in enumerate(asked(3))
+        Request(id=str(i), prompt=one, max_tokens=5, ignore_eos=True)
+        for i, one in enumerate(prompts)
     ]
-    alone = {one.id: greedy(model, one.prompt, 5) for one in requests}
+    alone = {str(i): greedy(model, one, 5) for i, one in enumerate(prompts)}
     engine = spilling_engine(model, 5, 6, compile=compile)
     found, away = served(engine, requests)
     assert found == alone

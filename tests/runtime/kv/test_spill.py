@@ -196,6 +196,6 @@ def test_a_storage_of_the_same_size_has_the_same_pages_in_host_memory() -> None:
     assert storage.size == StorageSize(3, 200, 256, 100)
     cache = row_cache(model, 3, 200, Storage(*storage.size))
     run(model, cache, [(Span(1, 0, 5), torch.arange(5))])
-    spilled = [layer.spilled for layer in cache.layers]
+    spilled = [layer.spilled for layer in cache.layers]  # type: ignore[union-attr]
     assert sum(one.nbytes for pair in spilled for one in pair) == page_bytes(model, 100)
     assert cache.nbytes == storage_bytes(model, 3, 200, 256)

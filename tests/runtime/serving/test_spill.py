@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from runtime.engine.engine import Engine
 from runtime.kv.pages import places
@@ -22,7 +23,7 @@ from runtime.serving.settings import ServeSettings
 from runtime.serving.steps.row_pages import RowPages
 from tests.helpers.serving import SCHEDULERS, offloaded
 from tests.helpers.tiny import tiny_model
-from tests.runtime.serving.test_pages import CONTEXT, EVENTS, PAGE, POOL, asked, st, whole
+from tests.runtime.serving.test_pages import CONTEXT, EVENTS, PAGE, POOL, asked, whole
 
 ROWS = 6
 

@@ -14,7 +14,7 @@ from runtime.batch.jobs import Jobs
 from runtime.batch.lengths import Length, mean_tokens, sampled_lengths
 from runtime.batch.sequences import ON_CPU, sized, told
 from runtime.cuda import row_choices as choices
-from runtime.cuda.device_budget import reserved_bytes
+from runtime.cuda.device_budget import device_budget, reserved_bytes
 from runtime.kv.size import page_bytes
 from runtime.kv.storage import StorageSize
 from runtime.serving.batch.rows import Row
@@ -187,16 +187,16 @@ def test_where_the_gpus_memory_ends_host_memory_holds_the_rest() -> None:
     assert {choice.spill_tokens for choice in near} == {0}
     others = far[len(near) :]
     assert others
-    for choice in others:
-        assert choice.cache_tokens == near[-1].cache_tokens
-        assert choice.spill_tokens == 512 + 64 * choice.rows - near[-1].cache_tokens
+    held = near[-1].cache_tokens or 0
+    assert {choice.cache_tokens for choice in others} == {held}
+    assert all(one.spill_tokens == 512 + 64 * one.rows - held for one in others)
     assert spilling(spill_tokens=None, host=0) == near, "nothing is free beside the experts"
 
 
 @pytest.mark.usefixtures("_measured")
 def test_spilled_bytes_cross_the_link_beside_the_experts() -> None:
     source = from_path_on_meta(MODEL, "auto", HubOptions())
-    budget = choices.device_budget(source, 95 << 20, context=512, batch=64, tokens=1024)
+    budget = device_budget(source, 95 << 20, context=512, batch=64, tokens=1024)
     found = [
         choices.choice_of(source, budget, StorageSize(64, 512, 1024, spilled), 1e6, 1e7)[0]
         for spilled in (0, 640)
@@ -239,5 +239,8 @@ def test_a_batch_is_told_what_lies_in_host_memory_and_loads_with_it(
     assert asked["spill_tokens"] is None
     sized(settings(context=512, cache_tokens=4000, spill_tokens=99), 100)
     assert asked["spill_tokens"] == 99
+
+
+def test_spill_tokens_alone_are_refused() -> None:
     with pytest.raises(ValueError, match="spill_tokens=99 without cache_tokens="):
         settings(spill_tokens=99)
