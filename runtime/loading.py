@@ -188,9 +188,9 @@ def offload_on_gpu(
 def _cuda_options(given: dict[str, Any], device: torch.device) -> CudaOptions:
     """The options that were given, which say nothing on a CPU: that is reported."""
     chosen = {name: value for name, value in given.items() if value is not None}
-    options = CudaOptions(**chosen)
     if device.type != "cuda":
-        refuse_spill_tokens(options.spill_tokens)
+        refuse_spill_tokens(given["spill_tokens"])
+    options = CudaOptions(**chosen)
     if chosen and device.type != "cuda":
         names = ", ".join(f"{name}=" for name in chosen)
         warnings.warn(

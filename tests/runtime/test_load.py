@@ -288,7 +288,7 @@ def test_room_beyond_a_gpus_memory_is_refused_on_a_cpu() -> None:
     with pytest.raises(
         ValueError, match=r"spill_tokens=64 is room beyond a GPU's memory; on a CPU"
     ):
-        runtime.load(model, device="cpu", context=64, cache_tokens=64, spill_tokens=64)
+        runtime.load(model, device="cpu", spill_tokens=64)
 
 
 @pytest.mark.parametrize("dtype", ["float99", "int8"])

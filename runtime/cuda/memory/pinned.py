@@ -69,6 +69,7 @@ class PinnedPool:
             self._bytes = memory.empty((num_bytes,), torch.uint8)
         self.close = weakref.finalize(self, memory.close)
         """Unpins it. Waits for whatever still reads it."""
+        self.close.atexit = False  # the process takes it along
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A part that nobody has; to torch a tensor by itself, as a compiler wants it."""

@@ -150,17 +150,16 @@ def test_served_tokens_are_those_of_each_request_alone_while_pages_come_and_go(
     prompts: list[Any] = [one.prompt for one in asked(3)]
     prompts[0] = 2 * prompts[0]
     requests = [
-        Request(id=str(i), prompt=one, max_tokens=5, ignore_eos=True)
+        Request(id=str(i), prompt=one, max_tokens=4, ignore_eos=True)
         for i, one in enumerate(prompts)
     ]
-    alone = {str(i): greedy(model, one, 5) for i, one in enumerate(prompts)}
+    alone = {str(i): greedy(model, one, 4) for i, one in enumerate(prompts)}
     engine = spilling_engine(model, 5, 6, compile=compile)
     found, away = served(engine, requests)
     assert found == alone
     assert max(away) > 0 and away[-1] == 0
     assert engine.stats().bytes_spilled > 0
     assert not counters["graph_break"]
-    assert compile or found == served(engine, requests)[0], "over the same memory"
 
 
 # ---------------------------------------------------------------------- memory and refusals
