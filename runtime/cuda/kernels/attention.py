@@ -210,7 +210,7 @@ def attend(
     newest keys that are seen. sinks_H: a logit of every head that takes part in the softmax only.
     softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees. tile: of
     another size than usual. paged: where keys and values lie in pages, and R and C count these and
-    their positions.
+    their positions. spilled: further pages, in pinned host memory.
     """
     query_BHD, keys_RGCD, values_RGCV = map(in_lines, (query_BHD, keys_RGCD, values_RGCV))
     num_tokens, heads, width = query_BHD.shape

@@ -63,7 +63,10 @@ class RowPages:
             return True
         if missing := self.missing(sequence):
             full = {row: self._num_full(one) for row, one in self.in_flight.items()}
-            if not self._table.spill(missing, full):
+            others = len(self.in_flight) // self._table.page  # that take their next one in a step
+            if not self._table.spill(missing + others, full) and not self._table.spill(
+                missing, full
+            ):
                 return False
         return self._table.grow(sequence.row, len(sequence.token_ids))
 
