@@ -25,12 +25,15 @@ from runtime.engine.engine import Engine
 from runtime.engine.guards.adapters import load_adapter_beside
 from runtime.engine.guards.wrappers import base_model
 from runtime.engine.step_inputs import end_tokens
+from runtime.kv.size import page_bytes
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.route_log import LIMIT, RouteLog
 from runtime.simulation.trace_steps import trace_calls
 from runtime.sizing.budget import slot_budget
+from runtime.sizing.cache_tokens import refuse_spill_tokens
+from runtime.sizing.host_memory import require_host_memory
 from runtime.sizing.units import parse_memory, parse_size
-from runtime.weights.repository.hub import HubOptions
+from runtime.weights.repository.hub import HubOptions, refuse_for_module
 from runtime.weights.source import Source, from_module, from_path
 
 if TYPE_CHECKING:
@@ -56,6 +59,7 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     cache_tokens: int | None = None,
+    spill_tokens: int | None = None,
     prefetch: bool | str | None = None,
     cpu_share: bool | str | None = None,
     compile: bool | str | None = None,
@@ -129,8 +133,9 @@ def load(
         model = base_model(model)
     budget, target = parse_memory(memory), target_device(device, model)
     given = {
-        "context": context, "batch": batch, "cache_tokens": cache_tokens, "prefetch": prefetch,
-        "cpu_share": cpu_share, "compile": compile,
+        "context": context, "batch": batch, "cache_tokens": cache_tokens,
+        "spill_tokens": spill_tokens, "prefetch": prefetch, "cpu_share": cpu_share,
+        "compile": compile,
     }  # fmt: skip
     options = _cuda_options(given, target)
     file = None if predictor is None else open_predictor(predictor)
@@ -170,10 +175,11 @@ def offload_on_gpu(
     from runtime.cuda.backend import CudaBackend
     from runtime.cuda.device_budget import device_budget
 
-    tokens = options.paged_tokens
+    tokens, spilled = options.paged_tokens, options.spilled_tokens
     budget = device_budget(
         source, memory, context=options.context, batch=options.batch, tokens=tokens
     )
+    require_host_memory(spilled, page_bytes(source.model, spilled) if spilled else 0)
     backend = CudaBackend(source, budget, device, policy, options, forecaster, route_log)
     Engine(source, backend, forecaster, route_log, device)
     return cast("OffloadedModel", source.model)
@@ -182,6 +188,8 @@ def offload_on_gpu(
 def _cuda_options(given: dict[str, Any], device: torch.device) -> CudaOptions:
     """The options that were given, which say nothing on a CPU: that is reported."""
     chosen = {name: value for name, value in given.items() if value is not None}
+    if device.type != "cuda":
+        refuse_spill_tokens(given["spill_tokens"])
     options = CudaOptions(**chosen)
     if chosen and device.type != "cuda":
         names = ", ".join(f"{name}=" for name in chosen)
@@ -208,7 +216,7 @@ def _open(
     if host not in HOSTS:
         raise ValueError(f"host={host!r} is not one of {', '.join(HOSTS)}")
     if isinstance(model, nn.Module):
-        _refuse_for_module(hub, attention)
+        refuse_for_module(hub, attention)
         if host == "shared":
             raise ValueError("host='shared': give the directory of a prepared model, not a module")
         source = from_module(model, tokenizer)
@@ -233,14 +241,6 @@ def _host_on(target: torch.device, host: str) -> str:
             "read one file share its pages"
         )
     return "file" if host == "memory" and target.type != "cpu" else host
-
-
-def _refuse_for_module(hub: HubOptions, attention: str | None) -> None:
-    """Raise ValueError for options of a model that is loaded, where one in memory was passed."""
-    given = hub.given() | ({} if attention is None else {"attn_implementation": attention})
-    if given:
-        names = ", ".join(f"{name}=" for name in given)
-        raise ValueError(f"{names}: the model is in memory already; give them where it is loaded")
 
 
 def choose_policy(

@@ -44,6 +44,8 @@ class PlanSettings:
     """Sequences that run at once."""
     cache_tokens: int | None = None
     """On a GPU: tokens of all sequences together; by default batch x context."""
+    spill_tokens: int | None = None
+    """On a GPU: further ones, in pages of pinned host memory."""
     dtype: str = "auto"
     """Number format of the model; `auto` is the one it is stored in."""
     revision: str | None = None
@@ -60,6 +62,7 @@ def plan(
     context: int = 2048,
     batch: int = 1,
     cache_tokens: int | None = None,
+    spill_tokens: int | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -71,7 +74,14 @@ def plan(
 
     Raises ValueError as `runtime.load` would.
     """
-    from runtime.sizing.cache_tokens import fewer_than, require_cache_tokens
+    from runtime.kv.size import page_bytes
+    from runtime.sizing.cache_tokens import (
+        fewer_than,
+        refuse_spill_tokens,
+        require_cache_tokens,
+        require_spill_tokens,
+        spilled_of,
+    )
     from runtime.sizing.memory_plan import MemoryPlan
     from runtime.weights.repository.hub import HubOptions
     from runtime.weights.source import from_path_on_meta
@@ -79,9 +89,14 @@ def plan(
     hub = HubOptions(revision=revision, token=token, cache_dir=cache_dir)
     source = from_path_on_meta(model, dtype, hub)
     require_cache_tokens(cache_tokens, context)
+    require_spill_tokens(spill_tokens, cache_tokens)
+    if not device.startswith("cuda"):
+        refuse_spill_tokens(spill_tokens)
     tokens = fewer_than(batch * context, cache_tokens)
     budget = _budget(source, memory, device, context=context, batch=batch, tokens=tokens)
-    return MemoryPlan.of(source, budget, str(model))
+    spilled = spilled_of(batch * context, cache_tokens, spill_tokens)
+    num_bytes = page_bytes(source.model, spilled) if spilled else 0
+    return MemoryPlan.of(source, budget, str(model), num_bytes)
 
 
 def _budget(source: Source, memory: float | int | str, device: str, **sizes: Any) -> SlotBudget:
@@ -105,7 +120,9 @@ def main(settings: PlanSettings) -> None:
     from runtime.sizing.memory_plan import advice, describe
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    names = ("context", "batch", "cache_tokens", "dtype", "revision", "cache_dir")
+    names = (
+        "context", "batch", "cache_tokens", "spill_tokens", "dtype", "revision", "cache_dir",
+    )  # fmt: skip
     options: dict[str, Any] = {name: getattr(settings, name) for name in names}
     planned = plan(settings.model, settings.memory, device=device, **options)
     bandwidth = None

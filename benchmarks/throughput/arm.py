@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 from benchmarks.common.coded_models import PLAIN, check_encoding
 
-PAGES = "pages"
-WAYS = "", "passes", "arriving", PAGES
+PAGES, SPILL = "pages", "spill"
+WAYS = "", "passes", "arriving", PAGES, SPILL
 AUTO = "auto"
 """As many sequences as `runtime.batch` would choose."""
 OWN, TRANSFORMERS, ACCELERATE = "expertflow", "transformers", "accelerate"
@@ -35,7 +35,7 @@ class ThroughputArm(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> ThroughputArm:
-        """Parse `ENCODING|SYSTEM MEMORY xBATCH|xauto [passes|arriving|pages]`.
+        """Parse `ENCODING|SYSTEM MEMORY xBATCH|xauto [passes|arriving|pages|spill]`.
 
         Raises ValueError for anything else.
         """
@@ -47,7 +47,7 @@ class ThroughputArm(NamedTuple):
             )
         way = words[3] if len(words) == 4 else ""
         if way not in WAYS:
-            raise ValueError(f"arm {name!r}: {way!r} is not one of passes, arriving, pages")
+            raise ValueError(f"arm {name!r}: {way!r} is not one of {', '.join(WAYS[1:])}")
         batch = None if number == AUTO else int(number)
         if words[0] not in RIVALS:
             check_encoding(words[0])

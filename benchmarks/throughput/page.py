@@ -31,7 +31,8 @@ def by_arm(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     name = row["arm"] if row["is_whole"] else f"{row['arm']} (ended by the clock)"
-    gigabytes = row["bytes"] / row["steps"] / 1e9 if "bytes" in row else None
+    crossed = row["bytes"] + row.get("bytes_spilled", 0) if "bytes" in row else None
+    gigabytes = None if crossed is None else crossed / row["steps"] / 1e9
     bound = "-" if row.get("of_bound") is None else f"{row['of_bound']:.2f} ({row['bound']})"
     return (
         name, str(batch_of(row)),

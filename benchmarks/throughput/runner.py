@@ -14,7 +14,7 @@ from benchmarks.common.coded_models import coded_source
 from benchmarks.common.shapes import Shape
 from benchmarks.replay.row_replay import ReplayingRunner, RowReplay
 from benchmarks.systems.placement import free_memory
-from benchmarks.throughput.arm import PAGES, ThroughputArm, running_as
+from benchmarks.throughput.arm import PAGES, SPILL, ThroughputArm, running_as
 from benchmarks.throughput.bounds import Machine, Step, Weights, step_of
 from benchmarks.throughput.requests import Load, context_of
 from benchmarks.throughput.settings import ThroughputSettings
@@ -24,6 +24,7 @@ from runtime.cuda.row_choices import row_choices
 from runtime.engine.cpu_backend import CpuBackend
 from runtime.engine.engine import Engine
 from runtime.kv.pages.places import PAGE
+from runtime.kv.storage import StorageSize
 from runtime.loading import choose_policy, offload_on_gpu
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -49,13 +50,13 @@ def run_arm(
     context = context_of(settings)
     weights = Weights.of(source, context)
     tokens_of = cache_tokens(settings, arm, load)
-    batch = arm.batch or chosen_batch(settings, source, arm, tokens_of)
-    tokens = tokens_of(batch)
+    size = chosen_size(settings, source, arm, tokens_of)
+    batch, tokens = size.batch, size.tokens
     replay = RowReplay(source.model, load.recorded, batch, device, layers=source.layers)
     with (
         replay.installed(),
         running_as(arm),
-        offloaded(settings, source, arm, batch, tokens) as engine,
+        offloaded(settings, source, arm, size) as engine,
     ):
         load_s = time.perf_counter() - start
         serve = ServeSettings(
@@ -78,28 +79,36 @@ def run_arm(
         engine.check_integrity()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     timed = {"load_s": load_s, "warm_up_s": warm_up_s, "peak_bytes": peak}
-    return {"arm": arm.name, "batch": batch} | timed | bounded(found, batch, step, speeds)
+    sized = {"batch": batch, "cache_tokens": tokens, "spill_tokens": size.spilled}
+    return {"arm": arm.name} | sized | timed | bounded(found, batch, step, speeds)
 
 
-def chosen_batch(
+def chosen_size(
     settings: ThroughputSettings, source: Source, arm: ThroughputArm,
     tokens_of: Callable[[int], int | None],
-) -> int:  # fmt: skip
-    """As many sequences as `runtime.batch` would choose. Raises ValueError where none fit."""
-    device = torch.device(settings.device)
-    if device.type != "cuda":
-        return min(ServeSettings.batch, settings.requests)
-    memory, context = parse_memory(arm.residency), context_of(settings)
+) -> StorageSize:  # fmt: skip
+    """Sequences, as many as `runtime.batch` would choose where the arm leaves it open, and room for
+    their tokens. Raises ValueError where none fit.
+    """
+    device, context = torch.device(settings.device), context_of(settings)
+    if device.type != "cuda" or (arm.batch and arm.way != SPILL):
+        batch = arm.batch or min(ServeSettings.batch, settings.requests)
+        return StorageSize(batch, context, tokens_of(batch))
     choices = list(
         row_choices(
-            source, memory, context=context, most=settings.requests, device=device,
-            tokens_of=tokens_of,
+            source, parse_memory(arm.residency), context=context,
+            most=arm.batch or settings.requests, device=device, tokens_of=tokens_of,
+            spill_tokens=None if arm.way == SPILL else 0,
         )
     )  # fmt: skip
-    if not choices:
-        raise ValueError(f"{arm.name}: no number of sequences fits; give more memory")
     free_memory()
-    return best_choice(choices).rows
+    fitting = [choice for choice in choices if choice.rows >= (arm.batch or 0)]
+    if not fitting:
+        raise ValueError(f"{arm.name}: no such number of sequences fits; give more memory")
+    chosen = fitting[0] if arm.batch else best_choice(fitting)
+    batch = arm.batch or chosen.rows
+    tokens = tokens_of(batch) if arm.way != SPILL else chosen.cache_tokens
+    return StorageSize(batch, context, tokens, chosen.spill_tokens)
 
 
 def cache_tokens(
@@ -108,26 +117,23 @@ def cache_tokens(
     """Tokens of the key/value cache by the number of sequences, as a batch of these requests
     reserves them; None: as many as the longest needs, for each sequence.
     """
-    if arm.way != PAGES:
+    if arm.way not in (PAGES, SPILL):
         return lambda _: None
     lengths = [Length(len(one.prompt), one.max_tokens) for one in load.requests]
     return tokens_together(lengths, context_of(settings), PAGE)
 
 
 def offloaded(
-    settings: ThroughputSettings,
-    source: Source,
-    arm: ThroughputArm,
-    batch: int,
-    tokens: int | None = None,
+    settings: ThroughputSettings, source: Source, arm: ThroughputArm, size: StorageSize
 ) -> Engine:
-    """The model, offloaded as the arm says. tokens: of the key/value cache."""
+    """The model, offloaded as the arm says. size: of the key/value cache."""
     device, budget = torch.device(settings.device), parse_memory(arm.residency)
     policy = choose_policy(None, source, None, None)
     if device.type == "cuda":
         options = CudaOptions(
-            context=context_of(settings), batch=batch, cpu_share=False, cache_tokens=tokens
-        )
+            context=size.context, batch=size.batch, cpu_share=False, cache_tokens=size.tokens,
+            spill_tokens=size.spilled or None,
+        )  # fmt: skip
         engine: Engine = offload_on_gpu(source, budget, device, policy, options).expertflow
         return engine
     backend = CpuBackend(source, slot_budget(budget, source), device, policy)
@@ -164,6 +170,8 @@ def measured(loop: Any, engine: Engine, settings: ThroughputSettings, batch: int
         **_median("other_step", other),
         "bytes": stats.bytes_loaded,
         "bytes_wasted": stats.bytes_wasted,
+        "bytes_spilled": stats.bytes_spilled,
+        "pages_moved": pages.num_moved if (pages := loop._cache.pages) else 0,
         "hit_rate": stats.hit_rate,
         "failed_steps": loop.num_failed_steps,
         "displaced": loop.num_displaced,
@@ -181,9 +189,13 @@ def _median(name: str, seconds: list[float]) -> dict[str, Any]:
 
 def bounded(found: dict[str, Any], batch: int, step: Step, speeds: Machine) -> dict[str, Any]:
     """With the seconds that the link alone takes for what crossed it, their share, and the speed
-    that the machine allows at the most.
+    that the machine allows at the most: a step's spilled keys and values cross it as well.
     """
-    link_s = found["bytes"] / speeds.link if speeds.link else None
+    crossed = found["bytes"] + found["bytes_spilled"]
+    step = step._replace(
+        missing_bytes=step.missing_bytes + found["bytes_spilled"] / max(1, found["steps"])
+    )
+    link_s = crossed / speeds.link if speeds.link else None
     least = step.seconds(speeds, batch)
     most = batch / max(least.values()) if least else None
     return found | {

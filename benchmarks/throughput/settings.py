@@ -23,7 +23,8 @@ class ThroughputSettings:
     """Arms, each an encoding, the resident share of the experts' bytes or the GPU memory in all
     (as 24GiB), and the sequences in flight (`xauto`: as many as runtime.batch would choose). A last
     word `passes` keeps steps out of CUDA graphs, `arriving` experts from being streamed; `pages`
-    reserves keys and values for the requests' mean length, not for the longest of each sequence.
+    reserves keys and values for the requests' mean length, not for the longest of each sequence;
+    `spill` does so on the GPU for as many sequences as fit there, in host memory for the others.
     Other systems: `transformers 1.0 x128` (continuous batching), `accelerate 24GiB xauto`
     (offloading, the largest batch that fits)."""
     requests: int = 2000

@@ -38,7 +38,7 @@ def sized(
     print(told(choice), file=sys.stderr)
     return replace(
         settings, batch=choice.rows, rows=choice.rows, chunk=_chunk(settings, choice),
-        cache_tokens=choice.cache_tokens,
+        cache_tokens=choice.cache_tokens, spill_tokens=choice.spill_tokens or None,
     )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ def told(choice: RowChoice) -> str:
     """The choice in a line."""
     tokens = choice.cache_tokens
     cache = "" if tokens is None else f"in a key/value cache of {tokens:,} tokens, "
+    if choice.spill_tokens:
+        cache += f"{choice.spill_tokens:,} more in host memory, "
     return (
         f"{choice.rows} sequences decode together, {cache}{choice.slots} experts stay on the GPU: "
         f"{choice.tokens_per_s:,.0f} tokens a second at best, bound by {choice.bound} "
@@ -67,6 +69,7 @@ def _chosen(
     choices = row_choices(
         source, parse_memory(settings.memory), context=settings.context, most=num_rows,
         device=device, tokens_of=_tokens_of(settings, lengths),
+        spill_tokens=None if settings.cache_tokens is None else settings.spill_tokens or 0,
     )  # fmt: skip
     found = list(choices)
     if not found:

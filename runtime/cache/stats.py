@@ -53,6 +53,8 @@ class Stats:
         self.misses_L = np.zeros(self.num_layers, np.int64)
         self.evictions = 0
         self.bytes_loaded = 0
+        self.bytes_spilled = 0
+        """Of keys and values that served steps read from host memory."""
         self.computed_on_cpu = 0
         self.prefetches, self.prefetches_used = 0, 0
         self.bytes_prefetched, self.bytes_wasted = 0, 0
@@ -201,6 +203,7 @@ class Stats:
                 "policy", "encoding", "loss", "num_slots", "total_experts", "steps", "tokens",
                 "hits", "late", "misses", "evictions", "bytes_loaded", "computed_on_cpu",
                 "prefetches", "prefetches_used", "bytes_prefetched", "bytes_wasted",
+                "bytes_spilled",
             )
         }  # fmt: skip
         rates = {
@@ -236,6 +239,8 @@ class Stats:
             )
             if self.computed_on_cpu:
                 line += f", {self.computed_on_cpu} experts computed on the CPU"
+        if self.bytes_spilled:
+            line += f", {format_bytes(self.bytes_spilled)} of keys and values read in host memory"
         if self._predicted:
             line += f", recall {self.recall:.1%}"
         if self.prediction_ms:

@@ -66,7 +66,7 @@ class CudaBackend:
     ) -> None:  # fmt: skip
         source = self._source = fused(source)
         layout = common_layout(source)
-        self._why = layout if isinstance(layout, str) else None
+        self._why = options.accepted(layout if isinstance(layout, str) else None)
         self._layout = layout if isinstance(layout, KernelLayout) else None
         self._policy = policy
         self._pools: list[StreamingPool] = []

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.sizing.cache_tokens import fewer_than, require_cache_tokens
+from runtime.sizing.cache_tokens import (
+    fewer_than,
+    require_cache_tokens,
+    require_spill_tokens,
+    spilled_of,
+)
 
 AUTO = "auto"
 """Let a trial by the clock decide whether to prefetch; compile beside steps that are not."""
@@ -27,6 +32,8 @@ class CudaOptions:
     """The most sequences that are decoded together as captured steps."""
     cache_tokens: int | None = None
     """Tokens of all sequences that the key/value cache has room for; by default batch x context."""
+    spill_tokens: int | None = None
+    """Further ones, in pages of pinned host memory that the GPU reads in place; by default none."""
     prefetch: bool | str = AUTO
     """Whether to fetch likely experts while the link is idle; "auto" finds out by the clock."""
     cpu_share: bool | str = AUTO
@@ -46,8 +53,23 @@ class CudaOptions:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a number of at least 1")
         require_cache_tokens(self.cache_tokens, self.context)
+        require_spill_tokens(self.spill_tokens, self.cache_tokens)
 
     @property
     def paged_tokens(self) -> int | None:
         """`cache_tokens` where that is less than every sequence can have of its own."""
         return fewer_than(self.batch * self.context, self.cache_tokens)
+
+    @property
+    def spilled_tokens(self) -> int:
+        """`spill_tokens`, as far as sequences can make use of them."""
+        return spilled_of(self.batch * self.context, self.cache_tokens, self.spill_tokens)
+
+    def accepted(self, why_not: str | None) -> str | None:
+        """`why_not`, why there are no captured steps. Raises ValueError for what needs some."""
+        if why_not and self.spilled_tokens:
+            raise ValueError(
+                f"spill_tokens={self.spill_tokens} is for captured steps, but {why_not}; leave it "
+                "out"
+            )
+        return why_not

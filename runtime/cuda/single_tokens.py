@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from runtime.cuda.kernels import attention as kernels
+from runtime.cuda.kernels.new_tokens import write
 from runtime.kv.own_attention import UNDERSTOOD
-from runtime.kv.pages.places import Paged, Places, WholeRows
+from runtime.kv.pages.places import Paged, Places, Spilled, WholeRows
 from runtime.kv.state_kinds import KINDS, Mask, masks_of, state_kinds
 
 
@@ -33,7 +34,7 @@ class SingleTokens:
             values[at_B, :, within_B] = new_values
         else:
             tokens = self.rows_B, self.positions_B, _paged(self.places)
-            kernels.write(new_keys, new_values, keys, values, *tokens)
+            write(new_keys, new_values, keys, values, *tokens)
 
 
 def attend_singles(
@@ -44,10 +45,12 @@ def attend_singles(
     positions_B: Tensor,
     places: Places,
     real_RC: Tensor | None = None,
+    spilled: Spilled | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Attention of B single tokens, in transformers' terms: from queries [1, heads, B, width] or
     [B, heads, 1, width] and all rows of a layer to [1, B, heads, width] or [B, 1, heads, width].
+    spilled: pages of these rows in host memory, which are read in place.
     """
     scale = kwargs.get("scaling")
     given = (
@@ -58,9 +61,9 @@ def attend_singles(
     paged = _paged(places)
     if torch.compiler.is_compiling():
         pages = (None, 0) if paged is None else (paged.table_RN, paged.page)
-        out_BHV: Tensor = torch.ops.expertflow.attend(*given, *pages)
+        out_BHV: Tensor = torch.ops.expertflow.attend(*given, *pages, *(spilled or (None, None)))
     else:
-        out_BHV = kernels.attend(*given, paged)
+        out_BHV = kernels.attend(*given, paged, spilled)
     return out_BHV.view(len(query), -1, *out_BHV.shape[1:])
 
 

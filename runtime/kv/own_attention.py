@@ -72,3 +72,19 @@ def _eager(
         lowest = torch.finfo(query.dtype).min
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
     return function(module, query, key, value, mask, **kwargs)
+
+
+def refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for tensors that a model gives its attention, of another meaning than those
+    that are `UNDERSTOOD`.
+    """
+    unknown = sorted(
+        name
+        for name, given in kwargs.items()
+        if isinstance(given, Tensor) and name not in UNDERSTOOD
+    )
+    if unknown:
+        raise ValueError(
+            f"the model's attention takes {', '.join(unknown)}, made for one sequence; it "
+            "cannot be served, use model.generate"
+        )

@@ -24,10 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from runtime.kv.own_attention import UNDERSTOOD, OwnAttention
+from runtime.kv.own_attention import OwnAttention, refuse_unknown
 from runtime.kv.pages import places
 from runtime.kv.pages.page_table import PageTable
-from runtime.kv.row_layers import RowRecurrentLayer, row_layer
+from runtime.kv.pages.spill import (
+    bytes_seen,
+    move_pages,
+    wait_for_moves,
+    with_host_pages,
+    with_spilled,
+)
+from runtime.kv.row_layers import PagedLayer, RowRecurrentLayer, row_layer
 from runtime.kv.state_kinds import (
     WHOLE_PROMPTS,
     Mask,
@@ -73,6 +80,7 @@ class RowCache(Cache):
         self.layout: RaggedTokens
         self.kinds = state_kinds(text)
         self._chunk = getattr(text, "attention_chunk_size", None)
+        self._window = getattr(text, "sliding_window", None)
         self.runs_prompts_whole = text.model_type in WHOLE_PROMPTS
         """Whether a prompt cannot go on where a piece of it has ended."""
         self._free = list(range(num_rows - 1, -1, -1))
@@ -97,9 +105,10 @@ class RowCache(Cache):
             return None
         require_pages(config, tokens)
         page = places.PAGE if self.storage is None else self.storage.page
+        on_host = 0 if self.storage is None else self.storage.num_host_pages
         return PageTable(
             self.num_rows, self.room, -(-tokens // page), page,
-            lambda like: self.allocate(TABLE, "pages", like),
+            lambda like: self.allocate(TABLE, "pages", like), on_host,
         )  # fmt: skip
 
     @property
@@ -123,17 +132,49 @@ class RowCache(Cache):
         shape = self.pages.num_pages, like.shape[1], self.pages.page, like.shape[3]
         return like.new_empty(shape)
 
+    def allocate_host_pages(self, index: int, name: str, like: Tensor) -> Tensor | None:
+        """Further pages in host memory; None where no page can lie there."""
+        return None if self.storage is None else self.storage.host_pages(index, name, like)
+
     def entries(self, row: int, num_tokens: int) -> Any:
         """The index of a row's first tokens in each of `by_position`: with pages, of all that lies
-        in the same ones.
+        in the same ones on the device.
         """
         if self.pages is None:
             return row, ..., slice(num_tokens), slice(None)
-        return torch.tensor(self.pages.of(row, num_tokens), dtype=torch.int64)
+        self._move_pages()
+        away = len(self.pages.spilled_of(row, num_tokens))
+        return torch.tensor(self.pages.of(row, num_tokens)[away:], dtype=torch.int64)
+
+    def beginnings(self, row: int, num_tokens: int, *, on_host: bool = False) -> Iterator[Tensor]:
+        """Copies of a row's first tokens in each of `by_position`, or of their pages in order."""
+        at = self.entries(row, num_tokens)
+        away = [] if self.pages is None else self.pages.spilled_of(row, num_tokens)
+        for states, spilled in with_host_pages(self._own_layers):
+            own = states[at].to("cpu", copy=True) if on_host else states[at]
+            if on_host and away:
+                wait_for_moves(states)
+            yield with_spilled(own, spilled, away)
+
+    def _move_pages(self) -> None:
+        """Copy the pages that were sent to host memory, or back, since this was last done."""
+        moves = [] if self.pages is None else self.pages.take_moves()
+        for states, spilled in with_host_pages(self._own_layers) if moves else ():
+            if spilled is not None:
+                move_pages(states, spilled, moves)
+
+    def spilled_bytes(self, row: int, position: int) -> int:
+        """Of keys and values in host memory that a row's token at `position` attends to."""
+        if self.pages is None or not (away := len(self.pages.spilled_of(row))):
+            return 0
+        kinds = zip(self.kinds, self._own_layers, strict=True)
+        layers = [(kind.mask, one.spilled) for kind, one in kinds if isinstance(one, PagedLayer)]
+        return bytes_seen(layers, away, position, self.pages.page, self._window, self._chunk)
 
     def send_pages(self, device: torch.device) -> None:
         """Let what runs next on the device find the pages that rows have now."""
         if self.pages is not None:
+            self._move_pages()
             self.pages.sent_to(device)
 
     @property
@@ -203,6 +244,7 @@ class RowCache(Cache):
         """Within the block, the model's forward runs over the tokens of `layout`."""
         self.layout = layout
         if self.pages is not None:
+            self._move_pages()
             layout.places = self.pages.sent_to(layout.rows_B.device)
         rows_B = layout.rows_B[:1] if layout.is_one_sequence else layout.rows_B
         for layer in self._recurrent:
@@ -237,17 +279,9 @@ class RowCache(Cache):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Attention by the layout, which knows the masks but for those that a layer chooses."""
-        unknown = sorted(
-            name
-            for name, given in kwargs.items()
-            if isinstance(given, Tensor) and name not in UNDERSTOOD
-        )
         kind = self.kinds[getattr(module, "layer_idx", 0)]
-        if unknown and not kind.indexes:
-            raise ValueError(
-                f"the model's attention takes {', '.join(unknown)}, made for one sequence; it "
-                "cannot be served, use model.generate"
-            )
+        if not kind.indexes:
+            refuse_unknown(kwargs)
         kwargs["gathered"] = kind.expands
         if kind.mask is Mask.CHUNKED:
             kwargs["chunk"] = self._chunk
@@ -256,4 +290,7 @@ class RowCache(Cache):
             is_bool = attention_mask.dtype == torch.bool
             kwargs["seen"] = attention_mask if is_bool else attention_mask == 0
         function = self._attention.replaced(module)
+        layer = self._own_layers[getattr(module, "layer_idx", 0)]
+        if isinstance(layer, PagedLayer):
+            kwargs["spilled"] = layer.spilled
         return self.layout.attend(function, module, query, key, value, **kwargs), None

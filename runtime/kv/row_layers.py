@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from runtime.kv.pages.places import Spilled
 from runtime.kv.state_kinds import StateKind
 from runtime.kv.static_layers import CONV, RECURRENT, StatesLayer, keys_and_values
 from runtime.kv.token_layout import RaggedTokens
@@ -33,10 +34,15 @@ class Owner(Protocol):
     def allocate_pages(self, index: int, name: str, like: Tensor) -> Tensor:
         """Memory of layer `index` in pages, for entries `like` [*, heads, *, width]."""
 
+    def allocate_host_pages(self, index: int, name: str, like: Tensor) -> Tensor | None:
+        """Further pages in host memory; None where no page can lie there."""
+
 
 class RowLayer(CacheLayerMixin):
     """Keys and values of one layer, [R, heads, context, width]."""
 
+    spilled: Spilled | None = None
+    """Of what lies in pages, that which is in host memory."""
     expands = False
     """Whether the model expands what it gets: then it gets the rows of the step alone."""
 
@@ -47,12 +53,16 @@ class RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys = self._allocate("keys", key_states)
         self.values = self._allocate("values", value_states)
+        self.spilled = self._allocate_spilled(key_states, value_states)
         self.is_initialized = True
 
     def _allocate(self, name: str, like: Tensor) -> Tensor:
         """[R, ..., context, width] for new entries `like` [*, ..., T, width]."""
         shape = 0, *like.shape[1:-2], self._owner.room, like.shape[-1]
         return self._owner.allocate(self._index, name, like.new_empty(shape))
+
+    def _allocate_spilled(self, key_states: Tensor, value_states: Tensor) -> Spilled | None:
+        return None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -94,6 +104,11 @@ class PagedLayer(RowLayer):
 
     def _allocate(self, name: str, like: Tensor) -> Tensor:
         return self._owner.allocate_pages(self._index, name, like)
+
+    def _allocate_spilled(self, key_states: Tensor, value_states: Tensor) -> Spilled | None:
+        keys = self._owner.allocate_host_pages(self._index, "keys", key_states)
+        values = self._owner.allocate_host_pages(self._index, "values", value_states)
+        return None if keys is None or values is None else Spilled(keys, values)
 
 
 class RowIndexedLayer(RowLayer):

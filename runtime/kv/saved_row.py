@@ -25,8 +25,7 @@ class SavedRow(NamedTuple):
     @classmethod
     def of(cls, cache: RowCache, row: int, num_tokens: int) -> Self:
         """A copy of what `row` has kept of its first `num_tokens`, which are all that ran."""
-        at = cache.entries(row, num_tokens)
-        positions = [tensor[at].to("cpu", copy=True) for tensor in cache.by_position]
+        positions = list(cache.beginnings(row, num_tokens, on_host=True))
         rows = [tensor[row].to("cpu", copy=True) for tensor in cache.by_row]
         return cls(positions, rows, num_tokens)
 
@@ -45,6 +44,7 @@ def copy_row(cache: RowCache, source: int, target: int, num_tokens: int) -> None
     """
     for tensor in cache.by_row:
         tensor[target] = tensor[source]
-    to, of = cache.entries(target, num_tokens), cache.entries(source, num_tokens)
-    for tensor in cache.by_position:
-        tensor[to] = tensor[of]
+    to = cache.entries(target, num_tokens)
+    found = cache.beginnings(source, num_tokens)
+    for tensor, states in zip(cache.by_position, found, strict=True):
+        tensor[to] = states

@@ -97,9 +97,17 @@ def storage_bytes(model: nn.Module, batch: int, context: int, tokens: int | None
         return 0
     if tokens is None or not fits_pages(config.get_text_config(decoder=True)):
         return batch * _bytes_of_a_row(whole, context)
-    one = _bytes_of_a_row(whole, PAGE)
-    of_a_page = _bytes_of_a_row(whole, 2 * PAGE) - one
-    return batch * (one - of_a_page) + -(-tokens // PAGE) * of_a_page
+    of_states = _bytes_of_a_row(whole, PAGE) - _bytes_of_a_page(whole)
+    return batch * of_states + page_bytes(model, tokens)
+
+
+def page_bytes(model: nn.Module, tokens: int) -> int:
+    """Bytes of the pages of so many tokens, of a model whose states can lie in some."""
+    return -(-tokens // PAGE) * _bytes_of_a_page(model)
+
+
+def _bytes_of_a_page(model: Any) -> int:
+    return _bytes_of_a_row(model, 2 * PAGE) - _bytes_of_a_row(model, PAGE)
 
 
 def _bytes_of_a_row(model: Any, context: int) -> int:

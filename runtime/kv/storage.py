@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from runtime.kv.pages import places
@@ -19,6 +21,12 @@ class StorageSize(NamedTuple):
     """Tokens of each sequence at the most."""
     tokens: int | None = None
     """Of all together; None: batch x context."""
+    spilled: int = 0
+    """Further ones, in pages of host memory."""
+
+
+def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
 
 
 class Storage:
@@ -26,12 +34,17 @@ class Storage:
 
     tokens: those of all sequences together, whose keys and values lie in pages then; None where
     every sequence has `context` of its own. The same memory serves a few whole rows as well.
+    spilled: further tokens, in pages of host memory. allocate_host: memory that the device reads.
     """
 
-    def __init__(self, batch: int, context: int, tokens: int | None = None) -> None:
-        self.batch, self.context, self.tokens = batch, context, tokens
-        self.page = places.PAGE
+    def __init__(
+        self, batch: int, context: int, tokens: int | None = None, spilled: int = 0, *,
+        allocate_host: Callable[[tuple[int, ...], torch.dtype], Tensor] = _plain,
+    ) -> None:  # fmt: skip
+        self.batch, self.context, self.tokens, self.spilled = batch, context, tokens, spilled
+        self.page, self._allocate_host = places.PAGE, allocate_host
         self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._on_host: dict[tuple[int, str], Tensor] = {}
         self._tenant: weakref.ref[Any] | None = None
         self._writer: object = None
 
@@ -62,12 +75,16 @@ class Storage:
     @property
     def size(self) -> StorageSize:
         """What another one of this size is made of."""
-        return StorageSize(self.batch, self.context, self.tokens)
+        return StorageSize(self.batch, self.context, self.tokens, self.spilled)
 
     @property
     def num_pages(self) -> int | None:
         """None: there are no pages."""
         return None if self.tokens is None else -(-self.tokens // self.page)
+
+    @property
+    def num_host_pages(self) -> int:
+        return -(-self.spilled // self.page)
 
     @property
     def whole_rows(self) -> int:
@@ -93,6 +110,15 @@ class Storage:
             self._tensors[layer, name] = like.new_zeros(shape)
         return self._tensors[layer, name]
 
+    def host_pages(self, layer: int, name: str, like: Tensor) -> Tensor | None:
+        """The same in host memory; None where no page can lie there."""
+        if not self.num_host_pages:
+            return None
+        if (layer, name) not in self._on_host:
+            shape = self.num_host_pages, like.shape[1], self.page, like.shape[3]
+            self._on_host[layer, name] = self._allocate_host(shape, like.dtype)
+        return self._on_host[layer, name]
+
     def state(self, layer: int, name: str, like: Tensor, batch: int) -> Tensor:
         """[batch, ...] for a state `like` [*, ...], of which every sequence has one."""
         if (layer, name) not in self._tensors:
@@ -101,6 +127,7 @@ class Storage:
 
     @property
     def num_bytes(self) -> int:
+        """On the device."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from runtime.kv.own_attention import Attention
-from runtime.kv.pages.places import Places, WholeRows
+from runtime.kv.pages.places import Places, Spilled, WholeRows
 
 
 class Span(NamedTuple):
@@ -115,7 +115,7 @@ class RaggedTokens(ABC):
         """From queries [1, heads, T, width] and all rows of a layer to [1, T, heads, width], or
         from [T, heads, 1, width] to [T, 1, heads, width]. chunk: tokens that see each other only.
         seen: of a layer that chooses, from what the method says. gathered: keys and values are
-        those of the tokens' sequences already.
+        those of the tokens' sequences already. spilled: the layer's pages in host memory.
         """
 
 
@@ -211,6 +211,7 @@ class TokenLayout(RaggedTokens):
         chunk: int | None = None,
         seen: Tensor | None = None,
         gathered: bool = False,
+        spilled: Spilled | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """`function`, once a sequence, with the masks of this layout."""
@@ -226,7 +227,7 @@ class TokenLayout(RaggedTokens):
         elif self._attend_singles is not None and at:
             singles = query.narrow(0 if self._stacked else 2, 0, at)
             rows_B = torch.arange(at, device=key.device) if gathered else self.rows_B[:at]
-            given = rows_B, self.positions_B[:at], self.places
+            given = rows_B, self.positions_B[:at], self.places, None, spilled
             outputs.append(self._attend_singles(singles, key, value, *given, **kwargs))
         if self._batches and at == self._num_singles and seen is None and not gathered:
             together = self._attend_batches(attended, query, key, value, window, chunk)
@@ -242,7 +243,8 @@ class TokenLayout(RaggedTokens):
             else:
                 mask = seen[index : index + 1, ..., :length] if self._stacked else seen
             row, places = (index, WholeRows()) if gathered else (span.row, self.places)
-            states = [places.row(stored, row, length) for stored in (key, value)]
+            memory = zip((key, value), spilled or repeat(None), strict=False)
+            states = [places.row(stored, row, length, others) for stored, others in memory]
             outputs.append(attended(queries, *states, mask))
             at += span.num_tokens
         return torch.cat(outputs, dim)

@@ -7,7 +7,7 @@ CapturedRunner  on a GPU: decoding sequences in a captured step, prompts after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -95,9 +95,16 @@ class ModelRunner:
                 logits_to_keep=kept,
                 **given,
             )
+        self._count_spilled([part.sequence for part in parts])
         if logits.shape[1] != len(kept):  # some models pay no heed to the request
             logits = logits[:, kept]
         return NextTokens.of(_next_logits(parts, logits.flatten(0, 1))), routes_TLK
+
+    def _count_spilled(self, sequences: Iterable[ServedSequence]) -> None:
+        """Count what a pass has read of keys and values in host memory."""
+        if self._cache.pages is not None and self._cache.pages.num_spilled:
+            found = (self._cache.spilled_bytes(one.row, one.num_cached) for one in sequences)
+            self._engine.stats().bytes_spilled += sum(found)
 
 
 class CapturedRunner(ModelRunner):
@@ -142,6 +149,7 @@ class CapturedRunner(ModelRunner):
         renew()
         self._rows.revise(_forecast(parts))
         following, routes_NLK = self._rows.finish(run)
+        self._count_spilled(sequences)
         return following, self._engine.tracked(routes_NLK)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.serving.settings import ServeSettings
+from runtime.sizing.cache_tokens import require_spill_tokens
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -22,6 +23,10 @@ class ModelSettings(ServeSettings):
     """ONNX predictor of the model."""
     memory: str = "0.25"
     """Share of the experts that stays resident, or a size such as 2GiB for the whole model."""
+    spill_tokens: int | None = None
+    """On a GPU, room for so many tokens beyond `cache_tokens`, in pages of pinned host memory that
+    attention reads over the link in every step; by default none.
+    """
     dtype: str = "auto"
     """Number format of the model; `auto` is the one it is stored in."""
     device: str | None = None
@@ -41,6 +46,10 @@ class ModelSettings(ServeSettings):
     """Folder to keep files fetched from the Hub in."""
     attn_implementation: str | None = None
     """Attention of transformers, such as sdpa or eager; by default its own choice."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_spill_tokens(self.spill_tokens, self.cache_tokens)
 
     def read_tokenizer(self) -> Any:
         """The model's tokenizer. Raises ValueError."""
@@ -71,5 +80,6 @@ class ModelSettings(ServeSettings):
             context=self.context if on_gpu else None,
             batch=num_rows(self, self.scheduler) if on_gpu else None,
             cache_tokens=self.cache_tokens if on_gpu else None,
+            spill_tokens=self.spill_tokens,
         ).expertflow
         return engine

@@ -239,8 +239,9 @@ class ServingLoop:
         must not run twice.
         """
         sequence, is_done = part.sequence, self._rows.can_repeat
+        if not (self._rows.grow(sequence) if is_done else self._rows.start_over(sequence)):
+            return  # for want of pages; a later step runs it, or parks it
         if not is_done:
-            sequence.start_over()
             part = self._admission.next_part(sequence)
         while True:
             is_done = is_done or part.completes
@@ -253,9 +254,7 @@ class ServingLoop:
             part = self._admission.next_part(sequence)
 
     def _fail(self, error: Exception) -> None:
-        """After an error of no sequence in particular: end those in flight, or, where that did not
-        help, all.
-        """
+        """After an error of no sequence in particular: end those in flight, the next time all."""
         self.num_failed_steps += 1
         self._num_failing += 1
         log.error("a step failed", exc_info=error)

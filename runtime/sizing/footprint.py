@@ -23,6 +23,7 @@ LOOKS = {
     "experts without a slot": ("▚", "#d9822b"),
     "copies of experts in slots": ("▞", "#e8b98a"),
     "dense weights, moved here": ("█", "#3b6ea5"),
+    "spilled keys and values": ("▓", "#7a5fb0"),
 }
 """Fill character and colour of each part."""
 
@@ -78,6 +79,7 @@ def footprint_of(
         Part("experts without a slot", stored - resident_stored),
         Part("copies of experts in slots", resident_stored),
         Part("dense weights, moved here", plan.moved_bytes),
+        Part("spilled keys and values", plan.spilled_bytes),
     ]
     return Footprint(
         fast=[part for part in fast if part.num_bytes > 0],

@@ -42,11 +42,15 @@ class MemoryPlan:
     """The smallest budget that works, for weights and slots."""
     moved_bytes: int = 0
     """Weights other than experts that stay in host memory."""
+    spilled_bytes: int = 0
+    """Pages of the key/value cache in host memory, where there may be any."""
     cache_bytes: dict[int, int | None]
     """Size of the key/value cache of one sequence, by context length; None if it is not known."""
 
     @classmethod
-    def of(cls, source: Source, budget: SlotBudget, name: str) -> MemoryPlan:
+    def of(
+        cls, source: Source, budget: SlotBudget, name: str, spilled_bytes: int = 0
+    ) -> MemoryPlan:
         """The plan for a model on the meta device, given what its budget pays for."""
         sizes = budget.slot_bytes
         return cls(
@@ -58,6 +62,7 @@ class MemoryPlan:
             total_expert_bytes=total_expert_bytes(source, sizes),
             least_bytes=int(least_bytes(source, sizes)),
             moved_bytes=budget.host_bytes,
+            spilled_bytes=spilled_bytes,
             cache_bytes={n: cache_bytes(source.model, source.layers, n) for n in CONTEXTS},
         )
 
@@ -112,6 +117,11 @@ def advice(plan: MemoryPlan, host_bytes: int) -> list[str]:
         lines.append(
             "The experts are larger than this machine's memory: some misses will wait for the disk."
         )
+    elif plan.spilled_bytes and plan.total_stored_bytes + plan.spilled_bytes > host_bytes:
+        lines.append(
+            "Experts and spilled keys and values are larger than this machine's memory, "
+            f"{format_bytes(host_bytes)}: loading will refuse it; give fewer spill_tokens."
+        )
     lines.append(
         f"The least that works is {round_up(plan.least_bytes)}; all experts resident is "
         f"{round_up(plan.budget(1))}, for weights and slots alone."
@@ -135,6 +145,7 @@ def describe(plan: MemoryPlan, bandwidth: float | None) -> str:
             f"{format_bytes(plan.slot_bytes)} ({plan.fraction:.1%} of the experts)",
             *experts,
             *_encodings(source),
+            *_spilled(plan),
             "key/value cache of one sequence",
             *caches,
             "experts moved per token of one sequence, by hit rate",
@@ -151,6 +162,13 @@ def _group(plan: MemoryPlan, index: int) -> str:
     if plan.stored_bytes[index] < SMALLER * size:
         text += f" (stored in {format_bytes(plan.stored_bytes[index])})"
     return f"{text} in {len(layers)} layers"
+
+
+def _spilled(plan: MemoryPlan) -> list[str]:
+    """A line of `describe` about pages in host memory, if there can be any."""
+    if not plan.spilled_bytes:
+        return []
+    return [f"pinned host memory for spilled keys and values: {format_bytes(plan.spilled_bytes)}"]
 
 
 def _encodings(source: Source) -> list[str]:

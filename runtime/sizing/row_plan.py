@@ -3,6 +3,7 @@
 With more sequences a pass over all experts serves more tokens; but their keys and values leave
 fewer slots, so that more experts cross the link in every pass. Keys and values in pages take the
 memory of as many tokens as the sequences have on average, not of as many as the longest may have.
+Where the slots have nothing left to give, pages may lie in host memory, and cross the link as well.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ class RowChoice(NamedTuple):
     rows: int
     slots: int
     link_s: float
-    """Seconds of the link, for the experts that have no slot."""
+    """Seconds of the link, for the experts that have no slot and the pages in host memory."""
     device_s: float
     """Seconds in which the device reads all weights, keys and values."""
     cache_tokens: int | None = None
     """Of all sequences, for which there is room; None: for the longest of each."""
+    spill_tokens: int = 0
+    """Further ones, in host memory."""
 
     @property
     def tokens_per_s(self) -> float:

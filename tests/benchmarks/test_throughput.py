@@ -72,7 +72,7 @@ def settings_of(trace: Path | None, **options: Any) -> ThroughputSettings:
     "name",
     [
         "bf16 0.25 x384", "mxfp4 4GiB x8 passes", "int4 1.0 x1 arriving", "bf16 24GiB xauto",
-        "bf16 1.0 x8 pages",
+        "bf16 1.0 x8 pages", "mxfp4 24GiB x512 spill",
         "transformers 1.0 x128", "accelerate 24GiB xauto",
     ],
 )  # fmt: skip
@@ -90,7 +90,7 @@ def test_an_arm_is_called_what_it_was_parsed_from(name: str) -> None:
         ("transformers 1.0 xauto", "transformers keeps all resident"),
         ("accelerate 4GiB x8 passes", "accelerate has no ways of its own"),
         ("bf8 0.25 x8", "'bf8' is not one of bf16"),
-        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving, pages"),
+        ("bf16 0.25 x8 slowly", "'slowly' is not one of passes, arriving, pages, spill"),
     ],
 )
 def test_a_name_that_is_no_arm_is_refused(name: str, message: str) -> None:
@@ -195,11 +195,35 @@ def test_a_batch_on_a_gpu_is_the_one_that_runtime_batch_would_choose(
         return [RowChoice(8, 90, 1.0, 0.1), RowChoice(64, 40, 2.0, 0.1), RowChoice(96, 9, 9.0, 0.1)]
 
     monkeypatch.setattr(runner, "row_choices", choices)
-    assert runner.chosen_batch(settings, source, arm, lambda _: None) == 64
+    assert runner.chosen_size(settings, source, arm, lambda _: 70) == (64, 8, 70, 0)
     assert (asked["memory"], asked["most"], asked["context"]) == (24 << 30, 5, 8)
+    assert asked["spill_tokens"] == 0
     monkeypatch.setattr(runner, "row_choices", lambda *_, **__: [])
-    with pytest.raises(ValueError, match="no number of sequences fits"):
-        runner.chosen_batch(settings, source, arm, lambda _: None)
+    with pytest.raises(ValueError, match="no such number of sequences fits"):
+        runner.chosen_size(settings, source, arm, lambda _: None)
+
+
+@pytest.mark.parametrize(("batch", "size"), [("auto", (64, 90, 30)), ("80", (80, 90, 60))])
+def test_an_arm_that_spills_has_on_the_gpu_what_fits_there(
+    batch: str, size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings_of(None), device="cuda")
+    choices = [
+        RowChoice(32, 9, 1.0, 0.1, 90), RowChoice(64, 9, 1.5, 0.1, 90, 30),
+        RowChoice(96, 9, 3.0, 0.1, 90, 60),
+    ]  # fmt: skip
+    monkeypatch.setattr(runner, "row_choices", lambda *_, **__: choices)
+    arm, source = ThroughputArm.parse(f"bf16 24GiB x{batch} spill"), None
+    found = runner.chosen_size(settings, source, arm, lambda _: 150)  # type: ignore[arg-type]
+    assert (found.batch, found.tokens, found.spilled) == size
+
+
+def test_spilled_keys_and_values_count_among_what_crossed_the_link() -> None:
+    found = {"bytes": 30, "bytes_spilled": 10, "steps": 5, "seconds": 8.0, "tokens_per_s": 1.0}
+    step = Step(missing_bytes=8, weight_bytes=1, row_bytes=0, token_flops=0)
+    row = runner.bounded(found, 4, step, Machine(10.0, 100.0, None))
+    assert row["link_s"] == 4 and row["of_link"] == 0.5
+    assert (row["bound"], row["bound_tokens_per_s"]) == ("link", 4.0)
 
 
 def test_a_step_is_bound_by_what_takes_longest() -> None:

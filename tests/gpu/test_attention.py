@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cuda.decode.graph_step import DecodeStep
-from runtime.cuda.kernels.attention import attend, write
+from runtime.cuda.kernels.attention import attend
+from runtime.cuda.kernels.new_tokens import write
 from tests.gpu.offloaded import NEVER, needs_gpu, offloaded
 from tests.helpers.tiny import PAD, tiny_model
 

@@ -10,7 +10,8 @@ import torch
 
 import runtime
 from runtime.cuda.kernels.attention import attend
-from runtime.kv.pages.places import PAGE, Paged
+from runtime.cuda.memory.pinned import PinnedMemory
+from runtime.kv.pages.places import PAGE, Paged, Spilled
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
@@ -104,6 +105,66 @@ def test_tokens_over_pages_are_those_over_whole_rows(kind: str, memory: float) -
     assert same >= 0.98 * len(asked)
 
 
+@pytest.mark.parametrize("kind", ["olmoe", "gpt_oss", "llama4_text", "qwen3_next"])
+def test_tokens_over_spilled_pages_are_those_over_pages(kind: str) -> None:
+    """A third of the pages on the device, and room for all others in host memory.
+
+    They meet others in their steps, so a near-tie may fall otherwise; nearly all are the same.
+    """
+    asked = requests(200, 150)
+    paged, _ = served(kind, 0.4, asked, cache_tokens=64 * PAGES)
+    some = {"cache_tokens": 64 * (PAGES // 3), "spill_tokens": 64 * PAGES}
+    found, loop = served(kind, 0.4, asked, **some)
+    pages, stats = loop._cache.pages, loop._engine.stats()
+    assert pages is not None
+    assert (pages.num_free, pages.num_spilled) == (PAGES // 3, 0)
+    assert pages.num_moved > PAGES // 3 and stats.bytes_spilled > 0
+    same = sum(found[one.id] == paged[one.id] for one in asked)
+    print(f"{kind}: {same} of {len(asked)} the same, {pages.num_moved} pages moved, "
+          f"{stats.bytes_spilled / 1e6:.1f} MB read in place")  # fmt: skip
+    assert same >= 0.98 * len(asked)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_few_rows_over_spilled_pages_get_the_tokens_of_each_alone(compile: bool) -> None:
+    """In the captured steps of up to 32 rows; with a beginning that is reused, and a cancel."""
+    model: Any = runtime.load(
+        architecture_model("olmoe", max_position_embeddings=512), memory=0.4, device="cuda",
+        batch=8, context=CONTEXT, cpu_share=False, cache_tokens=64 * 9, spill_tokens=64 * 40,
+        compile=compile,
+    )  # fmt: skip
+    random = np.random.default_rng(1)
+    prompts = [random.integers(2, 250, n).tolist() for n in (190, 130, 70, 10, 200, 190)]
+    prompts[-1] = [*prompts[0][:150], *prompts[-1][150:]]
+    asked = [Request(id=str(i), prompt=one, max_tokens=90, ignore_eos=True)
+             for i, one in enumerate(prompts)]  # fmt: skip
+    with model.expertflow as engine:
+        alone = {}
+        for one in asked:
+            (result,) = engine.serve([one], batch=1, rows=1)
+            alone[one.id] = result.token_ids
+        settings = ServeSettings(
+            batch=8, rows=8, context=CONTEXT, scheduler="fifo", prefix_reuse=True
+        )
+        loop = ServingLoop(engine, None, settings)
+        pages, away = loop._cache.pages, []
+        assert pages is not None
+        for one in asked:
+            loop.submit(one)
+        found: dict[str, Any] = {}
+        while not loop.is_idle:
+            found |= {result.id: result for result in loop.step()}
+            away.append(pages.num_spilled)
+            if len(away) == 40:
+                loop.cancel("3")
+        assert max(away) > 0 and loop.num_displaced == 0 and loop.num_failed_steps == 0
+        assert found.pop("3").finish == "cancelled"
+        same = sum(result.token_ids == alone[id] for id, result in found.items())
+        print(f"{same} of {len(found)} the same, at most {max(away)} pages away")
+        assert same >= len(found) - 1, "a near-tie may fall otherwise"
+        engine.check_integrity()
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_attention_over_pages_gives_the_bits_of_whole_rows(window: int | None) -> None:
     random = torch.Generator(device="cuda").manual_seed(0)
@@ -128,3 +189,14 @@ def test_attention_over_pages_gives_the_bits_of_whole_rows(window: int | None) -
     places = Paged(table_RN, PAGE)
     paged = attend(query, pages[0], pages[1], at, positions, 0.1, window, paged=places)
     assert torch.equal(whole, paged)
+    pinned, near = PinnedMemory(), count // 3
+    shape = count - near, *pages[0].shape[1:]
+    spilled = Spilled(*(pinned.empty(shape, torch.bfloat16) for _ in pages))
+    for states, others in zip(pages, spilled, strict=True):
+        others.copy_(states[near:], non_blocking=True)
+    some = [states[:near].clone() for states in pages]
+    found = attend(
+        query, some[0], some[1], at, positions, 0.1, window, paged=places, spilled=spilled
+    )
+    assert torch.equal(whole, found)
+    pinned.close()

@@ -43,14 +43,15 @@ from runtime.cache.rules.class_lru import ClassLRU
 from runtime.cache.rules.reuse import Reuse
 from runtime.cuda.decode.device_cache import DeviceCache
 from runtime.cuda.decode.experts.experts_call import ExpertsCall
-from runtime.cuda.kernels.attention import attend, write
+from runtime.cuda.kernels.attention import attend
+from runtime.cuda.kernels.new_tokens import write
 from runtime.cuda.memory import host_dense as dense
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.memory.unpacking import unpack_blocks
 from runtime.cuda.prefill.products import Products, Work, combined, sort
 from runtime.cuda.prefill.tiling import LEAST_ROWS, heights_for
-from runtime.kv.pages.places import PAGE, Paged
+from runtime.kv.pages.places import PAGE, Paged, Spilled
 from runtime.weights.encodings.encoding import Encoding
 from runtime.weights.encodings.fp8_block import FP8Block
 from runtime.weights.encodings.int4_group import Int4Group
@@ -199,7 +200,7 @@ class Kernels:
         call.end_step()
 
     def attend(self, batch: int) -> None:
-        """One layer's attention, in a step over rows, whole and in pages, and behind padding."""
+        """One layer's attention, in a step over rows, pages, spilled pages, and behind padding."""
         size = self.size
         query = torch.zeros(batch, size.heads, size.head_dim, dtype=torch.bfloat16)
         keys = torch.zeros(1, size.groups, 4096, size.head_dim, dtype=torch.bfloat16)
@@ -215,10 +216,11 @@ class Kernels:
         pages = torch.zeros(4, size.groups, PAGE, size.head_dim, dtype=torch.bfloat16)
         paged = Paged(torch.zeros(1, 4096 // PAGE, dtype=torch.int32), PAGE)
         write(new, new, pages, pages, rows, positions, paged)
-        attend(
-            query, pages, pages, rows, positions, scale=0.1, window=window, sinks_H=sinks,
-            paged=paged,
-        )  # fmt: skip
+        for spilled in (None, Spilled(pages, pages)):
+            attend(
+                query, pages, pages, rows, positions, scale=0.1, window=window, sinks_H=sinks,
+                paged=paged, spilled=spilled,
+            )  # fmt: skip
 
     def prefill(self, chosen: slice = slice(None)) -> None:
         """One layer of many tokens, in tiles of all these heights."""

@@ -283,6 +283,14 @@ def test_options_of_captured_steps_are_checked_on_a_cpu_too(options: dict[str, A
     assert refused(tiny_model("olmoe"), **options).startswith(f"{name}=")
 
 
+def test_room_beyond_a_gpus_memory_is_refused_on_a_cpu() -> None:
+    model = tiny_model("olmoe")
+    with pytest.raises(
+        ValueError, match=r"spill_tokens=64 is room beyond a GPU's memory; on a CPU"
+    ):
+        runtime.load(model, device="cpu", spill_tokens=64)
+
+
 @pytest.mark.parametrize("dtype", ["float99", "int8"])
 def test_a_number_format_that_is_none_is_refused(dtype: str, tiny_directory: Directory) -> None:
     assert "dtype" in refused(tiny_directory("olmoe"), dtype=dtype)

@@ -22,6 +22,7 @@ from runtime.plan import PlanSettings, footprint, main, plan
 from runtime.sizing.footprint import WIDTH, bars, total
 from runtime.sizing.link import measure_link
 from runtime.sizing.memory_plan import MemoryPlan, advice
+from runtime.sizing.units import format_bytes
 from runtime.weights.files import CheckpointFiles
 from tests.helpers.architectures import architecture_model, is_known
 from tests.helpers.tiny import KINDS, save_tiny
@@ -195,6 +196,36 @@ def test_the_parts_that_are_shown_are_those_of_the_cache_tokens(
     sizes: dict[str, Any] = {"memory": "600MiB", "device": "cuda", "context": 512, "batch": 8}
     whole, paged = (printed(capsys, saved, **sizes, **one) for one in ({}, {"cache_tokens": 1024}))
     assert "keys and values 2 MiB" in whole and "keys and values 512 KiB" in paged
+
+
+def test_pages_in_host_memory_are_counted_there(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 2048 more tokens 1536 can be used: there are eight sequences of 256."""
+    sizes: dict[str, Any] = {
+        "device": "cuda", "context": 256, "batch": 8, "cache_tokens": 512, "spill_tokens": 2048,
+    }  # fmt: skip
+    planned = plan(saved, 600 << 20, **sizes)
+    parts = footprint(planned, 600 << 20, "cuda", 256, 8, 512)
+    assert dict(parts.behind)["spilled keys and values"] == planned.spilled_bytes
+    assert planned.spilled_bytes == 3 * dict(parts.fast)["keys and values"]
+    assert planned.slots == plan(saved, 600 << 20, **sizes | {"spill_tokens": None}).slots
+    size = format_bytes(planned.spilled_bytes)
+    shown = printed(capsys, saved, memory="600MiB", **sizes)
+    assert f"pinned host memory for spilled keys and values: {size}" in shown
+    assert f"spilled keys and values {size}" in shown
+    host = planned.total_stored_bytes + 1
+    assert any("give fewer spill_tokens" in line for line in advice(planned, host))
+    assert not any("spill_tokens" in line for line in advice(planned, host + (1 << 30)))
+
+
+def test_spill_tokens_that_loading_refuses_cannot_be_planned(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"spill_tokens=64 without cache_tokens="):
+        plan(saved, 0.5, device="cuda", spill_tokens=64)
+    with pytest.raises(
+        ValueError, match=r"spill_tokens=64 is room beyond a GPU's memory; on a CPU"
+    ):
+        plan(saved, 0.5, cache_tokens=4096, spill_tokens=64)
 
 
 def test_cache_tokens_that_loading_refuses_cannot_be_planned(tmp_path: Path) -> None:

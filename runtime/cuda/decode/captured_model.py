@@ -10,9 +10,12 @@ from transformers.cache_utils import Cache
 
 from runtime.cuda.compiling.blueprint import StepKey, StepShape
 from runtime.cuda.compiling.step_forwards import StepForwards
+from runtime.cuda.memory.pinned import PinnedPool
 from runtime.cuda.options import LARGEST_BATCH, CudaOptions
+from runtime.kv.size import page_bytes
 from runtime.kv.state_kinds import require_pages, state_kinds
 from runtime.kv.storage import Storage
+from runtime.sizing.host_memory import require_host_memory
 from runtime.weights.source import Source
 
 
@@ -32,7 +35,10 @@ class CapturedModel:
         tokens = options.paged_tokens
         if tokens is not None:
             require_pages(self.config, tokens)
-        self.storage = Storage(options.batch, options.context, tokens)
+        spilled = options.spilled_tokens
+        self._pool = None if not spilled else _pool(page_bytes(model, spilled), spilled)
+        allocate = {} if self._pool is None else {"allocate_host": self._pool.take}
+        self.storage = Storage(options.batch, options.context, tokens, spilled, **allocate)
         sizes = len(_buckets(self.batch))
         self.forwards = StepForwards(
             source, options.compile, device, num_sizes=sizes, storage=self.storage.size
@@ -64,6 +70,14 @@ class CapturedModel:
         """Free the key/value storage and the compiled forward."""
         self.forwards.close()
         self.storage = Storage(*self.storage.size)
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _pool(num_bytes: int, spilled: int) -> PinnedPool:
+    """Memory for so many tokens, beside the experts, which have theirs by now."""
+    require_host_memory(spilled, num_bytes)
+    return PinnedPool(num_bytes)
 
 
 def _state(layer: Any) -> tuple[Any, Any, torch.dtype] | None:

@@ -25,7 +25,7 @@ from runtime.cuda.prefetching import SERVING
 from runtime.cuda.single_tokens import SingleTokens, attend_singles
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
-from runtime.kv.pages.places import Paged
+from runtime.kv.pages.places import Paged, Spilled
 from runtime.kv.row_cache import RowCache
 from runtime.kv.token_layout import RaggedTokens
 
@@ -59,6 +59,7 @@ class TokensOfRows(SingleTokens, RaggedTokens):
         chunk: int | None = None,
         seen: Tensor | None = None,
         gathered: bool = False,
+        spilled: Spilled | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Attention of one token of each row; `function` has what no kernel has."""
@@ -70,7 +71,8 @@ class TokensOfRows(SingleTokens, RaggedTokens):
         if gathered:
             rows_B = torch.arange(len(rows_B), device=rows_B.device)
         real_RC = None if chunk is None else self._of_chunk(key, chunk)
-        return attend_singles(query, key, value, rows_B, positions_B, places, real_RC, **kwargs)
+        tokens = rows_B, positions_B, places, real_RC, spilled
+        return attend_singles(query, key, value, *tokens, **kwargs)
 
     def _of_chunk(self, key: Tensor, chunk: int) -> Tensor:
         """Bool [R, context]: the tokens of each row that are in the new token's chunk."""

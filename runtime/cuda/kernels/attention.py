@@ -1,13 +1,14 @@
 """Attention of single new tokens, each over its own row of a key/value cache and its own length.
 
-    write_tokens    the new keys and values, to the cache
     attend_blocks   the softmax over one block of keys, for one token and the heads of one key head
     join_blocks     the softmax over all blocks of one token and head
 
 Blocks start at multiples of a length that the width of a head decides, so that a long row keeps the
 whole GPU busy (as flash decoding does), and are joined in ascending order, `JOINED` at a time: the
 order of every sum follows from the token's position alone, whoever else is in the step, however
-many programs run, and whether a row lies in one piece or in pages of a few blocks.
+many programs run, and whether a row lies in one piece or in pages of a few blocks, on the device or
+in host memory. Pages there are read in place: each crosses the link once for every program that
+takes it, which is one where a key head's query heads are together (`Tile`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.kv.pages.places import Paged
+from runtime.cuda.kernels.new_tokens import in_lines, piece_of
+from runtime.kv.pages.places import Paged, Spilled
 
 TILE = 8192
 """Keys of a block times the width of a head: 64 registers a thread for keys and values."""
@@ -53,40 +55,38 @@ def _mixed(share_MC, value_CV, IS_ONE: tl.constexpr):
 
 
 @triton.jit
-def _piece(table, row, table_R, first, PAGE: tl.constexpr):
-    """Where position `first` of a row is: the row or, of PAGE positions each, the page; and where
-    in it.
-    """
-    if PAGE:
-        row = tl.load(table + row * table_R + first // PAGE).to(tl.int64)
-        first = first % PAGE
-    return row, first
+def _at(states, spilled, piece, pages, states_R, SPILLS: tl.constexpr):
+    """The page or row `piece`: of the device or, behind its `pages`, of host memory."""
+    if SPILLS:
+        states = tl.where(piece < pages, states, spilled)
+        piece = tl.where(piece < pages, piece, piece - pages)
+    return states + piece * states_R
 
 
 @triton.jit(
-    do_not_specialize=["N", "real_R", "table_R"],
+    do_not_specialize=["N", "real_R", "table_R", "pages"],
     do_not_specialize_on_alignment=["rows", "positions", "real", "table"],
 )
 def attend_blocks(
-    query, keys, values, real, rows, positions, table, best, total, mixed, scale, softcap, N,
-    query_T, query_H, keys_R, keys_G, keys_C, values_R, values_G, values_C, real_R, table_R,
+    query, keys, values, far_keys, far_values, real, rows, positions, table, best, total, mixed,
+    scale, softcap, N, query_T, query_H, keys_R, keys_G, keys_C, values_R, values_G, values_C,
+    real_R, table_R, pages,
     HEADS: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_REAL: tl.constexpr,
+    D: tl.constexpr, V: tl.constexpr, PAGE: tl.constexpr, SPILLS: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_REAL: tl.constexpr,
     IS_CAPPED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write, of each block n, the highest score to best [B, H, N] and, relative to it, the sums of
     the shares to total [B, H, N], of the values to mixed [B, H, N, V].
 
-    EACH: query heads of a program; M: the same with padding.
+    EACH: query heads of a program; M: the same with padding. far_keys, far_values: SPILLS, those in
+    host memory, whose pages are numbered behind the `pages` of the device.
     """
     token, tile = tl.program_id(0), tl.program_id(1)
     length, row = tl.load(positions + token) + 1, tl.load(rows + token)
     at_M, at_D, at_V = tl.arange(0, M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     head_M, is_head_M = tile * EACH + at_M, at_M < EACH
     group = tile * EACH // GROUP
-    keys += group * keys_G
-    values += group * values_G
     query_MD = tl.load(
         query + token * query_T + head_M[:, None] * query_H + at_D[None, :],
         mask=is_head_M[:, None] & (at_D < D)[None, :], other=0.0,
@@ -98,10 +98,12 @@ def attend_blocks(
         is_seen_C = (at_C >= start) & (at_C < length)
         mask_CD = is_seen_C[:, None] & (at_D < D)[None, :]
         mask_CV = is_seen_C[:, None] & (at_V < V)[None, :]
-        piece, first = _piece(table, row, table_R, block * BLOCK_C, PAGE)
+        piece, first = piece_of(table, row, table_R, block * BLOCK_C, PAGE)
         from_C = (first + tl.arange(0, BLOCK_C))[:, None]
-        from_CD = keys + piece * keys_R + from_C * keys_C + at_D[None, :]
-        from_CV = values + piece * values_R + from_C * values_C + at_V[None, :]
+        from_keys = _at(keys, far_keys, piece, pages, keys_R, SPILLS) + group * keys_G
+        from_values = _at(values, far_values, piece, pages, values_R, SPILLS) + group * values_G
+        from_CD = from_keys + from_C * keys_C + at_D[None, :]
+        from_CV = from_values + from_C * values_C + at_V[None, :]
         key_CD = tl.load(from_CD, mask=mask_CD, other=0.0)
         value_CV = tl.load(from_CV, mask=mask_CV, other=0.0)
         if HAS_REAL:
@@ -165,55 +167,6 @@ def join_blocks(
     tl.store(out + row * V + at_V, result_V, mask=at_V < V)
 
 
-@triton.jit(
-    do_not_specialize=["table_R"], do_not_specialize_on_alignment=["rows", "positions", "table"]
-)
-def write_tokens(
-    new_keys, new_values, keys, values, rows, positions, table,
-    new_keys_T, new_keys_G, new_values_T, new_values_G,
-    keys_R, keys_G, keys_C, values_R, values_G, values_C, table_R, PAGE: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One key head of one token a program."""
-    token, group = tl.program_id(0), tl.program_id(1)
-    row, position = tl.load(rows + token), tl.load(positions + token)
-    at_D, at_V = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    key_D = tl.load(new_keys + token * new_keys_T + group * new_keys_G + at_D, mask=at_D < D)
-    value_V = tl.load(
-        new_values + token * new_values_T + group * new_values_G + at_V, mask=at_V < V
-    )
-    piece, place = _piece(table, row, table_R, position, PAGE)
-    to_D = keys + piece * keys_R + group * keys_G + place * keys_C + at_D
-    tl.store(to_D, key_D, mask=at_D < D)
-    to_V = values + piece * values_R + group * values_G + place * values_C + at_V
-    tl.store(to_V, value_V, mask=at_V < V)
-
-
-def write(
-    new_keys_BGD: Tensor,
-    new_values_BGV: Tensor,
-    keys_RGCD: Tensor,
-    values_RGCV: Tensor,
-    rows_B: Tensor,
-    positions_B: Tensor,
-    paged: Paged | None = None,
-) -> None:
-    """Write the keys and values of B tokens to their rows and positions. paged: where R counts
-    pages.
-    """
-    new_keys_BGD, new_values_BGV = _in_lines(new_keys_BGD), _in_lines(new_values_BGV)
-    (num_tokens, groups, width), value_width = new_keys_BGD.shape, new_values_BGV.shape[-1]
-    assert keys_RGCD.stride(-1) == values_RGCV.stride(-1) == 1
-    table, page = (rows_B, 0) if paged is None else (paged.table_RN, paged.page)
-    write_tokens[(num_tokens, groups)](
-        new_keys_BGD, new_values_BGV, keys_RGCD, values_RGCV, rows_B, positions_B, table,
-        *new_keys_BGD.stride()[:2], *new_values_BGV.stride()[:2], *keys_RGCD.stride()[:3],
-        *values_RGCV.stride()[:3], table.stride(0), PAGE=page, D=width, V=value_width,
-        BLOCK_D=triton.next_power_of_2(width), BLOCK_V=triton.next_power_of_2(max(1, value_width)),
-        num_warps=1,
-    )  # fmt: skip
-
-
 class Tile(NamedTuple):
     """What a program of `attend_blocks` takes at a time."""
 
@@ -248,6 +201,7 @@ def attend(
     softcap: float | None = None,
     real_RC: Tensor | None = None,
     paged: Paged | None = None,
+    spilled: Spilled | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """[B, H, V]: token b at `positions_B` of row `rows_B`, whose own key is in the cache already.
@@ -256,9 +210,9 @@ def attend(
     newest keys that are seen. sinks_H: a logit of every head that takes part in the softmax only.
     softcap: a bound that scores approach. real_RC: bool, False for keys that nobody sees. tile: of
     another size than usual. paged: where keys and values lie in pages, and R and C count these and
-    their positions.
+    their positions. spilled: further pages, in pinned host memory.
     """
-    query_BHD, keys_RGCD, values_RGCV = map(_in_lines, (query_BHD, keys_RGCD, values_RGCV))
+    query_BHD, keys_RGCD, values_RGCV = map(in_lines, (query_BHD, keys_RGCD, values_RGCV))
     num_tokens, heads, width = query_BHD.shape
     groups, context, value_width = values_RGCV.shape[1:]
     group = heads // groups
@@ -267,6 +221,8 @@ def attend(
     if paged is not None:
         context = paged.context
         assert not page % tile.keys, "a block of keys lies in one page"
+    far_keys, far_values = spilled or (keys_RGCD, values_RGCV)
+    assert far_keys.stride() == keys_RGCD.stride() and far_values.stride() == values_RGCV.stride()
     num_blocks = triton.cdiv(context, tile.keys)
     num_tiles = heads // tile.heads
     programs = min(num_blocks, triton.cdiv(PROGRAMS, num_tokens * num_tiles))
@@ -278,11 +234,11 @@ def attend(
     least = 1 if tile.rows == 1 else 16
     real = positions_B if real_RC is None else real_RC.view(torch.uint8)
     attend_blocks[(num_tokens, num_tiles, programs)](
-        query_BHD, keys_RGCD, values_RGCV, real, rows_B, positions_B, table, best, total, mixed,
-        scale, softcap or 0.0, num_blocks, *query_BHD.stride()[:2], *keys_RGCD.stride()[:3],
-        *values_RGCV.stride()[:3], real.stride(0), table.stride(0),
-        GROUP=group, EACH=tile.heads, M=tile.rows, D=width, PAGE=page,
-        HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
+        query_BHD, keys_RGCD, values_RGCV, far_keys, far_values, real, rows_B, positions_B, table,
+        best, total, mixed, scale, softcap or 0.0, num_blocks, *query_BHD.stride()[:2],
+        *keys_RGCD.stride()[:3], *values_RGCV.stride()[:3], real.stride(0), table.stride(0),
+        len(keys_RGCD), GROUP=group, EACH=tile.heads, M=tile.rows, D=width, PAGE=page,
+        SPILLS=spilled is not None, HAS_REAL=real_RC is not None, IS_CAPPED=softcap is not None,
         BLOCK_D=max(triton.next_power_of_2(width), least),
         BLOCK_V=max(triton.next_power_of_2(value_width), least), **shape,
         num_warps=tile.warps, num_stages=1,
@@ -293,8 +249,3 @@ def attend(
         BLOCK_V=triton.next_power_of_2(value_width), **shape, num_warps=4,
     )  # fmt: skip
     return out_BHV
-
-
-def _in_lines(tensor: Tensor) -> Tensor:
-    """The tensor, each line of its last axis in one piece."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.cuda.kernels import attention as attend_kernel
 from runtime.cuda.kernels.dense import top_k as top_k_kernel
-from runtime.kv.pages.places import Paged
+from runtime.kv.pages.places import Paged, Spilled
 
 
 class LayerRunner(Protocol):
@@ -66,12 +66,17 @@ def attend(
     real_RC: Tensor | None,
     table_RN: Tensor | None,
     page: int,
+    spilled_keys: Tensor | None,
+    spilled_values: Tensor | None,
 ) -> Tensor:
     """`attention.attend`, as one operator."""
+    spilled = None
+    if spilled_keys is not None and spilled_values is not None:
+        spilled = Spilled(spilled_keys, spilled_values)
     paged = None if table_RN is None else Paged(table_RN, page)
     return attend_kernel.attend(
         query_BHD, keys_RGCD, values_RGCV, rows_B, positions_B, scale, window, sinks_H, softcap,
-        real_RC, paged,
+        real_RC, paged, spilled,
     )  # fmt: skip
 
 

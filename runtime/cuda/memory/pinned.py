@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -56,6 +57,26 @@ class PinnedMemory:
             torch.cuda.synchronize()
         for tensor in list(self._registered.values()):
             self.release(tensor)
+
+
+class PinnedPool:
+    """One piece of pinned memory near the GPU, handed out tensor by tensor, zero."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Raises MemoryError where the machine has no more to pin."""
+        memory, self._used = PinnedMemory(), 0
+        with near_gpu():
+            self._bytes = memory.empty((num_bytes,), torch.uint8)
+        self.close = weakref.finalize(self, memory.close)
+        """Unpins it. Waits for whatever still reads it."""
+        self.close.atexit = False  # the process takes it along
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A part that nobody has; to torch a tensor by itself, as a compiler wants it."""
+        start, self._used = self._used, self._used + math.prod(shape) * dtype.itemsize
+        assert self._used <= len(self._bytes), "all of it was counted"
+        part = torch.from_numpy(self._bytes.numpy()[start : self._used])
+        return part.view(dtype).view(shape)
 
 
 def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Room: pages of the key/value cache for the sequences in flight.
 
-Each has pages for all its tokens before they run, and takes the next one as it grows. Admission
-counts that next page for everyone in flight, so that hardly ever none is left: then the newest
+Each has pages for all its tokens before they run, and takes the next one as it grows. Where none is
+free, full pages of those that decode go to host memory, if there is room. Admission counts that
+room, and the next page for everyone in flight, so that hardly ever none is left: then the newest
 sequence of the lowest priority is parked, and goes on, before others begin, once there is room.
 """
 
@@ -29,6 +30,7 @@ class Room:
             while sequence not in parked and not self._rows.grow(sequence):
                 parked.append(max((one for one in active if one not in parked), key=_rank))
                 self._rows.park(parked[-1])
+        self._rows.pages.bring_back()
         self._displaced.update(parked)
         self.num_displaced += len(parked)
         return parked
@@ -44,10 +46,10 @@ class Room:
 
     def most(self, waiting: Sequence[ServedSequence], active: Iterable[ServedSequence]) -> int:
         """The number of waiting sequences that there may be room for: of the shortest."""
-        if not self._rows.num_pages:
+        if not self._rows.pages.most(()):
             return len(waiting)
         left, count = self._left(active), 0
-        for pages in sorted(map(self._rows.pages_ahead, waiting)):
+        for pages in sorted(map(self._rows.pages.ahead, waiting)):
             left -= pages
             if left < 0:
                 break
@@ -60,7 +62,7 @@ class Room:
         """The first of the `chosen`, as many as there is room for: none overtakes a longer one."""
         left, fitting = self._left(active), list[ServedSequence]()
         for sequence in chosen:
-            left -= self._rows.pages_ahead(sequence)
+            left -= self._rows.pages.ahead(sequence)
             if left < 0:
                 break
             fitting.append(sequence)
@@ -68,7 +70,8 @@ class Room:
 
     def _left(self, active: Iterable[ServedSequence]) -> int:
         """Pages that nobody in flight takes soon."""
-        return self._rows.num_pages - sum(map(self._rows.pages_ahead, active))
+        active = list(active)
+        return self._rows.pages.most(active) - sum(map(self._rows.pages.ahead, active))
 
 
 def _rank(sequence: ServedSequence) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from runtime.kv.row_cache import RowCache
 from runtime.kv.saved_row import SavedRow, copy_row
 from runtime.kv.state_kinds import KINDS, layer_types
 from runtime.serving.sequence import ServedSequence
+from runtime.serving.steps.row_pages import RowPages
 
 SHORTEST = 8
 """Tokens in common from which on a row is reused."""
@@ -54,6 +55,7 @@ class Rows:
         self._held: dict[int, Held] = {}
         """Of free rows, the one that was freed first in front."""
         self._parked: dict[ServedSequence, Kept] = {}
+        self.pages = RowPages(cache)
         self.num_reused = 0
         """Prompt tokens that did not run, as another row had them."""
 
@@ -75,31 +77,16 @@ class Rows:
     def num_free(self) -> int:
         return self._cache.num_free
 
-    @property
-    def num_pages(self) -> int:
-        """Of all rows; 0 where they have none."""
-        return 0 if self._cache.pages is None else self._cache.pages.num_pages
-
-    def pages_ahead(self, sequence: ServedSequence) -> int:
-        """Pages of its tokens, and the one that it takes next, if it may grow so long."""
-        pages = self._cache.pages
-        if pages is None:
-            return 0
-        return pages.count(min(len(sequence.token_ids) + pages.page, sequence.limit))
-
     def grow(self, sequence: ServedSequence, spared: int = -1) -> bool:
         """Whether the row of a sequence has room for all its tokens now. What free rows hold gives
         way, but for that of row `spared`.
         """
-        pages = self._cache.pages
-        if pages is None or sequence.row < 0:
-            return True
-        while not pages.grow(sequence.row, len(sequence.token_ids)):
+        while self.pages.missing(sequence):
             row = next((row for row in self._held if row != spared), None)
             if row is None:
-                return False
+                break
             self._forget(row)
-        return True
+        return self.pages.grow(sequence)
 
     def _forget(self, row: int) -> None:
         """Let go of what a free row holds."""
@@ -125,26 +112,31 @@ class Rows:
         source = None if kept is not None else self._source(sequence, active)
         length = 0 if source is None else _reusable(source.token_ids, sequence.token_ids)
         sequence.row = self._cache.take(self._room(source, length))
+        self.pages.in_flight[sequence.row] = sequence
         if source is None or source.row != sequence.row:
             self._forget(sequence.row)
-        source = self._make_room(sequence, source, length)
+        source, length = self._make_room(sequence, source, length)
         if kept is not None:
             kept.saved.restore(self._cache, sequence.row)
             self._begin(sequence, kept.saved.num_tokens, kept.routes)
         elif source is not None:
             self.adopt(sequence, source, length)
 
-    def _make_room(self, sequence: ServedSequence, source: Held | None, length: int) -> Held | None:
-        """Pages for all tokens of a sequence that has got its row; `source`, unless it gave way."""
+    def _make_room(
+        self, sequence: ServedSequence, source: Held | None, length: int
+    ) -> tuple[Held | None, int]:
+        """Pages for all tokens of a sequence that has got its row; `source`, unless it gave way,
+        and the tokens that are taken from it.
+        """
         if source is not None and source.row == sequence.row:
             del self._held[sequence.row]
             if self._cache.pages is not None:
-                self._cache.pages.cut(sequence.row, length)
+                length = self._cache.pages.cut(sequence.row, length)
         elif source is not None and not self.grow(sequence, spared=source.row):
             source = None
         if not self.grow(sequence):
             raise RuntimeError("the key/value cache has no page left for a sequence admitted to it")
-        return source
+        return source, length
 
     def keep(self, sequence: ServedSequence) -> Kept:
         """A copy of what the row of `sequence` holds."""
@@ -185,6 +177,7 @@ class Rows:
             cached = sequence.token_ids[: sequence.num_cached]
             self._held[sequence.row] = Held(sequence.row, cached, list(sequence.routes))
         self._cache.release(sequence.row, keep=holds)
+        del self.pages.in_flight[sequence.row]
         sequence.row = -1
 
     def park(self, sequence: ServedSequence) -> None:
@@ -203,8 +196,17 @@ class Rows:
         for row in list(self._held):
             self._forget(row)
         for sequence in active:
-            sequence.start_over()
+            self.start_over(sequence)
         return False
+
+    def start_over(self, sequence: ServedSequence) -> bool:
+        """Let all tokens of a sequence run again, over pages of the device; False where there are
+        not enough of them now.
+        """
+        sequence.start_over()
+        if self._cache.pages is not None:
+            self._cache.pages.cut(sequence.row)
+        return self.grow(sequence)
 
     def _room(self, source: Held | None, length: int) -> int:
         """The free row to take: the source itself, where most of it is wanted; else an empty one,

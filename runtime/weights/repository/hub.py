@@ -33,6 +33,14 @@ class HubOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+def refuse_for_module(hub: HubOptions, attention: str | None) -> None:
+    """Raise ValueError for options of a model that is loaded, where one in memory was passed."""
+    given = hub.given() | ({} if attention is None else {"attn_implementation": attention})
+    if given:
+        names = ", ".join(f"{name}=" for name in given)
+        raise ValueError(f"{names}: the model is in memory already; give them where it is loaded")
+
+
 def find_directory(path: str | Path, hub: HubOptions = HubOptions()) -> Path:
     """A local directory as it is; of a Hub id, a directory of its small files.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from runtime.cuda.kernels import attention as kernels
-from runtime.cuda.kernels.attention import Tile, attend, write
+from runtime.cuda.kernels.attention import Tile, attend
+from runtime.cuda.kernels.new_tokens import write
 from tests.helpers import interpreter
 
 interpreter.mend()

@@ -63,7 +63,7 @@ def test_a_kernel_is_compiled_once_for_all_layers() -> None:
     assert counts["write_tokens"] == 2  # to whole rows, and to pages
     assert counts["fetch"] == counts["halt"] == 1
     assert counts["pick"] == 2 * 2  # by forecast and by uses; within a step and around it
-    assert counts["attend_blocks"] == 3  # of served rows, in pages, and behind padding
+    assert counts["attend_blocks"] == 4  # of served rows, in pages, in spilled ones, behind padding
     assert counts["plan"] == 6 + 5 + 2  # prefetching for batches 1, 8, 32; rules; residents, ranges
     assert counts["gate_up"] == 8 + 1 + 2  # there and fetched, by batch; without; residents; ranges
     assert counts["gate_up_of_one"] == 5

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 pytest.importorskip("triton")
 
 from runtime.cuda.kernels import attention as kernels
-from runtime.cuda.kernels.attention import attend, write
+from runtime.cuda.kernels.attention import attend
+from runtime.cuda.kernels.new_tokens import write
 from runtime.kv.pages import places as places_module
 from runtime.kv.pages.places import PAGE, Paged
 from runtime.kv.row_cache import RowCache, row_cache
@@ -22,7 +23,7 @@ from runtime.kv.storage import Storage
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
-from runtime.serving.steps.rows import Rows
+from runtime.serving.steps.row_pages import RowPages
 from tests.helpers import interpreter
 from tests.helpers.architectures import architecture_model
 from tests.helpers.breaking import drain
@@ -145,7 +146,7 @@ def test_served_tokens_are_those_of_each_request_alone_where_pages_run_out(
     engine = paged_engine(model, 3, compile=compile)
     loop = ServingLoop(engine, None, ServeSettings(**SERVED))
     count = loop._cache.pages.count  # type: ignore[union-attr]
-    monkeypatch.setattr(Rows, "pages_ahead", lambda _, one: count(len(one.token_ids)))
+    monkeypatch.setattr(RowPages, "ahead", lambda _, one: count(len(one.token_ids)))
     for request in requests:
         loop.submit(request)
     served = drain(loop)

@@ -193,26 +193,28 @@ def asked_of(count: int, max_tokens: int = 4) -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "memory", "pages"), [("olmoe", 1.0, None), ("olmoe", 0.6, None), ("gpt_oss", 0.6, 8)]
+    ("kind", "memory", "pages"), [("olmoe", 1.0, None), ("olmoe", 0.6, None), ("gpt_oss", 0.6, 11)]
 )
 def test_greedy_tokens_of_many_rows_are_those_of_each_request_alone(
     kind: str, memory: float, pages: int | None, few_rows: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(places, "PAGE", 16)
-    monkeypatch.setattr(attention, "LONGEST", 16)
+    """With pages of four, of which some come to lie in host memory."""
+    monkeypatch.setattr(places, "PAGE", 4)
+    monkeypatch.setattr(attention, "LONGEST", 4)
     monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
     monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
     model: Any = tiny_model(kind, num_hidden_layers=2)
     asked = asked_of(6)
     alone = {r.id: greedy(model, r.prompt, 4) for r in asked}  # type: ignore[arg-type]
-    tokens = pages and 16 * pages
-    engine = load_fake(model, memory=memory, batch=6, context=24, cache_tokens=tokens).expertflow
+    tokens: Any = {} if pages is None else {"cache_tokens": 4 * pages, "spill_tokens": 96}
+    engine = load_fake(model, memory=memory, batch=6, context=24, **tokens).expertflow
     served = by_id(engine.serve(asked, **SERVED))
     assert {id: result.token_ids for id, result in served.items()} == alone
     assert few_rows
     assert max(few_rows) > 2
     engine.check_integrity()
+    assert (engine.stats().bytes_spilled > 0) == (pages is not None)
     assert engine.stats().tokens >= sum(few_rows)
     assert engine.stats().expert_bytes > 0, "known although the host tier has emptied the store"
     some = greedy(engine.model, asked[0].prompt, 4)  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ from runtime.batch.jobs import Jobs
 from runtime.batch.lengths import Length, mean_tokens, sampled_lengths
 from runtime.batch.sequences import ON_CPU, sized, told
 from runtime.cuda import row_choices as choices
-from runtime.cuda.device_budget import reserved_bytes
+from runtime.cuda.device_budget import device_budget, reserved_bytes
+from runtime.kv.size import page_bytes
+from runtime.kv.storage import StorageSize
 from runtime.serving.batch.rows import Row
 from runtime.serving.batch.settings import BatchSettings
 from runtime.sizing.row_plan import NEAR_BEST, RowChoice, best_choice
@@ -166,3 +168,79 @@ def test_on_a_gpu_the_tokens_are_those_of_the_data_set_or_as_asked_for(
     assert f"in a key/value cache of {chosen.cache_tokens:,} tokens" in capsys.readouterr().err
     asked = sized(settings(context=512, memory="0.5", cache_tokens=4000), 100)
     assert asked.cache_tokens == 4000
+
+
+# ---------------------------------------------------------------------- pages in host memory
+
+
+def spilling(most: int = 1024, host: int = 1 << 40, **options: Any) -> list[RowChoice]:
+    """Choices within a size that has room for a few tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choices, "available_bytes", lambda: host)
+        return choices_of(95 << 20, most, 512, tokens_of=lambda rows: 512 + 64 * rows, **options)
+
+
+@pytest.mark.usefixtures("_measured")
+def test_where_the_gpus_memory_ends_host_memory_holds_the_rest() -> None:
+    near, far = spilling(spill_tokens=0), spilling(spill_tokens=None)
+    assert far[: len(near)] == near
+    assert {choice.spill_tokens for choice in near} == {0}
+    others = far[len(near) :]
+    assert others
+    held = near[-1].cache_tokens or 0
+    assert {choice.cache_tokens for choice in others} == {held}
+    assert all(one.spill_tokens == 512 + 64 * one.rows - held for one in others)
+    assert spilling(spill_tokens=None, host=0) == near, "nothing is free beside the experts"
+
+
+@pytest.mark.usefixtures("_measured")
+def test_spilled_bytes_cross_the_link_beside_the_experts() -> None:
+    source = from_path_on_meta(MODEL, "auto", HubOptions())
+    budget = device_budget(source, 95 << 20, context=512, batch=64, tokens=1024)
+    found = [
+        choices.choice_of(source, budget, StorageSize(64, 512, 1024, spilled), 1e6, 1e7)[0]
+        for spilled in (0, 640)
+    ]
+    added = found[1].link_s - found[0].link_s
+    assert added == pytest.approx(page_bytes(source.model, 640) / 1e6)
+    assert found[0].slots == found[1].slots and found[0].device_s == found[1].device_s
+
+
+@given(st.floats(0, 100), st.floats(0.1, 100), st.floats(0.1, 10), st.integers(1, 8))
+def test_spilling_pays_where_more_experts_cross_than_the_gpu_holds_keys_and_values(
+    missing: float, held: float, each: float, more: int
+) -> None:
+    """Bytes: of the experts without a slot, of the keys and values on the GPU, of a sequence's."""
+    rows = held / each
+    near = RowChoice(1, 1, missing, 0.0)._replace(rows=rows)  # type: ignore[arg-type]
+    far = RowChoice(1, 1, missing + more * each, 0.0)._replace(rows=rows + more)  # type: ignore[arg-type]
+    if missing > 1.001 * held:
+        assert far.tokens_per_s > near.tokens_per_s
+    elif 0 < missing < 0.999 * held:
+        assert far.tokens_per_s < near.tokens_per_s
+
+
+@pytest.mark.usefixtures("_measured")
+def test_a_batch_is_told_what_lies_in_host_memory_and_loads_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.loading.target_device", lambda *_: torch.device("cuda"))
+    best = RowChoice(256, 5, 1.0, 0.1, 4096, 2048)
+    asked: dict[str, Any] = {}
+
+    def only(*_: Any, **options: Any) -> list[RowChoice]:
+        asked.update(options)
+        return [best]
+
+    monkeypatch.setattr(choices, "row_choices", only)
+    chosen = sized(settings(context=512), 100, lambda: [Length(10, 50)] * 3)
+    assert (chosen.batch, chosen.cache_tokens, chosen.spill_tokens) == (256, 4096, 2048)
+    assert "of 4,096 tokens, 2,048 more in host memory, 5 experts" in capsys.readouterr().err
+    assert asked["spill_tokens"] is None
+    sized(settings(context=512, cache_tokens=4000, spill_tokens=99), 100)
+    assert asked["spill_tokens"] == 99
+
+
+def test_spill_tokens_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="spill_tokens=99 without cache_tokens="):
+        settings(spill_tokens=99)

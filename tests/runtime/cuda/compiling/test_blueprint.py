@@ -22,7 +22,7 @@ from tests.helpers.tiny import tiny_model
 from tests.runtime.cuda.compiling.test_switch import FakeProcess, generate
 
 COMPILE = torch.compile
-PAGES: dict[str, Any] = {"batch": 3, "context": 128, "cache_tokens": 256}
+PAGES: dict[str, Any] = {"batch": 3, "context": 128, "cache_tokens": 192, "spill_tokens": 128}
 
 
 class FoundError(Exception):
