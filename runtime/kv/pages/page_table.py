@@ -91,7 +91,10 @@ class PageTable:
         kept = self.count(num_tokens)
         given, self._pages[row] = self._pages[row][kept:], self._pages[row][:kept]
         self._free += [page for page in reversed(given) if page < self.num_pages]
-        self._free_on_host += [page for page in reversed(given) if page >= self.num_pages]
+        away = [page for page in given if page >= self.num_pages]
+        self._free_on_host += reversed(away)
+        if away:  # they are the first: who reads behind a row's end, with others, finds a page
+            self._set(row, kept, [0] * len(away))
         self._num_spilled[row] = min(self._num_spilled[row], kept)
         return num_tokens
 

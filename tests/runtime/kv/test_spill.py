@@ -66,6 +66,8 @@ class Memory:
             away = table.spilled_of(row)
             places_of = [page - table.num_pages for page in table.of(row)]
             assert away == [page for page in places_of if page >= 0] == places_of[: len(away)]
+            behind_N = paged.table_RN[row, len(table.of(row)) :]
+            assert (behind_N < table.num_pages).all(), "whoever reads on reads the device"
             length = len(expected)
             found = paged.row(self.device, row, length, self.host)
             assert found.flatten().tolist() == expected
@@ -129,6 +131,20 @@ def test_the_oldest_page_of_the_row_with_most_goes_and_the_newest_comes_back() -
     assert table.bring_back(0)
     assert table.spilled_of(0) == [0] and not table.bring_back(1)
     assert table.cut(0, PAGE - 1) == 0 and table.num_spilled == 0
+
+
+def test_behind_the_end_of_a_row_that_had_pages_in_host_memory_is_the_device() -> None:
+    """Prompts of about one length attend together: the shorter ones are read beyond their end."""
+    memory = Memory(5, 4)
+    table = memory.table
+    assert table.grow(0, 3 * PAGE)
+    memory.write(0, 3 * PAGE)
+    assert table.spill(2, {0: 3})
+    memory.settle()
+    table.cut(0)
+    assert table.grow(0, PAGE) and table.grow(1, 3 * PAGE)
+    both = table.sent_to(CPU).copies(memory.device, torch.tensor([0, 1]), 3 * PAGE)
+    assert both.shape == (2, 1, 3 * PAGE, 1)
 
 
 def spilling(model: Any, num_pages: int = 10, num_host_pages: int = 12) -> RowCache:
