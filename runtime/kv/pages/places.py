@@ -62,8 +62,8 @@ class Paged:
     """Every row in pages.
 
     table_RN: int32, the page of each row's first positions, of its next ones, and so on; any page
-    of the device where the row has none. page: positions of each. spilled_of: tells of a row the places in host
-    memory of its first pages, those that lie there.
+    of the device where the row has none. page: positions of each. spilled_of: tells of a row the
+    places in host memory of its first pages, those that lie there.
     """
 
     def __init__(

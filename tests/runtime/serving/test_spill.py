@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from runtime.engine.engine import Engine
 from runtime.kv.pages import places
+from runtime.kv.pages.places import Places, Spilled
 from runtime.kv.storage import Storage
 from runtime.serving.model_runner import ModelRunner
 from runtime.serving.request import Request, Result
@@ -97,6 +100,37 @@ def test_tokens_are_those_of_each_request_alone_and_nobody_is_parked_where_host_
     assert (table.num_free, table.num_spilled) == (table.num_pages, 0)
     assert engine.stats().bytes_spilled > before
     assert "of keys and values read in host memory" in engine.report()
+
+
+def attend_singles(
+    query: Tensor, keys: Tensor, values: Tensor, rows_B: Tensor, positions_B: Tensor,
+    paged: Places, _real: Any, spilled: Spilled | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Single tokens beside prompts, as a GPU has them: [1, B, heads, width]."""
+    outputs = []
+    far_keys, far_values = spilled or (None, None)
+    at = zip(query[0].unbind(1), rows_B.tolist(), positions_B.tolist(), strict=True)
+    for query_HD, row, position in at:
+        key_GCD = paged.row(keys, row, position + 1, far_keys)[0]
+        value_GCD = paged.row(values, row, position + 1, far_values)[0]
+        query_GMD = query_HD.view(len(key_GCD), -1, query_HD.shape[-1]) * kwargs["scaling"]
+        share_GMC = (query_GMD @ key_GCD.mT).softmax(-1)
+        outputs.append((share_GMC @ value_GCD).flatten(0, 1))
+    return torch.stack(outputs)[None]
+
+
+def test_prompts_of_other_lengths_attend_together_in_rows_that_had_pages_in_host_memory(
+    engine: Engine,
+) -> None:
+    loop = loop_of(engine, batch=ROWS, chunk=64, scheduler="fifo")
+    loop._runner.attend_singles = attend_singles
+    lengths = np.random.default_rng(1).integers(2, 24, 40).tolist()
+    for index, length in enumerate(lengths):
+        loop.submit(Request(id=str(index), prompt=[5 + index] * length, max_tokens=5 + length % 20,
+                            ignore_eos=True))  # fmt: skip
+    found, most = served(loop)
+    assert most > 0 and loop.num_failed_steps == 0
+    assert {result.finish for result in found.values()} == {"length"}
 
 
 def test_where_nothing_can_be_spilled_any_more_the_newest_is_parked(
