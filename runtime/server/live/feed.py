@@ -24,7 +24,7 @@ from runtime.serving.async_server import AsyncServer
 MOST_WATCHERS = 64
 INTERVAL = 0.2
 """Seconds between two events at the least, where steps run on a device of their own."""
-INTERVAL_ON_CPU = 0.5
+INTERVAL_ON_CPU = 1.0
 """The same where steps need the cores on which events are made, and mostly drawn too."""
 
 
