@@ -31,7 +31,7 @@ ASKED = {"prompt": "abc", "max_tokens": 40, "ignore_eos": True}
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several events within the short texts of a tiny model."""
-    monkeypatch.setattr(feeds, "INTERVAL_ON_CPU", 0.2)
+    monkeypatch.setattr(feeds, "INTERVAL_ON_CPU", 0.02)
 
 
 def complete(address: str, **fields: Any) -> None:
