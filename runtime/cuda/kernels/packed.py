@@ -54,15 +54,35 @@ def second_of(word):
 
 
 @triton.jit
+def first_bits(word):
+    """The bits of the first weight of a word, int16."""
+    return word.to(tl.int16)
+
+
+@triton.jit
+def second_bits(word):
+    """The bits of the second weight of a word, int16."""
+    return (word >> 16).to(tl.int16)
+
+
+@triton.jit
 def first_half(word):
     """The first weight of a word, in bfloat16."""
-    return word.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return first_bits(word).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def second_half(word):
     """The second weight of a word, in bfloat16."""
-    return (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return second_bits(word).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def side_by_side(w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7):
+    """Every eighth entry from 0, 1, ... on, as [..., 2, 2, 2]: side by side when it is reshaped."""
+    even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
+    odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
+    return tl.join(even, odd)
 
 
 @triton.jit

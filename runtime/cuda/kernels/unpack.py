@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime.cuda.kernels.coded import Code
 from runtime.cuda.kernels.coded.decoding import FP8, weights_of
 from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
-from runtime.cuda.kernels.packed import base_at, packed_at, patches_in, words
+from runtime.cuda.kernels.packed import base_at, packed_at, patches_in, side_by_side, words
 from runtime.cuda.kernels.unpacked import record_elements
 
 
@@ -75,9 +75,7 @@ def weights_in_turn(words, scale, zero, CODE: tl.constexpr, DTYPE: tl.constexpr)
     w_3, w_7 = weights_of(words, 3, scale, zero, CODE.kind, CODE.product, DTYPE, True)
     if CODE.kind == FP8:  # whose pairs are (0, 2), (1, 3), (4, 6), (5, 7)
         w_2, w_3, w_4, w_5, w_6, w_7 = w_4, w_5, w_2, w_3, w_6, w_7
-    even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
-    odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
-    return tl.join(even, odd)
+    return side_by_side(w_0, w_1, w_2, w_3, w_4, w_5, w_6, w_7)
 
 
 @triton.jit(do_not_specialize_on_alignment=["picked"])

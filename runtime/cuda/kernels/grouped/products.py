@@ -12,6 +12,19 @@ from runtime.cuda.kernels.unpacked import record_elements, tile_of
 
 
 @triton.jit
+def tile_at(tiles, number):
+    """The first row of a tile, its number of rows, and its slot."""
+    tile = tiles + number * 3
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2).to(tl.int64)
+
+
+@triton.jit
+def bias_of(bias, rows_N, mask_N):
+    """The bias of some rows of a matrix, float32 [1, N]."""
+    return tl.load(bias + rows_N, mask=mask_N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def zeros_of(M: tl.constexpr, N: tl.constexpr, TURNED: tl.constexpr):
     """Sums of a tile [M, N], or [N, M] where it is turned."""
     return tl.zeros([N, M] if TURNED else [M, N], tl.float32)
@@ -52,8 +65,7 @@ def grouped_gate_up(
     number = tl.load(starts + group) + tl.program_id(0)
     if number >= tl.load(starts + group + 1):
         return
-    first, count = tl.load(tiles + number * 3), tl.load(tiles + number * 3 + 1)
-    slot = tl.load(tiles + number * 3 + 2).to(tl.int64)
+    first, count, slot = tile_at(tiles, number)
     block, stored = slots + slot * record_elements(slots, STORED), units + slot * STORED
     row_M = first + tl.arange(0, BLOCK_M)
     mask_M = tl.arange(0, BLOCK_M) < count
@@ -64,8 +76,7 @@ def grouped_gate_up(
     gate_row_N = 2 * column_N if ALTERNATING else column_N
     up_row_N = 2 * column_N + 1 if ALTERNATING else W + column_N
     base = base_at(stored, UP, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
-    gate = zeros_of(BLOCK_M, BLOCK_N, TURNED)
-    up = zeros_of(BLOCK_M, BLOCK_N, TURNED)
+    gate, up = zeros_of(BLOCK_M, BLOCK_N, TURNED), zeros_of(BLOCK_M, BLOCK_N, TURNED)
     for start in range(0, H, BLOCK_K):
         x_MK = tile_of(x, token_M, mask_M, start + tl.arange(0, BLOCK_K), H)
         gate_NK = weights_of_rows(
@@ -93,10 +104,8 @@ def grouped_gate_up(
                 up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
             )  # fmt: skip
     if HAS_BIAS:
-        gate_bias = tl.load(block + UP_BIAS + gate_row_N, mask=mask_N, other=0.0)
-        up_bias = tl.load(block + UP_BIAS + up_row_N, mask=mask_N, other=0.0)
-        gate_MN += gate_bias.to(tl.float32)[None, :]
-        up_MN += up_bias.to(tl.float32)[None, :]
+        gate_MN += bias_of(block + UP_BIAS, gate_row_N, mask_N)
+        up_MN += bias_of(block + UP_BIAS, up_row_N, mask_N)
     h_MN = activate(gate_MN, up_MN, ACT).to(h.dtype.element_ty)
     to_MN = row_M.to(tl.int64)[:, None] * W + column_N[None, :]
     tl.store(h + to_MN, h_MN, mask=mask_M[:, None] & mask_N[None, :])
@@ -114,8 +123,7 @@ def grouped_down(
     number = tl.load(starts + group) + tl.program_id(0)
     if number >= tl.load(starts + group + 1):
         return
-    first, count = tl.load(tiles + number * 3), tl.load(tiles + number * 3 + 1)
-    slot = tl.load(tiles + number * 3 + 2).to(tl.int64)
+    first, count, slot = tile_at(tiles, number)
     block, stored = slots + slot * record_elements(slots, STORED), units + slot * STORED
     row_M = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_M = tl.arange(0, BLOCK_M) < count
@@ -138,8 +146,7 @@ def grouped_down(
             BLOCK_N,
         )  # fmt: skip
     if HAS_BIAS:
-        bias_N = tl.load(block + DOWN_BIAS + column_N, mask=mask_N, other=0.0)
-        y_MN += bias_N.to(tl.float32)[None, :]
+        y_MN += bias_of(block + DOWN_BIAS, column_N, mask_N)
     pair_M = tl.load(order + row_M, mask=mask_M, other=0).to(tl.int64)
     to_MN = pair_M[:, None] * H + column_N[None, :]
     tl.store(y + to_MN, y_MN.to(y.dtype.element_ty), mask=mask_M[:, None] & mask_N[None, :])

@@ -11,14 +11,22 @@ import triton.language as tl
 
 from runtime.cuda.kernels.coded.decoding import BF16, INT4, INTERPRETED, MXFP4, spread_e2m1
 from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
-from runtime.cuda.kernels.packed import first_half, packed_tile, second_half, words
+from runtime.cuda.kernels.packed import (
+    first_bits,
+    first_half,
+    packed_tile,
+    second_bits,
+    second_half,
+    side_by_side,
+    words,
+)
 from runtime.cuda.kernels.unpack import based, weights_in_turn
 from runtime.cuda.kernels.unpacked import tile_of
 
 TWO_MINUS_ZEROS = tl.constexpr(-2147450880)  # 0x80008000
-TWO_ONES, TWO_MINUS_ONES = tl.constexpr(0x3F803F80), tl.constexpr(-1082081408)
-TWO_128, TWO_MINUS_128 = tl.constexpr(0x43004300), tl.constexpr(-1023360256)
-TWO_MINUS_136 = tl.constexpr(-1022835960)
+TWO_ONES, TWO_MINUS_ONES = tl.constexpr(0x3F803F80), tl.constexpr(-1082081408)  # 0xBF80BF80
+TWO_128, TWO_MINUS_128 = tl.constexpr(0x43004300), tl.constexpr(-1023360256)  # 0xC300C300
+TWO_MINUS_136 = tl.constexpr(-1022835960)  # 0xC308C308
 TWO_2_TO_THE_127 = tl.constexpr(0x7F007F00)
 
 
@@ -48,19 +56,6 @@ def times_two_to_the(base, word):
 
 
 @triton.jit
-def halves_of(word):
-    """Both halves of an int32, side by side: int16 [..., 2]."""
-    return tl.join(word.to(tl.int16), (word >> 16).to(tl.int16))
-
-
-@triton.jit
-def in_order(w_04, w_15, w_26, w_37):
-    """Eight weights side by side, int16 [..., 2, 2, 2], from words of two that are four apart."""
-    even = tl.join(halves_of(w_04), halves_of(w_26))
-    return tl.join(even, tl.join(halves_of(w_15), halves_of(w_37)))
-
-
-@triton.jit
 def packed_weights(
     units, rows_N, mask_N, start, base, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,13 +67,11 @@ def packed_weights(
     w_13 = times_two_to_the(base, words(low, codes, 1))
     w_46 = times_two_to_the(base, words(low, codes, 2))
     w_57 = times_two_to_the(base, words(low, codes, 3))
-    w_0, w_4 = first_half(w_02), first_half(w_46)
-    w_2, w_6 = second_half(w_02), second_half(w_46)
-    w_1, w_5 = first_half(w_13), first_half(w_57)
-    w_3, w_7 = second_half(w_13), second_half(w_57)
-    even = tl.join(tl.join(w_0, w_4), tl.join(w_2, w_6))
-    odd = tl.join(tl.join(w_1, w_5), tl.join(w_3, w_7))
-    return tl.reshape(tl.join(even, odd), (N, BLOCK_K))
+    weights = side_by_side(
+        first_half(w_02), first_half(w_13), second_half(w_02), second_half(w_13),
+        first_half(w_46), first_half(w_57), second_half(w_46), second_half(w_57),
+    )  # fmt: skip
+    return tl.reshape(weights, (N, BLOCK_K))
 
 
 @triton.constexpr_function
@@ -136,9 +129,13 @@ def coded_weights(
     scale, zero = scales_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
     if rounds_once(CODE.kind, CODE.scale, CODE.product, DTYPE) and not INTERPRETED:
         scales, zeros = two_of(scale), two_of(zero)
-        weights = in_order(
-            weight_pair(words, 0, scales, zeros, CODE), weight_pair(words, 1, scales, zeros, CODE),
-            weight_pair(words, 2, scales, zeros, CODE), weight_pair(words, 3, scales, zeros, CODE),
+        w_04 = weight_pair(words, 0, scales, zeros, CODE)
+        w_15 = weight_pair(words, 1, scales, zeros, CODE)
+        w_26 = weight_pair(words, 2, scales, zeros, CODE)
+        w_37 = weight_pair(words, 3, scales, zeros, CODE)
+        weights = side_by_side(
+            first_bits(w_04), first_bits(w_15), first_bits(w_26), first_bits(w_37),
+            second_bits(w_04), second_bits(w_15), second_bits(w_26), second_bits(w_37),
         )  # fmt: skip
         weights_NK = tl.reshape(weights, (N, BLOCK_K)).to(DTYPE, bitcast=True)
     else:

@@ -15,6 +15,17 @@ export function fitted(canvas, width, height) {
   return pen;
 }
 
+// Keep owner.width, that of the space around a canvas, and draw anew where it changes.
+export function followWidth(owner, canvas) {
+  owner.width = canvas.parentElement.clientWidth;
+  new ResizeObserver(([{ contentRect }]) => {
+    const width = Math.round(contentRect.width);
+    if (width === owner.width) return;
+    owner.width = width;
+    owner.draw();
+  }).observe(canvas.parentElement);
+}
+
 // The nearest edge between two pixels of the screen, in CSS pixels.
 export function snapped(value) {
   const scale = window.devicePixelRatio || 1;

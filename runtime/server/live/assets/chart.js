@@ -1,6 +1,6 @@
 // A chart of two lines: this cache, and LRU beside it.
 
-import { colour, fitted } from "./canvas.js";
+import { colour, fitted, followWidth } from "./canvas.js";
 
 const HEIGHT = 150;
 const SPACE = { left: 54, right: 6, top: 8, bottom: 6 };
@@ -10,14 +10,8 @@ export class Chart {
   // format: of the axis. most: the axis's end where it is fixed.
   constructor(canvas, { format, most }) {
     Object.assign(this, { canvas, format, most, room: MOST, cursor: null });
-    this.width = canvas.parentElement.clientWidth;
+    followWidth(this, canvas);
     this.clear();
-    new ResizeObserver(([{ contentRect }]) => {
-      const width = Math.round(contentRect.width);
-      if (width === this.width) return;
-      this.width = width;
-      this.draw();
-    }).observe(canvas.parentElement);
   }
 
   clear() {

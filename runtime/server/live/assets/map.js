@@ -1,6 +1,6 @@
 // The map: a row a layer, a cell an expert.
 
-import { colour, fitted, snapped } from "./canvas.js";
+import { colour, fitted, followWidth, snapped } from "./canvas.js";
 
 const LABELS = 26;
 const FADE = 0.7;
@@ -32,13 +32,7 @@ export class ExpertMap {
     this.layers = this.experts = 0;
     canvas.addEventListener("pointermove", (event) => this.point(event));
     canvas.addEventListener("pointerleave", () => { this.told.textContent = "\u00a0"; });
-    this.width = canvas.parentElement.clientWidth;
-    new ResizeObserver(([{ contentRect }]) => {
-      const width = Math.round(contentRect.width);
-      if (width === this.width) return;
-      this.width = width;
-      this.draw();
-    }).observe(canvas.parentElement);
+    followWidth(this, canvas);
   }
 
   shape(layers, experts) {
