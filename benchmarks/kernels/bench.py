@@ -81,7 +81,9 @@ class Bench(Clock):
             forms["plain "] = Products(block.plain, self._weights_EN, self._layout), block.plain
         for form, (products, stored) in forms.items():
             used = Tiling.of(num_tokens * self._top_k, self._num_experts, stored).tiles
-            for name, tile, launch, matrices in self._launches(products, x_TH, routes, used):
+            is_plain = stored.is_plain
+            launches = self._launches(products, x_TH, routes, used, is_plain=is_plain)
+            for name, tile, launch, matrices in launches:
                 in_use = tile == (used.gate_up if matrices == 2 else used.down)
                 yield self._timed(
                     form + name, num_tokens, str(tuple(tile)), in_use, self._seconds(launch),
@@ -89,25 +91,29 @@ class Bench(Clock):
                 )  # fmt: skip
 
     def _launches(
-        self, products: Products, x_TH: torch.Tensor, routes: Routes, used: Tiles
+        self,
+        products: Products,
+        x_TH: torch.Tensor,
+        routes: Routes,
+        used: Tiles,
+        *,
+        is_plain: bool,
     ) -> Iterator[tuple[str, Tile, Callable[[], None], int]]:
         """Both products in every candidate's tiles, with the matrices that they read."""
         num_pairs = routes.experts_TK.numel()
         work = Work.of(num_pairs, self._num_experts, self._layout, self._device)
         counts_E = torch.zeros(self._num_experts, dtype=torch.int32, device=self._device)
         slots_E = torch.arange(self._num_experts, dtype=torch.int32, device=self._device)
-        for tile in self._tiles(used.rows, used.gate_up):
+        x_TH = products.arranged(x_TH)
+        for tile in tiles(used.rows, used.gate_up, is_plain=is_plain):
             sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
             most = most_tiles(num_pairs, self._num_experts, tile.rows)
             args = x_TH, self._top_k, work, tile, 0, most
             yield "grouped_gate_up", tile, partial(products.run_gate_up, *args), 2
-        for tile in self._tiles(used.rows, used.down):
+        for tile in tiles(used.rows, used.down, is_plain=is_plain):
             sort(routes.experts_TK, work, counts_E, slots_E, self._num_experts, tile.rows)
             most = most_tiles(num_pairs, self._num_experts, tile.rows)
             yield "grouped_down", tile, partial(products.run_down, work, tile, 0, most), 1
-
-    def _tiles(self, rows: int, in_use: Tile) -> list[Tile]:
-        return tiles(rows, in_use)
 
     def _unpacking(self, num_tokens: int, num_used: int) -> Iterator[TimedKernel]:
         """Unpacking, which comes before the products of prompts that are long."""

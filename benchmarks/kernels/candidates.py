@@ -10,24 +10,36 @@ from runtime.cuda.decode.experts.blocks import LEAST_COLUMNS, Blocks
 from runtime.cuda.memory.kernel_layout import KernelLayout
 from runtime.cuda.prefill.tiling import Tile
 
-LOW = [
-    Tile(32, 64, turned=True), Tile(32, 64, 128, turned=True), Tile(32, 64, 128),
-    Tile(32, 128, warps=8, turned=True), Tile(32, 64, stages=4, turned=True),
-]  # fmt: skip
-MIDDLE = [
-    Tile(64, 64), Tile(64, 64, turned=True), Tile(64, 64, 128, turned=True), Tile(64, 128, warps=8),
-    Tile(64, 128, turned=True), Tile(64, 64, stages=4),
-]  # fmt: skip
-HIGH = [
-    Tile(128, 64, turned=True), Tile(128, 64, warps=8), Tile(128, 128, warps=8),
-    Tile(128, 128, warps=8, turned=True), Tile(128, 128, 32, warps=8, stages=4, turned=True),
-]  # fmt: skip
+PLAIN = {
+    32: [
+        Tile(32, 64, turned=True), Tile(32, 64, 128, turned=True), Tile(32, 64, 128),
+        Tile(32, 128, warps=8, turned=True), Tile(32, 64, stages=4, turned=True),
+    ],
+    64: [
+        Tile(64, 64), Tile(64, 64, turned=True), Tile(64, 64, 128, turned=True),
+        Tile(64, 128, warps=8), Tile(64, 128, turned=True), Tile(64, 64, stages=4),
+    ],
+    128: [
+        Tile(128, 64, turned=True), Tile(128, 64, warps=8), Tile(128, 128, warps=8),
+        Tile(128, 128, warps=8, turned=True), Tile(128, 128, 32, warps=8, stages=4, turned=True),
+    ],
+}  # fmt: skip
+"""Tiles by their rows."""
+STORED = {
+    rows: [
+        Tile(rows, columns, inner, warps=columns // 16, stages=stages, turned=True)
+        for columns, inner, stages in product((64, 128), (64, 128, 256), (2, 3))
+        if (rows + columns) * inner * stages <= 192 * 128 * 3
+    ]
+    for rows in PLAIN
+}
+"""The same where weights are decoded."""
 
 
-def tiles(rows: int, in_use: Tile) -> list[Tile]:
+def tiles(rows: int, in_use: Tile, *, is_plain: bool) -> list[Tile]:
     """Candidates for a grouped product of `rows` rows a tile, the one in use first."""
-    near = LOW if rows <= 32 else MIDDLE if rows <= 64 else HIGH
-    return list(dict.fromkeys([in_use, *near]))
+    known = PLAIN if is_plain else STORED
+    return list(dict.fromkeys([in_use, *known[rows]]))
 
 
 def blocks(kernel: str, in_use: Blocks, layout: KernelLayout) -> list[Blocks]:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.common.encodings import ENCODINGS
 from benchmarks.kernels.bench import Bench
-from benchmarks.kernels.candidates import coded_blocks
+from benchmarks.kernels.candidates import coded_blocks, tiles
 from benchmarks.kernels.random_parts import fill
 from benchmarks.kernels.report import TimedKernel
 from runtime.cuda.decode.experts.blocks import Blocks
@@ -148,7 +148,8 @@ class CodedBench(Bench):
 
     def _grouped_tiles(self, kernel: str, num_tokens: int) -> list[Tile]:
         used = Tiling.of(num_tokens * self._top_k, self._num_experts, self._block).tiles
-        return self._tiles(used.rows, used.gate_up if kernel == GROUPED[0] else used.down)
+        in_use = used.gate_up if kernel == GROUPED[0] else used.down
+        return tiles(used.rows, in_use, is_plain=False)
 
     def jobs(self, batches: list[int], prompts: list[int]) -> Iterator[tuple[str, int, int]]:
         """The arguments of every `compile`."""

@@ -13,8 +13,8 @@ EXPERTS, MODEL, PLAN, OTHER = "experts", "attention, dense", "plan", "other"
 WAITING = "waiting for link or CPU"
 
 KERNELS = {
-    EXPERTS: r"^(gate_up|gate_up_of_one|down|join|grouped_gate_up|grouped_down|combine|unpack|"
-    r"decode|copy_behind)$|grouped_mm|groupproblem",
+    EXPERTS: r"^(gate_up|gate_up_of_one|down|join|arrange|grouped_gate_up|grouped_down|combine|"
+    r"unpack|decode|copy_behind)$|grouped_mm|groupproblem",
     PLAN: r"^(plan|pick|halt|sort_pairs)$",
     WAITING: r"^collect$",
     PREFETCHED: r"^fetch$",

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from runtime.cuda.memory.expert_block import ExpertBlock
 from runtime.cuda.memory.kernel_layout import KernelLayout
-from runtime.cuda.prefill.products import Products, Work, sort
+from runtime.cuda.prefill.products import Products, Work, arranged, sort
 from runtime.cuda.prefill.tiling import Tiles, heights_for, most_tiles
 from runtime.weights.encodings.coded import part_name
 from runtime.weights.encodings.encoding import CODES, SCALES, Encoding
@@ -75,13 +75,14 @@ def columns_of(block: ExpertBlock, slots_EN: Tensor, tiles: Tiles, expert: int) 
     counts_E = torch.zeros(EXPERTS, dtype=torch.int32, device="cuda")
     slots_E = torch.arange(EXPERTS, dtype=torch.int32, device="cuda")
     sort(ids_TK, work, counts_E, slots_E, EXPERTS, tiles.rows)
-    work.h_PW.copy_(torch.eye(LAYOUT.width))
-    most = most_tiles(LAYOUT.width, EXPERTS, tiles.rows)
-    Products(block, slots_EN, LAYOUT).run_down(work, tiles.down, 0, most)
+    products = Products(block, slots_EN, LAYOUT)
+    units_PW = torch.eye(LAYOUT.width, dtype=BF16, device="cuda")
+    work.h_PW.copy_(arranged(units_PW, products.h_order))
+    products.run_down(work, tiles.down, 0, most_tiles(LAYOUT.width, EXPERTS, tiles.rows))
     return work.y_PH
 
 
-@pytest.mark.parametrize("height", range(3))
+@pytest.mark.parametrize("height", range(2))
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_weights_decoded_in_registers_have_the_bits_of_torch(name: str, height: int) -> None:
     torch.manual_seed(0)

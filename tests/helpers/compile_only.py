@@ -234,6 +234,7 @@ class Kernels:
         sort(experts_TK, work, numbers_E, numbers_E, size.num_experts, LEAST_ROWS)
         for stored, slots_SN in (block, self.slots_SN), (block.plain, workspace_RN):
             products = Products(stored, slots_SN, self.layout)
+            products.arranged(x_TH)
             for tiles in heights_for(stored)[chosen]:
                 products.run(x_TH, size.top_k, work, tiles, 0, 8)
         weights_TK = torch.zeros(64, size.top_k, dtype=torch.bfloat16)

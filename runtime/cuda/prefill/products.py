@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from routing.layers import Routes
+from runtime.cuda.kernels.grouped.columns import NATURAL, arrange, order_of
 from runtime.cuda.kernels.grouped.products import combine, grouped_down, grouped_gate_up
 from runtime.cuda.kernels.grouped.sorting import sort_pairs
 from runtime.cuda.memory.expert_block import ExpertBlock
@@ -43,6 +44,7 @@ class Work(NamedTuple):
     starts_G: Tensor
     """int32"""
     h_PW: Tensor
+    """As long as any order of columns takes."""
     y_PH: Tensor
 
     @staticmethod
@@ -54,7 +56,7 @@ class Work(NamedTuple):
             torch.empty(num_pairs, **numbers),
             torch.empty(most, 3, **numbers),
             torch.empty(num_experts + 1, **numbers),
-            torch.empty(num_pairs, layout.width, dtype=layout.dtype, device=device),
+            torch.empty(num_pairs, _longest(layout.width), dtype=layout.dtype, device=device),
             torch.empty(num_pairs, layout.hidden, dtype=layout.dtype, device=device),
         )
 
@@ -65,18 +67,26 @@ class Products:
     def __init__(self, block: ExpertBlock, slots_SN: Tensor, layout: KernelLayout) -> None:
         self._units_SN, self._slots_SN = slots_SN, slots_SN.view(layout.dtype)
         self._hidden, self._width = layout.hidden, layout.width
-        self._gate_up = gate_up_constants(block, layout)
-        self._down = down_constants(block, layout)
+        gate_up, down = gate_up_constants(block, layout), down_constants(block, layout)
+        self._order = order_of(block.patches, gate_up["CODE"])
+        self.h_order = order_of(block.patches, down["CODE"])
+        """Of the columns between the products."""
+        self._gate_up = gate_up | {"ORDER": self._order, "H_ORDER": self.h_order}
+        self._down = down | {"ORDER": self.h_order}
+
+    def arranged(self, x_TH: Tensor) -> Tensor:
+        """Some rows, their columns in the order in which the first product decodes its weights."""
+        return arranged(x_TH, self._order)
 
     def run(self, x_TH: Tensor, top_k: int, work: Work, tiles: Tiles, group: int, num: int) -> None:
-        """Both products of one group of `work`, of `num` tiles at most."""
+        """Both products of one group of `work`, of `num` tiles at most. x: as `arranged`."""
         self.run_gate_up(x_TH, top_k, work, tiles.gate_up, group, num)
         self.run_down(work, tiles.down, group, num)
 
     def run_gate_up(
         self, x_TH: Tensor, top_k: int, work: Work, tile: Tile, group: int, num: int
     ) -> None:
-        """The first product."""
+        """The first product, of x as `arranged`."""
         grouped_gate_up[(num, triton.cdiv(self._width, tile.columns))](
             x_TH, work.order_P, work.h_PW, self._slots_SN, self._units_SN, work.tiles_N3,
             work.starts_G, group, K=top_k, **self._gate_up, **_sizes(tile),
@@ -88,6 +98,24 @@ class Products:
             work.h_PW, work.order_P, work.y_PH, self._slots_SN, self._units_SN, work.tiles_N3,
             work.starts_G, group, **self._down, **_sizes(tile),
         )  # fmt: skip
+
+
+def arranged(x_TH: Tensor, order: int) -> Tensor:
+    """Rows with their columns in one of the orders of `grouped.columns`."""
+    if order == NATURAL.value:
+        return x_TH
+    num_rows, columns = x_TH.shape
+    to_TH = torch.empty(num_rows, _longest(columns), dtype=x_TH.dtype, device=x_TH.device)
+    block = min(1024, triton.next_power_of_2(to_TH.shape[1]))
+    arrange[(num_rows, triton.cdiv(to_TH.shape[1], block))](
+        x_TH, to_TH, H=columns, ORDER=order, BLOCK=block
+    )
+    return to_TH
+
+
+def _longest(columns: int) -> int:
+    """The length of rows in any order."""
+    return -(-columns // 64) * 64
 
 
 def _sizes(tile: Tile) -> dict[str, int]:

@@ -16,8 +16,8 @@ from runtime.cuda.memory.expert_block import ExpertBlock
 
 MOST_DECODED_ROWS = 256
 """Mean rows of an expert up to which weights are decoded in the products. Of a layer of 64 experts
-of 6.3 million weights, an H200 takes 0.53 ms for 256 rows each where they are plain, 0.79 in mxfp4,
-1.4 packed or in fp8; unpacking them first costs 0.3 ms of memory traffic, and three launches for
+of 6.3 million weights, an H200 takes 0.53 ms for 256 rows each where they are plain, 0.85 in mxfp4,
+1.3 packed or in fp8; unpacking them first costs 0.3 ms of memory traffic, and three launches for
 as many experts as the workspace holds."""
 
 
@@ -49,32 +49,29 @@ class Tiles(NamedTuple):
 
 
 Heights = tuple[Tiles, ...]
-"""Ascending. Rows are about twice an expert's mean: a second tile decodes all weights again."""
-LOW, MIDDLE = 24, 96
+"""Ascending. By `benchmarks.kernels` on an H200, within the memory of smaller GPUs."""
 PLAIN: Heights = (
-    Tiles(LOW, Tile(32, 64, turned=True), Tile(32, 64, turned=True)),
-    Tiles(MIDDLE, Tile(64, 64), Tile(64, 64)),
+    Tiles(24, Tile(32, 64, turned=True), Tile(32, 64, turned=True)),
+    Tiles(96, Tile(64, 64), Tile(64, 64)),
     Tiles(math.inf, Tile(128, 64, warps=8), Tile(128, 128, warps=8)),
 )
-"""By `benchmarks.kernels` on an H200, within the memory of smaller GPUs; so the others."""
-PACKED: Heights = (
-    Tiles(LOW, Tile(32, 64, 128, turned=True), Tile(32, 64, 128, turned=True)),
-    Tiles(MIDDLE, Tile(64, 64), Tile(64, 64)),
-    Tiles(math.inf, Tile(128, 64, turned=True), Tile(128, 64, turned=True)),
+STORED: Heights = (
+    Tiles(40, Tile(32, 64, 128, turned=True), Tile(32, 64, 128, turned=True)),
+    Tiles(math.inf, Tile(64, 64, 128, turned=True), Tile(64, 64, 128, turned=True)),
 )
+"""Where weights are decoded. Higher tiles decode them less often, but lack registers."""
 CODED: Heights = (
-    Tiles(LOW, Tile(32, 64, turned=True), Tile(32, 64, turned=True)),
-    Tiles(MIDDLE, Tile(64, 64, turned=True), Tile(64, 64, turned=True)),
-    Tiles(math.inf, Tile(128, 64, turned=True), Tile(128, 64, turned=True)),
+    STORED[0],
+    Tiles(math.inf, STORED[1].gate_up, Tile(64, 128, 128, warps=8, turned=True)),
 )
-LEAST_ROWS = min(heights[0].rows for heights in (PLAIN, PACKED, CODED))
+LEAST_ROWS = min(heights[0].rows for heights in (PLAIN, STORED))
 
 
 def heights_for(block: ExpertBlock) -> Heights:
     """The tiles for weights as blocks store them."""
     if block.is_plain:
         return PLAIN
-    return PACKED if block.patches else CODED
+    return STORED if block.patches else CODED
 
 
 class Tiling(NamedTuple):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 NAMES = {
     "plan", "pick", "fetch", "halt", "gate_up", "down", "join", "unpack", "grouped_gate_up",
     "grouped_down", "combine", "attend_blocks", "join_blocks", "write_tokens", "gather", "project",
-    "gate_up_of_one", "sort_pairs",
+    "gate_up_of_one", "sort_pairs", "arrange",
 }  # fmt: skip
 LEAST_SHARED = 99 << 10
 """Bytes of shared memory that a program may take on a consumer's GPU (8.6, 8.9, 12.0)."""

@@ -57,13 +57,19 @@ def words_of(
 
 
 @triton.jit
-def scale_at(block, rows_N, mask_N, column_G, WIDTH: tl.constexpr, CODE: tl.constexpr):
-    """Scales (half of them for mxfp4) and zeros of some rows and columns: [N, G] in float32."""
+def scale_at(
+    block, rows_N, mask_N, column_G, WIDTH: tl.constexpr, CODE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Scales (half of them for mxfp4) and zeros of some rows and columns: [N, G] in float32.
+
+    WIDE: a thread loads neighbours together; else those of its own words.
+    """
     COLUMNS: tl.constexpr = (WIDTH + CODE.columns - 1) // CODE.columns
     row_N = rows_N if CODE.kind == NVFP4 else rows_N // CODE.rows
     mask_NG = mask_N[:, None] & (column_G < COLUMNS)[None, :]
     at_NG = row_N[:, None] * COLUMNS + column_G[None, :]
-    at_NG = tl.max_contiguous(at_NG, [1, 1])  # a thread loads the scales of its own words
+    if not WIDE:
+        at_NG = tl.max_contiguous(at_NG, [1, 1])
     scale_NG = tl.load(
         part_at(block, CODE.scales, dtype_of(CODE.scale)) + at_NG, mask=mask_NG, other=0
     )
@@ -93,7 +99,7 @@ def scales_of(
     C: tl.constexpr = CODE.columns
     if C >= WIDTH or C % (8 * J) == 0:
         column_G = tl.zeros([1], tl.int32) if C >= WIDTH else group_G // (C // (8 * J))
-        scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE)
+        scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE, False)
         scale_NGJ, zero_NGJ = scale_NG[:, :, None], zero_NG[:, :, None]
     else:
         SHARES: tl.constexpr = 8 * J // C
@@ -102,7 +108,7 @@ def scales_of(
         zero_NGJ = scale_NGJ
         for share in tl.static_range(SHARES):
             column_G = group_G * SHARES + share
-            scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE)
+            scale_NG, zero_NG = scale_at(block, rows_N, mask_N, column_G, WIDTH, CODE, False)
             scale_NGJ = tl.where(share_J == share, scale_NG[:, :, None], scale_NGJ)
             zero_NGJ = tl.where(share_J == share, zero_NG[:, :, None], zero_NGJ)
     return scale_NGJ, zero_NGJ

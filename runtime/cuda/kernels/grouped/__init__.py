@@ -1,7 +1,9 @@
 """Matrix products of many tokens with many experts, out of slots: one launch for all.
 
 sorting    pairs (token, expert) sorted by expert, and the tiles of their products
+columns    orders of columns, as weights are decoded
 weights    tiles of weights, decoded in registers from whatever a block stores
+patches    what packed weights leave out
 products   the two products, and the sum over a token's experts
 
 A tile is a stretch of one expert's rows. A launch runs the tiles of a group of experts:

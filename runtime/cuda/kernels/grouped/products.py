@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 
 from runtime.cuda.kernels.gate_up import RELU2, activate
-from runtime.cuda.kernels.grouped.weights import weights_of_rows
-from runtime.cuda.kernels.packed import add_patches, base_at
-from runtime.cuda.kernels.unpacked import record_elements, tile_of
+from runtime.cuda.kernels.grouped.columns import columns_of, length_of, parts_of, place_of
+from runtime.cuda.kernels.grouped.patches import add_patches
+from runtime.cuda.kernels.grouped.weights import base_of, part_of, stored_tile
+from runtime.cuda.kernels.unpacked import record_elements
 
 
 @triton.jit
@@ -41,10 +42,24 @@ def add_product(sums, x_MK, weights_NK, TURNED: tl.constexpr):
 
 
 @triton.jit
-def upright(sums, TURNED: tl.constexpr):
-    """The sums as [M, N]."""
+def finished(
+    sums, x, row_M, mask_M, block, units, row, rows_N, mask_N, BIAS: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, MATRICES: tl.constexpr, PATCHES: tl.constexpr,
+    CHUNK: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, ORDER: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile as [M, N], with patches and bias. SPAN: rows of the matrix, from `row` on,
+    that those of the tile are among.
+    """
     if TURNED:
         sums = tl.trans(sums)
+    if PATCHES > 0:
+        sums = add_patches(
+            sums, x, row_M, mask_M, units, row, rows_N, FIRST, WIDTH, MATRICES, CHUNK, PATCHES,
+            SPAN, ORDER,
+        )  # fmt: skip
+    if HAS_BIAS:
+        sums += bias_of(block + BIAS, rows_N, mask_N)
     return sums
 
 
@@ -55,12 +70,12 @@ def grouped_gate_up(
     PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     W: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr, ALTERNATING: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TURNED: tl.constexpr,
+    TURNED: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr,
 ):  # fmt: skip
     """H [P, W] = act(x W_gate^T) * (x W_up^T). order: int32 [P], token * K + k of each row.
 
-    slots, units: the same memory, in the weights' type and as int16. Grid (tiles, blocks of W);
-    more tiles than the group has do nothing.
+    slots, units: the same memory, in the weights' type and as int16. ORDER: of the columns of x,
+    H_ORDER: of h. Grid (tiles, blocks of W); more tiles than the group has do nothing.
     """
     number = tl.load(starts + group) + tl.program_id(0)
     if number >= tl.load(starts + group + 1):
@@ -75,40 +90,40 @@ def grouped_gate_up(
     mask_N = column_N < W
     gate_row_N = 2 * column_N if ALTERNATING else column_N
     up_row_N = 2 * column_N + 1 if ALTERNATING else W + column_N
-    base = base_at(stored, UP, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    base = base_of(stored, column_N, UP, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    DTYPE: tl.constexpr = slots.dtype.element_ty
     gate, up = zeros_of(BLOCK_M, BLOCK_N, TURNED), zeros_of(BLOCK_M, BLOCK_N, TURNED)
     for start in range(0, H, BLOCK_K):
-        x_MK = tile_of(x, token_M, mask_M, start + tl.arange(0, BLOCK_K), H)
-        gate_NK = weights_of_rows(
+        gate_1, gate_2, gate_3 = stored_tile(
             block, stored, gate_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        gate = add_product(gate, x_MK, gate_NK, TURNED)
         if ACT.kind != RELU2:  # which has no gate: the first product is the only one
-            up_NK = weights_of_rows(
+            up_1, up_2, up_3 = stored_tile(
                 block, stored, up_row_N, mask_N, start, base, UP, H, MATRICES, PATCHES, CODE,
                 BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            up = add_product(up, x_MK, up_NK, TURNED)
-    gate_MN, up_MN = upright(gate, TURNED), upright(up, TURNED)
-    if PATCHES > 0:
-        SPAN: tl.constexpr = 2 * BLOCK_N if ALTERNATING else BLOCK_N
-        UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_N == 0 else SPAN + 1
-        gate_MN = add_patches(
-            gate_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else column,
-            gate_row_N, UP, H, MATRICES, CHUNK, PATCHES, SPAN,
-        )  # fmt: skip
-        if ACT.kind != RELU2:
-            up_MN = add_patches(
-                up_MN, x, token_M, mask_M, stored, 2 * column if ALTERNATING else W + column,
-                up_row_N, UP, H, MATRICES, CHUNK, PATCHES, UP_SPAN,
-            )  # fmt: skip
-    if HAS_BIAS:
-        gate_MN += bias_of(block + UP_BIAS, gate_row_N, mask_N)
-        up_MN += bias_of(block + UP_BIAS, up_row_N, mask_N)
+        for part in tl.static_range(parts_of(ORDER)):
+            x_MK = columns_of(x, token_M, mask_M, start, part, H, ORDER, BLOCK_K)
+            w_NK = part_of(gate_1, gate_2, gate_3, part, PATCHES, CODE, DTYPE, BLOCK_N, BLOCK_K)
+            gate = add_product(gate, x_MK, w_NK, TURNED)
+            if ACT.kind != RELU2:
+                w_NK = part_of(up_1, up_2, up_3, part, PATCHES, CODE, DTYPE, BLOCK_N, BLOCK_K)
+                up = add_product(up, x_MK, w_NK, TURNED)
+    SPAN: tl.constexpr = 2 * BLOCK_N if ALTERNATING else BLOCK_N
+    UP_SPAN: tl.constexpr = SPAN if ALTERNATING or W % BLOCK_N == 0 else SPAN + 1
+    gate_MN = finished(
+        gate, x, token_M, mask_M, block, stored, 2 * column if ALTERNATING else column, gate_row_N,
+        mask_N, UP_BIAS, UP, H, MATRICES, PATCHES, CHUNK, SPAN, HAS_BIAS, ORDER, TURNED,
+    )  # fmt: skip
+    up_MN = finished(
+        up, x, token_M, mask_M, block, stored, 2 * column if ALTERNATING else W + column, up_row_N,
+        mask_N, UP_BIAS, UP, H, MATRICES, PATCHES if ACT.kind != RELU2 else 0, CHUNK, UP_SPAN,
+        HAS_BIAS, ORDER, TURNED,
+    )  # fmt: skip
     h_MN = activate(gate_MN, up_MN, ACT).to(h.dtype.element_ty)
-    to_MN = row_M.to(tl.int64)[:, None] * W + column_N[None, :]
-    tl.store(h + to_MN, h_MN, mask=mask_M[:, None] & mask_N[None, :])
+    to_MN = row_M.to(tl.int64)[:, None] * length_of(W, H_ORDER) + place_of(column_N, H_ORDER)
+    tl.store(h + to_MN, h_MN, mask=mask_M[:, None] & (column_N < length_of(W, H_ORDER))[None, :])
 
 
 @triton.jit(do_not_specialize=["group"], do_not_specialize_on_alignment=["tiles", "starts"])
@@ -117,9 +132,12 @@ def grouped_down(
     STORED: tl.constexpr, DOWN: tl.constexpr, DOWN_BIAS: tl.constexpr, MATRICES: tl.constexpr,
     PATCHES: tl.constexpr, CODE: tl.constexpr, CHUNK: tl.constexpr, H: tl.constexpr,
     W: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK_K: tl.constexpr, TURNED: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Y [T * K, H], the unweighted result of each pair. Grid (tiles, blocks of H)."""
+    """Y [T * K, H], the unweighted result of each pair. ORDER: of the columns of h.
+
+    Grid (tiles, blocks of H).
+    """
     number = tl.load(starts + group) + tl.program_id(0)
     if number >= tl.load(starts + group + 1):
         return
@@ -130,23 +148,22 @@ def grouped_down(
     column = tl.program_id(1) * BLOCK_N
     column_N = column + tl.arange(0, BLOCK_N)
     mask_N = column_N < H
-    base = base_at(stored, DOWN, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    base = base_of(stored, column_N, DOWN, MATRICES, CHUNK, PATCHES) if PATCHES > 0 else 0
+    DTYPE: tl.constexpr = slots.dtype.element_ty
     sums = zeros_of(BLOCK_M, BLOCK_N, TURNED)
     for start in range(0, W, BLOCK_K):
-        h_MK = tile_of(h, row_M, mask_M, start + tl.arange(0, BLOCK_K), W)
-        down_NK = weights_of_rows(
+        down_1, down_2, down_3 = stored_tile(
             block, stored, column_N, mask_N, start, base, DOWN, W, MATRICES, PATCHES, CODE,
             BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        sums = add_product(sums, h_MK, down_NK, TURNED)
-    y_MN = upright(sums, TURNED)
-    if PATCHES > 0:
-        y_MN = add_patches(
-            y_MN, h, row_M, mask_M, stored, column, column_N, DOWN, W, MATRICES, CHUNK, PATCHES,
-            BLOCK_N,
-        )  # fmt: skip
-    if HAS_BIAS:
-        y_MN += bias_of(block + DOWN_BIAS, column_N, mask_N)
+        for part in tl.static_range(parts_of(ORDER)):
+            h_MK = columns_of(h, row_M, mask_M, start, part, W, ORDER, BLOCK_K)
+            w_NK = part_of(down_1, down_2, down_3, part, PATCHES, CODE, DTYPE, BLOCK_N, BLOCK_K)
+            sums = add_product(sums, h_MK, w_NK, TURNED)
+    y_MN = finished(
+        sums, h, row_M, mask_M, block, stored, column, column_N, mask_N, DOWN_BIAS, DOWN, W,
+        MATRICES, PATCHES, CHUNK, BLOCK_N, HAS_BIAS, ORDER, TURNED,
+    )  # fmt: skip
     pair_M = tl.load(order + row_M, mask=mask_M, other=0).to(tl.int64)
     to_MN = pair_M[:, None] * H + column_N[None, :]
     tl.store(y + to_MN, y_MN.to(y.dtype.element_ty), mask=mask_M[:, None] & mask_N[None, :])

@@ -1,7 +1,8 @@
-"""Tiles of weights [N, K] as the checkpoint has them, whatever a stored block keeps.
+"""Weights as the checkpoint has them, whatever a stored block keeps, in parts of a tile's columns.
 
 Decoded in registers, each weight costs a few instructions for every tile of rows; unpacked before,
-it costs memory traffic once. See `prefill.tiling` for which is taken.
+it costs memory traffic once. See `prefill.tiling` for which is taken. Nothing here moves a value
+from one thread to another: words are loaded as the tensor cores want their weights.
 """
 
 from __future__ import annotations
@@ -9,18 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.cuda.kernels.coded.decoding import BF16, INT4, INTERPRETED, MXFP4, spread_e2m1
-from runtime.cuda.kernels.coded.tiles import group_of, scales_of, words_of
+from runtime.cuda.kernels.coded.decoding import (
+    BF16,
+    FP8,
+    INT4,
+    INTERPRETED,
+    MXFP4,
+    spread_e2m1,
+    weights_of,
+)
+from runtime.cuda.kernels.coded.tiles import part_at, scale_at
 from runtime.cuda.kernels.packed import (
     first_bits,
     first_half,
     packed_tile,
+    patches_in,
     second_bits,
     second_half,
-    side_by_side,
     words,
 )
-from runtime.cuda.kernels.unpack import based, weights_in_turn
+from runtime.cuda.kernels.unpack import based
 from runtime.cuda.kernels.unpacked import tile_of
 
 TWO_MINUS_ZEROS = tl.constexpr(-2147450880)  # 0x80008000
@@ -55,30 +64,13 @@ def times_two_to_the(base, word):
     return word
 
 
-@triton.jit
-def packed_weights(
-    units, rows_N, mask_N, start, base, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    MATRICES: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Weights of the packed matrix at unit FIRST, zero where there is a patch: [N, K]."""
-    eight_K = start // 8 + tl.arange(0, BLOCK_K // 8)
-    low, codes = packed_tile(units, rows_N, mask_N, eight_K, FIRST, WIDTH, MATRICES)
-    w_02 = times_two_to_the(base, words(low, codes, 0))
-    w_13 = times_two_to_the(base, words(low, codes, 1))
-    w_46 = times_two_to_the(base, words(low, codes, 2))
-    w_57 = times_two_to_the(base, words(low, codes, 3))
-    weights = side_by_side(
-        first_half(w_02), first_half(w_13), second_half(w_02), second_half(w_13),
-        first_half(w_46), first_half(w_57), second_half(w_46), second_half(w_57),
-    )  # fmt: skip
-    return tl.reshape(weights, (N, BLOCK_K))
-
-
 @triton.constexpr_function
-def rounds_once(kind: int, scale: int, product: int, dtype: tl.dtype) -> bool:
-    """Whether bfloat16 holds codes and scales, so that its product is the weight."""
+def in_pairs(kind: int, scale: int, product: int, dtype: tl.dtype) -> bool:
+    """Whether two codes are decoded at a time: bfloat16 holds them and their scales, so that its
+    product is the weight.
+    """
     is_int = kind == INT4.value and scale == product == BF16.value
-    return dtype == tl.bfloat16 and (is_int or kind == MXFP4.value)
+    return dtype == tl.bfloat16 and (is_int or kind == MXFP4.value) and not INTERPRETED.value
 
 
 @triton.jit
@@ -118,50 +110,100 @@ def weight_pair(word, pair: tl.constexpr, scales, zeros, CODE: tl.constexpr):
 
 
 @triton.jit
-def coded_weights(
-    units, rows_N, mask_N, start, WIDTH: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr,
-    N: tl.constexpr, BLOCK_K: tl.constexpr,
+def base_of(
+    units, rows_N, FIRST: tl.constexpr, MATRICES: tl.constexpr, CHUNK: tl.constexpr,
+    PATCHES: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a matrix in codes: [N, K]."""
-    J: tl.constexpr = group_of(CODE.kind, CODE.columns, WIDTH)
-    group_G = start // (8 * J) + tl.arange(0, BLOCK_K // (8 * J))
-    words = words_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
-    scale, zero = scales_of(units, rows_N, mask_N, group_G, WIDTH, CODE, J)
-    if rounds_once(CODE.kind, CODE.scale, CODE.product, DTYPE) and not INTERPRETED:
-        scales, zeros = two_of(scale), two_of(zero)
-        w_04 = weight_pair(words, 0, scales, zeros, CODE)
-        w_15 = weight_pair(words, 1, scales, zeros, CODE)
-        w_26 = weight_pair(words, 2, scales, zeros, CODE)
-        w_37 = weight_pair(words, 3, scales, zeros, CODE)
-        weights = side_by_side(
-            first_bits(w_04), first_bits(w_15), first_bits(w_26), first_bits(w_37),
-            second_bits(w_04), second_bits(w_15), second_bits(w_26), second_bits(w_37),
-        )  # fmt: skip
-        weights_NK = tl.reshape(weights, (N, BLOCK_K)).to(DTYPE, bitcast=True)
-    else:
-        weights = weights_in_turn(words, scale, zero, CODE, DTYPE)
-        weights_NK = tl.reshape(weights, (N, BLOCK_K)).to(DTYPE)
-    return weights_NK  # changed after their shape: Triton 3.6 fails otherwise
+    """The base of the packed matrix at unit FIRST, for each row: [N, 1]."""
+    base = patches_in(units, MATRICES) + FIRST // CHUNK * PATCHES
+    return tl.load(base + 0 * rows_N[:, None])
+
+
+@triton.constexpr_function
+def num_scales(columns: int, width: int, tile: int) -> int:
+    """Scales of a row for so many columns: each word's own where they do not divide each other."""
+    if columns >= width or columns % tile == 0:
+        return 1
+    return tile // columns if tile % columns == 0 else tile // 8
 
 
 @triton.jit
-def weights_of_rows(
+def for_words(scale_NG, N: tl.constexpr, WORDS: tl.constexpr):
+    """Scales as [N, WORDS]."""
+    G: tl.constexpr = scale_NG.shape[1]
+    return tl.reshape(tl.broadcast_to(scale_NG[:, :, None], (N, G, WORDS // G)), (N, WORDS))
+
+
+@triton.jit
+def coded_words(
+    units, rows_N, mask_N, start, WIDTH: tl.constexpr, CODE: tl.constexpr, DTYPE: tl.constexpr,
+    N: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Words of some rows of a matrix in codes, [N, WORDS], their scales and their zeros."""
+    WORD: tl.constexpr = tl.int64 if CODE.kind == FP8 else tl.int32
+    at_K = start // 8 + tl.arange(0, WORDS)
+    words_NK = tile_of(part_at(units, CODE.codes, WORD), rows_N, mask_N, at_K, WIDTH // 8)
+    C: tl.constexpr = CODE.columns
+    G: tl.constexpr = num_scales(C, WIDTH, 8 * WORDS)
+    if C >= WIDTH:
+        column_G = tl.zeros([1], tl.int32)
+    elif G == WORDS:
+        column_G = (start + 8 * tl.arange(0, G)) // C
+    else:
+        column_G = start // C + tl.arange(0, G)
+    scale_NG, zero_NG = scale_at(units, rows_N, mask_N, column_G, WIDTH, CODE, True)
+    if in_pairs(CODE.kind, CODE.scale, CODE.product, DTYPE):
+        scale_NG, zero_NG = two_of(scale_NG), two_of(zero_NG)
+    scale_NK = for_words(scale_NG, N, WORDS)
+    zero_NK = zero_NG
+    if CODE.kind == INT4 and CODE.extra >= 0:
+        zero_NK = for_words(zero_NG, N, WORDS)
+    return words_NK, scale_NK, zero_NK
+
+
+@triton.jit
+def stored_tile(
     block, units, rows_N, mask_N, start, base, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     MATRICES: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr, N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K columns from `start` on of some rows of a matrix [*, WIDTH], without its patches.
+    """What `part_of` makes weights of: BLOCK_K columns from `start` on of some rows of a matrix
+    [*, WIDTH], as they are stored.
 
     block: the stored block in the weights' type, with the matrix at element FIRST; units: the same
     block, int16.
     """
     if PATCHES > 0:
-        weights_NK = packed_weights(
-            units, rows_N, mask_N, start, base, FIRST, WIDTH, MATRICES, N, BLOCK_K
-        )
+        eight_K = start // 8 + tl.arange(0, BLOCK_K // 8)
+        first, second = packed_tile(units, rows_N, mask_N, eight_K, FIRST, WIDTH, MATRICES)
+        third = base
     elif CODE is not None:
         DTYPE: tl.constexpr = block.dtype.element_ty
-        weights_NK = coded_weights(units, rows_N, mask_N, start, WIDTH, CODE, DTYPE, N, BLOCK_K)
+        first, second, third = coded_words(
+            units, rows_N, mask_N, start, WIDTH, CODE, DTYPE, N, BLOCK_K // 8
+        )
     else:
-        weights_NK = tile_of(block + FIRST, rows_N, mask_N, start + tl.arange(0, BLOCK_K), WIDTH)
-    return weights_NK
+        first = tile_of(block + FIRST, rows_N, mask_N, start + tl.arange(0, BLOCK_K), WIDTH)
+        second, third = 0, 0
+    return first, second, third
+
+
+@triton.jit
+def part_of(
+    first, second, third, part: tl.constexpr, PATCHES: tl.constexpr, CODE: tl.constexpr,
+    DTYPE: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A part of a tile's weights, [N, BLOCK_K / 4], without patches; all of a plain one."""
+    if PATCHES > 0:
+        word = times_two_to_the(third, words(first, second, part))
+        weights_NK = tl.reshape(tl.join(first_half(word), second_half(word)), (N, BLOCK_K // 4))
+    elif CODE is None:
+        weights_NK = first
+    elif in_pairs(CODE.kind, CODE.scale, CODE.product, DTYPE):
+        word = weight_pair(first, part, second, third, CODE)
+        bits = tl.join(first_bits(word), second_bits(word))
+        weights_NK = tl.reshape(bits, (N, BLOCK_K // 4)).to(DTYPE, bitcast=True)
+    else:
+        one, other = weights_of(first, part, second, third, CODE.kind, CODE.product, DTYPE, True)
+        weights_NK = tl.reshape(tl.join(one, other), (N, BLOCK_K // 4)).to(DTYPE)
+    return weights_NK  # changed after their shape: Triton 3.6 fails otherwise
