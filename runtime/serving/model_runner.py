@@ -148,9 +148,9 @@ class CapturedRunner(ModelRunner):
         )
         renew()
         self._rows.revise(_forecast(parts))
-        following, routes_NLK = self._rows.finish(run)
+        following, find_routes = self._rows.finish(run)
         self._count_spilled(sequences)
-        return following, self._engine.tracked(routes_NLK)
+        return following, self._engine.tracked(find_routes, len(sequences))
 
 
 def _next_logits(parts: Sequence[Part], logits_NV: Tensor) -> Tensor:
