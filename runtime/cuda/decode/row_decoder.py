@@ -121,10 +121,10 @@ class RowStep(CapturedStep):
         self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
     ) -> None:
         """Set what runs next. The step before has ended, so nobody reads the pinned memory."""
-        last = len(tokens) - 1
-        order = [min(index, last) for index in range(self.batch)]
-        given_3N = torch.tensor([tokens, rows, positions])
-        self._pinned_3B.copy_(given_3N[:, order])
+        num_rows, given_3B = len(tokens), self._pinned_3B.numpy()
+        for given_B, values in zip(given_3B, (tokens, rows, positions), strict=True):
+            given_B[:num_rows] = values
+        given_3B[:, num_rows:] = given_3B[:, num_rows - 1 : num_rows]
         self._tokens.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
 
     def forward(self) -> Tensor:
