@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from runtime.serving.sequence import ServedSequence
+
+NUMBER = attrgetter("number")
+KIND = attrgetter("request.group", "request.priority")
 
 
 def group_of(sequence: ServedSequence) -> Hashable:
@@ -39,6 +43,10 @@ def in_turn(
     """The first `limit` sequences in lists of one priority and turn: the highest priority first,
     then the lowest turn, each by arrival.
     """
+    if len(set(map(KIND, sequences))) == 1:
+        if first := sorted(sequences, key=NUMBER)[:limit]:
+            yield first
+        return
     groups = {one.request.group for one in sequences}
     alone = len(groups) == 1  # all of one group, or none in any: nobody to take turns with
     turns = dict.fromkeys(sequences, 0) if alone else turns_of(sequences, active)
