@@ -193,13 +193,18 @@ class GroupedExperts:
         for later.
         """
         num_tokens = routes_LBK.shape[1]
-        self._stats.steps += 1
-        self._stats.tokens += num_tokens
         if self._wide is None:
+            self._stats.steps += 1
+            self._stats.tokens += num_tokens
             self._stats.count_hits_later(lambda: self._used_LE(routes_LBK).sum(1))
             return
-        for layer, is_used_E in enumerate(self._used_LE(routes_LBK)):
-            self._count_layer(layer, np.flatnonzero(is_used_E))
+        used_LE = self._used_LE(routes_LBK)
+        streams_LE = np.arange(used_LE.shape[1]) >= np.array(self._wide.staying)[:, None]
+        used_L, came_L = used_LE.sum(1), (used_LE & streams_LE).sum(1)
+        self._used += int(used_L.sum())
+        self._pool.cache.policy.touch_layers(used_LE)
+        self._pool.count_sent(0, int((streams_LE & ~used_LE).sum()), in_vain=True)
+        self._stats.count_step(used_L, came_L, self._pool.link_bytes(0), num_tokens)
         self._wide.ran_captured(num_tokens, self._take_used())
 
     def _used_LE(self, routes_LBK: np.ndarray) -> np.ndarray:

@@ -241,7 +241,32 @@ def test_a_request_that_fails_in_a_step_of_many_rows_fails_alone(few_rows: list[
     engine.check_integrity()
 
 
-# ---------------------------------------------------------------------- what is left for later
+# ---------------------------------------------------------------------- counts of captured steps
+
+
+@pytest.mark.parametrize("num_slots", [6, LAYERS * EXPERTS])
+def test_a_captured_pass_counts_as_one_that_is_not(num_slots: int) -> None:
+    """Streamed, or with a slot for every expert."""
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
+    counts, values, expects = [], [], []
+    for is_captured in (False, True):
+        _, pool = passes(twin, num_slots, 3)
+        x_TH, chosen = drawn(twin, TOKENS, seed=7)
+        if is_captured:
+            routes_BK = chosen.experts_TK.numpy().astype(np.int32)
+            pool.experts.count_captured(np.stack([routes_BK] * LAYERS))
+        else:
+            for layer in range(LAYERS):
+                pool.experts.run(layer, x_TH, chosen)
+            pool.experts.end_pass()
+            pool.stats.steps += 1
+            pool.stats.tokens += TOKENS
+        counts.append({k: v for k, v in pool.stats.as_dict().items() if k != "seconds"})
+        values.append(pool.pool.cache.policy.values.tolist())
+        expects.append(pool.experts.captures(TOKENS))
+    assert counts[0] == counts[1]
+    assert values[0] == values[1]
+    assert expects == [True, True]
 
 
 def counted(engine: Any) -> dict[str, Any]:
