@@ -16,7 +16,6 @@ from typing import NamedTuple
 from runtime.serving.sequence import ServedSequence
 
 NUMBER = attrgetter("number")
-KIND = attrgetter("request.group", "request.priority")
 
 
 def group_of(sequence: ServedSequence) -> Hashable:
@@ -43,12 +42,12 @@ def in_turn(
     """The first `limit` sequences in lists of one priority and turn: the highest priority first,
     then the lowest turn, each by arrival.
     """
-    if len(set(map(KIND, sequences))) == 1:
+    groups = {one.request.group for one in sequences}
+    alone = len(groups) == 1  # all of one group, or none in any: nobody to take turns with
+    if alone and len({one.request.priority for one in sequences}) == 1:
         if first := sorted(sequences, key=NUMBER)[:limit]:
             yield first
         return
-    groups = {one.request.group for one in sequences}
-    alone = len(groups) == 1  # all of one group, or none in any: nobody to take turns with
     turns = dict.fromkeys(sequences, 0) if alone else turns_of(sequences, active)
 
     def rank(sequence: ServedSequence) -> tuple[int, int]:
