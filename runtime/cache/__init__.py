@@ -7,5 +7,5 @@ rules            a package: the free rules (LRU, LFU, ClassLRU, LFRU, ARC ...)
 predicted_reuse  probabilistic Belady; belady: the optimum, which knows the future
 blend            several forecasts in one, by weights that are learnt online
 forecast         probabilities of use, soon and later
-stats            hits, late, misses, bytes and times
+stats            hits, late, misses, bytes and times; due_counts: those that are made later
 """

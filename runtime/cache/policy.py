@@ -68,6 +68,11 @@ class Policy(ABC):
     def touch(self, layer: int, experts: np.ndarray) -> None:
         """`layer` is about to use these distinct experts (int64 [N])."""
 
+    def touch_layers(self, used_LE: np.ndarray) -> None:
+        """Touch the experts of a whole step, layer by layer. used_LE: bool, those that it used."""
+        for layer, used_E in enumerate(used_LE):
+            self.touch(layer, np.flatnonzero(used_E))
+
     def touch_routes(self, routes: Iterable[np.ndarray]) -> None:
         """Touch the experts of a whole step: those each layer used (int, any shape; NO_EXPERT for
         none).

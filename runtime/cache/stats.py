@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from routing.layers import MoELayer
 from routing.topology import NO_EXPERT
+from runtime.cache.due_counts import DueCounts
 from runtime.cache.expert_cache import Lookup
 from runtime.sizing.units import format_bytes
 
@@ -48,7 +49,7 @@ class Stats:
 
     def reset(self) -> None:
         """Start counting anew (the cache keeps its content)."""
-        self.hits_L = np.zeros(self.num_layers, np.int64)
+        self._hits = DueCounts(self.num_layers)
         self.late_L = np.zeros(self.num_layers, np.int64)
         self.misses_L = np.zeros(self.num_layers, np.int64)
         self.evictions = 0
@@ -82,6 +83,11 @@ class Stats:
     def all_fit(self) -> bool:
         """Whether there is a slot for every expert."""
         return self.num_slots >= self.total_experts
+
+    @property
+    def hits_L(self) -> np.ndarray:
+        """Requests that found their expert resident, of each layer."""
+        return self._hits.counts_L
 
     @property
     def hits(self) -> int:
@@ -122,9 +128,17 @@ class Stats:
         """Count one served wave of `layer`."""
         num_missed = int(np.count_nonzero(lookup.missed))
         self.misses_L[layer] += num_missed
-        self.hits_L[layer] += len(lookup.missed) - num_missed
+        self._hits.counts_L[layer] += len(lookup.missed) - num_missed
         self.evictions += lookup.num_evicted
         self.bytes_loaded += num_missed * slot_bytes
+
+    def count_hits_later(self, count: Callable[[], np.ndarray]) -> None:
+        """Count the hits that `count` returns, int [L]: in `catch_up`, or when they are read."""
+        self._hits.add_later(count)
+
+    def catch_up(self) -> None:
+        """Count what was left for later; a good moment is while the device runs."""
+        self._hits.catch_up()
 
     def count_step(
         self,
@@ -139,7 +153,7 @@ class Stats:
         """
         num_missed_L = num_brought_L + num_away_L
         self.misses_L += num_missed_L
-        self.hits_L += num_used_L - num_missed_L
+        self._hits.add(num_used_L - num_missed_L)
         self.bytes_loaded += int(num_brought_L.sum()) * slot_bytes
         self.computed_on_cpu += int(np.sum(num_away_L))
         self.steps += 1
@@ -156,7 +170,7 @@ class Stats:
         were used and were all there. bytes_wasted: sent, and evicted before a use; they may be of
         an earlier step.
         """
-        self.hits_L -= late_L
+        self._hits.add(-late_L)
         self.late_L += late_L
         self.prefetches += begun
         self.prefetches_used += whole + int(late_L.sum())

@@ -268,8 +268,8 @@ class CudaBackend:
         shape = self.stats.num_layers, self.stats.num_experts
         if self.decoder is not None and self._device_cache.on_device:
             return self._device_cache.resident().reshape(shape)
-        tables = [pool.cache.slot_of_key.reshape(shape) for pool in self._pools]
-        return np.array([table[layer] != FREE for layer, table in enumerate(tables)])
+        tables = {pool: pool.cache.slot_of_key.reshape(shape) != FREE for pool in set(self._pools)}
+        return np.array([tables[pool][layer] for layer, pool in enumerate(self._pools)])
 
     def seconds_per_load(self) -> float:
         """Measured once: the time that one expert takes to cross the link."""

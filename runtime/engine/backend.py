@@ -27,6 +27,9 @@ from runtime.engine.step_inputs import StepInputs
 from runtime.kv.row_cache import RowCache
 from runtime.kv.storage import Storage
 
+FindRoutes = Callable[[], np.ndarray]
+"""Gives routes to whoever asks for them: most steps run unobserved."""
+
 
 class RowDecoder(Protocol):
     """Captured steps over any rows of a key/value cache."""
@@ -56,8 +59,8 @@ class RowDecoder(Protocol):
     def revise(self, forecast: Forecast | None) -> None:
         """Take a better forecast of the step under way."""
 
-    def finish(self, run: Any) -> tuple[NextTokens, np.ndarray]:
-        """Wait for a launched step: the B next tokens, and the routes [B, L, K] of all layers."""
+    def finish(self, run: Any) -> tuple[NextTokens, FindRoutes]:
+        """Wait for a launched step: the B next tokens, and what finds its routes [B, L, K]."""
 
 
 class Backend(Protocol):

@@ -20,7 +20,7 @@ from routing.predictor_file.reader import PredictorFile
 from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
 from runtime.engine.attachment import Attachment
-from runtime.engine.backend import Backend, RowDecoder
+from runtime.engine.backend import Backend, FindRoutes, RowDecoder
 from runtime.engine.gradients import ConstantExperts
 from runtime.engine.guards.guard import guard
 from runtime.engine.observer import Observer
@@ -235,9 +235,9 @@ class Engine:
         """Bool [L, E]: the experts in slots, of the predicted stack where there is one."""
         return self._observer.of_stack(self._backend.resident_LE(), 0)
 
-    def tracked(self, routes_TLK: np.ndarray) -> np.ndarray:
-        """Of routes of all layers, those that `run_ragged` gives."""
-        return self._observer.observed(routes_TLK)
+    def tracked(self, find: FindRoutes, num_tokens: int) -> np.ndarray:
+        """Of the routes of all layers that `find` gives, those that `run_ragged` gives."""
+        return self._observer.observed(find, num_tokens)
 
     def run_ragged(self, forecast: Forecast | None, **inputs: Any) -> tuple[Tensor, np.ndarray]:
         """One step over tokens of several sequences side by side, [1, T].

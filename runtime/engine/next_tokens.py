@@ -26,6 +26,10 @@ class NextTokens(NamedTuple):
         is_nan_N = logits_NV.gather(-1, best_N[:, None])[:, 0].isnan()  # NaN is above all
         return cls(best_N.masked_fill(is_nan_N, -1).tolist(), logits_NV)
 
+    def alone(self, number: int) -> NextTokens:
+        """That of one sequence, good for ever."""
+        return NextTokens([self.greedy_N[number]], self.logits_NV[number : number + 1].clone())
+
     @classmethod
     def joined(cls, parts: Sequence[NextTokens]) -> NextTokens:
         """One after the other."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from routing.layers import MoELayer, read_routes
 from runtime.cache.forecast import Forecast
 from runtime.cache.stats import Stats
-from runtime.engine.backend import Backend
+from runtime.engine.backend import Backend, FindRoutes
 from runtime.engine.step_inputs import StepInputs
 from runtime.prediction.forecaster import Forecaster
 from runtime.prediction.layer_map import LayerMap
@@ -90,16 +90,16 @@ class Observer:
         uses none or a layer did not run; [T, 0, 0] where nothing needs them.
         """
         if not self._is_on:
-            return np.zeros((num_tokens, 0, 0), np.int64)
+            return _unasked(num_tokens)
         return self._map.routes(_on_host(self._routes), num_tokens)
 
     def of_stack(self, per_layer: np.ndarray, axis: int) -> np.ndarray:
         """The observed layers among all of the model's, along `axis`; all where none is."""
         return np.take(per_layer, self._map.rows, axis) if self._is_on else per_layer
 
-    def observed(self, routes_TLK: np.ndarray) -> np.ndarray:
-        """Of routes of all layers, those that `routes` would give."""
-        return self.of_stack(routes_TLK, 1) if self._is_on else routes_TLK[:, :0, :0]
+    def observed(self, find: FindRoutes, num_tokens: int) -> np.ndarray:
+        """Of the routes of all layers that `find` gives, those that `routes` would give."""
+        return self.of_stack(find(), 1) if self._is_on else _unasked(num_tokens)
 
     def end_step(self, inputs: StepInputs, cache: Any) -> None:
         """Tell the predictor and the route log what the step used, and left in `cache` (None: not
@@ -127,6 +127,10 @@ class Observer:
         forecaster.observe(routes_BLK)
         if routes_BTLK.shape[1] == 1 and forecaster.this_BLE is not None:
             self._stats.count_recall(forecaster.this_BLE, routes_BLK)
+
+
+def _unasked(num_tokens: int) -> np.ndarray:
+    return np.zeros((num_tokens, 0, 0), np.int64)
 
 
 def _on_host(routes: dict[int, Tensor]) -> dict[int, np.ndarray]:

@@ -87,7 +87,7 @@ class ModelRunner:
         kept = kept.to(device, torch.int64)
         with self._cache.attending(layout):
             logits, routes_TLK = self._engine.run_ragged(
-                _forecast(parts),
+                _forecast(part.sequence for part in parts),
                 input_ids=layout.shaped(torch.tensor(tokens, device=device)),
                 position_ids=layout.shaped(layout.positions_B),
                 past_key_values=self._cache,
@@ -117,18 +117,18 @@ class CapturedRunner(ModelRunner):
         self._rows, self.attend_singles = rows, rows.attend_singles
 
     def run(self, parts: Sequence[Part], renew: Callable[[], None]) -> Ran:
-        decoding = [part for part in parts if part.sequence.is_ready]
+        decoding = [sequence for sequence, _ in parts if sequence.is_ready]
         prompts = parts[len(decoding) :]
         if not self._captures(decoding, prompts):
             renew()
             return self._pack(parts)
-        decoded, routes_TLK = self._decode([part.sequence for part in decoding], renew)
+        decoded, routes_TLK = self._decode(decoding, renew)
         if not prompts:
             return decoded, routes_TLK
         begun, prompt_routes = self._pack(prompts)
         return NextTokens.joined([decoded, begun]), np.concatenate([routes_TLK, prompt_routes])
 
-    def _captures(self, decoding: Sequence[Part], prompts: Sequence[Part]) -> bool:
+    def _captures(self, decoding: Sequence[ServedSequence], prompts: Sequence[Part]) -> bool:
         """Whether to capture: a prompt uses nearly every expert, and fetches it for the others in
         its pass, if they can be in it.
         """
@@ -138,19 +138,18 @@ class CapturedRunner(ModelRunner):
 
     @torch.no_grad()
     def _decode(self, sequences: Sequence[ServedSequence], renew: Callable[[], None]) -> Ran:
-        parts = [Part(sequence, 1) for sequence in sequences]
         self._rows.use(self._cache)
         run = self._rows.launch(
             [sequence.token_ids[-1] for sequence in sequences],
             [sequence.row for sequence in sequences],
             [sequence.num_cached for sequence in sequences],
-            _forecast(parts),
+            _forecast(sequences),
         )
         renew()
-        self._rows.revise(_forecast(parts))
-        following, routes_NLK = self._rows.finish(run)
+        self._rows.revise(_forecast(sequences))
+        following, find_routes = self._rows.finish(run)
         self._count_spilled(sequences)
-        return following, self._engine.tracked(routes_NLK)
+        return following, self._engine.tracked(find_routes, len(sequences))
 
 
 def _next_logits(parts: Sequence[Part], logits_NV: Tensor) -> Tensor:
@@ -175,8 +174,8 @@ def _tokens(part: Part) -> list[int]:
     return part.sequence.token_ids[start : start + part.num_tokens]
 
 
-def _forecast(parts: Sequence[Part]) -> Forecast | None:
-    return join([part.sequence.forecast for part in parts if part.sequence.forecast is not None])
+def _forecast(sequences: Iterable[ServedSequence]) -> Forecast | None:
+    return join([one.forecast for one in sequences if one.forecast is not None])
 
 
 def open_rows(engine: Engine, settings: ServeSettings, num_rows: int) -> RowCache:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from routing.predictor_file.driver import Past
+from runtime.engine.next_tokens import NextTokens
 from runtime.prediction.sequence_forecaster import SequenceForecast
 from runtime.serving.detokenizer import TextStream
 from runtime.serving.request import Delta, Finish, Logprob, Request, Result
@@ -86,7 +87,8 @@ class ServedSequence:
     @property
     def is_ready(self) -> bool:
         """True when one token is pending: the sequence can join a decode step."""
-        return self.row >= 0 and self.num_generated > 0 and self.num_pending == 1
+        num_tokens = len(self.token_ids)
+        return self.row >= 0 and num_tokens > self.num_prompt and num_tokens == self.num_cached + 1
 
     @property
     def num_pending(self) -> int:
@@ -116,39 +118,40 @@ class ServedSequence:
         assert self._prompt_scores is not None
         self._prompt_scores.add(self.num_cached, logits_TV)
 
-    def accept(self, greedy: int, logits_V: Tensor) -> Finish | None:
-        """Choose the next token; returns how the request ends, if it does."""
-        if self._prompt_scores is not None and self.num_generated == 0:
+    def accept(self, following: NextTokens, number: int) -> Finish | None:
+        """Choose the next token, this sequence's being that `number`; returns how the request ends,
+        if it does.
+        """
+        request, token_id = self.request, following.greedy_N[number]
+        num_generated = len(self.token_ids) + 1 - self.num_prompt
+        if self._prompt_scores is not None and num_generated == 1:
             self._prompt_scores.check()
-        if self.request.max_tokens == 0:
+        if request.max_tokens == 0:
             return "length"
-        token_id = self._sampler.choose(greedy, logits_V)
-        if self.num_generated == 0:
+        if token_id < 0 or not self._sampler.takes_likeliest:
+            token_id = self._sampler.choose(token_id, following.logits_NV[number])
+        if num_generated == 1:
             self.first_token = time.perf_counter()
         self.token_ids.append(token_id)
-        if self.request.logprobs is not None:
-            self._logprobs.append(logprob_of(token_id, logits_V, self.request.logprobs))
-        finish = self._add_text(token_id)
-        if finish is None and self.num_generated == self.request.max_tokens:
-            finish = "length"
-        return finish
+        if request.logprobs is not None:
+            logits_V = following.logits_NV[number]
+            self._logprobs.append(logprob_of(token_id, logits_V, request.logprobs))
+        is_last = num_generated == request.max_tokens
+        has_stopped = self._add_text(token_id, num_generated > request.min_tokens, is_last)
+        return "stop" if has_stopped else "length" if is_last else None
 
-    def _add_text(self, token_id: int) -> Finish | None:
-        by_token = token_id in self._ends.token_ids
+    def _add_text(self, token_id: int, may_stop: bool, is_last: bool) -> bool:
+        """Take the text of a token that was chosen; True where the request ends by it."""
+        request, text, by_token = self.request, self._text, token_id in self._ends.token_ids
         ended = by_token or (self._grammar is not None and self._grammar.ended)
-        may_stop = self.num_generated > self.request.min_tokens
-        piece = "" if self._hides(token_id) else self._text.push(token_id, may_stop=may_stop)
-        if ended or self.num_generated == self.request.max_tokens:
-            piece += self._text.finish(may_stop=may_stop)
-        if self.request.on_token is not None:
+        shown = request.include_stop_str_in_output and token_id in self._ends.told_ids
+        piece = "" if by_token and not shown else text.push(token_id, may_stop=may_stop)
+        if ended or is_last:
+            piece += text.finish(may_stop=may_stop)
+        if request.on_token is not None:
             logprob = self._logprobs[-1] if self._logprobs else None
-            self.request.on_token(Delta(self.request.id, token_id, piece, logprob))
-        return "stop" if ended or self._text.stopped else None
-
-    def _hides(self, token_id: int) -> bool:
-        """Whether a token ends the request without being part of its text."""
-        shown = self.request.include_stop_str_in_output and token_id in self._ends.told_ids
-        return token_id in self._ends.token_ids and not shown
+            request.on_token(Delta(request.id, token_id, piece, logprob))
+        return ended or text.stopped
 
     def result(self, finish: Finish, error: str = "") -> Result:
         """The request's end, as the caller gets it."""

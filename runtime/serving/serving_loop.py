@@ -178,7 +178,7 @@ class ServingLoop:
             self._admission.look_ahead()
         missing_K = (~self._engine.resident_LE).astype(np.float32).reshape(-1)
         self._admission.admit(missing_K)
-        decoding, prompts = self._admission.decoding(missing_K), self._admission.chunks()
+        decoding, prompts = self._admission.parts(missing_K)
         if parts := [*decoding, *prompts]:
             self.watch.begin(missing_K)
             self._run(parts)
@@ -201,11 +201,6 @@ class ServingLoop:
             )
         return False
 
-    def _renew(self) -> None:
-        """Make the forecasts that are missing, and some that admission will want."""
-        self._forecasting.renew()
-        self._admission.look_ahead()
-
     def _forget_forecasts(self) -> None:
         self.scheduler.do_without_predictions()
         for sequence in self._sequences.all:
@@ -213,7 +208,7 @@ class ServingLoop:
 
     def _run(self, parts: Sequence[Part]) -> None:
         try:
-            ran = self._runner.run(parts, self._renew)
+            ran = self._runner.run(parts, self._admission.renew)
         except Exception as error:  # whatever a model or a device raises
             self.num_failed_steps += 1
             log.error("a step of %d sequences failed", len(parts), exc_info=error)
@@ -245,7 +240,7 @@ class ServingLoop:
             part = self._admission.next_part(sequence)
         while True:
             is_done = is_done or part.completes
-            ran = self._runner.run([part], self._renew)
+            ran = self._runner.run([part], self._admission.renew)
             if not self._holds_rows():
                 return
             self._advance([part], *ran)
@@ -280,19 +275,25 @@ class ServingLoop:
     ) -> None:
         """Choose the next tokens and predict for them."""
         self.watch.show(parts, routes_TLK)
-        going, at = [], 0
-        chosen = zip(following.greedy_N, following.logits_NV.unbind(), strict=True)
-        for part in parts:
-            sequence, completes, decoded = part.sequence, part.completes, part.sequence.is_ready
-            first, at = at, at + part.num_tokens
-            sequence.num_cached += part.num_tokens
-            if self._engine.route_log is not None:
+        going, at, number = list[tuple[ServedSequence, int]](), 0, 0
+        choose, is_logged = self._sequences.choose, self._engine.route_log is not None
+        for sequence, num_tokens in parts:
+            decoded = sequence.is_ready
+            completes = decoded or num_tokens == sequence.num_pending
+            first, at = at, at + num_tokens
+            sequence.num_cached += num_tokens
+            if is_logged:
                 sequence.routes.append(routes_TLK[first:at])
-            self.num_prefilled += 0 if decoded else part.num_tokens
+            sharing: Sequence[ServedSequence] = ()
+            if not decoded:
+                self.num_prefilled += num_tokens
+                if completes:
+                    end = PromptEnd(following, number, routes_TLK[at - 1])
+                    sharing = self._choices.share(sequence, end, self.active, self.waiting)
             if completes:
-                end = PromptEnd(*next(chosen), routes_TLK[at - 1])
-                sharing = self._choices.share(sequence, end, self.active, self.waiting)
                 for one in (sequence, *sharing):
-                    if self._sequences.choose(one, end):
-                        going.append((one, end.routes_LK))
-        self._forecasting.read_tokens(going)
+                    if choose(one, following, number):
+                        going.append((one, at - 1))
+                number += 1
+        if self._forecasting.is_on:
+            self._forecasting.read_tokens([(one, routes_TLK[last]) for one, last in going])

@@ -58,6 +58,11 @@ class Reuse(Policy):
         self._means[:, first + experts] += 1 - self._fades
         self._revalue(row, DISCOUNT)
 
+    def touch_layers(self, used_LE: np.ndarray) -> None:
+        self._means *= self._fades
+        self._means[:, used_LE.reshape(-1)] += 1 - self._fades
+        self._revalue(slice(None), DISCOUNT)
+
     def _revalue(self, keys: slice, discount: float) -> None:
         recent, usual = self._means[:, keys]
         chance = RECENT * recent + (1 - RECENT) * usual

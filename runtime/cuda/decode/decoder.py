@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -45,17 +46,38 @@ class StepInFlight(NamedTuple):
     arrival: torch.cuda.Event
 
 
-class StepResult(NamedTuple):
+class StepResult:
     """The result of a finished step of B tokens, on the host."""
 
-    best_B: np.ndarray
-    """float32, the highest logit."""
-    tokens_B: np.ndarray
-    """int64, the greedy choice."""
-    routes_LBK: np.ndarray
-    """int64, NO_EXPERT for none."""
-    ledger: Ledger
-    """What the experts calls did, for `Decoder.count`."""
+    def __init__(
+        self, best_B: np.ndarray, tokens_B: np.ndarray, ledger: Ledger, num_experts: int
+    ) -> None:
+        self.best_B = best_B
+        """float32, the highest logit."""
+        self.tokens_B = tokens_B
+        """int64, the greedy choice."""
+        self.ledger = ledger
+        """What the experts calls did, for `Decoder.count`."""
+        self._num_experts = num_experts
+
+    @property
+    def chosen_LBK(self) -> np.ndarray:
+        """int32, as the routers chose: what is no number of an expert is none."""
+        return self.ledger.routes_LBK[:, : len(self.tokens_B)]
+
+    @cached_property
+    def routes_LBK(self) -> np.ndarray:
+        """int64, NO_EXPERT for none."""
+        chosen_LBK = self.chosen_LBK
+        routes_LBK = chosen_LBK.astype(np.int64)
+        is_none_LBK = chosen_LBK >= self._num_experts
+        if is_none_LBK.any():
+            routes_LBK[is_none_LBK] = NO_EXPERT
+        return routes_LBK
+
+    def routes_BLK(self) -> np.ndarray:
+        """The same, token by token."""
+        return self.routes_LBK.swapaxes(0, 1)
 
 
 class Decoder:
@@ -171,13 +193,11 @@ class Decoder:
         flight.arrival.synchronize()
         outcome = flight.outcome.numpy().copy()
         self._spare[step.batch].append(flight.outcome)
-        ledger = step.experts.read(outcome[2 * step.batch :])
-        routes_LBK = ledger.routes_LBK[:, :num_rows].astype(np.int64)
         return StepResult(
             outcome[:num_rows].view(np.float32),
             outcome[step.batch : step.batch + num_rows].astype(np.int64),
-            np.where(routes_LBK < self._device_cache.num_experts, routes_LBK, NO_EXPERT),
-            ledger,
+            step.experts.read(outcome[2 * step.batch :]),
+            self._device_cache.num_experts,
         )
 
     def count_time(self, flight: StepInFlight, kind: str, seconds: float) -> None:

@@ -23,6 +23,7 @@ from runtime.cuda.decode.decoder import Decoder, StepInFlight, StepResult
 from runtime.cuda.decode.graph_step import CapturedStep, StepExperts
 from runtime.cuda.prefetching import SERVING
 from runtime.cuda.single_tokens import SingleTokens, attend_singles
+from runtime.engine.backend import FindRoutes
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.own_attention import Attention
 from runtime.kv.pages.places import Paged, Spilled
@@ -120,10 +121,10 @@ class RowStep(CapturedStep):
         self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]
     ) -> None:
         """Set what runs next. The step before has ended, so nobody reads the pinned memory."""
-        last = len(tokens) - 1
-        order = [min(index, last) for index in range(self.batch)]
-        given_3N = torch.tensor([tokens, rows, positions])
-        self._pinned_3B.copy_(given_3N[:, order])
+        num_rows, given_3B = len(tokens), self._pinned_3B.numpy()
+        for given_B, values in zip(given_3B, (tokens, rows, positions), strict=True):
+            given_B[:num_rows] = values
+        given_3B[:, num_rows:] = given_3B[:, num_rows - 1 : num_rows]
         self._tokens.inputs_3B.copy_(self._pinned_3B, non_blocking=True)
 
     def forward(self) -> Tensor:
@@ -171,8 +172,8 @@ class ManyRows(Protocol):
     def launch(self, tokens: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> Run:
         """Enqueue one step: a token of each sequence, with its row and position."""
 
-    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
-        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+    def finish(self, run: Run) -> tuple[NextTokens, FindRoutes]:
+        """Wait for a step: the B next tokens, and what finds the routes [B, L, K] of all layers."""
 
 
 class RowDecoder:
@@ -241,8 +242,8 @@ class RowDecoder:
         """Take a better forecast of the running step; it serves the layers that are left."""
         self._decoder.driver.revise(forecast)
 
-    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
-        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+    def finish(self, run: Run) -> tuple[NextTokens, FindRoutes]:
+        """Wait for a step: the B next tokens, and what finds the routes [B, L, K] of all layers."""
         if not self._is_narrow(run.flight.num_rows):
             return self._wide.finish(run)
         decoder, flight = self._decoder, run.flight
@@ -251,7 +252,7 @@ class RowDecoder:
         decoder.driver.end_served_step(result.routes_LBK)
         seconds = time.perf_counter() - run.start
         decoder.count_time(flight, SERVING, seconds)
-        return next_tokens(flight, result), result.routes_LBK.swapaxes(0, 1)
+        return next_tokens(flight, result), result.routes_BLK
 
     def _step_for(self, num_rows: int, *, prefetch: bool) -> RowStep:
         if self._epoch != self._cache.epoch:

@@ -190,14 +190,35 @@ class GroupedExperts:
             self._wide.end_captured()
 
     def count_captured(self, routes_LBK: np.ndarray) -> None:
-        """After it, on the host: count what ran. int64 [L, B, K], others than experts are none."""
-        for layer, used in enumerate(_used(routes_LBK, max(self._num_experts))):
-            self._count_layer(layer, used[used < self._num_experts[layer]])
-        share, num_tokens = self._take_used(), routes_LBK.shape[1]
-        self._stats.steps += 1
-        self._stats.tokens += num_tokens
-        if self._wide is not None:
-            self._wide.ran_captured(num_tokens, share)
+        """After it, on the host: count what ran. int [L, B, K], others than experts are none.
+
+        Where every expert has a slot, nothing but the count of hits hangs on it, and that is left
+        for later.
+        """
+        num_tokens = routes_LBK.shape[1]
+        if self._wide is None:
+            self._stats.steps += 1
+            self._stats.tokens += num_tokens
+            self._stats.count_hits_later(lambda: self._used_LE(routes_LBK).sum(1))
+            return
+        used_LE = self._used_LE(routes_LBK)
+        streams_LE = np.arange(used_LE.shape[1]) >= np.array(self._wide.staying)[:, None]
+        used_L, came_L = used_LE.sum(1), (used_LE & streams_LE).sum(1)
+        self._used += int(used_L.sum())
+        self._pool.cache.policy.touch_layers(used_LE)
+        self._pool.count_sent(0, int((streams_LE & ~used_LE).sum()), in_vain=True)
+        self._stats.count_step(used_L, came_L, self._pool.link_bytes(0), num_tokens)
+        self._wide.ran_captured(num_tokens, self._take_used())
+
+    def _used_LE(self, routes_LBK: np.ndarray) -> np.ndarray:
+        """Bool [L, E]: the experts that each layer uses."""
+        most = max(self._num_experts)
+        used_LE = np.zeros((len(routes_LBK), most + 2), bool)  # of no expert: before and behind
+        firsts_L = used_LE.shape[1] * np.arange(len(routes_LBK)) + 1
+        numbers_LN = routes_LBK.reshape(len(routes_LBK), -1).clip(-1, most) + firsts_L[:, None]
+        used_LE.reshape(-1)[numbers_LN.reshape(-1)] = True
+        is_one_LE: np.ndarray = np.arange(most) < np.array(self._num_experts)[:, None]
+        return used_LE[:, 1:-1] & is_one_LE
 
     # ------------------------------------------------------------------ the ways to run a layer
 
@@ -276,15 +297,6 @@ class GroupedExperts:
         assert self._plain is not None and pool.workspace_RN is not None
         unpack_blocks(pool.expert_block, pool.slots_SN, slots_R, pool.workspace_RN)
         return self._plain
-
-
-def _used(routes_LBK: np.ndarray, num_experts: int) -> list[np.ndarray]:
-    """The experts below `num_experts` that each layer uses, ascending."""
-    routes_LN = routes_LBK.reshape(len(routes_LBK), -1)
-    is_one_LN = (routes_LN >= 0) & (routes_LN < num_experts)
-    flags_LE = np.zeros((len(routes_LN), num_experts + 1), bool)
-    flags_LE[np.arange(len(routes_LN))[:, None], np.where(is_one_LN, routes_LN, num_experts)] = True
-    return [np.flatnonzero(flags_E[:-1]) for flags_E in flags_LE]
 
 
 def _rows(numbers_LE: Tensor, num_experts: list[int]) -> list[Tensor]:

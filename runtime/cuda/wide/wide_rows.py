@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from runtime.cuda.decode.decoder import Decoder
 from runtime.cuda.decode.row_decoder import RowStep, Run, next_tokens
 from runtime.cuda.options import WIDE_SIZES
 from runtime.cuda.prefill.grouped_experts import GroupedExperts
 from runtime.cuda.wide.wide_call import WideCall
+from runtime.engine.backend import FindRoutes
 from runtime.engine.next_tokens import NextTokens
 from runtime.kv.row_cache import RowCache
 
@@ -44,7 +43,9 @@ class WideRows:
         self._grouped.prepare()
         step = self._step_for(len(tokens))
         step.set_inputs(tokens, rows, positions)
-        return Run(self._decoder.enqueue(step, len(tokens)), start)
+        run = Run(self._decoder.enqueue(step, len(tokens)), start)
+        self._decoder.stats.catch_up()  # the device is busy
+        return run
 
     def _step_for(self, num_rows: int) -> RowStep:
         """A captured one of at most `SPARE` times as many rows, if there is one."""
@@ -63,9 +64,9 @@ class WideRows:
             plain, self._cache, call, batch=size, device=model.device, stream=model.stream
         )
 
-    def finish(self, run: Run) -> tuple[NextTokens, np.ndarray]:
-        """Wait for a step: the B next tokens, and the routes [B, L, K] of all layers."""
+    def finish(self, run: Run) -> tuple[NextTokens, FindRoutes]:
+        """Wait for a step: the B next tokens, and what finds the routes [B, L, K] of all layers."""
         result = self._decoder.finish(run.flight)
-        self._grouped.count_captured(result.routes_LBK)
+        self._grouped.count_captured(result.chosen_LBK)
         self._decoder.stats.add_time("step", time.perf_counter() - run.start)
-        return next_tokens(run.flight, result), result.routes_LBK.swapaxes(0, 1)
+        return next_tokens(run.flight, result), result.routes_BLK

@@ -70,6 +70,10 @@ class PageTable:
         spilled = self.of(row, num_tokens)[: self._num_spilled[row]]
         return [page - self.num_pages for page in spilled]
 
+    def lacks(self, row: int, num_tokens: int) -> bool:
+        """Whether so many tokens take more pages than a row has."""
+        return num_tokens > self.page * len(self._pages[row])
+
     def grow(self, row: int, num_tokens: int) -> bool:
         """Whether a row has room for so many tokens now; if pages are lacking, it gets none."""
         held = self._pages[row]

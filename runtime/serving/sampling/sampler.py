@@ -50,7 +50,8 @@ class Sampler:
         self._grammar = grammar
         self._processors = _processors(request, len(prompt_ids), end_ids)
         self._warpers = LogitsProcessorList() if self.greedy else _warpers(request)
-        self._changes_logits = grammar is not None or bool(self._processors)
+        self.takes_likeliest = self.greedy and grammar is None and not self._processors
+        """Whether the most likely token is chosen, whatever the other logits are."""
         self._count = len(prompt_ids) if self._processors else 0
         room = request.max_tokens if self._processors else 0
         self._seen = torch.zeros(1, self._count + room, dtype=torch.int64)
@@ -64,7 +65,7 @@ class Sampler:
         """
         if greedy < 0:
             raise FloatingPointError(NOT_FINITE)
-        if self.greedy and not self._changes_logits:
+        if self.takes_likeliest:
             return greedy
         token_id = self._choose(logits_V[None].float().cpu())
         if self._processors:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from routing.topology import Stack
 from runtime.serving.scheduling.ordering import DomainOracle, Fifo, Ordering
 from runtime.serving.scheduling.paper import Paper
 from runtime.serving.scheduling.predicted import Predicted
-from runtime.serving.scheduling.turns import Yielding, heads, in_turn, owed, turns_of
+from runtime.serving.scheduling.turns import NUMBER, Yielding, heads, in_turn, owed, turns_of
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.settings import ServeSettings
 
@@ -129,12 +130,10 @@ class Scheduler:
         start = time.perf_counter()
         batch = self._settings.batch
         overdue = [sequence for sequence in ready if sequence.skipped >= self._settings.max_skips]
-        chosen = sorted(overdue, key=lambda sequence: (-sequence.skipped, sequence.number))[:batch]
+        chosen = _by_skips(overdue)[:batch]
         first = set(chosen)
-        others = sorted(
-            (sequence for sequence in ready if sequence not in first),
-            key=lambda sequence: (-sequence.skipped, sequence.number),
-        )  # within a group, whoever waited longest; `in_turn` sorts the rest by arrival
+        others = _by_skips([one for one in ready if one not in first] if first else ready)
+        # within a group, whoever waited longest; `in_turn` sorts the rest by arrival
         for same in in_turn(others, chosen, len(others)):
             count = batch - len(chosen)
             chosen += self.ordering.compose(same, chosen, count, missing_K) if count else []
@@ -143,6 +142,11 @@ class Scheduler:
             sequence.skipped = 0 if sequence in runs else sequence.skipped + 1
         self.seconds += time.perf_counter() - start
         return chosen
+
+
+def _by_skips(sequences: Iterable[ServedSequence]) -> list[ServedSequence]:
+    """The one that was passed over most often first, then by arrival."""
+    return sorted(sorted(sequences, key=NUMBER), key=attrgetter("skipped"), reverse=True)
 
 
 def default_name(stack: Stack | None, batch: int) -> str:

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from runtime.serving.sequence import ServedSequence
+
+NUMBER = attrgetter("number")
 
 
 def group_of(sequence: ServedSequence) -> Hashable:
@@ -41,6 +44,10 @@ def in_turn(
     """
     groups = {one.request.group for one in sequences}
     alone = len(groups) == 1  # all of one group, or none in any: nobody to take turns with
+    if alone and len({one.request.priority for one in sequences}) == 1:
+        if first := sorted(sequences, key=NUMBER)[:limit]:
+            yield first
+        return
     turns = dict.fromkeys(sequences, 0) if alone else turns_of(sequences, active)
 
     def rank(sequence: ServedSequence) -> tuple[int, int]:

@@ -46,6 +46,11 @@ class Admission:
             unread = [sequence for sequence in near if sequence.forecast is None]
             self._forecasting.read_prompts(unread[: self._settings.batch])
 
+    def renew(self) -> None:
+        """Make the forecasts that are missing, and some that will be wanted here."""
+        self._forecasting.renew()
+        self.look_ahead()
+
     def admit(self, missing_K: np.ndarray) -> None:
         """Give the free rows to waiting sequences."""
         sequences, first = self._sequences, self._make_room()
@@ -55,13 +60,14 @@ class Admission:
             sequences.waiting.remove(sequence)
             sequences.active.append(sequence)
             end = self._choices.take_row(sequence, sequences.active)
-            if end is not None and sequences.choose(sequence, end):
+            if end is not None and sequences.choose(sequence, end.following, end.number):
                 begun.append((sequence, end.routes_LK))
         self._choices.forget(sequences.waiting)
         self._wait_again(self.room.grow(sequences.active))
         self._forecasting.read_tokens(begun)
-        for sequence in sequences.waiting:
-            sequence.forget()
+        if self._forecasting.is_on:
+            for sequence in sequences.waiting:
+                sequence.forget()
 
     def _admitted(self, missing_K: np.ndarray, first: list[ServedSequence]) -> list[ServedSequence]:
         admit, room = self._scheduler.admit, self.room
@@ -104,17 +110,19 @@ class Admission:
             sequences.waiting += parked
             sequences.waiting.sort(key=lambda sequence: sequence.number)
 
-    def decoding(self, missing_K: np.ndarray) -> list[Part]:
-        """A token each of the sequences that decode in this step."""
-        ready = [sequence for sequence in self._sequences.active if sequence.is_ready]
+    def parts(self, missing_K: np.ndarray) -> tuple[list[Part], list[Part]]:
+        """Of the next step: a token each of the sequences that decode in it, and prompts."""
+        ready, beginning = list[ServedSequence](), list[ServedSequence]()
+        for sequence in self._sequences.active:
+            (ready if sequence.is_ready else beginning).append(sequence)
         chosen = self._scheduled(lambda: self._scheduler.compose(ready, missing_K))
-        return [Part(sequence, 1) for sequence in chosen]
+        return [Part(sequence, 1) for sequence in chosen], self._chunks(beginning)
 
-    def chunks(self) -> list[Part]:
+    def _chunks(self, beginning: list[ServedSequence]) -> list[Part]:
         """Prompts, by turns and in the order of admission, until the step has enough tokens."""
         parts: list[Part] = []
         left = self._settings.chunk
-        turns = turns_of(self._choices.leaders(self._sequences.active))
+        turns = turns_of(self._choices.leaders(beginning))
         for sequence in sorted(turns, key=lambda one: turns[one]):
             if left > 0:
                 parts.append(self.next_part(sequence, left))

@@ -48,6 +48,8 @@ class Arrivals:
                 self._sequences.ended.append(refusal(item, failure, "server"))
             else:
                 self._arrive(item)
+        if self._num_arrived == first:
+            return
         for sequence in self._sequences.waiting:
             if sequence.number >= first:
                 sequence.num_waiting_at_arrival = len(self._sequences.waiting)

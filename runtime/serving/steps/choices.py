@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
+from runtime.engine.next_tokens import NextTokens
 from runtime.serving.sequence import ServedSequence
 from runtime.serving.steps.rows import Kept, Rows, held_by, wants_whole_prompt
 
@@ -19,10 +19,11 @@ Key = tuple[str, tuple[int, ...]]
 
 
 class PromptEnd(NamedTuple):
-    """What a prompt's last token gave. V tokens of the vocabulary, L layers, K experts."""
+    """What a prompt's last token gave. L layers, K experts."""
 
-    greedy: int
-    logits_V: Tensor
+    following: NextTokens
+    number: int
+    """Of the next token, among `following`."""
     routes_LK: np.ndarray
     kept: Kept | None = None
     """The whole prompt's keys and values, where other choices wait for a row."""
@@ -35,12 +36,10 @@ class Choices:
         self._rows = rows
         self._ends: dict[Key, PromptEnd] = {}
 
-    def leaders(self, active: Sequence[ServedSequence]) -> Iterator[ServedSequence]:
-        """The sequences whose prompts are to run: of choices, one."""
+    def leaders(self, beginning: Iterable[ServedSequence]) -> Iterator[ServedSequence]:
+        """The sequences whose prompts are to run, of those that do not decode: of choices, one."""
         seen = set()
-        for sequence in active:
-            if sequence.is_ready:
-                continue
+        for sequence in beginning:
             key = _key(sequence)
             if key is None or key not in seen:
                 yield sequence
@@ -62,7 +61,8 @@ class Choices:
             self._rows.adopt(other, held_by(leader), leader.num_prompt)
         if any(_key(one) == key for one in waiting):
             kept = self._rows.keep(leader)
-            self._ends[key] = end._replace(logits_V=end.logits_V.clone(), kept=kept)
+            alone = end.following.alone(end.number)
+            self._ends[key] = PromptEnd(alone, 0, end.routes_LK, kept)
         return others
 
     def take_row(

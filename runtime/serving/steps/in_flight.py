@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.engine.engine import Engine
+from runtime.engine.next_tokens import NextTokens
 from runtime.engine.step_inputs import end_tokens
 from runtime.serving.request import Fault, Finish, Result
 from runtime.serving.sequence import ServedSequence
-from runtime.serving.steps.choices import PromptEnd
 from runtime.serving.steps.failures import PASSED_ON, fault_in_step, reason_of, refusal
 from runtime.serving.steps.rows import Rows
 
@@ -43,16 +43,16 @@ class InFlight:
         self.finished.update(result.finish for result in ended)
         return ended
 
-    def choose(self, sequence: ServedSequence, end: PromptEnd) -> bool:
-        """Choose the next token; False where the request ends."""
+    def choose(self, sequence: ServedSequence, following: NextTokens, number: int) -> bool:
+        """Choose the next token, of that `number`; False where the request ends."""
         try:
-            finish = sequence.accept(end.greedy, end.logits_V)
+            finish = sequence.accept(following, number)
         except PASSED_ON:
             raise
         except BaseException as error:  # a sampler, a tokenizer, a callback: only its request ends
             self.end(sequence, "error", reason_of(error), fault_in_step(error))
             return False
-        self.num_generated += min(1, sequence.request.max_tokens)
+        self.num_generated += sequence.request.max_tokens > 0
         if finish is not None:
             self.end(sequence, finish)
         return finish is None

@@ -26,7 +26,7 @@ class Room:
     def grow(self, active: Sequence[ServedSequence]) -> list[ServedSequence]:
         """Pages for all tokens of the sequences in flight; returns those to park for it."""
         parked: list[ServedSequence] = []
-        for sequence in sorted(active, key=_rank):
+        for sequence in sorted(self._rows.pages.lacking(active), key=_rank):
             while sequence not in parked and not self._rows.grow(sequence):
                 parked.append(max((one for one in active if one not in parked), key=_rank))
                 self._rows.park(parked[-1])

@@ -47,6 +47,14 @@ class RowPages:
         assert self._table is not None
         return sequence.num_cached // self._table.page if sequence.is_ready else 0
 
+    def lacking(self, sequences: Iterable[ServedSequence]) -> list[ServedSequence]:
+        """Those whose rows have no pages for all their tokens yet."""
+        if (table := self._table) is None:
+            return []
+        return [
+            one for one in sequences if one.row >= 0 and table.lacks(one.row, len(one.token_ids))
+        ]
+
     def missing(self, sequence: ServedSequence) -> int:
         """Free pages of the device that its row lacks for all its tokens."""
         if self._table is None or sequence.row < 0:

@@ -45,6 +45,34 @@ def order(values: np.ndarray, *keys: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
+@given(
+    uses=st.lists(
+        st.lists(st.booleans(), min_size=LAYERS * NUM_EXPERTS, max_size=LAYERS * NUM_EXPERTS),
+        max_size=4,
+    )
+)
+def test_a_whole_step_is_touched_as_its_layers_one_by_one(
+    name: str, uses: list[list[bool]]
+) -> None:
+    steps = [np.array(used).reshape(SHAPE) for used in uses]
+    calls = [
+        (layer, np.flatnonzero(used_E)) for used_LE in steps for layer, used_E in enumerate(used_LE)
+    ]
+    whole, single = make_policy(name, calls), make_policy(name, calls)
+    for number, used_LE in enumerate(steps):
+        for policy in (whole, single):
+            policy.begin_step(random_forecast(number) if number % 3 else None)
+        whole.touch_layers(used_LE)
+        for layer, used_E in enumerate(used_LE):
+            single.touch(layer, np.flatnonzero(used_E))
+        assert np.array_equal(whole.values, single.values)
+        assert whole.clock == single.clock
+        for one, other in zip(whole.device_state()[1] or (), single.device_state()[1] or (),
+                              strict=True):  # fmt: skip
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
 @given(calls=calls_of())
 def test_every_expert_always_has_a_value_that_can_be_compared(name: str, calls: Calls) -> None:
     policy = make_policy(name, calls)

@@ -39,9 +39,9 @@ def test_layers_with_long_names_are_told_apart_in_a_narrow_table() -> None:
                  module=nn.Identity(), num_experts=8, top_k=2, stack="decoder", kind="modules")
         for n in range(3)
     ]  # fmt: skip
-    stats = Stats.__new__(Stats)
-    counts = dict.fromkeys(("hits_L", "late_L", "misses_L"), np.full(3, 12_345))
-    vars(stats).update(counts | {"layers": layers})
+    stats = Stats(layers=layers, num_slots=1, policy="lru")
+    for counts_L in (stats.hits_L, stats.late_L, stats.misses_L):
+        counts_L += 12_345
     with patch.object(Stats, "report", lambda _: "a run"):
         console = Console(width=60, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(stats.table())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,12 +14,16 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from runtime.cache.policies import LRU
+from runtime.cache.stats import Stats
+from runtime.cuda.backend import CudaBackend
 from runtime.cuda.decode import captured_model
+from runtime.cuda.decode.decoder import StepResult
 from runtime.cuda.kernels import attention
 from runtime.cuda.prefill import tiling
 from runtime.cuda.wide import wide_rows
 from runtime.cuda.wide.regime import Regime
 from runtime.cuda.wide.schedule import Schedule
+from runtime.cuda.wide.wide_rows import WideRows
 from runtime.kv.pages import places
 from runtime.serving.request import Request
 from runtime.serving.serving_loop import ServingLoop
@@ -234,3 +239,128 @@ def test_a_request_that_fails_in_a_step_of_many_rows_fails_alone(few_rows: list[
     assert served.pop("broken").finish == "error"
     assert {id: result.token_ids for id, result in served.items()} == alone
     engine.check_integrity()
+
+
+# ---------------------------------------------------------------------- counts of captured steps
+
+
+@pytest.mark.parametrize("num_slots", [6, LAYERS * EXPERTS])
+def test_a_captured_pass_counts_as_one_that_is_not(num_slots: int) -> None:
+    """Streamed, or with a slot for every expert."""
+    twin = Twin(LRU(LAYERS, EXPERTS), num_layers=LAYERS, num_experts=EXPERTS, num_slots=2)
+    counts, values, expects = [], [], []
+    for is_captured in (False, True):
+        _, pool = passes(twin, num_slots, 3)
+        x_TH, chosen = drawn(twin, TOKENS, seed=7)
+        if is_captured:
+            routes_BK = chosen.experts_TK.numpy().astype(np.int32)
+            pool.experts.count_captured(np.stack([routes_BK] * LAYERS))
+        else:
+            for layer in range(LAYERS):
+                pool.experts.run(layer, x_TH, chosen)
+            pool.experts.end_pass()
+            pool.stats.steps += 1
+            pool.stats.tokens += TOKENS
+        counts.append({k: v for k, v in pool.stats.as_dict().items() if k != "seconds"})
+        values.append(pool.pool.cache.policy.values.tolist())
+        expects.append(pool.experts.captures(TOKENS))
+    assert counts[0] == counts[1]
+    assert values[0] == values[1]
+    assert expects == [True, True]
+
+
+def counted(engine: Any) -> dict[str, Any]:
+    """The counts of now, but for times."""
+    counts: dict[str, Any] = engine.stats().as_dict()
+    return {name: count for name, count in counts.items() if name not in ("seconds", "policy")}
+
+
+def counts_by_step(model: Any, asked: list[Request], memory: float) -> list[dict[str, Any]]:
+    """After every step of serving, one of which fails."""
+    engine = load_fake(model, memory=memory, batch=6, context=24).expertflow
+    loop = ServingLoop(engine, None, ServeSettings(**SERVED))
+    poison(loop)
+    for request in (*asked, Request(id="broken", prompt=[5, 6], max_tokens=4, label=POISON)):
+        loop.submit(request)
+    found = []
+    while not loop.is_idle:
+        loop.step()
+        found.append(counted(engine))
+    engine.detach()
+    return found
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.6])
+def test_statistics_at_any_time_are_those_of_counting_at_once(
+    memory: float, few_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Regime, "expects_all", lambda self, num_tokens: self._in_a_row > 0)
+    monkeypatch.setattr("runtime.cuda.wide.regime.MOST_USED", 0.3)
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
+    later = counts_by_step(model, asked_of(4), memory)
+    assert few_rows
+    monkeypatch.setattr(Stats, "count_hits_later", lambda self, count: self._hits.add(count()))
+    assert counts_by_step(model, asked_of(4), memory) == later
+
+
+def test_hits_are_counted_while_the_next_step_runs(
+    few_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen from a step that was launched, none is due; the last step's are due until read."""
+    engine = load_fake(tiny_model("olmoe", num_hidden_layers=2), memory=1.0, batch=6, context=24)
+    stats = engine.expertflow.stats()
+    due_after: list[tuple[int, int]] = []
+    launch = WideRows.launch
+
+    def watched(self: Any, *args: Any) -> Any:
+        before = len(stats._hits._due)
+        run = launch(self, *args)
+        due_after.append((before, len(stats._hits._due)))
+        return run
+
+    monkeypatch.setattr(WideRows, "launch", watched)
+    by_id(engine.expertflow.serve(asked_of(4), **SERVED))
+    assert len(due_after) >= 3
+    assert due_after == [(0, 0)] + [(1, 0)] * (len(due_after) - 1)
+    assert len(stats._hits._due) == 1
+    layers = stats.num_layers
+    assert stats.hits >= layers * len(due_after), "each layer uses an expert in every step"
+    assert not stats._hits._due
+
+
+def test_routes_are_made_for_those_who_ask_and_are_those_of_other_passes(
+    few_rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for = []
+    routes_BLK = StepResult.routes_BLK
+
+    def watched(self: StepResult) -> Any:
+        asked_for.append(len(self.tokens_B))
+        return routes_BLK(self)
+
+    monkeypatch.setattr(StepResult, "routes_BLK", watched)
+    model: Any = tiny_model("olmoe", num_hidden_layers=2)
+
+    def seen(engine: Any, watches: bool) -> list[Any]:
+        found: list[Any] = []
+        loop = ServingLoop(engine, None, ServeSettings(**SERVED))
+        loop.watch.watcher = lambda sighting: found.append(sighting.routes_TLK)
+        if watches:
+            engine.watchers.add(loop)
+        for request in asked_of(4):
+            loop.submit(request)
+        drain(loop)
+        engine.detach()
+        return found
+
+    options: Any = {"memory": 1.0, "batch": 6, "context": 24}
+    assert not seen(load_fake(model, **options).expertflow, watches=False)
+    assert few_rows and not asked_for
+    captured = seen(load_fake(model, **options).expertflow, watches=True)
+    assert asked_for
+    monkeypatch.setattr(CudaBackend, "row_decoder", lambda *_: None)
+    plain = seen(load_fake(model, **options).expertflow, watches=True)
+    assert [routes_TLK.tolist() for routes_TLK in captured] == [
+        routes_TLK.tolist() for routes_TLK in plain
+    ]
+    assert {routes_TLK.dtype for routes_TLK in captured} == {np.dtype(np.int64)}

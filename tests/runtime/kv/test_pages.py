@@ -43,6 +43,7 @@ def test_every_page_is_free_or_has_one_owner(
     table = table_of(num_pages)
     for row, num_tokens, grows in changes:
         before, free = list(table.of(row)), table.num_free
+        assert table.lacks(row, num_tokens) == (table.count(num_tokens) > len(before))
         if not grows:
             table.cut(row, num_tokens)
             assert table.of(row) == before[: table.count(num_tokens)]

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from runtime.engine.engine import Engine
+from runtime.engine.next_tokens import NOT_FINITE, NextTokens
 from runtime.serving.request import Request
 from runtime.serving.sampling.logprobs import logprob_of
 from runtime.serving.sampling.sampler import Sampler
-from tests.helpers.serving import SMALL, by_id, offloaded, prompts
+from tests.helpers.serving import SMALL, by_id, offloaded, prompts, sequence
 from tests.helpers.tiny import EOS, tiny_model
 
 VOCAB = 40
@@ -55,6 +56,19 @@ def draws(
 ) -> list[int]:
     sampler = Sampler(request, prompt_ids, **options)
     return [sampler.choose(int(logits_V.argmax()), logits_V) for logits_V in logits_NV]
+
+
+def test_logits_are_read_only_for_who_does_not_take_the_likeliest_token() -> None:
+    unread = NextTokens([7, -1], torch.empty(0, VOCAB))
+    plain = sequence(0, max_tokens=2)
+    assert plain.accept(unread, 0) is None
+    assert plain.token_ids[-1] == 7
+    for options in ({"temperature": 1.0}, {"logit_bias": {3: 1.0}}, {"logprobs": 1}):
+        with pytest.raises(IndexError):
+            sequence(0, **options).accept(unread, 0)
+    logits_NV = torch.full((2, VOCAB), math.nan)
+    with pytest.raises(FloatingPointError, match=NOT_FINITE):
+        plain.accept(unread._replace(logits_NV=logits_NV), 1)
 
 
 # ---------------------------------------------------------------------- against references

@@ -67,6 +67,31 @@ def test_a_group_by_itself_leaves_the_ordering_its_freedom() -> None:
     assert [len(same) for same in in_turn(waiting, [], 9)] == [5]
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(0, 1)), max_size=8),
+    st.permutations(range(8)),
+    st.integers(0, 9),
+)
+def test_turns_go_by_priority_then_by_the_rows_of_a_group_then_by_arrival(
+    kinds: list[tuple[str, int]], numbers: list[int], limit: int
+) -> None:
+    """Of one kind, which is the usual case and a quicker one, and of several."""
+    waiting = [
+        sequence(number, group=group, priority=priority)
+        for number, (group, priority) in zip(numbers, kinds, strict=False)
+    ]
+    alone = len({group for group, _ in kinds}) == 1
+    turns = [
+        0 if alone else sum(kinds[before][0] == group != "" for before in range(at))
+        for at, (group, _) in enumerate(kinds)
+    ]
+    ranks = {one: (-kinds[at][1], turns[at], one.number) for at, one in enumerate(waiting)}
+    expected = sorted(waiting, key=lambda one: ranks[one])[:limit]
+    found = list(in_turn(waiting, [], limit))
+    assert [one for same in found for one in same] == expected
+    assert all(len({ranks[one][:2] for one in same}) == 1 for same in found)
+
+
 def test_a_large_group_gives_way_to_any_that_would_still_have_fewer_rows() -> None:
     active = [make_ready(sequence(i, group="a"), i) for i in range(4)]
     lone, other = sequence(4), sequence(5, group="b", priority=1)
