@@ -129,7 +129,8 @@ class GroupedExperts:
         if self._work is None or len(self._work.order_P) != num_pairs:
             self._work = self.work_of(num_pairs)
         work, tiling = self._work, self._tiling(layer, num_pairs)
-        given = layer, self._arranged(x_TH, tiling), routes.experts_TK, tiling, work
+        arranged_TH = x_TH if tiling.unpacks else self._stored.arranged(x_TH)
+        given = layer, arranged_TH, routes.experts_TK, tiling, work
         if layer in self._ran:  # a layer that runs twice in a pass
             self._count()
         if self._pool.is_full:
@@ -149,9 +150,6 @@ class GroupedExperts:
 
     def _tiling(self, layer: int, num_pairs: int) -> Tiling:
         return Tiling.of(num_pairs, self._num_experts[layer], self._pool.expert_block)
-
-    def _arranged(self, x_TH: Tensor, tiling: Tiling) -> Tensor:
-        return x_TH if tiling.unpacks else self._stored.arranged(x_TH)
 
     # ------------------------------------------------------------------ captured passes
 
@@ -177,7 +175,8 @@ class GroupedExperts:
     def run_captured(self, layer: int, x_TH: Tensor, routes: Routes, work: Work) -> Tensor:
         """Within it: an experts call of `layer`."""
         tiling = self._tiling(layer, routes.experts_TK.numel())
-        given = layer, self._arranged(x_TH, tiling), routes.experts_TK, tiling, work
+        arranged_TH = x_TH if tiling.unpacks else self._stored.arranged(x_TH)
+        given = layer, arranged_TH, routes.experts_TK, tiling, work
         if self._wide is not None:
             self._wide.run_captured(*given, self._counts[layer])
         else:
@@ -190,10 +189,8 @@ class GroupedExperts:
             self._wide.end_captured()
 
     def count_captured(self, routes_LBK: np.ndarray) -> None:
-        """After it, on the host: count what ran. int [L, B, K], others than experts are none.
-
-        Where every expert has a slot, nothing but the count of hits hangs on it, and that is left
-        for later.
+        """After it, on the host: count what ran, with hits left for later where every expert has a
+        slot. int [L, B, K], others than experts are none.
         """
         num_tokens = routes_LBK.shape[1]
         if self._wide is None:

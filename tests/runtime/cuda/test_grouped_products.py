@@ -68,6 +68,12 @@ def computed(block: ExpertBlock, stored_N: Tensor, layout: KernelLayout, x_TH: T
     return work.y_PH
 
 
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """To rounding; what is not finite is close to nothing."""
+    scale = float(expected.float().std())
+    return torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2 * scale)
+
+
 @pytest.mark.parametrize("columns", [8, 16, 24, 64, 128, 192, 0])
 def test_scales_of_any_number_of_columns_are_those_of_their_words(columns: int) -> None:
     torch.manual_seed(0)
@@ -85,8 +91,7 @@ def test_scales_of_any_number_of_columns_are_those_of_their_words(columns: int) 
     x_TH = torch.randn(5, layout.hidden).to(BF16)
     found = computed(block, stored_N, layout, x_TH)
     expected = computed(block.plain, plain_N, layout, x_TH)
-    assert found.isfinite().all()
-    assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2 * expected.std())
+    assert is_close(found, expected)
 
 
 @pytest.mark.parametrize("patches", PATCHES)
@@ -107,4 +112,4 @@ def test_every_patch_is_added_however_many_lie_together(planted: int, patches: i
     x_TH = torch.randn(33, layout.hidden).to(BF16)
     found = computed(block, stored_N, layout, x_TH)
     expected = computed(block.plain, plain_N, layout, x_TH)
-    assert torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2 * expected.std())
+    assert is_close(found, expected)
