@@ -109,6 +109,7 @@ def test_every_patch_is_added_however_many_lie_together(planted: int, patches: i
     for chunk in chunks_CN:
         chunk[torch.randperm(8192)[:planted]] = 2.0**40
     stored_N = block.store(plain_N)
+    assert stored_N is not None
     x_TH = torch.randn(33, layout.hidden).to(BF16)
     found = computed(block, stored_N, layout, x_TH)
     expected = computed(block.plain, plain_N, layout, x_TH)
