@@ -18,7 +18,7 @@ from runtime.serving.request import Request, Result
 from runtime.serving.serving_loop import ServingLoop
 from runtime.serving.settings import ServeSettings
 from runtime.serving.steps.failures import reason_of, refusal
-from runtime.serving.steps.streams import Mailbox, QueueFull, Stream
+from runtime.serving.steps.streams import Mailbox, Post, QueueFull, Stream
 
 CLOSED = "the server is shutting down"
 POLL = 0.02
@@ -51,6 +51,7 @@ class AsyncServer:
         self.loop = ServingLoop(engine, tokenizer, within)
         self._ahead = within.lookahead + within.rows
         self._open: dict[str, Mailbox] = {}
+        self._post = Post()
         self._lock = threading.Lock()
         """Guards the mailboxes and the end: whatever is submitted before the end is ended."""
         self._wake, self._is_closed, self._stop, self._failure = threading.Event(), False, False, ""
@@ -75,7 +76,7 @@ class AsyncServer:
         """
         requests = [Request.of(item) for item in items]
         mailboxes = [Mailbox(request) for request in requests]
-        told = [mailbox.told() for mailbox in mailboxes]
+        told = [mailbox.told(self._post) for mailbox in mailboxes]
         with self._lock:
             self._refuse(requests)
             self._open.update({mailbox.request.id: mailbox for mailbox in mailboxes})
@@ -220,11 +221,12 @@ class AsyncServer:
         self._publish(rest)
 
     def _publish(self, results: Sequence[Result]) -> None:
+        """Deliver what a step has: its tokens, and these results."""
         for result in results:
             with self._lock:
                 mailbox = self._open.pop(result.id, None)
-            try:
-                if mailbox is not None:
-                    mailbox.put(result)
-            except RuntimeError:  # its event loop is closed: there is nobody to tell
-                log.info("nobody waits for the result of request %s any more", result.id)
+            if mailbox is not None:
+                self._post.put(mailbox, result)
+        for mailbox in self._post.deliver():
+            log.info("nobody waits for request %s any more", mailbox.request.id)
+            self._cancel(mailbox)

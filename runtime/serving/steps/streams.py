@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -27,11 +28,11 @@ class Mailbox:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._events = asyncio.get_running_loop()
+        self.events = asyncio.get_running_loop()
         self.items: asyncio.Queue[Item] = asyncio.Queue()
 
-    def told(self) -> Request:
-        """The request, whose tokens come here as well."""
+    def told(self, post: Post) -> Request:
+        """The request, whose tokens come here as well, by `post`."""
         given = self.request.on_token
 
         def on_token(delta: Delta) -> None:
@@ -40,13 +41,39 @@ class Mailbox:
                     given(delta)
                 except BaseException as error:  # SystemExit would end the thread, and all requests
                     raise ValueError(f"on_token failed: {reason_of(error)}") from error
-            self.put(delta)
+            post.put(self, delta)
 
         return replace(self.request, on_token=on_token)
 
-    def put(self, item: Item) -> None:
-        """Deliver from the thread. Raises RuntimeError where the event loop is closed."""
-        self._events.call_soon_threadsafe(self.items.put_nowait, item)
+
+class Post:
+    """Items for mailboxes, from one thread. An event loop is woken once for all that a step has for
+    it: to wake it takes longer than to choose a token.
+    """
+
+    def __init__(self) -> None:
+        self._items: defaultdict[asyncio.AbstractEventLoop, list[tuple[Mailbox, Item]]]
+        self._items = defaultdict(list)
+
+    def put(self, mailbox: Mailbox, item: Item) -> None:
+        """To be delivered."""
+        self._items[mailbox.events].append((mailbox, item))
+
+    def deliver(self) -> set[Mailbox]:
+        """Deliver all; returns the mailboxes whose event loop is closed, where nobody waits."""
+        lost = set()
+        for events in list(self._items):
+            items = self._items.pop(events)
+            try:
+                events.call_soon_threadsafe(_fill, items)
+            except RuntimeError:
+                lost |= {mailbox for mailbox, _ in items}
+        return lost
+
+
+def _fill(items: Sequence[tuple[Mailbox, Item]]) -> None:
+    for mailbox, item in items:
+        mailbox.items.put_nowait(item)
 
 
 class Stream:

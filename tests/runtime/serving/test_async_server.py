@@ -221,6 +221,34 @@ def test_an_event_loop_that_closed_leaves_the_server_to_others(engine: Engine) -
     assert within(main()).finish != "error"
 
 
+def test_a_step_wakes_an_event_loop_once_for_all_of_its_streams(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [endless(str(number)) for number in range(4)]
+
+    async def main() -> tuple[list[list[Any]], int, int]:
+        loop = asyncio.get_running_loop()
+        wake, woken = loop.call_soon_threadsafe, []
+
+        def counted(*args: Any) -> Any:
+            if threading.current_thread().name == "expertflow-steps":
+                woken.append(args)
+            return wake(*args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        async with AsyncServer(engine, **SMALL) as server:
+            streams = server.open(asked)
+            items = [[item async for item in stream] for stream in streams]
+            return items, len(woken), server.loop.num_steps
+
+    items, num_woken, num_steps = within(main())
+    for request, (*deltas, result) in zip(asked, items, strict=True):
+        assert [delta.token_id for delta in deltas] == list(result.token_ids)
+        assert {delta.id for delta in deltas} == {request.id}
+    assert sum(len(one) for one in items) > 2 * num_steps
+    assert num_woken <= num_steps
+
+
 def test_a_stream_that_is_dropped_cancels_its_request(engine: Engine) -> None:
     async def main() -> Any:
         async with AsyncServer(engine, **SMALL) as server:
