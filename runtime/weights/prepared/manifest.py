@@ -9,6 +9,7 @@ experts.json                  the manifest: offsets of each layer's blocks, and 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,6 +141,9 @@ class LayerBlocks(NamedTuple):
         """Raise ValueError for an entry that contradicts itself."""
         if not isinstance(self.stop, int):
             raise ValueError("offsets are not whole numbers")
+        turned = [one["transposed"] for one in (*self.codes.values(), self.packing) if one]
+        if not all(isinstance(one, bool) for one in turned):
+            raise ValueError("matrices are transposed or not")
         stored = self.specs
         for name, matrix in self.coding.items():
             parts = {part_name(name, part): spec for part, spec in matrix.parts.items()}
@@ -182,13 +186,14 @@ def write_manifest(directory: Path, manifest: Manifest, files: Mapping[str, int]
     written: dict[str, Any] = {"schema": schema, "layers": layers, "files": dict(files)}
     if manifest.is_lossy:
         written["lossy"] = True
+    written["checksum"] = _checksum(written)
     (directory / MANIFEST).write_text(json.dumps(written) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of a prepared directory.
 
-    Raises ValueError for a file that is no manifest, or one of another version.
+    Raises ValueError for a file that is no manifest, one of another version, and a changed one.
     """
     path = directory / MANIFEST
     try:
@@ -200,6 +205,8 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError("no layers")
         for layer in layers:
             layer.check()
+        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+            raise ValueError("its checksum is of other contents")
         return Manifest(layers, bool(manifest.get("lossy", False)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -214,6 +221,12 @@ def read_file_checksums(directory: Path) -> dict[str, int]:
     if not named:
         raise ValueError(f"{directory / MANIFEST} names files elsewhere; prepare the model again")
     return dict(files)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> int:
+    """CRC-32 of the contents but for the checksum; the first versions wrote none."""
+    contents = {name: one for name, one in manifest.items() if name != "checksum"}
+    return zlib.crc32(json.dumps(contents, sort_keys=True).encode())
 
 
 def _codes(coding: Coding) -> dict[str, dict[str, Any]]:

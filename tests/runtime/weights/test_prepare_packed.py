@@ -120,6 +120,26 @@ def test_a_damaged_block_is_found_when_it_is_verified_or_held_in_memory(packed: 
         runtime.load(packed, host="memory")
 
 
+@pytest.mark.parametrize(
+    ("turned", "message"), [(True, "checksum is of other contents"), ([1], "transposed or not")]
+)
+def test_a_manifest_that_was_changed_is_refused(turned: Any, message: str, packed: Path) -> None:
+    path = packed / "experts.json"
+    manifest = json.loads(path.read_text())
+    manifest["layers"][1]["packing"]["transposed"] = turned
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"experts\.json is not .*{message}"):
+        runtime.load(packed)
+
+
+def test_a_manifest_of_the_versions_that_wrote_no_checksum_is_read(packed: Path) -> None:
+    path, layers = packed / "experts.json", read_manifest(packed).layers
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert read_manifest(packed).layers == layers
+
+
 def test_plain_blocks_are_compared_too_when_they_are_held_in_memory(tmp_path: Path) -> None:
     save_tiny(tmp_path / "hub", "olmoe")
     prepared = prepare(tmp_path / "hub", tmp_path / "prepared")
