@@ -157,7 +157,9 @@ def read_tokenizer(model: str | Path, **hub: Any) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=False, **hub)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises plain ones, and panics
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"the tokenizer in {model} cannot be used: it is code of the repository's own, "

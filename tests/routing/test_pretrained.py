@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import transformers
@@ -17,6 +18,7 @@ from routing import pretrained
 from routing.pretrained import model_class, read_config, read_tokenizer, supported_transformers
 from runtime.plan import plan
 from runtime.prepare import prepare
+from tests.helpers.breaking import Panic
 from tests.helpers.tiny import save_tiny
 from tests.test_architecture import trees
 from trace.models import load_model
@@ -76,6 +78,17 @@ def test_a_known_model_type_is_loaded_by_the_librarys_code_beside_code(tmp_path:
     (directory / "custom_generate" / "generate.py").write_text(CODE)
     model: Any = runtime.load(directory)
     assert type(model) is transformers.OlmoeForCausalLM
+
+
+@pytest.mark.parametrize("error", [Exception("no such type"), Panic("range end index 6")], ids=repr)
+def test_a_damaged_tokenizer_is_refused_even_where_its_library_panics(
+    error: BaseException, tmp_path: Path
+) -> None:
+    with (
+        patch("transformers.AutoTokenizer.from_pretrained", side_effect=error),
+        pytest.raises(ValueError, match=f"tokenizer in {tmp_path} cannot be used: {error}"),
+    ):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.usefixtures("no_questions")
