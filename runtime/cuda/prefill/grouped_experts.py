@@ -32,6 +32,7 @@ from runtime.cuda.wide.wide_pass import WidePasses
 
 LEAST_SLOTS = 2
 """Of a pool that passes are streamed through: one expert runs while another comes."""
+Given = tuple[int, Tensor, Tensor, Tiling, Work]
 
 
 class GroupedExperts:
@@ -128,9 +129,7 @@ class GroupedExperts:
             return torch.zeros_like(x_TH)
         if self._work is None or len(self._work.order_P) != num_pairs:
             self._work = self.work_of(num_pairs)
-        work, tiling = self._work, self._tiling(layer, num_pairs)
-        arranged_TH = x_TH if tiling.unpacks else self._stored.arranged(x_TH)
-        given = layer, arranged_TH, routes.experts_TK, tiling, work
+        work, given = self._work, self._given(layer, x_TH, routes.experts_TK, self._work)
         if layer in self._ran:  # a layer that runs twice in a pass
             self._count()
         if self._pool.is_full:
@@ -148,8 +147,11 @@ class GroupedExperts:
         """Memory for calls of so many pairs."""
         return Work.of(num_pairs, max(self._num_experts), self._layout, self.device)
 
-    def _tiling(self, layer: int, num_pairs: int) -> Tiling:
-        return Tiling.of(num_pairs, self._num_experts[layer], self._pool.expert_block)
+    def _given(self, layer: int, x_TH: Tensor, experts_TK: Tensor, work: Work) -> Given:
+        """What the ways to run a layer take: x as the products read it, and the tiles."""
+        tiling = Tiling.of(experts_TK.numel(), self._num_experts[layer], self._pool.expert_block)
+        x_TH = x_TH if tiling.unpacks else self._stored.arranged(x_TH)
+        return layer, x_TH, experts_TK, tiling, work
 
     # ------------------------------------------------------------------ captured passes
 
@@ -174,9 +176,7 @@ class GroupedExperts:
 
     def run_captured(self, layer: int, x_TH: Tensor, routes: Routes, work: Work) -> Tensor:
         """Within it: an experts call of `layer`."""
-        tiling = self._tiling(layer, routes.experts_TK.numel())
-        arranged_TH = x_TH if tiling.unpacks else self._stored.arranged(x_TH)
-        given = layer, arranged_TH, routes.experts_TK, tiling, work
+        given = self._given(layer, x_TH, routes.experts_TK, work)
         if self._wide is not None:
             self._wide.run_captured(*given, self._counts[layer])
         else:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from routing.layers import Routes
-from runtime.cuda.kernels.grouped.columns import NATURAL, arrange, order_of
+from runtime.cuda.kernels.grouped.columns import FAR, NATURAL, arrange, length_of, order_of
 from runtime.cuda.kernels.grouped.products import combine, grouped_down, grouped_gate_up
 from runtime.cuda.kernels.grouped.sorting import sort_pairs
 from runtime.cuda.memory.expert_block import ExpertBlock
@@ -52,11 +52,12 @@ class Work(NamedTuple):
         """For so many pairs over so many experts."""
         numbers: dict[str, Any] = {"dtype": torch.int32, "device": device}
         most = most_tiles(num_pairs, num_experts, LEAST_ROWS)
+        longest = length_of(layout.width, FAR.value)
         return Work(
             torch.empty(num_pairs, **numbers),
             torch.empty(most, 3, **numbers),
             torch.empty(num_experts + 1, **numbers),
-            torch.empty(num_pairs, _longest(layout.width), dtype=layout.dtype, device=device),
+            torch.empty(num_pairs, longest, dtype=layout.dtype, device=device),
             torch.empty(num_pairs, layout.hidden, dtype=layout.dtype, device=device),
         )
 
@@ -105,17 +106,13 @@ def arranged(x_TH: Tensor, order: int) -> Tensor:
     if order == NATURAL.value:
         return x_TH
     num_rows, columns = x_TH.shape
-    to_TH = torch.empty(num_rows, _longest(columns), dtype=x_TH.dtype, device=x_TH.device)
-    block = min(1024, triton.next_power_of_2(to_TH.shape[1]))
-    arrange[(num_rows, triton.cdiv(to_TH.shape[1], block))](
+    length = length_of(columns, order)
+    to_TH = torch.empty(num_rows, length, dtype=x_TH.dtype, device=x_TH.device)
+    block = min(1024, triton.next_power_of_2(length))
+    arrange[(num_rows, triton.cdiv(length, block))](
         x_TH, to_TH, H=columns, ORDER=order, BLOCK=block
     )
     return to_TH
-
-
-def _longest(columns: int) -> int:
-    """The length of rows in any order."""
-    return -(-columns // 64) * 64
 
 
 def _sizes(tile: Tile) -> dict[str, int]:

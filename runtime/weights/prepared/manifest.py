@@ -205,7 +205,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError("no layers")
         for layer in layers:
             layer.check()
-        if manifest.get("checksum", _checksum(manifest)) != _checksum(manifest):
+        if "checksum" in manifest and manifest["checksum"] != _checksum(manifest):
             raise ValueError("its checksum is of other contents")
         return Manifest(layers, bool(manifest.get("lossy", False)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
